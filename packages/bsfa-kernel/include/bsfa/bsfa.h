@@ -1,0 +1,153 @@
+/* SPDX-FileCopyrightText: 2026 The BSFA developers
+ * SPDX-License-Identifier: BSD-3-Clause
+ *
+ * Block-sparse attention for long prompts: the C interface of libbsfa.
+ *
+ * What the functions compute is written in docs/semantics.md. All pointers in the argument structs are
+ * device pointers; strides are in elements; the stride of head_dim is 1. Nothing here allocates device
+ * memory or synchronises, so that every call can be captured in a CUDA graph.
+ */
+#ifndef BSFA_BSFA_H_
+#define BSFA_BSFA_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define BSFA_API __declspec(dllexport)
+#else
+#define BSFA_API __attribute__((visibility("default")))
+#endif
+
+/* Raised when a struct or a function changes in a way that a caller can notice. */
+#define BSFA_ABI_VERSION 1
+
+typedef enum bsfa_status {
+  BSFA_OK = 0,
+  BSFA_INVALID_ARGUMENT = 1, /* the arguments break a rule; bsfa_last_error() names rule and value */
+  BSFA_UNSUPPORTED = 2,      /* valid, but not by this build or on this GPU */
+  BSFA_CUDA_ERROR = 3,       /* a CUDA call or launch failed */
+  BSFA_INTERNAL_ERROR = 4,   /* a defect of the library */
+} bsfa_status;
+
+typedef enum bsfa_dtype {
+  BSFA_FLOAT16 = 0,
+  BSFA_BFLOAT16 = 1,
+} bsfa_dtype;
+
+typedef enum bsfa_rule {
+  BSFA_RULE_ABSOLUTE = 0,
+  BSFA_RULE_RUNNING_MAX = 1,
+  BSFA_RULE_RUNNING_LSE = 2,
+} bsfa_rule;
+
+/* Strides of a [batch, seqlen, heads, head_dim] tensor, in elements. For packed (varlen) tensors, batch
+ * is ignored. */
+typedef struct bsfa_strides {
+  int64_t batch;
+  int64_t seqlen;
+  int64_t heads;
+} bsfa_strides;
+
+/* Arguments of bsfa_forward. Set abi_version and struct_size first; zero means "absent" everywhere else. */
+typedef struct bsfa_forward_args {
+  uint32_t abi_version; /* BSFA_ABI_VERSION */
+  uint32_t struct_size; /* sizeof(bsfa_forward_args) */
+
+  int32_t device; /* CUDA device ordinal of all pointers */
+  int32_t arch;   /* kernel to use: 0 picks by device, 80 or 90 insists */
+  void* stream;   /* cudaStream_t */
+
+  int32_t dtype;   /* bsfa_dtype of q, k, v and out */
+  int32_t rule;    /* bsfa_rule */
+  int32_t causal;  /* 0 or 1; aligned to the bottom right */
+  int32_t q_block; /* sparsity block: 128 or 64 queries ... */
+  int32_t k_block; /* ... by 64 keys */
+  float scale;     /* > 0, finite */
+
+  int64_t batch;
+  int64_t heads;
+  int64_t kv_heads; /* divides heads */
+  int64_t head_dim;
+  int64_t seqlen_q; /* varlen: total_q, the number of packed queries */
+  int64_t seqlen_k; /* varlen: total_k, the number of packed keys */
+
+  const void* q; /* [batch, seqlen_q, heads, head_dim], varlen: [total_q, heads, head_dim] */
+  const void* k; /* [batch, seqlen_k, kv_heads, head_dim], varlen: [total_k, kv_heads, head_dim] */
+  const void* v; /* as k */
+  void* out;     /* as q */
+  bsfa_strides q_strides;
+  bsfa_strides k_strides;
+  bsfa_strides v_strides;
+  bsfa_strides out_strides;
+
+  const float* thresholds; /* [heads, threshold_rows], contiguous */
+  int64_t threshold_rows;  /* >= 1 */
+
+  const int32_t* cu_seqlens_q; /* [batch + 1], or NULL where not varlen */
+  const int32_t* cu_seqlens_k; /* [batch + 1], or NULL where not varlen */
+
+  float* lse;    /* [batch, heads, seqlen_q], varlen: [heads, total_q]; or NULL */
+  int32_t* kept; /* [batch, heads, q_blocks], varlen: [heads, total_q / q_block + batch]; or NULL */
+} bsfa_forward_args;
+
+/* Arguments of bsfa_block_maxima. */
+typedef struct bsfa_block_maxima_args {
+  uint32_t abi_version; /* BSFA_ABI_VERSION */
+  uint32_t struct_size; /* sizeof(bsfa_block_maxima_args) */
+
+  int32_t device;
+  int32_t arch;
+  void* stream;
+
+  int32_t dtype;
+  int32_t rule;
+  int32_t causal;
+  int32_t q_block;
+  int32_t k_block;
+  float scale;
+
+  int64_t batch;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+  int64_t seqlen_q;
+  int64_t seqlen_k;
+
+  const void* q; /* [batch, seqlen_q, heads, head_dim] */
+  const void* k; /* [batch, seqlen_k, kv_heads, head_dim] */
+  bsfa_strides q_strides;
+  bsfa_strides k_strides;
+
+  float* maxima; /* [batch, heads, q_blocks, k_blocks], contiguous; every element is written */
+} bsfa_block_maxima_args;
+
+/* Attention that leaves out the key blocks whose scores stay below a threshold. */
+BSFA_API bsfa_status bsfa_forward(const bsfa_forward_args* args);
+
+/* The quantity that bsfa_forward compares with the thresholds, for every block. */
+BSFA_API bsfa_status bsfa_block_maxima(const bsfa_block_maxima_args* args);
+
+/* "major.minor.patch" of the library. */
+BSFA_API const char* bsfa_version(void);
+
+/* BSFA_ABI_VERSION that the library was built with. */
+BSFA_API uint32_t bsfa_abi_version(void);
+
+/* A JSON object that describes the build: version, abi_version, cuda (version of the toolkit, or null), and
+ * kernels: a list of {"name": "forward" | "block_maxima", "arch", "ptx", "dtype", "head_dim", "geometries"}. */
+BSFA_API const char* bsfa_build_info(void);
+
+/* What went wrong in this thread's last call that did not return BSFA_OK; "" if none did. Valid until the next
+ * call from this thread. */
+BSFA_API const char* bsfa_last_error(void);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* BSFA_BSFA_H_ */
