@@ -1,0 +1,250 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checks of arguments, before anything is computed. Each message states the rule and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bsfa_kernel.geometry import GEOMETRIES
+from bsfa_kernel.rules import RULES
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_KERNEL_FLOATS = (torch.float16, torch.bfloat16)
+
+
+def check_tensor(value: object, name: str) -> None:
+    """Refuse what is not a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_number(value: object, name: str) -> None:
+    """Refuse what is neither a number nor None."""
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat))
+    ):
+        raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+
+
+def check_rule(rule: object) -> None:
+    """Refuse what is not one of RULES."""
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
+
+
+def check_geometry(geometry: Sequence[int]) -> None:
+    """Refuse what is not one of GEOMETRIES."""
+    if tuple(geometry) not in GEOMETRIES:
+        known = ", ".join(map(str, GEOMETRIES))
+        got = geometry if isinstance(geometry, str) else "x".join(map(str, geometry))
+        raise ValueError(f"geometry must be one of the Geometry values {known}; got {got!r}")
+
+
+def check_options(
+    scale: float | None, rule: str, geometry: Sequence[int], any_geometry: bool
+) -> None:
+    """Check what is not a tensor."""
+    check_number(scale, "scale")
+    if scale is not None and not (scale > 0 and scale < float("inf")):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    check_rule(rule)
+    if not any_geometry:
+        check_geometry(geometry)
+    elif len(geometry) != 2 or min(geometry) < 1:
+        raise ValueError(f"geometry must be two positive numbers, got {tuple(geometry)}")
+
+
+def check_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    thresholds: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float | None,
+    rule: str,
+    geometry: Sequence[int],
+    *,
+    any_geometry: bool = False,
+) -> None:
+    """Check all that can be known of a call of attention without reading a tensor's values.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: an argument that breaks a rule.
+    """
+    for value, name in ((q, "q"), (k, "k"), (v, "v"), (thresholds, "thresholds")):
+        check_tensor(value, name)
+    check_options(scale, rule, geometry, any_geometry)
+    varlen = cu_seqlens_q is not None
+    if varlen != (cu_seqlens_k is not None):
+        given, absent = ("q", "k") if varlen else ("k", "q")
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must be given together; "
+            f"got cu_seqlens_{given} without cu_seqlens_{absent}"
+        )
+    _check_queries_and_keys(q, k, varlen)
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k, got {_shape(v)} and {_shape(k)}")
+    _check_like(v, "v", q)
+
+    if thresholds.dim() != 2:
+        raise ValueError(f"thresholds must be [heads, rows], got the shape {_shape(thresholds)}")
+    if thresholds.shape[0] != q.shape[-2]:
+        raise ValueError(
+            f"thresholds must have one row list per head of q: q has {q.shape[-2]} heads, "
+            f"thresholds have the shape {_shape(thresholds)}"
+        )
+    if thresholds.shape[1] < 1:
+        raise ValueError("thresholds must have at least one row, got none")
+    if thresholds.dtype != torch.float32 and not (
+        any_geometry and thresholds.dtype == torch.float64
+    ):
+        raise TypeError(f"thresholds must be float32, got {_dtype(thresholds)}")
+    _check_device(thresholds, "thresholds", q)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        _check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q)
+        _check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", q)
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            raise ValueError(
+                "cu_seqlens_q and cu_seqlens_k must have the same length (batch + 1), "
+                f"got {cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+            )
+
+
+def check_block_maxima(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None,
+    rule: str,
+    geometry: Sequence[int],
+    *,
+    any_geometry: bool = False,
+) -> None:
+    """Check all that can be known of a call of block_maxima without reading a tensor's values.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: an argument that breaks a rule.
+    """
+    check_tensor(q, "q")
+    check_tensor(k, "k")
+    check_options(scale, rule, geometry, any_geometry)
+    _check_queries_and_keys(q, k, varlen=False)
+
+
+def _check_queries_and_keys(q: Tensor, k: Tensor, varlen: bool) -> None:
+    if varlen:
+        if q.dim() != 3:
+            raise ValueError(
+                f"with cu_seqlens, q must be [total_q, heads, head_dim], got the shape {_shape(q)}"
+            )
+        if k.dim() != 3:
+            raise ValueError(
+                f"with cu_seqlens, k must be [total_k, kv_heads, head_dim], got the shape {_shape(k)}"
+            )
+    else:
+        if q.dim() != 4:
+            raise ValueError(
+                f"q must be [batch, seqlen_q, heads, head_dim], got the shape {_shape(q)}"
+            )
+        if k.dim() != 4:
+            raise ValueError(
+                f"k must be [batch, seqlen_k, kv_heads, head_dim], got the shape {_shape(k)}"
+            )
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(f"q and k must have the same batch, got {q.shape[0]} and {k.shape[0]}")
+    if q.dtype not in _FLOATS:
+        raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {_dtype(q)}")
+    if q.shape[-1] < 1:
+        raise ValueError(f"head_dim must be at least 1, got {q.shape[-1]}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"q and k must have the same head_dim, got {q.shape[-1]} and {k.shape[-1]}"
+        )
+    if k.shape[-2] < 1 or q.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            "the heads of q must be a positive multiple of those of k, "
+            f"got {q.shape[-2]} and {k.shape[-2]}"
+        )
+    _check_like(k, "k", q)
+
+
+def _check_like(x: Tensor, name: str, q: Tensor) -> None:
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name} must have the dtype of q ({_dtype(q)}), got {_dtype(x)}")
+    _check_device(x, name, q)
+
+
+def _check_device(x: Tensor, name: str, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the device of q ({q.device}), got {x.device}")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, name: str, q: Tensor) -> None:
+    check_tensor(cu_seqlens, name)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} must be [batch + 1], got the shape {_shape(cu_seqlens)}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {_dtype(cu_seqlens)}")
+    _check_device(cu_seqlens, name, q)
+
+
+def check_thresholds_values(thresholds: Tensor) -> None:
+    """Refuse NaN. Only where the values can be read without a synchronisation, or that does not matter.
+
+    Raises:
+        ValueError: a threshold is NaN.
+    """
+    nan = thresholds.isnan()
+    if nan.any():
+        head, row = nan.nonzero()[0].tolist()
+        raise ValueError(f"thresholds must not be NaN, got NaN for head {head}, row {row}")
+
+
+def check_cu_seqlens_values(cu_seqlens: Tensor, name: str, total_name: str, total: int) -> None:
+    """Check where packed sequences begin and end.
+
+    Raises:
+        ValueError: not from 0 to the total, or decreasing.
+    """
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != total:
+        raise ValueError(
+            f"{name} must go from 0 to {total_name} ({total}), got {starts[0]} to {starts[-1]}"
+        )
+    for index, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        if stop < start:
+            raise ValueError(
+                f"{name} must not decrease, got {start} followed by {stop} at sequence {index}"
+            )
+
+
+def check_kernel_tensor(x: Tensor, name: str) -> None:
+    """Check what the CUDA kernels ask of a tensor and the reference back end does not.
+
+    Raises:
+        TypeError: a dtype that they do not take.
+        ValueError: the last dimension is not contiguous.
+    """
+    if x.dtype not in _KERNEL_FLOATS:
+        raise TypeError(
+            f"on a CUDA device {name} must be float16 or bfloat16, got {_dtype(x)} "
+            "(bsfa_kernel.reference computes in float32 and float64 on any device)"
+        )
+    if x.stride(-1) != 1:
+        raise ValueError(
+            f"on a CUDA device the last stride of {name} must be 1, got the strides {x.stride()}"
+        )
+
+
+def _shape(x: Tensor) -> str:
+    return f"[{', '.join(map(str, x.shape))}]"
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

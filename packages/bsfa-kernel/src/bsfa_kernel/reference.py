@@ -1,0 +1,498 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The semantics of docs/semantics.md in PyTorch: the CPU back end, and the oracle of the tests.
+
+Written to be read beside that page, and to be fast enough to run a small model: it works query block
+by query block, and on so many heads at a time as keep the scores in cache, so that memory grows
+with the length and not with its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsfa_kernel._checks import (
+    check_block_maxima,
+    check_cu_seqlens_values,
+    check_forward,
+    check_thresholds_values,
+)
+from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry, block_count, threshold_row
+
+_INF = float("inf")
+
+# Scores computed at a time: 16 MB of float32 stay near a CPU's cache; a GPU wants large launches.
+_SCORES_AT_A_TIME_CPU = 2**22
+_SCORES_AT_A_TIME_GPU = 2**27
+
+
+class AttentionResult(NamedTuple):
+    """What ``attention`` computes; shapes as in docs/semantics.md, those of varlen in brackets."""
+
+    out: Tensor
+    """[batch, seqlen_q, heads, head_dim] ([total_q, heads, head_dim]), in q's dtype or, if given,
+    ``compute_dtype``."""
+    lse: Tensor
+    """[batch, heads, seqlen_q] ([heads, total_q]); float64 where that was computed in, else float32."""
+    kept: Tensor
+    """[batch, heads, q_blocks] ([heads, total_q // q_block + batch]), int32: number of blocks kept."""
+    mask: Tensor
+    """[batch, heads, q_blocks, k_blocks] ([heads, total_q // q_block + batch, k_blocks of the longest
+    sequence]), bool: the blocks kept."""
+    margin: Tensor
+    """As ``kept``, in the dtype computed in: how far the closest verdict of the query block was from
+    the other one, in units of scaled scores; inf where nothing was decided. Arithmetic that errs by
+    less must come to the same verdicts."""
+
+
+@dataclass(frozen=True)
+class _QueryBlock:
+    """One block of queries and the keys it sees."""
+
+    index: int
+    start: int
+    stop: int
+    full_blocks: int  # key blocks of which every query sees every key: those that a verdict is on
+    visible_keys: int  # keys that some query sees
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+def _query_blocks(
+    seqlen_q: int, seqlen_k: int, causal: bool, geometry: Geometry
+) -> Iterator[_QueryBlock]:
+    offset = seqlen_k - seqlen_q
+    for index in range(block_count(seqlen_q, geometry.q_block)):
+        start = index * geometry.q_block
+        stop = min(start + geometry.q_block, seqlen_q)
+        seen_by_first = max(start + offset + 1, 0) if causal else seqlen_k
+        seen_by_last = max(stop + offset, 0) if causal else seqlen_k
+        yield _QueryBlock(index, start, stop, seen_by_first // geometry.k_block, seen_by_last)
+
+
+def visible_blocks(
+    seqlen_q: int, seqlen_k: int, *, causal: bool = True, geometry: Geometry = DEFAULT_GEOMETRY
+) -> Tensor:
+    """The blocks in which some query sees some key.
+
+    Returns:
+        bool [q_blocks, k_blocks].
+    """
+    columns = torch.arange(block_count(seqlen_k, geometry.k_block))
+    visible = torch.zeros(
+        block_count(seqlen_q, geometry.q_block), columns.numel(), dtype=torch.bool
+    )
+    for block in _query_blocks(seqlen_q, seqlen_k, causal, geometry):
+        visible[block.index] = columns * geometry.k_block < block.visible_keys
+    return visible
+
+
+def forced_blocks(
+    seqlen_q: int, seqlen_k: int, *, causal: bool = True, geometry: Geometry = DEFAULT_GEOMETRY
+) -> Tensor:
+    """The blocks that are always kept: visible ones that also hold a masked score.
+
+    Returns:
+        bool [q_blocks, k_blocks].
+    """
+    columns = torch.arange(block_count(seqlen_k, geometry.k_block))
+    forced = visible_blocks(seqlen_q, seqlen_k, causal=causal, geometry=geometry)
+    for block in _query_blocks(seqlen_q, seqlen_k, causal, geometry):
+        forced[block.index] &= columns >= block.full_blocks
+    return forced
+
+
+@torch.no_grad()
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    thresholds: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    rule: str = "absolute",
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> AttentionResult:
+    """Attention that leaves out the key blocks whose scores stay below a threshold.
+
+    Args:
+        q: [batch, seqlen_q, heads, head_dim], or [total_q, heads, head_dim] with ``cu_seqlens_*``;
+            float16, bfloat16, float32 or float64, on any device, with any strides.
+        k: [batch, seqlen_k, kv_heads, head_dim], or [total_k, kv_heads, head_dim].
+        v: as k.
+        thresholds: float32 (or, unlike elsewhere, float64) [heads, rows], in units of scaled scores.
+        causal: query i sees keys j <= i + seqlen_k - seqlen_q, else all keys.
+        scale: factor of the scores; head_dim ** -0.5 by default.
+        rule: one of ``RULES``.
+        geometry: size of a sparsity block; here it may be any, so that cases can be worked by hand.
+        cu_seqlens_q: int32 [batch + 1], from 0 to total_q: where the packed sequences begin and end.
+        cu_seqlens_k: int32 [batch + 1], from 0 to total_k.
+        compute_dtype: float32 or float64, to compute and return in; by default float64 inputs are
+            computed in float64, all others in float32, and the output has q's dtype.
+
+    Returns:
+        Output, log-sum-exp, number of blocks kept, mask of blocks kept and margins.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: an argument that breaks a rule; the message names rule and value.
+    """
+    check_forward(
+        q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, scale, rule, geometry, any_geometry=True
+    )
+    check_thresholds_values(thresholds)
+    geometry = Geometry(*geometry)
+    dtype = _compute_dtype(q, compute_dtype)
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    lse_dtype = dtype if dtype == torch.float64 else torch.float32
+    heads = q.shape[-2]
+
+    result: AttentionResult
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        batch, seqlen_q = q.shape[:2]
+        q_blocks = block_count(seqlen_q, geometry.q_block)
+        k_blocks = block_count(k.shape[1], geometry.k_block)
+        result = _empty_result(
+            q, compute_dtype, dtype, (batch, heads, seqlen_q), (batch, heads, q_blocks), k_blocks
+        )
+        _attend(q, k, v, thresholds, result, causal, scale, rule, geometry, dtype)
+        return result._replace(lse=result.lse.to(lse_dtype))
+
+    check_cu_seqlens_values(cu_seqlens_q, "cu_seqlens_q", "total_q", q.shape[0])
+    check_cu_seqlens_values(cu_seqlens_k, "cu_seqlens_k", "total_k", k.shape[0])
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    batch = len(starts_q) - 1
+    longest = max((e - b for b, e in zip(starts_k, starts_k[1:], strict=False)), default=0)
+    columns = q.shape[0] // geometry.q_block + batch
+    result = _empty_result(
+        q,
+        compute_dtype,
+        dtype,
+        (heads, q.shape[0]),
+        (heads, columns),
+        block_count(longest, geometry.k_block),
+    )
+    for index in range(batch):
+        queries = slice(starts_q[index], starts_q[index + 1])
+        keys = slice(starts_k[index], starts_k[index + 1])
+        length_q, length_k = queries.stop - queries.start, keys.stop - keys.start
+        first = starts_q[index] // geometry.q_block + index
+        blocks = slice(first, first + block_count(length_q, geometry.q_block))
+        k_blocks = block_count(length_k, geometry.k_block)
+        part = AttentionResult(
+            out=result.out[None, queries],
+            lse=result.lse[None, :, queries],
+            kept=result.kept[None, :, blocks],
+            mask=result.mask[None, :, blocks, :k_blocks],
+            margin=result.margin[None, :, blocks],
+        )
+        _attend(
+            q[None, queries],
+            k[None, keys],
+            v[None, keys],
+            thresholds,
+            part,
+            causal,
+            scale,
+            rule,
+            geometry,
+            dtype,
+        )
+    return result._replace(lse=result.lse.to(lse_dtype))
+
+
+def _compute_dtype(q: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
+    if compute_dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"compute_dtype must be float32 or float64, got {compute_dtype}")
+    if compute_dtype is not None:
+        return compute_dtype
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _empty_result(
+    q: Tensor,
+    out_dtype: torch.dtype | None,
+    dtype: torch.dtype,
+    lse_shape: tuple[int, ...],
+    kept_shape: tuple[int, ...],
+    k_blocks: int,
+) -> AttentionResult:
+    """The outputs of a call in which no query sees a key."""
+    device = q.device
+    return AttentionResult(
+        out=torch.zeros(q.shape, dtype=out_dtype or q.dtype, device=device),
+        lse=torch.full(lse_shape, -_INF, dtype=dtype, device=device),
+        kept=torch.zeros(kept_shape, dtype=torch.int32, device=device),
+        mask=torch.zeros((*kept_shape, k_blocks), dtype=torch.bool, device=device),
+        margin=torch.full(kept_shape, _INF, dtype=dtype, device=device),
+    )
+
+
+def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[batch, seqlen, kv_heads, head_dim] -> contiguous [batch * kv_heads, seqlen, head_dim]."""
+    batch, seqlen, kv_heads, head_dim = x.shape
+    copy = torch.empty((batch, kv_heads, seqlen, head_dim), dtype=dtype, device=x.device)
+    copy.copy_(x.transpose(1, 2))
+    return copy.view(batch * kv_heads, seqlen, head_dim)
+
+
+def _grouped_queries(q: Tensor, kv_heads: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """[batch, rows, heads, head_dim] -> scaled [batch * kv_heads, group * rows, head_dim].
+
+    The query heads that read one kv head lie side by side, so that nothing of it is repeated.
+    """
+    batch, rows, heads, head_dim = q.shape
+    grouped = q.unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
+    return (grouped.to(dtype) * scale).reshape(batch * kv_heads, -1, head_dim)
+
+
+def _chunks(total: int, scores_each: int, device: torch.device) -> Iterator[slice]:
+    """Slices of the kv heads, so that the scores computed at a time stay bounded."""
+    budget = _SCORES_AT_A_TIME_CPU if device.type == "cpu" else _SCORES_AT_A_TIME_GPU
+    step = max(budget // max(scores_each, 1), 1)
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def _hide_masked(scores: Tensor, block: _QueryBlock, first_key: int, offset: int) -> None:
+    """Set the scores [..., rows, keys] that a causal mask hides to -inf; key 0 is ``first_key``."""
+    device = scores.device
+    last_seen = torch.arange(block.start, block.stop, device=device) + offset
+    keys = torch.arange(first_key, first_key + scores.shape[-1], device=device)
+    scores.masked_fill_(keys > last_seen[:, None], -_INF)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    thresholds: Tensor,
+    result: AttentionResult,
+    causal: bool,
+    scale: float,
+    rule: str,
+    geometry: Geometry,
+    dtype: torch.dtype,
+) -> None:
+    """Fill ``result``, which holds what queries without keys give, for sequences of equal length."""
+    batch, seqlen_q, heads, head_dim = q.shape
+    seqlen_k, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
+    if 0 in (batch, heads, seqlen_k):
+        return
+    keys, values = _heads_first(k, dtype), _heads_first(v, dtype)
+
+    for block in _query_blocks(seqlen_q, seqlen_k, causal, geometry):
+        if block.visible_keys == 0:
+            continue
+        rows = slice(block.start, block.stop)
+        queries = _grouped_queries(q[:, rows], kv_heads, scale, dtype)
+        row = threshold_row(block.start, seqlen_q, seqlen_k, geometry.q_block, thresholds.shape[1])
+        bounds = thresholds[:, row].to(dtype).reshape(1, kv_heads, group)
+        bounds = bounds.expand(batch, -1, -1).reshape(batch * kv_heads, group)
+
+        out = torch.empty_like(queries)
+        lse = queries.new_empty((batch * kv_heads, group, block.rows))
+        keep = torch.ones(
+            (batch * kv_heads, group, block.full_blocks), dtype=torch.bool, device=q.device
+        )
+        margin = queries.new_full((batch * kv_heads, group), _INF)
+        for chunk in _chunks(len(queries), queries.shape[1] * block.visible_keys, q.device):
+            scores = torch.bmm(queries[chunk], keys[chunk, : block.visible_keys].transpose(1, 2))
+            scores = scores.view(-1, group, block.rows, block.visible_keys)
+            undecided = block.full_blocks * geometry.k_block
+            blocks = scores[..., :undecided].unflatten(-1, (block.full_blocks, geometry.k_block))
+            forced = scores[..., undecided:]
+            if causal:
+                _hide_masked(forced, block, undecided, seqlen_k - seqlen_q)
+            if block.full_blocks:
+                keep[chunk], margin[chunk] = _verdicts(blocks, forced, bounds[chunk], rule)
+                if not keep[chunk].all():
+                    blocks.masked_fill_(~keep[chunk, :, None, :, None], -_INF)
+            out[chunk], lse[chunk] = _softmax_times(scores, values[chunk, : block.visible_keys])
+
+        k_blocks = block_count(block.visible_keys, geometry.k_block)
+        result.out[:, rows] = out.view(batch, heads, block.rows, head_dim).transpose(1, 2)
+        result.lse[:, :, rows] = lse.view(batch, heads, block.rows)
+        keep = keep.view(batch, heads, block.full_blocks)
+        result.mask[:, :, block.index, : block.full_blocks] = keep
+        result.mask[:, :, block.index, block.full_blocks : k_blocks] = True
+        result.kept[:, :, block.index] = keep.sum(-1) + (k_blocks - block.full_blocks)
+        result.margin[:, :, block.index] = margin.view(batch, heads)
+
+
+def _softmax_times(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dimension, times the values. Overwrites the scores.
+
+    Args:
+        scores: [kv_heads, group, rows, keys], -inf where left out.
+        values: [kv_heads, keys, head_dim].
+
+    Returns:
+        [kv_heads, group * rows, head_dim], and the log-sum-exp [kv_heads, group, rows]; 0 and -inf
+        for rows with nothing left.
+    """
+    largest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(largest.masked_fill(largest == -_INF, 0.0)).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.bmm(weights.flatten(1, 2), values)
+    out /= total.masked_fill(total == 0, 1.0).flatten(1, 2)
+    return out, (largest + total.log()).squeeze(-1)
+
+
+def _verdicts(blocks: Tensor, forced: Tensor, bounds: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """Which blocks are kept, and how close the closest verdict was.
+
+    Args:
+        blocks: scores [kv_heads, group, rows, full_blocks, k_block] of the blocks to be decided.
+        forced: scores [kv_heads, group, rows, keys] of the blocks after them, always kept.
+        bounds: [kv_heads, group], the thresholds.
+        rule: one of ``RULES``.
+
+    Returns:
+        bool [kv_heads, group, full_blocks], and margins [kv_heads, group].
+    """
+    if (bounds == -_INF).all():  # dense: nothing to decide
+        keep = torch.ones((*bounds.shape, blocks.shape[-2]), dtype=torch.bool, device=blocks.device)
+        return keep, torch.full_like(bounds, _INF)
+    row_maxima = blocks.amax(-1)
+    if rule == "absolute":
+        maxima = row_maxima.amax(2)
+        distance = maxima - bounds[..., None]
+        return maxima >= bounds[..., None], distance.abs().nan_to_num(nan=_INF).amin(-1)
+
+    # The scan looks at the row maxima of one block at a time: [blocks, kv_heads, group, rows].
+    row_maxima = row_maxima.permute(3, 0, 1, 2).contiguous()
+    reference = torch.full_like(row_maxima[0], -_INF)
+    if rule == "running_max":
+        gains = row_maxima
+        merge = torch.maximum
+        if forced.shape[-1]:
+            reference = forced.amax(-1)
+    else:
+        gains = blocks.logsumexp(-1).permute(3, 0, 1, 2).contiguous()
+        merge = torch.logaddexp
+        if forced.shape[-1]:
+            reference = forced.logsumexp(-1)
+    decidable = bounds < _INF  # +inf keeps no block, not even where a row has kept nothing yet
+    keep = torch.empty((len(row_maxima), *bounds.shape), dtype=torch.bool, device=blocks.device)
+    distances = torch.empty(
+        (len(row_maxima), *bounds.shape), dtype=bounds.dtype, device=bounds.device
+    )
+    for index in range(len(row_maxima) - 1, -1, -1):
+        excess = (row_maxima[index] - reference).amax(-1)
+        kept = (excess >= bounds) & decidable
+        keep[index] = kept
+        distances[index] = excess - bounds
+        reference = torch.where(kept[..., None], merge(reference, gains[index]), reference)
+    margin = distances.abs().nan_to_num(nan=_INF).amin(0)
+    return keep.permute(1, 2, 0), margin
+
+
+@torch.no_grad()
+def block_maxima(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    rule: str = "absolute",
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The quantity that is compared with the thresholds, for every block.
+
+    For the relative rules, the references are those of a run that keeps every block.
+
+    Args:
+        q: [batch, seqlen_q, heads, head_dim].
+        k: [batch, seqlen_k, kv_heads, head_dim].
+        causal: as in ``attention``.
+        scale: as in ``attention``.
+        rule: as in ``attention``.
+        geometry: as in ``attention``.
+        compute_dtype: as in ``attention``.
+
+    Returns:
+        float32 (float64 where that was computed in) [batch, heads, q_blocks, k_blocks]; -inf where no
+        score is visible, +inf where a relative rule meets a row that has seen nothing yet.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: an argument that breaks a rule; the message names rule and value.
+    """
+    check_block_maxima(q, k, scale, rule, geometry, any_geometry=True)
+    geometry = Geometry(*geometry)
+    dtype = _compute_dtype(q, compute_dtype)
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    batch, seqlen_q, heads, _ = q.shape
+    seqlen_k, kv_heads = k.shape[1:3]
+    maxima = torch.full(
+        (
+            batch,
+            heads,
+            block_count(seqlen_q, geometry.q_block),
+            block_count(seqlen_k, geometry.k_block),
+        ),
+        -_INF,
+        dtype=dtype,
+        device=q.device,
+    )
+    if maxima.numel() == 0:
+        return maxima
+    keys = _heads_first(k, dtype)
+    for block in _query_blocks(seqlen_q, seqlen_k, causal, geometry):
+        if block.visible_keys == 0:
+            continue
+        queries = _grouped_queries(q[:, block.start : block.stop], kv_heads, scale, dtype)
+        k_blocks = block_count(block.visible_keys, geometry.k_block)
+        found = queries.new_empty((len(queries), heads // kv_heads, k_blocks))
+        for chunk in _chunks(len(queries), queries.shape[1] * block.visible_keys, q.device):
+            scores = torch.bmm(queries[chunk], keys[chunk, : block.visible_keys].transpose(1, 2))
+            scores = scores.view(-1, heads // kv_heads, block.rows, block.visible_keys)
+            undecided = block.full_blocks * geometry.k_block
+            if causal:
+                _hide_masked(scores[..., undecided:], block, undecided, seqlen_k - seqlen_q)
+            found[chunk] = _excesses(scores, rule, geometry.k_block)
+        maxima[:, :, block.index, :k_blocks] = found.view(batch, heads, k_blocks)
+    return maxima
+
+
+def _excesses(scores: Tensor, rule: str, k_block: int) -> Tensor:
+    """Maxima over each block of score - reference, everything being kept.
+
+    Args:
+        scores: [kv_heads, group, rows, keys], -inf where masked.
+        rule: one of ``RULES``.
+        k_block: keys in a block.
+
+    Returns:
+        [kv_heads, group, k_blocks].
+    """
+    ragged = -scores.shape[-1] % k_block
+    if ragged:
+        scores = torch.nn.functional.pad(scores, (0, ragged), value=-_INF)
+    blocks = scores.unflatten(-1, (-1, k_block))
+    row_maxima = blocks.amax(-1)
+    if rule == "absolute":
+        return row_maxima.amax(2)
+    if rule == "running_max":
+        so_far = row_maxima.flip(-1).cummax(-1).values
+    else:
+        so_far = blocks.logsumexp(-1).flip(-1).logcumsumexp(-1)
+    # What a block meets is what the blocks after it have left.
+    reference = torch.full_like(row_maxima, -_INF)
+    reference[..., :-1] = so_far.flip(-1)[..., 1:]
+    excess = (row_maxima - reference).masked_fill_(row_maxima == -_INF, -_INF)
+    return excess.amax(2)

@@ -1,0 +1,18 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The rules by which a block's scores are compared with its threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+Rule: TypeAlias = Literal["absolute", "running_max", "running_lse"]
+
+RULES: tuple[Rule, ...] = ("absolute", "running_max", "running_lse")
+"""``absolute`` (the paper's) compares scores themselves; the others subtract what the query row has
+kept so far, from the last key block to the first: its largest score, or its log-sum-exp."""
+
+RULE_CODES: Mapping[str, int] = MappingProxyType({rule: code for code, rule in enumerate(RULES)})
+"""The values of the C enum ``bsfa_rule``."""
