@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ def check_geometry(geometry: Sequence[int]) -> None:
     """Refuse what is not one of GEOMETRIES."""
     if tuple(geometry) not in GEOMETRIES:
         known = ", ".join(map(str, GEOMETRIES))
-        got = geometry if isinstance(geometry, str) else "x".join(map(str, geometry))
-        raise ValueError(f"geometry must be one of the Geometry values {known}; got {got!r}")
+        got = "x".join(map(str, geometry)) if isinstance(geometry, tuple) else repr(geometry)
+        raise ValueError(f"geometry must be one of the Geometry values {known}; got {got}")
 
 
 def check_options(
@@ -145,7 +146,8 @@ def _check_queries_and_keys(q: Tensor, k: Tensor, varlen: bool) -> None:
             )
         if k.dim() != 3:
             raise ValueError(
-                f"with cu_seqlens, k must be [total_k, kv_heads, head_dim], got the shape {_shape(k)}"
+                "with cu_seqlens, k must be [total_k, kv_heads, head_dim], "
+                f"got the shape {_shape(k)}"
             )
     else:
         if q.dim() != 4:
@@ -195,7 +197,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, name: str, q: Tensor) -> None:
 
 
 def check_thresholds_values(thresholds: Tensor) -> None:
-    """Refuse NaN. Only where the values can be read without a synchronisation, or that does not matter.
+    """Refuse NaN, for thresholds whose values can be read without a synchronisation.
 
     Raises:
         ValueError: a threshold is NaN.
@@ -217,7 +219,7 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, name: str, total_name: str, tota
         raise ValueError(
             f"{name} must go from 0 to {total_name} ({total}), got {starts[0]} to {starts[-1]}"
         )
-    for index, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for index, (start, stop) in enumerate(pairwise(starts)):
         if stop < start:
             raise ValueError(
                 f"{name} must not decrease, got {start} followed by {stop} at sequence {index}"

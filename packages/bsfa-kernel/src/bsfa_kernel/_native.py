@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""The compiled library behind its C interface (include/bsfa/bsfa.h). The only module with ctypes."""
+"""The compiled library, by its C interface (include/bsfa/bsfa.h). The only module with ctypes."""
 
 from __future__ import annotations
 

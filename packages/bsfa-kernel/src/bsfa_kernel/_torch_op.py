@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The operators torch.ops.bsfa.forward and torch.ops.bsfa.block_maxima.
 
-``Library.define`` and ``impl`` rather than ``custom_op``, whose wrapper costs several times as much a call.
+Made with ``Library.define`` and ``impl``, because the wrapper of ``custom_op`` costs several times
+as much a call.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bsfa_kernel._checks import (
 from bsfa_kernel.geometry import Geometry, block_count
 from bsfa_kernel.rules import RULE_CODES
 
-_library = torch.library.Library("bsfa", "DEF")
+_library: Any = torch.library.Library("bsfa", "DEF")  # type: ignore[no-untyped-call]
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _library.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor thresholds, Tensor? cu_seqlens_q, "
@@ -187,7 +188,7 @@ def _forward_cuda(
     return out, lse, kept
 
 
-@torch.library.register_fake("bsfa::forward", lib=_library)
+@torch.library.register_fake("bsfa::forward", lib=_library)  # type: ignore[untyped-decorator]
 def _forward_fake(
     q: Tensor,
     k: Tensor,
@@ -270,7 +271,7 @@ def _block_maxima_cuda(
     return maxima
 
 
-@torch.library.register_fake("bsfa::block_maxima", lib=_library)
+@torch.library.register_fake("bsfa::block_maxima", lib=_library)  # type: ignore[untyped-decorator]
 def _block_maxima_fake(
     q: Tensor,
     k: Tensor,

@@ -103,20 +103,21 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Attention that leaves out the key blocks whose scores stay below a threshold.
 
-    Block-Sparse FlashAttention (arXiv 2512.07011): every score is computed exactly, and what a block of them
-    would add is left out where the rule says that it is below the threshold. docs/semantics.md has the
-    whole meaning. CPU tensors are computed by ``bsfa_kernel.reference``, CUDA tensors by the native
-    library. There is no backward pass.
+    Block-Sparse FlashAttention (arXiv 2512.07011): every score is computed exactly, and what a
+    block of them would add is left out where the rule says that it is below the threshold.
+    docs/semantics.md has the whole meaning. CPU tensors are computed by ``bsfa_kernel.reference``,
+    CUDA tensors by the native library. There is no backward pass.
 
     Args:
-        q: [batch, seqlen_q, heads, head_dim]; float16 or bfloat16, on a CPU also float32 or float64; any
-            strides, whose last is 1 on a GPU. With ``cu_seqlens_*``: [total_q, heads, head_dim].
-        k: [batch, seqlen_k, kv_heads, head_dim], or [total_k, kv_heads, head_dim]; heads is a multiple of
-            kv_heads, and query head h reads kv head h // (heads / kv_heads).
+        q: [batch, seqlen_q, heads, head_dim]; float16 or bfloat16, on a CPU also float32 or
+            float64; any strides, whose last is 1 on a GPU. With ``cu_seqlens_*``:
+            [total_q, heads, head_dim].
+        k: [batch, seqlen_k, kv_heads, head_dim], or [total_k, kv_heads, head_dim]; heads is a
+            multiple of kv_heads, and query head h reads kv head h // (heads / kv_heads).
         v: as k.
-        thresholds: float32 [heads, rows], in units of scaled scores. Row i serves the query block at absolute
-            position i; the last row serves every later one. -inf keeps everything, +inf only the forced
-            blocks.
+        thresholds: float32 [heads, rows], in units of scaled scores. Row i serves the query block
+            at absolute position i; the last row serves every later one. -inf keeps everything,
+            +inf only the forced blocks.
         causal: query i sees keys j <= i + seqlen_k - seqlen_q; else all keys.
         scale: factor of the scores, positive; head_dim ** -0.5 by default.
         rule: one of ``RULES``: what a block's scores are compared with.
@@ -128,14 +129,15 @@ def block_sparse_attention(
 
     Returns:
         The output, as q; then, where asked for, lse: float32 [batch, heads, seqlen_q] (varlen
-        [heads, total_q]; float64 from float64 inputs), and kept: int32 [batch, heads, q_blocks] (varlen
-        [heads, total_q // q_block + batch]). A query that keeps nothing has output 0 and lse -inf.
+        [heads, total_q]; float64 from float64 inputs), and kept: int32 [batch, heads, q_blocks]
+        (varlen [heads, total_q // q_block + batch]). A query that keeps nothing has output 0 and
+        lse -inf.
 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: an argument that breaks a rule; the message names rule and value.
-        NotImplementedError: CUDA tensors without a native library, or a valid call that the library or the
-            GPU does not support; in the backward pass.
+        NotImplementedError: CUDA tensors without a native library, or a valid call that the library
+            or the GPU does not support; in the backward pass.
         RuntimeError: a CUDA call failed.
     """
     check_tensor(q, "q")
@@ -182,8 +184,8 @@ def block_maxima(
 ) -> Tensor:
     """The quantity that is compared with the thresholds, for every block.
 
-    The maximum over the visible scores of a block of score - reference, the references of the relative
-    rules being those of a run that keeps every block. Calibration is made of it.
+    The maximum over the visible scores of a block of score - reference, the references of the
+    relative rules being those of a run that keeps every block. Calibration is made of it.
 
     Args:
         q: [batch, seqlen_q, heads, head_dim]; as in ``block_sparse_attention``.
@@ -194,14 +196,14 @@ def block_maxima(
         geometry: one of ``GEOMETRIES``.
 
     Returns:
-        float32 [batch, heads, q_blocks, k_blocks]; -inf where no score is visible, +inf where a relative
-        rule meets a row that has seen nothing yet.
+        float32 [batch, heads, q_blocks, k_blocks]; -inf where no score is visible, +inf where a
+        relative rule meets a row that has seen nothing yet.
 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: an argument that breaks a rule; the message names rule and value.
-        NotImplementedError: CUDA tensors without a native library, or a valid call that the library or the
-            GPU does not support; in the backward pass.
+        NotImplementedError: CUDA tensors without a native library, or a valid call that the library
+            or the GPU does not support; in the backward pass.
         RuntimeError: a CUDA call failed.
     """
     check_tensor(q, "q")

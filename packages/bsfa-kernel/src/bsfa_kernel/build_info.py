@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class BuildInfo:
     """Why it cannot; "" where it can."""
     library_version: str | None = None
     cuda: str | None = None
-    """Version of the CUDA toolkit that the library was built with; None where it was built without."""
+    """Version of the CUDA toolkit that the library was built with; None where without."""
     kernels: tuple[Kernel, ...] = field(default=())
 
     @property
@@ -86,7 +87,7 @@ class BuildInfo:
                 f"  CUDA tensors: {self.library} ({self.library_version}, CUDA {self.cuda})"
             )
             lines.extend(
-                f"    {kernel.name}: sm_{kernel.arch}{' and PTX for later ones' if kernel.ptx else ''}, "
+                f"    {kernel.name}: sm_{kernel.arch}{' and later, by PTX' if kernel.ptx else ''}, "
                 f"{kernel.dtype}, head_dim {kernel.head_dim}, "
                 f"{' and '.join(map(str, kernel.geometries))}"
                 for kernel in self.kernels
@@ -95,7 +96,7 @@ class BuildInfo:
 
 
 def package_version() -> str:
-    """Version of the installed package; "0+unknown" where it is imported without being installed."""
+    """Version of the installed package; "0+unknown" where imported without being installed."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
@@ -104,19 +105,24 @@ def package_version() -> str:
 
 def build_info() -> BuildInfo:
     """What this installation can compute. Loads the native library, and initialises no GPU."""
-    common = {"version": package_version(), "abi_version": _native.ABI_VERSION}
-    path = _native.library_path()
+    unavailable = partial(
+        BuildInfo,
+        version=package_version(),
+        abi_version=_native.ABI_VERSION,
+        library=_native.library_path(),
+        available=False,
+    )
     try:
         described = json.loads(_native.build_info_json())
         kernels = tuple(_kernel(entry) for entry in described["kernels"])
     except NotImplementedError as error:
-        return BuildInfo(**common, library=path, available=False, reason=str(error))
+        return unavailable(reason=str(error))
     except (KeyError, TypeError, ValueError) as error:
-        reason = f"{path} does not describe its build as expected: {error!r}"
-        return BuildInfo(**common, library=path, available=False, reason=reason)
+        return unavailable(reason=f"the library does not describe its build as expected: {error!r}")
     return BuildInfo(
-        **common,
-        library=path,
+        version=package_version(),
+        abi_version=_native.ABI_VERSION,
+        library=_native.library_path(),
         available=True,
         reason="",
         library_version=_native.version(),

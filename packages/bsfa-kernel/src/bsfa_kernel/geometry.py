@@ -34,7 +34,8 @@ class Geometry(NamedTuple):
         match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", text)
         if match is None or 0 in (sizes := cls(int(match[1]), int(match[2]))):
             raise ValueError(
-                f"a geometry is written as queries x keys, for example {DEFAULT_GEOMETRY}; got {text!r}"
+                "a geometry is written as queries x keys, for example "
+                f"{DEFAULT_GEOMETRY}; got {text!r}"
             )
         return sizes
 

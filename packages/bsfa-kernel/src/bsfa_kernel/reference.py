@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The semantics of docs/semantics.md in PyTorch: the CPU back end, and the oracle of the tests.
 
-Written to be read beside that page, and to be fast enough to run a small model: it works query block
-by query block, and on so many heads at a time as keep the scores in cache, so that memory grows
-with the length and not with its square.
+Written to be read beside that page, and to be fast enough to run a small model: it works query
+block by query block, and on so many heads at a time as keep the scores in cache, so that memory
+grows with the length and not with its square.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,11 @@ _INF = float("inf")
 _SCORES_AT_A_TIME_CPU = 2**22
 _SCORES_AT_A_TIME_GPU = 2**27
 
+# Share of kept blocks below which a CPU is faster on a copy of them than on all, masked.
+_WORTH_GATHERING = 0.6
+
+_LOG2_E = 1.4426950408889634
+
 
 class AttentionResult(NamedTuple):
     """What ``attention`` computes; shapes as in docs/semantics.md, those of varlen in brackets."""
@@ -38,16 +44,16 @@ class AttentionResult(NamedTuple):
     """[batch, seqlen_q, heads, head_dim] ([total_q, heads, head_dim]), in q's dtype or, if given,
     ``compute_dtype``."""
     lse: Tensor
-    """[batch, heads, seqlen_q] ([heads, total_q]); float64 where that was computed in, else float32."""
+    """[batch, heads, seqlen_q] ([heads, total_q]), in the dtype computed in."""
     kept: Tensor
-    """[batch, heads, q_blocks] ([heads, total_q // q_block + batch]), int32: number of blocks kept."""
+    """[batch, heads, q_blocks] ([heads, total_q // q_block + batch]), int32: how many blocks."""
     mask: Tensor
-    """[batch, heads, q_blocks, k_blocks] ([heads, total_q // q_block + batch, k_blocks of the longest
-    sequence]), bool: the blocks kept."""
+    """[batch, heads, q_blocks, k_blocks] ([heads, total_q // q_block + batch, k_blocks of the
+    longest sequence]), bool: which blocks."""
     margin: Tensor
-    """As ``kept``, in the dtype computed in: how far the closest verdict of the query block was from
-    the other one, in units of scaled scores; inf where nothing was decided. Arithmetic that errs by
-    less must come to the same verdicts."""
+    """As ``kept``, in the dtype computed in: how far the closest verdict of the query block was
+    from the other one, in units of scaled scores; inf where nothing was decided. Arithmetic that
+    errs by less must come to the same verdicts."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +137,12 @@ def attention(
             float16, bfloat16, float32 or float64, on any device, with any strides.
         k: [batch, seqlen_k, kv_heads, head_dim], or [total_k, kv_heads, head_dim].
         v: as k.
-        thresholds: float32 (or, unlike elsewhere, float64) [heads, rows], in units of scaled scores.
+        thresholds: float32 (here also float64) [heads, rows], in units of scaled scores.
         causal: query i sees keys j <= i + seqlen_k - seqlen_q, else all keys.
         scale: factor of the scores; head_dim ** -0.5 by default.
         rule: one of ``RULES``.
-        geometry: size of a sparsity block; here it may be any, so that cases can be worked by hand.
-        cu_seqlens_q: int32 [batch + 1], from 0 to total_q: where the packed sequences begin and end.
+        geometry: size of a sparsity block; here any, so that cases can be worked by hand.
+        cu_seqlens_q: int32 [batch + 1], from 0 to total_q: where packed sequences begin and end.
         cu_seqlens_k: int32 [batch + 1], from 0 to total_k.
         compute_dtype: float32 or float64, to compute and return in; by default float64 inputs are
             computed in float64, all others in float32, and the output has q's dtype.
@@ -155,10 +161,8 @@ def attention(
     geometry = Geometry(*geometry)
     dtype = _compute_dtype(q, compute_dtype)
     scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    lse_dtype = dtype if dtype == torch.float64 else torch.float32
     heads = q.shape[-2]
 
-    result: AttentionResult
     if cu_seqlens_q is None or cu_seqlens_k is None:
         batch, seqlen_q = q.shape[:2]
         q_blocks = block_count(seqlen_q, geometry.q_block)
@@ -167,13 +171,13 @@ def attention(
             q, compute_dtype, dtype, (batch, heads, seqlen_q), (batch, heads, q_blocks), k_blocks
         )
         _attend(q, k, v, thresholds, result, causal, scale, rule, geometry, dtype)
-        return result._replace(lse=result.lse.to(lse_dtype))
+        return result
 
     check_cu_seqlens_values(cu_seqlens_q, "cu_seqlens_q", "total_q", q.shape[0])
     check_cu_seqlens_values(cu_seqlens_k, "cu_seqlens_k", "total_k", k.shape[0])
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     batch = len(starts_q) - 1
-    longest = max((e - b for b, e in zip(starts_k, starts_k[1:], strict=False)), default=0)
+    longest = max((e - b for b, e in pairwise(starts_k)), default=0)
     columns = q.shape[0] // geometry.q_block + batch
     result = _empty_result(
         q,
@@ -209,7 +213,7 @@ def attention(
             geometry,
             dtype,
         )
-    return result._replace(lse=result.lse.to(lse_dtype))
+    return result
 
 
 def _compute_dtype(q: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
@@ -253,8 +257,15 @@ def _grouped_queries(q: Tensor, kv_heads: int, scale: float, dtype: torch.dtype)
     The query heads that read one kv head lie side by side, so that nothing of it is repeated.
     """
     batch, rows, heads, head_dim = q.shape
-    grouped = q.unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
-    return (grouped.to(dtype) * scale).reshape(batch * kv_heads, -1, head_dim)
+    group = heads // kv_heads
+    scaled = torch.empty((batch, kv_heads, group, rows, head_dim), dtype=dtype, device=q.device)
+    scaled.view(batch, heads, rows, head_dim).copy_(q.transpose(1, 2)).mul_(scale)
+    return scaled.view(batch * kv_heads, group * rows, head_dim)
+
+
+def _in_blocks(scores: Tensor, k_block: int) -> Tensor:
+    """A view of [..., keys] as [..., k_blocks, k_block]."""
+    return scores.view(*scores.shape[:-1], scores.shape[-1] // k_block, k_block)
 
 
 def _chunks(total: int, scores_each: int, device: torch.device) -> Iterator[slice]:
@@ -285,7 +296,7 @@ def _attend(
     geometry: Geometry,
     dtype: torch.dtype,
 ) -> None:
-    """Fill ``result``, which holds what queries without keys give, for sequences of equal length."""
+    """Fill ``result``, which holds what queries without keys give."""
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, kv_heads = k.shape[1:3]
     group = heads // kv_heads
@@ -312,13 +323,19 @@ def _attend(
             scores = torch.bmm(queries[chunk], keys[chunk, : block.visible_keys].transpose(1, 2))
             scores = scores.view(-1, group, block.rows, block.visible_keys)
             undecided = block.full_blocks * geometry.k_block
-            blocks = scores[..., :undecided].unflatten(-1, (block.full_blocks, geometry.k_block))
+            blocks = _in_blocks(scores[..., :undecided], geometry.k_block)
             forced = scores[..., undecided:]
             if causal:
                 _hide_masked(forced, block, undecided, seqlen_k - seqlen_q)
             if block.full_blocks:
                 keep[chunk], margin[chunk] = _verdicts(blocks, forced, bounds[chunk], rule)
-                if not keep[chunk].all():
+                share = keep[chunk].mean(dtype=torch.float32).item()
+                if share < _WORTH_GATHERING and q.device.type == "cpu":
+                    _attend_gathered(
+                        blocks, forced, keep[chunk], values[chunk], out[chunk], lse[chunk]
+                    )
+                    continue
+                if share < 1.0:
                     blocks.masked_fill_(~keep[chunk, :, None, :, None], -_INF)
             out[chunk], lse[chunk] = _softmax_times(scores, values[chunk, : block.visible_keys])
 
@@ -330,6 +347,18 @@ def _attend(
         result.mask[:, :, block.index, block.full_blocks : k_blocks] = True
         result.kept[:, :, block.index] = keep.sum(-1) + (k_blocks - block.full_blocks)
         result.margin[:, :, block.index] = margin.view(batch, heads)
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp, in place; by exp2, which keeps its speed on a CPU where results are tiny or 0."""
+    return x.mul_(_LOG2_E).exp2_()
+
+
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """Log-sum-exp over the last dimension; -inf where everything in it is."""
+    largest = x.amax(-1, keepdim=True)
+    weights = _exp_(x - largest.masked_fill(largest == -_INF, 0.0))
+    return (largest + weights.sum(-1, keepdim=True).log()).squeeze(-1)
 
 
 def _softmax_times(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,11 +373,40 @@ def _softmax_times(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         for rows with nothing left.
     """
     largest = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(largest.masked_fill(largest == -_INF, 0.0)).exp_()
+    weights = _exp_(scores.sub_(largest.masked_fill(largest == -_INF, 0.0)))
     total = weights.sum(-1, keepdim=True)
     out = torch.bmm(weights.flatten(1, 2), values)
     out /= total.masked_fill(total == 0, 1.0).flatten(1, 2)
     return out, (largest + total.log()).squeeze(-1)
+
+
+def _attend_gathered(
+    blocks: Tensor, forced: Tensor, keep: Tensor, values: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    """Softmax times values on a copy of what is kept, head by head.
+
+    Args:
+        blocks: scores [kv_heads, group, rows, full_blocks, k_block].
+        forced: scores [kv_heads, group, rows, keys] of the keys after them, -inf where masked.
+        keep: bool [kv_heads, group, full_blocks].
+        values: [kv_heads, keys, head_dim].
+        out: written, [kv_heads, group * rows, head_dim].
+        lse: written, [kv_heads, group, rows].
+    """
+    kv_heads, group, rows, full_blocks, k_block = blocks.shape
+    undecided = full_blocks * k_block
+    last_values = values[:, undecided : undecided + forced.shape[-1]]
+    value_blocks = values[:, :undecided].view(kv_heads, full_blocks, k_block, -1)
+    for kv_head in range(kv_heads):
+        for member in range(group):
+            chosen = keep[kv_head, member].nonzero().squeeze(1)
+            kept_scores = blocks[kv_head, member].index_select(1, chosen).flatten(1)
+            kept_scores = torch.cat((kept_scores, forced[kv_head, member]), 1)
+            kept_values = value_blocks[kv_head].index_select(0, chosen).flatten(0, 1)
+            kept_values = torch.cat((kept_values, last_values[kv_head]))
+            weighted, norm = _softmax_times(kept_scores[None, None], kept_values[None])
+            out[kv_head, member * rows : (member + 1) * rows] = weighted[0]
+            lse[kv_head, member] = norm[0, 0]
 
 
 def _verdicts(blocks: Tensor, forced: Tensor, bounds: Tensor, rule: str) -> tuple[Tensor, Tensor]:
@@ -381,10 +439,10 @@ def _verdicts(blocks: Tensor, forced: Tensor, bounds: Tensor, rule: str) -> tupl
         if forced.shape[-1]:
             reference = forced.amax(-1)
     else:
-        gains = blocks.logsumexp(-1).permute(3, 0, 1, 2).contiguous()
+        gains = _log_sum_exp(blocks).permute(3, 0, 1, 2).contiguous()
         merge = torch.logaddexp
         if forced.shape[-1]:
-            reference = forced.logsumexp(-1)
+            reference = _log_sum_exp(forced)
     decidable = bounds < _INF  # +inf keeps no block, not even where a row has kept nothing yet
     keep = torch.empty((len(row_maxima), *bounds.shape), dtype=torch.bool, device=blocks.device)
     distances = torch.empty(
@@ -425,8 +483,8 @@ def block_maxima(
         compute_dtype: as in ``attention``.
 
     Returns:
-        float32 (float64 where that was computed in) [batch, heads, q_blocks, k_blocks]; -inf where no
-        score is visible, +inf where a relative rule meets a row that has seen nothing yet.
+        [batch, heads, q_blocks, k_blocks], in the dtype computed in; -inf where no score is
+        visible, +inf where a relative rule meets a row that has seen nothing yet.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -483,16 +541,16 @@ def _excesses(scores: Tensor, rule: str, k_block: int) -> Tensor:
     ragged = -scores.shape[-1] % k_block
     if ragged:
         scores = torch.nn.functional.pad(scores, (0, ragged), value=-_INF)
-    blocks = scores.unflatten(-1, (-1, k_block))
+    blocks = _in_blocks(scores, k_block)
     row_maxima = blocks.amax(-1)
     if rule == "absolute":
         return row_maxima.amax(2)
     if rule == "running_max":
         so_far = row_maxima.flip(-1).cummax(-1).values
     else:
-        so_far = blocks.logsumexp(-1).flip(-1).logcumsumexp(-1)
+        so_far = _log_sum_exp(blocks).flip(-1).logcumsumexp(-1)
     # What a block meets is what the blocks after it have left.
     reference = torch.full_like(row_maxima, -_INF)
     reference[..., :-1] = so_far.flip(-1)[..., 1:]
-    excess = (row_maxima - reference).masked_fill_(row_maxima == -_INF, -_INF)
-    return excess.amax(2)
+    excess = row_maxima - reference
+    return excess.masked_fill_(row_maxima == -_INF, -_INF).amax(2)
