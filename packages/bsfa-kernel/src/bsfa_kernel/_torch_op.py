@@ -37,11 +37,11 @@ _library.define(
 )
 
 _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1}
-_NO_STRIDES = (0, 0, 0)
 
 
 def _allocate(
     q: Tensor,
+    thresholds: Tensor,
     cu_seqlens_q: Tensor | None,
     q_block: int,
     lse_dtype: torch.dtype,
@@ -49,23 +49,26 @@ def _allocate(
     return_kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs, unwritten; empty where not asked for."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = kept = None
     if cu_seqlens_q is None:
         batch, seqlen_q, heads, _ = q.shape
-        lse_shape: tuple[int, ...] = (batch, heads, seqlen_q) if return_lse else (0,)
-        kept_shape: tuple[int, ...] = (0,)
+        if return_lse:
+            lse = q.new_empty((batch, heads, seqlen_q), dtype=lse_dtype)
         if return_kept:
-            kept_shape = (batch, heads, block_count(seqlen_q, q_block))
-        kept = torch.empty(kept_shape, dtype=torch.int32, device=q.device)
+            kept = q.new_empty((batch, heads, block_count(seqlen_q, q_block)), dtype=torch.int32)
     else:
         total_q, heads, _ = q.shape
-        lse_shape = (heads, total_q) if return_lse else (0,)
-        kept_shape = (0,)
+        if return_lse:
+            lse = q.new_empty((heads, total_q), dtype=lse_dtype)
         if return_kept:
-            kept_shape = (heads, total_q // q_block + cu_seqlens_q.shape[0] - 1)
-        # Some columns belong to no query block.
-        kept = torch.zeros(kept_shape, dtype=torch.int32, device=q.device)
-    lse = torch.empty(lse_shape, dtype=lse_dtype, device=q.device)
+            columns = total_q // q_block + cu_seqlens_q.shape[0] - 1
+            # Zeros, as some columns belong to no query block.
+            kept = q.new_zeros((heads, columns), dtype=torch.int32)
+    if lse is None:
+        lse = thresholds.new_empty(0)
+    if kept is None:
+        kept = thresholds.new_empty(0)
     return out, lse, kept
 
 
@@ -99,8 +102,8 @@ def _forward_cpu(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
-    lse = result.lse if return_lse else result.lse.new_empty(0)
-    kept = result.kept if return_kept else result.kept.new_empty(0)
+    lse = result.lse if return_lse else thresholds.new_empty(0)
+    kept = result.kept if return_kept else thresholds.new_empty(0)
     return result.out, lse, kept
 
 
@@ -125,7 +128,9 @@ def _forward_cuda(
     check_kernel_tensor(q, "q")
     check_kernel_tensor(k, "k")
     check_kernel_tensor(v, "v")
-    out, lse, kept = _allocate(q, cu_seqlens_q, q_block, torch.float32, return_lse, return_kept)
+    out, lse, kept = _allocate(
+        q, thresholds, cu_seqlens_q, q_block, torch.float32, return_lse, return_kept
+    )
     if out.numel() == 0:
         kept.zero_()
         return out, lse, kept
@@ -139,51 +144,48 @@ def _forward_cuda(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         batch, seqlen_q, heads, head_dim = q.shape
         seqlen_k, kv_heads = k.shape[1], k.shape[2]
-        strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3])
-        starts_q = starts_k = None
+        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
+        starts_q = starts_k = 0
     else:
         batch = cu_seqlens_q.shape[0] - 1
         seqlen_q, heads, head_dim = q.shape
         seqlen_k, kv_heads = k.shape[0], k.shape[1]
         strides = (
-            (0, *q.stride()[:2]),
-            (0, *k.stride()[:2]),
-            (0, *v.stride()[:2]),
-            (0, *out.stride()[:2]),
+            *(0, *q.stride()[:2]),
+            *(0, *k.stride()[:2]),
+            *(0, *v.stride()[:2]),
+            *(0, *out.stride()[:2]),
         )
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         starts_q, starts_k = cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr()
     device = q.device
     _native.forward(
-        _native.ForwardArgs(
-            *_native.FORWARD_HEADER,
-            device.index,
-            _native.insisted_arch(),
-            torch.cuda.current_stream(device).cuda_stream,
-            _DTYPE_CODES[q.dtype],
-            RULE_CODES[rule],
-            causal,
-            q_block,
-            k_block,
-            head_dim**-0.5 if scale is None else scale,
-            batch,
-            heads,
-            kv_heads,
-            head_dim,
-            seqlen_q,
-            seqlen_k,
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            out.data_ptr(),
-            *strides,
-            thresholds.data_ptr(),
-            thresholds.shape[1],
-            starts_q,
-            starts_k,
-            lse.data_ptr() if return_lse else None,
-            kept.data_ptr() if return_kept else None,
-        )
+        device.index,
+        _native.insisted_arch(),
+        torch.cuda.current_stream(device).cuda_stream,
+        _DTYPE_CODES[q.dtype],
+        RULE_CODES[rule],
+        causal,
+        q_block,
+        k_block,
+        head_dim**-0.5 if scale is None else scale,
+        batch,
+        heads,
+        kv_heads,
+        head_dim,
+        seqlen_q,
+        seqlen_k,
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        *strides,
+        thresholds.data_ptr(),
+        thresholds.shape[1],
+        starts_q,
+        starts_k,
+        lse.data_ptr() if return_lse else 0,
+        kept.data_ptr() if return_kept else 0,
     )
     return out, lse, kept
 
@@ -206,7 +208,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_forward(q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, scale, rule, (q_block, k_block))
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _allocate(q, cu_seqlens_q, q_block, lse_dtype, return_lse, return_kept)
+    return _allocate(q, thresholds, cu_seqlens_q, q_block, lse_dtype, return_lse, return_kept)
 
 
 @torch.library.impl(_library, "block_maxima", "CPU")
@@ -244,29 +246,26 @@ def _block_maxima_cuda(
     batch, seqlen_q, heads, head_dim = q.shape
     device = q.device
     _native.block_maxima(
-        _native.BlockMaximaArgs(
-            *_native.BLOCK_MAXIMA_HEADER,
-            device.index,
-            _native.insisted_arch(),
-            torch.cuda.current_stream(device).cuda_stream,
-            _DTYPE_CODES[q.dtype],
-            RULE_CODES[rule],
-            causal,
-            q_block,
-            k_block,
-            head_dim**-0.5 if scale is None else scale,
-            batch,
-            heads,
-            k.shape[2],
-            head_dim,
-            seqlen_q,
-            k.shape[1],
-            q.data_ptr(),
-            k.data_ptr(),
-            q.stride()[:3],
-            k.stride()[:3],
-            maxima.data_ptr(),
-        )
+        device.index,
+        _native.insisted_arch(),
+        torch.cuda.current_stream(device).cuda_stream,
+        _DTYPE_CODES[q.dtype],
+        RULE_CODES[rule],
+        causal,
+        q_block,
+        k_block,
+        head_dim**-0.5 if scale is None else scale,
+        batch,
+        heads,
+        k.shape[2],
+        head_dim,
+        seqlen_q,
+        k.shape[1],
+        q.data_ptr(),
+        k.data_ptr(),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        maxima.data_ptr(),
     )
     return maxima
 

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -151,7 +153,8 @@ def block_sparse_attention(
     check_number(scale, "scale")
     check_rule(rule)
     check_geometry(geometry)
-    out, lse, kept = torch.ops.bsfa.forward(
+    operator = _operator(torch.ops.bsfa.forward, q, k, v)
+    out, lse, kept = operator(
         q,
         k,
         v,
@@ -211,6 +214,23 @@ def block_maxima(
     check_number(scale, "scale")
     check_rule(rule)
     check_geometry(geometry)
-    return torch.ops.bsfa.block_maxima(  # type: ignore[no-any-return]
-        q, k, bool(causal), scale, rule, geometry[0], geometry[1]
-    )
+    operator = _operator(torch.ops.bsfa.block_maxima, q, k)
+    maxima: Tensor = operator(q, k, bool(causal), scale, rule, geometry[0], geometry[1])
+    return maxima
+
+
+def _operator(operator: Any, *inputs: Tensor) -> Callable[..., Any]:
+    """The operator, called below autograd where that has nothing to do.
+
+    Autograd's step is in Python, and would be half of what a call costs on the host.
+    """
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    ):
+        return cast("Callable[..., Any]", operator)
+    return partial(_below_autograd, operator.default)
+
+
+def _below_autograd(operator: Callable[..., Any], *arguments: object) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
