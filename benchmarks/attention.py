@@ -1,0 +1,595 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Speed of the attention kernels against sparsity, beside the dense kernels that users have.
+
+Every kernel is checked against the float32 reference at a small size before it is timed, and where
+the skipped blocks weigh nothing, also against a dense kernel at the size that is timed. One record
+a measurement is appended to a JSON Lines file::
+
+    python benchmarks/attention.py --preset quick --out benchmarks/results/quick.jsonl
+
+``--device cpu`` runs the reference back end on small inputs: a test of this program, and no
+measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bsfa_kernel
+import inputs
+import kernels
+from bsfa_kernel import Geometry
+from harness import Budget, Record, Results, Timer, clocks, environment, progress
+from inputs import Problem, Shape
+
+DENSE = "dense"  # instead of a sparsity: thresholds of -inf
+
+# How far an output may be from the float32 reference, as |difference| / |reference|. Rounding the
+# probabilities and the output to the element type gives about a third of it.
+_ERROR_LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+_CHECKED_SEQLEN = 1000  # no multiple of any block
+_CHECKED_SPARSITY = 0.5
+
+# Only to say beforehand how long a sweep will take.
+_ASSUMED_TFLOPS = {
+    "fa3": 600.0,
+    "cudnn": 450.0,
+    "fa2": 300.0,
+    "bsfa_sm90": 500.0,
+    "bsfa_sm80": 300.0,
+}
+_ASSUMED_SECONDS_A_CASE = 1.0
+
+_SPARSITIES = (DENSE, "0", "0.5", "0.75", "0.9", "0.95")
+_BOTH = bsfa_kernel.GEOMETRIES
+_BF16, _FP16 = torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A product of settings."""
+
+    seqlens: tuple[int, ...]
+    sparsities: tuple[str, ...] = _SPARSITIES
+    dtypes: tuple[torch.dtype, ...] = (_BF16,)
+    head_dims: tuple[int, ...] = (128,)
+    heads: tuple[int, ...] = (32,)
+    kv_heads: tuple[int, ...] = (8,)
+    batches: tuple[int, ...] = (1,)
+    geometries: tuple[Geometry, ...] = _BOTH
+    rules: tuple[str, ...] = ("absolute",)
+    inputs: tuple[str, ...] = ("planted",)
+    kernels: tuple[str, ...] = kernels.NAMES
+    causal: bool = True
+
+
+_K = 1024
+_LONG = (64 * _K, 128 * _K)
+_HOPPER = tuple(name for name in kernels.NAMES if name != "bsfa_sm80")
+_AMPERE = tuple(name for name in kernels.NAMES if name != "bsfa_sm90")
+
+# In each, the most important comes first, so that a budget cuts the rest.
+PRESETS: dict[str, tuple[Sweep, ...]] = {
+    "quick": (Sweep((16 * _K,), (DENSE, "0.5", "0.9"), geometries=_BOTH[:1]),),
+    "issue3": (
+        Sweep((64 * _K,), kernels=_AMPERE),
+        Sweep((64 * _K,), dtypes=(_FP16,), kernels=_AMPERE, geometries=_BOTH[:1]),
+    ),
+    "issue4": (
+        Sweep(_LONG[:1], kernels=_HOPPER),
+        Sweep(_LONG[1:], kernels=_HOPPER),
+        Sweep(_LONG[:1], dtypes=(_FP16,), kernels=_HOPPER),
+        Sweep(
+            _LONG[:1],
+            ("0.5", "0.75", "0.9", "0.95"),
+            inputs=("irregular",),
+            kernels=("bsfa_sm90", "fa3"),
+        ),
+        Sweep(
+            (2 * _K, 4 * _K, 8 * _K, 16 * _K, 32 * _K),
+            (DENSE,),
+            (_BF16, _FP16),
+            kernels=_HOPPER,
+            geometries=_BOTH[:1],
+        ),
+        Sweep(_LONG[:1], head_dims=(64,), kernels=_HOPPER),
+        Sweep(_LONG[1:], dtypes=(_FP16,), kernels=_HOPPER),
+        Sweep(_LONG[1:], head_dims=(64,), kernels=_HOPPER),
+    ),
+    "full": (
+        Sweep(tuple(n * _K for n in (2, 4, 8, 16, 32, 64, 128)), (*_SPARSITIES, "1")),
+        Sweep((64 * _K,), _SPARSITIES, (_BF16, _FP16), (64, 128)),
+        Sweep((64 * _K,), (DENSE, "0.5", "0.9"), kv_heads=(32, 8, 4, 1), geometries=_BOTH[:1]),
+        Sweep((64 * _K,), (DENSE, "0.5", "0.9"), rules=("running_max", "running_lse")),
+        Sweep((64 * _K,), ("0.5", "0.75", "0.9"), rules=bsfa_kernel.RULES, inputs=("irregular",)),
+        Sweep(
+            (16 * _K,), (DENSE, "0.5", "0.9"), batches=(1, 4), heads=(8, 32), geometries=_BOTH[:1]
+        ),
+    ),
+}
+
+# What --device cpu runs unless told otherwise.
+_SELF_TEST = (
+    Sweep((384,), (DENSE, "0.5"), heads=(4,), kv_heads=(2,), head_dims=(32,), dtypes=(_BF16,)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs, and what is measured on them."""
+
+    shape: Shape
+    inputs: str
+    asked: str
+    rule: str
+    geometries: tuple[Geometry, ...]
+    kernels: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shape = self.shape
+        return (
+            f"{shape.seqlen} tokens, {shape.dtype_name}, head_dim {shape.head_dim}, "
+            f"{shape.heads}/{shape.kv_heads} heads, batch {shape.batch}, {self.rule}, "
+            f"{' and '.join(map(str, self.geometries))} blocks, "
+            f"{self.inputs}, {self.asked}"
+        )
+
+    @property
+    def model_file(self) -> Path | None:
+        """Where the inputs come from if they are a real model's."""
+        return None if self.inputs in ("planted", "irregular") else Path(self.inputs)
+
+    def expected_seconds(self, timer_seconds: float, least: int) -> float:
+        """A rough guess, for plans and budgets."""
+        total = _ASSUMED_SECONDS_A_CASE
+        share = 0.0 if self.asked == DENSE else float(self.asked)
+        for name in self.kernels:
+            rate = _ASSUMED_TFLOPS.get(name)
+            if rate is None:
+                continue
+            ours = name.startswith("bsfa")
+            seconds = self.shape.flops / rate / 1e12 * (1 - share / 2 if ours else 1)
+            total += (4 * seconds + max(timer_seconds, least * seconds)) * (
+                len(self.geometries) if ours else 1
+            )
+        return total
+
+
+def cases(sweeps: tuple[Sweep, ...]) -> Iterator[Case]:
+    """The cases of the sweeps, none twice, in an order in which neighbours compare."""
+    seen: set[Case] = set()
+    for sweep in sweeps:
+        for seqlen, dtype, head_dim, heads, kv_heads, batch, kind, rule, asked in itertools.product(
+            sweep.seqlens,
+            sweep.dtypes,
+            sweep.head_dims,
+            sweep.heads,
+            sweep.kv_heads,
+            sweep.batches,
+            sweep.inputs,
+            sweep.rules,
+            sweep.sparsities,
+        ):
+            if heads % kv_heads or (kind == "irregular" and asked == DENSE):
+                continue
+            shape = Shape(seqlen, heads, kv_heads, head_dim, batch, sweep.causal, dtype)
+            # Irregular inputs are made for one geometry.
+            groups = [(g,) for g in sweep.geometries] if kind == "irregular" else [sweep.geometries]
+            for geometries in groups:
+                case = Case(shape, kind, asked, rule, geometries, sweep.kernels)
+                if case not in seen:
+                    seen.add(case)
+                    yield case
+
+
+def make(case: Case, device: torch.device, *, seed: int) -> Problem:
+    """The inputs of a case, with thresholds."""
+    asked = None if case.asked == DENSE else float(case.asked)
+    options: dict[str, Any] = {"rule": case.rule}
+    if case.model_file is not None:
+        problem = inputs.from_model(
+            case.model_file,
+            asked,
+            device,
+            dtype=case.shape.dtype,
+            geometries=case.geometries,
+            **options,
+        )
+    elif case.inputs == "irregular":
+        (geometry,) = case.geometries
+        problem = inputs.irregular(
+            case.shape, asked or 0.0, device, geometry=geometry, seed=seed, **options
+        )
+    else:
+        problem = inputs.planted(
+            case.shape, asked or 0.0, device, geometries=case.geometries, seed=seed, **options
+        )
+    if asked is None:
+        problem.thresholds = {g: inputs.keep_everything(problem) for g in case.geometries}
+        problem.same_as_dense = True
+    return problem
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    """|out - expected| / |expected|, in float32; NaN wherever there is one."""
+    difference = torch.linalg.vector_norm((out - expected).float())
+    return float(difference / torch.linalg.vector_norm(expected.float()))
+
+
+@dataclass
+class Checks:
+    """Compares each kernel with the float32 reference, once for each kind of call."""
+
+    device: torch.device
+    seed: int
+    results: dict[tuple[object, ...], tuple[float | None, str]] = field(default_factory=dict)
+
+    def dense(self, kernel: kernels.DenseKernel, shape: Shape) -> tuple[float | None, str]:
+        """The error of a dense kernel, and why it must not be timed ("" if it may)."""
+        return self._once(
+            (kernel.name, self._small(shape)), lambda: self._check_dense(kernel, self._small(shape))
+        )
+
+    def ours(
+        self, kernel: kernels.Bsfa, shape: Shape, kind: str, rule: str, geometry: Geometry
+    ) -> tuple[float | None, str]:
+        """The error of a kernel of this project, and why it must not be timed ("" if it may)."""
+        kind = kind if kind == "irregular" else "planted"
+        small = self._small(shape)
+        return self._once(
+            (kernel.name, small, kind, rule, geometry),
+            lambda: self._check_ours(kernel, small, kind, rule, geometry),
+        )
+
+    def _once(
+        self, key: tuple[object, ...], check: Callable[[], tuple[float | None, str]]
+    ) -> tuple[float | None, str]:
+        if key not in self.results:
+            try:
+                self.results[key] = check()
+            except (RuntimeError, NotImplementedError, ValueError) as reason:
+                self.results[key] = None, " ".join(str(reason).split())[:300]
+        return self.results[key]
+
+    def _small(self, shape: Shape) -> Shape:
+        return replace(shape, seqlen=min(shape.seqlen, _CHECKED_SEQLEN), batch=min(shape.batch, 2))
+
+    def _check_dense(self, kernel: kernels.DenseKernel, shape: Shape) -> tuple[float | None, str]:
+        problem = inputs.dense(shape, self.device, seed=self.seed)
+        out = kernel.prepare(problem)()
+        dtype = torch.bfloat16 if kernel.note(problem) == "in bfloat16" else shape.dtype
+        expected = _reference(problem, inputs.keep_everything(problem), _BOTH[0])
+        return _verdict(error(out, expected.out), dtype)
+
+    def _check_ours(
+        self, kernel: kernels.Bsfa, shape: Shape, kind: str, rule: str, geometry: Geometry
+    ) -> tuple[float | None, str]:
+        case = Case(shape, kind, str(_CHECKED_SPARSITY), rule, (geometry,), ())
+        problem = make(case, self.device, seed=self.seed)
+        thresholds = problem.thresholds[geometry]
+        call, kept = kernel.prepare(problem, thresholds, geometry)
+        expected = _reference(problem, thresholds, geometry)
+        # Planted blocks are far from their thresholds; an irregular one may be a tie in a rare
+        # case.
+        flips = float((kept != expected.kept).float().mean())
+        if flips > (0.0 if kind == "planted" else 0.01):
+            return None, f"{flips:.1%} of the query blocks keep other blocks than the reference"
+        return _verdict(error(call(), expected.out), shape.dtype)
+
+
+def _reference(problem: Problem, thresholds: Tensor, geometry: Geometry) -> Any:
+    q, k, v = problem.q.float(), problem.k.float(), problem.v.float()
+    options: dict[str, Any] = {
+        "causal": problem.shape.causal,
+        "rule": problem.rule,
+        "geometry": geometry,
+    }
+    return bsfa_kernel.reference.attention(q, k, v, thresholds, **options)
+
+
+def _verdict(measured: float, dtype: torch.dtype) -> tuple[float | None, str]:
+    limit = _ERROR_LIMIT[dtype]
+    if measured <= limit:  # false for NaN
+        return measured, ""
+    return measured, f"its error is {measured:.2e}, more than {limit:.0e}"
+
+
+@dataclass
+class Entry:
+    """A call to time, and what its record will say."""
+
+    kernel: str
+    call: Callable[[], Tensor]
+    error: float | None
+    sparsity: float = 0.0
+    geometry: Geometry | None = None
+    note: str = ""
+
+
+class Benchmark:
+    """Runs cases and writes their records."""
+
+    def __init__(self, device: torch.device, results: Results, timer: Timer, *, seed: int) -> None:
+        """Prepare; nothing runs yet."""
+        self.device = device
+        self.results = results
+        self.timer = timer
+        self.seed = seed
+        self.checks = Checks(device, seed)
+        self.environment = environment(device)
+        self.records: list[Record] = []
+        self.rejected: dict[str, str] = {}
+        self._cuda = device.type == "cuda"
+
+    def run(self, case: Case) -> None:
+        """Measure one case."""
+        problem = make(case, self.device, seed=self.seed)
+        case = replace(case, shape=problem.shape)
+        dense = self._dense_entries(case, problem)
+        ours = self._our_entries(case, problem, dense)
+        entries = {f"{e.kernel} {e.geometry or ''}".strip(): e for e in (*dense, *ours)}
+        before = clocks(self.device)
+        measured = self.timer.measure({name: entry.call for name, entry in entries.items()})
+        after = clocks(self.device)
+        for name, reason in measured.failures.items():
+            self._reject(entries[name].kernel, case, reason)
+        baselines = {
+            entries[name].kernel: timing.median
+            for name, timing in measured.timings.items()
+            if entries[name] in dense
+        }
+        for name, timing in measured.timings.items():
+            entry = entries[name]
+            record = self._record(case, problem, entry, timing.fields(), baselines)
+            record["clocks"] = {"before": before, "after": after}
+            self.results.append(record)
+            self.records.append(record)
+            ratios = ", ".join(f"{v:.2f}x {k}" for k, v in record["speedup"].items())
+            progress(f"  {name:22} {timing.median:9.3f} ms  s={entry.sparsity:.3f}  {ratios}")
+
+    def _dense_entries(self, case: Case, problem: Problem) -> list[Entry]:
+        entries = []
+        for kernel in kernels.DENSE if self._cuda else kernels.SELF_TEST_DENSE:
+            if self._cuda and kernel.name not in case.kernels:
+                continue
+            if reason := kernel.available(case.shape, self.device):
+                self._reject(kernel.name, case, reason)
+                continue
+            error, reason = self.checks.dense(kernel, case.shape)
+            if reason:
+                self._reject(kernel.name, case, reason)
+                continue
+            call = kernel.prepare(problem)
+            entries.append(Entry(kernel.name, call, error, note=kernel.note(problem)))
+        return entries
+
+    def _our_entries(self, case: Case, problem: Problem, dense: list[Entry]) -> list[Entry]:
+        entries: list[Entry] = []
+        # What the outputs must be, where nothing that matters is skipped.
+        expected = dense[0].call() if dense and problem.same_as_dense else None
+        for kernel in kernels.OURS if self._cuda else (kernels.Bsfa(0),):
+            if self._cuda and kernel.name not in case.kernels:
+                continue
+            if reason := kernel.available(case.shape, self.device):
+                self._reject(kernel.name, case, reason)
+                continue
+            for geometry in case.geometries:
+                error, reason = self.checks.ours(
+                    kernel, case.shape, case.inputs, case.rule, geometry
+                )
+                if reason:
+                    self._reject(kernel.name, case, reason)
+                    continue
+                try:
+                    call, kept = kernel.prepare(problem, problem.thresholds[geometry], geometry)
+                    reason = self._compare(call(), expected)
+                except (RuntimeError, NotImplementedError) as failure:
+                    reason = " ".join(str(failure).split())[:300]
+                if reason:
+                    self._reject(kernel.name, case, reason)
+                    continue
+                sparsity = inputs.measured_sparsity(kept, case.shape, geometry)
+                entries.append(Entry(kernel.name, call, error, sparsity, geometry))
+        if entries and problem.same_as_dense and problem.rule == "absolute" and self._cuda:
+            entries += self._flashinfer(case, problem, entries[0].sparsity, expected)
+        return entries
+
+    def _flashinfer(
+        self, case: Case, problem: Problem, sparsity: float, expected: Tensor | None
+    ) -> list[Entry]:
+        kernel = kernels.FlashInferSkipSoftmax()
+        if kernel.name not in case.kernels:
+            return []
+        if reason := kernel.available(case.shape, self.device):
+            self._reject(kernel.name, case, reason)
+            return []
+        skip_below = None if case.asked == DENSE else -inputs.PLANTED_SHIFT / 2
+        try:
+            call = kernel.prepare(problem, skip_below=skip_below)
+            reason = self._compare(call(), expected)
+        except Exception as failure:  # it compiles at run time, which fails in many ways
+            reason = " ".join(str(failure).split())[:300]
+        if reason:
+            self._reject(kernel.name, case, reason)
+            return []
+        note = "the sparsity is that of the inputs"
+        return [Entry(kernel.name, call, None, sparsity, note=note)]
+
+    def _compare(self, out: Tensor, expected: Tensor | None) -> str:
+        """Why an output at the timed size is wrong; "" where it is not, or nothing is known."""
+        if expected is None:
+            return ""
+        difference = error(out, expected)
+        limit = 2 * max(_ERROR_LIMIT.values())
+        if difference <= limit:
+            return ""
+        return f"at this size its output is {difference:.2e} from a dense kernel's"
+
+    def _reject(self, kernel: str, case: Case, reason: str) -> None:
+        if self.rejected.get(kernel) != reason:
+            progress(f"  {kernel}: not timed: {reason}")
+        self.rejected[kernel] = reason
+
+    def _record(
+        self,
+        case: Case,
+        problem: Problem,
+        entry: Entry,
+        timing: Record,
+        baselines: dict[str, float],
+    ) -> Record:
+        shape = case.shape
+        share = 1.0 - entry.sparsity / 2  # of a dense kernel's products, one of the two is left out
+        tflops = shape.flops / timing["ms"] / 1e9
+        ours = entry.kernel.startswith("bsfa")
+        return {
+            **self.environment,
+            "kind": "attention",
+            "kernel": entry.kernel,
+            "dtype": shape.dtype_name,
+            "head_dim": shape.head_dim,
+            "heads": shape.heads,
+            "kv_heads": shape.kv_heads,
+            "batch": shape.batch,
+            "seqlen": shape.seqlen,
+            "causal": shape.causal,
+            "inputs": problem.inputs,
+            "source": problem.source,
+            "asked": case.asked,
+            "sparsity": entry.sparsity,
+            "rule": case.rule if ours else None,
+            "geometry": str(entry.geometry) if entry.geometry else None,
+            **timing,
+            "tflops": tflops,
+            "tflops_executed": tflops * share,
+            "speedup": {
+                name: ms / timing["ms"] for name, ms in baselines.items() if name != entry.kernel
+            },
+            "error": entry.error,
+            "note": entry.note,
+        }
+
+
+def parse_length(text: str) -> int:
+    """A number of tokens: 65536 or 64K."""
+    return int(text[:-1]) * _K if text[-1:] in "kK" else int(text)
+
+
+def parse_sparsity(text: str) -> str:
+    """A share from 0 to 1, or "dense"."""
+    if text != DENSE and not 0.0 <= float(text) <= 1.0:
+        raise ValueError(text)
+    return text
+
+
+def _list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def items(text: str) -> tuple[Any, ...]:
+        return tuple(parse(item) for item in text.split(","))
+
+    items.__name__ = "comma-separated list"
+    return items
+
+
+_DTYPES = {"bfloat16": _BF16, "float16": _FP16}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description="Time attention kernels against sparsity.",
+        epilog="Lists are comma-separated, and replace those of every sweep of the preset.",
+    )
+    add = result.add_argument
+    add("--preset", choices=PRESETS, default="quick", help="which sweeps (default %(default)s)")
+    add("--seqlens", type=_list_of(parse_length), help="such as 2K,64K")
+    add("--sparsities", type=_list_of(parse_sparsity), help="such as dense,0,0.5")
+    add("--dtypes", type=_list_of(_DTYPES.__getitem__), help="of bfloat16,float16")
+    add("--head-dims", type=_list_of(int))
+    add("--heads", type=_list_of(int))
+    add("--kv-heads", type=_list_of(int))
+    add("--batches", type=_list_of(int))
+    add("--geometries", type=_list_of(Geometry.parse), help="of 128x64,64x64")
+    add("--rules", type=_list_of(str), help=f"of {','.join(bsfa_kernel.RULES)}")
+    add("--inputs", type=_list_of(str), help="of planted,irregular and files of inputs.py")
+    add("--kernels", type=_list_of(str), help=f"of {','.join(kernels.NAMES)}")
+    add("--device", default="cuda", help="cuda, cuda:1, ..., or cpu for a self-test")
+    add("--seed", type=int, default=0)
+    add("--seconds", type=float, default=0.5, help="a kernel and case (default %(default)s)")
+    add("--budget-seconds", type=float, help="start nothing that would end later than this")
+    add("--list", action="store_true", help="list the cases and the expected time, and stop")
+    add("--out", type=Path, help="result file, JSON Lines, appended to")
+    return result
+
+
+def sweeps_of(arguments: argparse.Namespace) -> tuple[Sweep, ...]:
+    """The sweeps of the preset, with what the command line replaces."""
+    names = [field.name for field in fields(Sweep) if hasattr(arguments, field.name)]
+    replaced = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    self_test = torch.device(arguments.device).type == "cpu"
+    sweeps = _SELF_TEST if self_test else PRESETS[arguments.preset]
+    return tuple(replace(sweep, **replaced) for sweep in sweeps)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status is 1 where a kernel of ours is wrong or missing."""
+    arguments = parser().parse_args(argv)
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
+    timer_options: dict[str, Any] = {"seconds": arguments.seconds}
+    if device.type == "cpu":
+        timer_options = {"seconds": 0.0, "rounds": 1, "least": 2}
+    chosen = list(cases(sweeps_of(arguments)))
+    least = timer_options.get("least", 6)
+    expected = [case.expected_seconds(arguments.seconds, least) for case in chosen]
+    if arguments.list:
+        for case, seconds in zip(chosen, expected, strict=True):
+            print(f"{seconds:6.1f} s  {case}")
+        print(f"{sum(expected):6.1f} s  {len(chosen)} cases (a rough guess, for an H100)")
+        return 0
+    if arguments.out is None:
+        parser().error("--out must name a result file")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser().error("there is no CUDA device; --device cpu is a self-test of this program")
+
+    budget = Budget(arguments.budget_seconds)
+    results = Results(arguments.out)
+    benchmark = Benchmark(device, results, Timer(device, **timer_options), seed=arguments.seed)
+    progress(str(bsfa_kernel.build_info()))
+    left_out = []
+    for number, (case, seconds) in enumerate(zip(chosen, expected, strict=True), start=1):
+        if not budget.allows(seconds):
+            left_out.append(case)
+            continue
+        progress(f"[{number}/{len(chosen)}, {budget.spent:.0f} s] {case}")
+        try:
+            benchmark.run(case)
+        except torch.OutOfMemoryError as failure:
+            progress(f"  out of memory: {' '.join(str(failure).split())[:200]}")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    import report
+
+    print(report.attention_tables(benchmark.records, self_test=device.type == "cpu"))
+    for name, reason in benchmark.rejected.items():
+        print(f"{name} was left out: {reason}")
+    for case in left_out:
+        print(f"left out for the budget: {case}")
+    print(f"{len(benchmark.records)} records in {arguments.out}, {budget.spent:.0f} s")
+    ours_failed = any(name.startswith("bsfa") for name in benchmark.rejected)
+    return 1 if ours_failed or not benchmark.records else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,492 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tables and plots from result files.
+
+::
+
+    python benchmarks/report.py write benchmarks/results/*.jsonl      # into docs/performance.md
+    python benchmarks/report.py table benchmarks/results/quick.jsonl  # to the terminal
+    python benchmarks/report.py compare old.jsonl new.jsonl           # two runs, by ratio
+
+Where several records measure the same thing, the latest counts. Records of a self-test are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, Record, read_records
+
+_BASELINES = ("fa3", "cudnn", "fa2", "sdpa", "math")
+_NAMES = {
+    "fa3": "FlashAttention-3",
+    "cudnn": "cuDNN (torch SDPA)",
+    "fa2": "FlashAttention-2 (torch SDPA)",
+    "flashinfer": "FlashInfer skip-softmax",
+    "bsfa_sm80": "BSFA sm_80",
+    "bsfa_sm90": "BSFA sm_90a",
+    "sdpa": "torch SDPA",
+    "bsfa": "BSFA",
+    "math": "torch's plain attention",
+    "bsfa_reference": "BSFA's reference back end",
+}
+# What makes two attention records comparable.
+_GROUP = ("gpu", "dtype", "head_dim", "heads", "kv_heads", "batch", "causal", "inputs", "source")
+_KEYS = {
+    "attention": (*_GROUP, "kernel", "seqlen", "asked", "rule", "geometry"),
+    "prefill": ("gpu", "model", "implementation", "seqlen", "asked", "rule", "geometry"),
+    "calibration": ("gpu", "model", "seqlen", "samples", "rule", "geometry"),
+}
+# a cell says which sparsity it has where that is further from the one asked for
+_SPARSITY_TOLERANCE = 0.01
+
+
+def load(paths: Iterable[Path]) -> list[Record]:
+    """The latest record of each measurement in the files.
+
+    Raises:
+        ValueError: a line is no record, or one of a self-test.
+    """
+    latest: dict[tuple[object, ...], Record] = {}
+    for path in paths:
+        for record in read_records(path):
+            _refuse_self_test(record, str(path))
+            key = key_of(record)
+            if key not in latest or record["date"] >= latest[key]["date"]:
+                latest[key] = record
+    return list(latest.values())
+
+
+def key_of(record: Record) -> tuple[object, ...]:
+    """What a record measures."""
+    names = _KEYS[record["kind"]]
+    return (record["kind"], *(record.get(name) for name in names))
+
+
+def _refuse_self_test(record: Record, where: str) -> None:
+    if record["self_test"]:
+        raise ValueError(
+            f"{where}: a record of a self-test ({record['command']}) measures nothing; "
+            "reports take records of a GPU only"
+        )
+
+
+def attention_tables(records: Sequence[Record], *, self_test: bool = False) -> str:
+    """Markdown: the dense kernels' times, then speed-up by sparsity over each of them.
+
+    Args:
+        records: of any kind; those of attention count.
+        self_test: take records of a self-test too, as the self-test does to show that it ran.
+
+    Raises:
+        ValueError: a record is one of a self-test.
+    """
+    chosen = [record for record in records if record["kind"] == "attention"]
+    if not self_test:
+        for record in chosen:
+            _refuse_self_test(record, "attention")
+    parts = []
+    for group in _grouped(chosen, (*_GROUP,)):
+        ours = [record for record in group if record["rule"] is not None]
+        parts.append(f"#### {_describe(group[0])}")
+        parts.append(_dense_table(group))
+        parts.extend(
+            _speedup_table(ours, baseline, group)
+            for baseline in _BASELINES
+            if any(baseline in record["speedup"] for record in ours)
+        )
+        parts.append(_provenance(group))
+    return "\n\n".join(parts) + ("\n" if parts else "")
+
+
+def _describe(record: Record) -> str:
+    mask = "causal" if record["causal"] else "not causal"
+    source = f" ({record['source']})" if record.get("source") else ""
+    return (
+        f"{record['gpu']}: {record['dtype']}, head_dim {record['head_dim']}, "
+        f"{record['heads']} heads, {record['kv_heads']} kv heads, batch {record['batch']}, {mask}, "
+        f"{record['inputs']} inputs{source}"
+    )
+
+
+def _dense_table(group: Sequence[Record]) -> str:
+    dense = [record for record in group if record["asked"] == "dense"]
+    if not dense:
+        return "No dense measurements."
+    lengths = sorted({record["seqlen"] for record in dense})
+    rows: dict[str, dict[int, str]] = defaultdict(dict)
+    for record in dense:
+        name = _row_name(record)
+        rows[name][record["seqlen"]] = f"{record['ms']:.2f} ({record['tflops']:.0f})"
+    header = ["dense, ms (TFLOP/s)", *(_length(n) for n in lengths)]
+    body = [[name, *(row.get(n, "") for n in lengths)] for name, row in sorted(rows.items())]
+    return markdown_table(header, body)
+
+
+def _speedup_table(ours: Sequence[Record], baseline: str, group: Sequence[Record]) -> str:
+    """One row for each kernel, geometry, rule and length; one column for each sparsity asked."""
+    others = [record for record in group if record["kernel"] == "flashinfer"]
+    chosen = [record for record in (*ours, *others) if baseline in record["speedup"]]
+    columns = sorted({record["asked"] for record in chosen}, key=_sparsity_order)
+    rows: dict[tuple[object, ...], dict[str, str]] = defaultdict(dict)
+    for record in chosen:
+        key = (record["seqlen"], record["rule"] or "", _row_name(record))
+        rows[key][record["asked"]] = _cell(record, record["speedup"][baseline])
+    header = [f"times {_NAMES.get(baseline, baseline)}", "tokens", "rule", *columns]
+    limit = ["FLOP limit", "", "", *(_flop_limit(asked) for asked in columns)]
+    body = [
+        [str(name), _length(int(str(seqlen))), str(rule), *(row.get(c, "") for c in columns)]
+        for (seqlen, rule, name), row in sorted(rows.items(), key=lambda item: str(item[0]))
+    ]
+    body.sort(key=lambda row: _order_of_length(row[1]))
+    return markdown_table(header, [limit, *body])
+
+
+def _cell(record: Record, ratio: float) -> str:
+    asked = 0.0 if record["asked"] == "dense" else float(record["asked"])
+    if abs(record["sparsity"] - asked) <= _SPARSITY_TOLERANCE:
+        return f"{ratio:.2f}"
+    return f"{ratio:.2f} (at {record['sparsity']:.2f})"
+
+
+def _flop_limit(asked: str) -> str:
+    return f"{1 / (1 - (0.0 if asked == 'dense' else float(asked)) / 2):.2f}"
+
+
+def _row_name(record: Record) -> str:
+    name = _NAMES.get(record["kernel"], record["kernel"])
+    note = f" ({record['note']})" if record.get("note") else ""
+    return f"{name}, {record['geometry']}" if record["geometry"] else f"{name}{note}"
+
+
+def _sparsity_order(asked: str) -> float:
+    return -1.0 if asked == "dense" else float(asked)
+
+
+def _length(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+
+
+def _order_of_length(text: str) -> int:
+    return int(text[:-1]) * 1024 if text.endswith("K") else int(text)
+
+
+def _provenance(group: Sequence[Record]) -> str:
+    def joined(name: str) -> str:
+        return ", ".join(sorted({str(record.get(name)) for record in group}))
+
+    dates = sorted({record["date"][:10] for record in group})
+    commands = sorted({record["command"] for record in group})
+    return (
+        f"Measured {' and '.join(dates)}; torch {joined('torch')}, CUDA {joined('cuda')}, driver "
+        f"{joined('driver')}; sources {joined('sources')}. "
+        + " ".join(f"`{command}`" for command in commands)
+    )
+
+
+def prefill_tables(records: Sequence[Record]) -> str:
+    """Markdown: time to first token, by length.
+
+    Raises:
+        ValueError: a record is one of a self-test.
+    """
+    chosen = [record for record in records if record["kind"] == "prefill"]
+    parts = []
+    for group in _grouped(chosen, ("gpu", "model")):
+        for record in group:
+            _refuse_self_test(record, "prefill")
+        baselines = [b for b in _BASELINES if any(b in r["speedup"] for r in group)]
+        header = ["tokens", "attention", "blocks skipped", "time to first token, s"]
+        header += ["attention's share", *(f"times {_NAMES[b]}" for b in baselines), "peak GiB"]
+        group = sorted(group, key=lambda r: (r["seqlen"], _sparsity_order(r["asked"]), r["ms"]))
+        body = [
+            [
+                _length(record["seqlen"]),
+                _implementation(record),
+                f"{record['sparsity']:.1%}",
+                f"{record['ms'] / 1000:.2f}",
+                f"{record['attention_ms'] / record['ms']:.0%}",
+                *(
+                    f"{record['speedup'][b]:.2f}" if b in record["speedup"] else ""
+                    for b in baselines
+                ),
+                f"{record['peak_gib']:.1f}" if "peak_gib" in record else "",
+            ]
+            for record in group
+        ]
+        parts += [f"#### {group[0]['gpu']}: {group[0]['model']}", markdown_table(header, body)]
+        parts.append(_provenance(group))
+    return "\n\n".join(parts) + ("\n" if parts else "")
+
+
+def _implementation(record: Record) -> str:
+    name: str = _NAMES.get(record["implementation"], record["implementation"])
+    return f"{name}, {record['rule']}, {record['geometry']}" if record["geometry"] else name
+
+
+def calibration_tables(records: Sequence[Record]) -> str:
+    """Markdown: time of a calibration beside that of dense prefill passes over the same samples.
+
+    Raises:
+        ValueError: a record is one of a self-test.
+    """
+    chosen = [record for record in records if record["kind"] == "calibration"]
+    if not chosen:
+        return ""
+    for record in chosen:
+        _refuse_self_test(record, "calibration")
+    header = ["model", "tokens", "samples", "rule", "blocks", "dense passes, s", "calibration, s"]
+    header += ["ratio", "peak GiB"]
+    body = [
+        [
+            record["model"],
+            _length(record["seqlen"]),
+            str(record["samples"]),
+            record["rule"],
+            record["geometry"],
+            f"{record['dense_seconds']:.2f}",
+            f"{record['calibration_seconds']:.2f}",
+            f"{record['ratio']:.2f}",
+            f"{record['peak_gib']:.1f}" if "peak_gib" in record else "",
+        ]
+        for record in sorted(chosen, key=lambda r: (r["model"], r["seqlen"], r["rule"]))
+    ]
+    return markdown_table(header, body) + "\n\n" + _provenance(chosen) + "\n"
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table with its columns aligned."""
+    widths = [max(len(row[i]) for row in (header, *body)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, body)])
+
+
+def _grouped(records: Sequence[Record], names: Sequence[str]) -> list[list[Record]]:
+    groups: dict[tuple[object, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[tuple(record.get(name) for name in names)].append(record)
+    return list(groups.values())
+
+
+def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Speed-up against sparsity: one picture a group, one panel a baseline. Returns the files."""
+    pyplot = _pyplot()
+    files = []
+    chosen = [record for record in records if record["kind"] == "attention"]
+    for group in _grouped(chosen, (*_GROUP,)):
+        ours = [r for r in group if (r["rule"] or r["kernel"] == "flashinfer") and r["speedup"]]
+        baselines = [b for b in _BASELINES if any(b in r["speedup"] for r in ours)]
+        lines = _grouped(ours, ("kernel", "geometry", "rule", "seqlen"))
+        lines = [line for line in lines if len({r["asked"] for r in line}) > 2]
+        if not lines or not baselines:
+            continue
+        figure, axes = pyplot.subplots(
+            1, len(baselines), figsize=(5 * len(baselines), 4.2), squeeze=False, sharex=True
+        )
+        shares = [i / 100 for i in range(101)]
+        for axis, baseline in zip(axes[0], baselines, strict=True):
+            for line in sorted(lines, key=lambda x: (x[0]["seqlen"], _row_name(x[0]))):
+                points = sorted(
+                    (r["sparsity"], r["speedup"][baseline])
+                    for r in line
+                    if baseline in r["speedup"]
+                )
+                rule = f", {line[0]['rule']}" if line[0]["rule"] not in (None, "absolute") else ""
+                label = f"{_row_name(line[0])}{rule}, {_length(line[0]['seqlen'])}"
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+            if baseline != "fa2":
+                axis.plot(
+                    shares, [1 / (1 - s / 2) for s in shares], "k--", lw=1, label="FLOP limit"
+                )
+            axis.axhline(1.0, color="grey", lw=0.8)
+            axis.set(
+                xlabel="share of the blocks skipped",
+                ylabel=f"times {_NAMES.get(baseline, baseline)}",
+            )
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
+        first = group[0]
+        figure.suptitle(_describe(first), fontsize=9)
+        rules = "" if any(r["rule"] == "absolute" for r in ours) else "-relative"
+        name = (
+            f"attention-{first['dtype']}-d{first['head_dim']}-h{first['heads']}-{first['kv_heads']}"
+            f"-b{first['batch']}-{first['inputs']}{rules}.png"
+        )
+        files.append(_save(figure, folder / name))
+    return files
+
+
+def plot_prefill(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Time to first token against length, one picture a model. Returns the files."""
+    pyplot = _pyplot()
+    files = []
+    chosen = [record for record in records if record["kind"] == "prefill"]
+    for group in _grouped(chosen, ("gpu", "model")):
+        figure, axis = pyplot.subplots(figsize=(6, 4.2))
+        lines = _grouped(group, ("implementation", "asked", "rule", "geometry"))
+        for line in lines:
+            points = sorted((r["seqlen"] / 1024, r["ms"] / 1000) for r in line)
+            asked = line[0]["asked"]
+            label = _implementation(line[0]) + ("" if asked == "dense" else f", {asked} skipped")
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set(xlabel="prompt, thousands (1024) of tokens", ylabel="time to first token, s")
+        axis.set_title(f"{group[0]['model']}, {group[0]['gpu']}", fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+        model = "".join(c if c.isalnum() or c in "-." else "-" for c in group[0]["model"])
+        files.append(_save(figure, folder / f"prefill-{model}.png"))
+    return files
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    # Without the writer's version and the date, equal data gives equal files.
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    _pyplot().close(figure)
+    return path
+
+
+def replace_section(text: str, name: str, content: str) -> str:
+    """Put generated content between the two marker comments of a section.
+
+    They are appended where they are missing.
+
+    Raises:
+        ValueError: one marker is there without the other, or they are in the wrong order.
+    """
+    begin, end = f"<!-- begin benchmark: {name} -->", f"<!-- end benchmark: {name} -->"
+    if begin not in text and end not in text:
+        text = f"{text.rstrip()}\n\n{begin}\n{end}\n".lstrip()
+    start, stop = text.find(begin), text.find(end)
+    if start < 0 or stop < start:
+        raise ValueError(f"the markers of section {name} must be {begin} and then {end}")
+    return f"{text[: start + len(begin)]}\n\n{content.strip()}\n\n{text[stop:]}"
+
+
+def write(records: Sequence[Record], docs: Path, images: Path) -> list[Path]:
+    """Write tables and plots of all records into a page. Sections without records stay as they are.
+
+    Returns:
+        The files written.
+    """
+    text = docs.read_text(encoding="utf-8") if docs.is_file() else "# Performance\n"
+    files: list[Path] = []
+    sections: tuple[tuple[str, Callable[..., str], Callable[..., list[Path]] | None], ...] = (
+        ("attention", attention_tables, plot_attention),
+        ("prefill", prefill_tables, plot_prefill),
+        ("calibration", calibration_tables, None),
+    )
+    for name, tables, plot in sections:
+        content = tables(records)
+        if not content:
+            continue
+        pictures = plot(records, images) if plot else []
+        links = [
+            f"![{picture.stem}]({Path(os.path.relpath(picture, docs.parent)).as_posix()})"
+            for picture in pictures
+        ]
+        text = replace_section(text, name, "\n\n".join([*links, content]))
+        files += pictures
+    docs.parent.mkdir(parents=True, exist_ok=True)
+    docs.write_text(text, encoding="utf-8")
+    return [*files, docs]
+
+
+def compare(old: Sequence[Record], new: Sequence[Record]) -> list[tuple[float, str, str, str]]:
+    """What two runs have in common, and how they differ.
+
+    For attention and prefill the figure compared is the speed-up over the first baseline that both
+    have, which a change of card or clocks leaves alone; the time where they have none.
+
+    Returns:
+        (new over old, what, old, new) of each measurement, the worst first; below 1 is slower.
+    """
+    before = {key_of(record): record for record in old}
+    rows = []
+    for record in new:
+        other = before.get(key_of(record))
+        if other is None:
+            continue
+        what = " ".join(str(part) for part in key_of(record)[1:] if part not in (None, ""))
+        if record["kind"] == "calibration":
+            a, b = 1 / other["ratio"], 1 / record["ratio"]
+            rows.append((b / a, what, f"{other['ratio']:.2f}", f"{record['ratio']:.2f}"))
+            continue
+        shared = [b for b in _BASELINES if b in record["speedup"] and b in other["speedup"]]
+        if shared:
+            a, b = other["speedup"][shared[0]], record["speedup"][shared[0]]
+            rows.append((b / a, what, f"{a:.3f}x {shared[0]}", f"{b:.3f}x {shared[0]}"))
+        else:
+            rows.append(
+                (
+                    other["ms"] / record["ms"],
+                    what,
+                    f"{other['ms']:.3f} ms",
+                    f"{record['ms']:.3f} ms",
+                )
+            )
+    return sorted(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Tables and plots from result files.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    writer = commands.add_parser("write", help="write tables and plots into the documentation")
+    writer.add_argument("files", nargs="+", type=Path)
+    writer.add_argument("--docs", type=Path, default=ROOT / "docs" / "performance.md")
+    writer.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
+    table = commands.add_parser("table", help="print the tables")
+    table.add_argument("files", nargs="+", type=Path)
+    comparer = commands.add_parser("compare", help="compare two runs by ratio")
+    comparer.add_argument("old", type=Path)
+    comparer.add_argument("new", type=Path)
+    comparer.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.05,
+        help="exit with 1 where a figure is worse by more than this share (default %(default)s)",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "compare":
+            rows = compare(load([arguments.old]), load([arguments.new]))
+            header = ["new over old", "measurement", "old", "new"]
+            print(markdown_table(header, [[f"{r:.3f}", *rest] for r, *rest in rows]))
+            return 1 if any(row[0] < 1 - arguments.tolerance for row in rows) or not rows else 0
+        records = load(arguments.files)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.command == "write":
+        for path in write(records, arguments.docs, arguments.images):
+            print(path)
+    else:
+        for tables in (attention_tables, prefill_tables, calibration_tables):
+            print(tables(records), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
