@@ -24,11 +24,11 @@ Float64Array = npt.NDArray[np.float64]
 
 AGGREGATES = ("pooled", "mean", "median", "quantile:Q")
 
-# Histograms of block maxima span [-_REACH, _REACH) in bins of 1/_BINS_PER_UNIT, with one more bin
+# Histograms of block maxima span ±HISTOGRAM_REACH in bins of 1/BINS_PER_UNIT, with one more bin
 # at either end for what lies beyond.
-_REACH = 128
-_BINS_PER_UNIT = 32
-HISTOGRAM_BINS = 2 * _REACH * _BINS_PER_UNIT + 2
+HISTOGRAM_REACH = 128
+BINS_PER_UNIT = 32
+HISTOGRAM_BINS = 2 * HISTOGRAM_REACH * BINS_PER_UNIT + 2
 
 # Elements of the pooled maxima that are sorted at a time.
 _POOL_ELEMENTS = 1 << 25
@@ -44,28 +44,6 @@ def visible_blocks(seqlen: int, *, q_block: int, k_block: int) -> IntArray:
     """Number of key blocks that each query block sees some score of, int64 ``[q_blocks]``."""
     past_last_query = np.minimum(np.arange(0, seqlen, q_block, dtype=np.int64) + q_block, seqlen)
     return -(-past_last_query // k_block)
-
-
-def top_maxima(
-    maxima: FloatArray, *, seqlen: int, q_block: int, k_block: int, keep: int
-) -> FloatArray:
-    """The largest unforced block maxima of each query block, in descending order.
-
-    Args:
-        maxima: float32 ``[..., q_blocks, k_blocks]`` as `bsfa_kernel.block_maxima` gives them.
-        seqlen: tokens of the sample.
-        q_block: queries in a sparsity block.
-        k_block: keys in a sparsity block.
-        keep: maxima to keep a query block.
-
-    Returns:
-        float32 ``[..., q_blocks, min(keep, k_blocks)]``; −inf where there are no more blocks.
-    """
-    unforced = unforced_blocks(seqlen, q_block=q_block, k_block=k_block)
-    columns = np.arange(maxima.shape[-1])
-    ordered = np.where(columns < unforced[:, None], maxima, np.float32(-np.inf))
-    ordered = -np.sort(-ordered, axis=-1)[..., :keep]
-    return np.ascontiguousarray(ordered, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -99,9 +77,9 @@ def estimate_thresholds(
     * ``mean`` of the samples' thresholds (the paper's), ``median``, or ``quantile:Q``, 0 ≤ Q ≤ 1.
 
     Args:
-        samples: for each sample float32 ``[..., q_blocks, kept]`` as `top_maxima` gives them.
-            Samples may differ in q_blocks and kept; a position is estimated from the samples that
-            reach it.
+        samples: for each sample float32 ``[..., q_blocks, kept]`` as
+            `bsfa_calib.capture.top_maxima` gives them. Samples may differ in q_blocks and kept; a
+            position is estimated from the samples that reach it.
         k_values: blocks to keep a query block, each at least 1.
         q_block: queries in a sparsity block.
         k_block: keys in a sparsity block.
@@ -163,7 +141,7 @@ def kept_blocks(sample: FloatArray, thresholds: FloatArray) -> IntArray:
     """Unforced blocks that each query block of a sample keeps under the thresholds.
 
     Args:
-        sample: float32 ``[..., q_blocks, kept]`` as `top_maxima` gives them.
+        sample: float32 ``[..., q_blocks, kept]`` as `bsfa_calib.capture.top_maxima` gives them.
         thresholds: float32 ``[..., rows]`` of one point; the last row serves later blocks.
 
     Returns:
@@ -230,34 +208,6 @@ class KeptCount:
         return (self.skipped / max(self.visible, 1)).astype(np.float32)
 
 
-def histogram(maxima: FloatArray, *, seqlen: int, q_block: int, k_block: int) -> IntArray:
-    """Histogram of the unforced block maxima.
-
-    Args:
-        maxima: float32 ``[..., q_blocks, k_blocks]`` as `bsfa_kernel.block_maxima` gives them.
-        seqlen: tokens of the sample.
-        q_block: queries in a sparsity block.
-        k_block: keys in a sparsity block.
-
-    Returns:
-        int64 ``[..., HISTOGRAM_BINS]``, in units of scaled scores as `scalar_thresholds` expects.
-    """
-    unforced = unforced_blocks(seqlen, q_block=q_block, k_block=k_block)
-    chosen = np.arange(maxima.shape[-1]) < unforced[:, None]
-    values = maxima[..., chosen]
-    values = values.reshape(-1, values.shape[-1])
-    counts = np.empty((len(values), HISTOGRAM_BINS), np.int64)
-    for row, bins in enumerate(histogram_bins(values)):
-        counts[row] = np.bincount(bins, minlength=HISTOGRAM_BINS)
-    return counts.reshape(*maxima.shape[:-2], HISTOGRAM_BINS)
-
-
-def histogram_bins(values: FloatArray) -> IntArray:
-    """The histogram bin of each value."""
-    inner = np.floor((values.astype(np.float64) + _REACH) * _BINS_PER_UNIT)
-    return np.clip(inner, -1, HISTOGRAM_BINS - 2).astype(np.int64) + 1
-
-
 def scalar_thresholds(
     counts: IntArray, visible: int, target_sparsities: Sequence[float]
 ) -> Float64Array:
@@ -289,7 +239,7 @@ def scalar_thresholds(
             )
     # Between the edges of the bins the share is taken to be linear. What lies beyond the reach of
     # the histogram is treated as a bin like the others.
-    edges = np.arange(HISTOGRAM_BINS + 1) / _BINS_PER_UNIT - _REACH - 1 / _BINS_PER_UNIT
+    edges = np.arange(HISTOGRAM_BINS + 1) / BINS_PER_UNIT - HISTOGRAM_REACH - 1 / BINS_PER_UNIT
     below = np.concatenate([[0], np.cumsum(total)])
     wanted = np.asarray(target_sparsities, np.float64) * visible
     return np.asarray(np.interp(wanted, below, edges))
@@ -309,7 +259,7 @@ def skipped_share(
         float64 ``[targets, ...]``.
     """
     below = np.concatenate([np.zeros_like(counts[..., :1]), np.cumsum(counts, axis=-1)], axis=-1)
-    position = (np.asarray(thresholds) + _REACH) * _BINS_PER_UNIT + 1
+    position = (np.asarray(thresholds) + HISTOGRAM_REACH) * BINS_PER_UNIT + 1
     position = np.clip(position, 0, HISTOGRAM_BINS)
     left = np.minimum(position.astype(np.int64), HISTOGRAM_BINS - 1)
     part = position - left

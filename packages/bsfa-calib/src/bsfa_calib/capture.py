@@ -1,0 +1,548 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Calibrate a transformers model: measure block maxima while it reads, and make a table of them.
+
+The model is not changed: for the time of the measurement it runs with the attention function
+``bsfa_capture``, registered with transformers, which records the block maxima of each layer's
+queries and keys and then computes ordinary SDPA attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bsfa_calib import estimate
+from bsfa_calib.store import Measured, SampleStore
+from bsfa_calib.thresholds import FloatArray, ThresholdTable
+
+ATTENTION_NAME = "bsfa_capture"
+
+_logger = logging.getLogger(__name__)
+
+
+class CaptureError(ValueError):
+    """The model's attention cannot be measured; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a calibration has come.
+
+    Attributes:
+        sample: samples done or found, or the one being worked on, from 0.
+        samples: samples in all.
+        seqlen: tokens of the sample.
+        layer: layers of it that have been measured.
+        layers: layers of the model.
+        resumed: whether the sample was found rather than measured.
+    """
+
+    sample: int
+    samples: int
+    seqlen: int
+    layer: int
+    layers: int
+    resumed: bool = False
+
+
+@dataclasses.dataclass
+class Recorder:
+    """Receives the block maxima of each layer.
+
+    Attributes:
+        rule: the rule whose maxima are recorded.
+        q_block: queries in a sparsity block.
+        k_block: keys in a sparsity block.
+        sink: called with the layer's index and its maxima, float32 ``[heads, q_blocks, k_blocks]``,
+            on the model's device.
+        dense: reasons, by layer, why layers were not measured.
+    """
+
+    rule: str
+    q_block: int
+    k_block: int
+    sink: Callable[[int, Tensor], None]
+    dense: dict[int, str] = dataclasses.field(default_factory=dict)
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("bsfa_calib_recorder", default=None)
+
+
+@contextlib.contextmanager
+def capturing(model: Any, recorder: Recorder) -> Iterator[None]:
+    """Record the block maxima of what the model reads, and give it back as it was.
+
+    Args:
+        model: a transformers model; feed it one sample without padding or cache at a time.
+        recorder: receives the maxima.
+
+    Raises:
+        CaptureError: the model does not take its attention function from transformers' interface.
+    """
+    _register()
+    configs = {
+        id(module.config): module.config
+        for module in model.modules()
+        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation")
+    }
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    token = _recorder.set(recorder)
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+        if model.config._attn_implementation != ATTENTION_NAME:
+            raise CaptureError(
+                f"{type(model).__name__} does not take its attention function from transformers' "
+                "AttentionInterface, so its scores cannot be measured"
+            )
+        yield
+    finally:
+        _recorder.reset(token)
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def calibrate(
+    model: Any,
+    samples: Sequence[Sequence[int]],
+    *,
+    k_values: Sequence[int] | None = None,
+    target_sparsities: Sequence[float] | None = None,
+    held_out: Sequence[Sequence[int]] = (),
+    rule: str = "absolute",
+    q_block: int = 128,
+    k_block: int = 64,
+    aggregate: str = "pooled",
+    keep_maxima: int | None = None,
+    checkpoint: str | None = None,
+    model_name: str = "",
+    revision: str = "",
+    provenance: Mapping[str, str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> ThresholdTable:
+    """Calibrate thresholds on samples of text.
+
+    With ``k_values``, there is a threshold for every layer, head and query-block position, at which
+    k unforced blocks are kept. With ``target_sparsities`` there is one scalar for the whole model,
+    at which that share of all visible blocks is skipped.
+
+    Memory: a sample's measurements are held while the model reads it, then lie in a file. They take
+    4 · layers · heads · (tokens / q_block) · keep_maxima bytes with ``k_values`` (1.1 GB for 128K
+    tokens and 1024 heads in all, at the default of 256 for k = 64), and 64 KiB a head with
+    ``target_sparsities``. All samples' measurements of one layer are in memory at a time.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        samples: token ids of the samples to calibrate on. They may differ in length.
+        k_values: blocks to keep a query block.
+        target_sparsities: shares of blocks to skip; instead of k_values.
+        held_out: token ids of samples that the result is tested on.
+        rule: ``absolute``, ``running_max`` or ``running_lse``.
+        q_block: queries in a sparsity block.
+        k_block: keys in a sparsity block.
+        aggregate: how samples are combined (`bsfa_calib.estimate.estimate_thresholds`).
+        keep_maxima: block maxima kept a query block, 4 · max(k_values) by default. ``pooled`` is
+            exact as long as they suffice, which is checked and logged.
+        checkpoint: directory for what was measured on each sample; a later call finds it there.
+        model_name: name of the model, for the table.
+        revision: its revision, for the table.
+        provenance: further facts, for the table.
+        progress: told of every layer and sample.
+
+    Returns:
+        The table, with the statistics of docs/threshold-format.md.
+
+    Raises:
+        CaptureError: the model's attention cannot be measured, or gives NaN.
+        ValueError: an argument breaks a rule, or the samples are too short for it.
+    """
+    if (k_values is None) == (target_sparsities is None):
+        raise ValueError("give either k_values or target_sparsities")
+    if not samples:
+        raise ValueError("at least one sample is needed")
+    estimate.parse_aggregate(aggregate)
+    points: tuple[float | int, ...]
+    if k_values is not None:
+        points = tuple(sorted(set(k_values)))
+        if not points or points[0] < 1:
+            raise ValueError(f"k_values must be integers of at least 1, got {list(k_values)}")
+        keep = keep_maxima or 4 * int(points[-1])
+        if keep <= points[-1]:
+            raise ValueError(f"keep_maxima must be greater than k={points[-1]}, got {keep}")
+        _check_lengths(samples, int(points[0]), q_block, k_block)
+    else:
+        assert target_sparsities is not None
+        points = tuple(sorted(set(target_sparsities)))
+        keep = 0
+        _check_lengths(samples, 0, q_block, k_block)
+    measure = top_maxima if keep else histogram
+    settings = {
+        "model": _fingerprint(model),
+        "rule": rule,
+        "block": [q_block, k_block],
+        "keep": keep,
+    }
+    shape = _Shape(model)
+    with contextlib.ExitStack() as stack:
+        if checkpoint is None:
+            checkpoint = stack.enter_context(tempfile.TemporaryDirectory(prefix="bsfa-calib-"))
+        store = SampleStore(checkpoint, settings)
+        every = [*samples, *held_out]
+        dense: dict[int, str] = {}
+        for index, tokens in enumerate(every):
+            done = Progress(index, len(every), len(tokens), shape.layers, shape.layers)
+            measured = store.find(tokens)
+            if measured is None:
+                recorder = Recorder(rule, q_block, k_block, lambda layer, maxima: None)
+                measured = _measure(model, tokens, recorder, store, measure, keep, done, progress)
+            else:
+                done = dataclasses.replace(done, resumed=True)
+            dense.update(measured.dense)
+            if progress is not None:
+                progress(dataclasses.replace(done, sample=index + 1))
+        captured = [layer for layer in range(shape.layers) if layer not in dense]
+        if not captured:
+            raise CaptureError(f"no layer of this model can be measured: {_reasons(dense)}")
+        if dense:
+            _logger.warning("layers left dense: %s", _reasons(dense))
+
+        assemble = _Assembly(store, samples, held_out, captured, shape, q_block, k_block)
+        if keep:
+            thresholds, statistics = assemble.per_position([int(p) for p in points], aggregate)
+        else:
+            thresholds, statistics = assemble.scalars(points)
+            aggregate = "pooled"
+    facts = dict(provenance or {})
+    if dense:
+        facts["dense_layers"] = _reasons(dense)
+    return ThresholdTable(
+        thresholds=thresholds,
+        points=points,
+        axis="k" if keep else "target_sparsity",
+        q_block=q_block,
+        k_block=k_block,
+        rule=rule,
+        model=model_name,
+        revision=revision,
+        max_seqlen=max(map(len, samples)),
+        samples=len(samples),
+        aggregate=aggregate,
+        provenance=facts,
+        statistics=statistics,
+    )
+
+
+def top_maxima(maxima: Tensor, recorder: Recorder, seqlen: int, keep: int) -> Tensor:
+    """The largest unforced block maxima of each query block.
+
+    Args:
+        maxima: float32 ``[heads, q_blocks, k_blocks]``.
+        recorder: names the geometry.
+        seqlen: tokens of the sample.
+        keep: maxima to keep.
+
+    Returns:
+        float32 ``[heads, q_blocks, min(keep, k_blocks)]``, descending; −inf where there are no
+        more.
+    """
+    unforced = _unforced_mask(maxima, recorder, seqlen)
+    hidden = maxima.masked_fill(~unforced, float("-inf"))
+    return hidden.topk(min(keep, maxima.shape[-1]), dim=-1).values
+
+
+def histogram(maxima: Tensor, recorder: Recorder, seqlen: int, keep: int = 0) -> Tensor:
+    """Histogram of the unforced block maxima.
+
+    Args:
+        maxima: float32 ``[heads, q_blocks, k_blocks]``.
+        recorder: names the geometry.
+        seqlen: tokens of the sample.
+        keep: unused.
+
+    Returns:
+        int64 ``[heads, HISTOGRAM_BINS]``, as `bsfa_calib.estimate.scalar_thresholds` takes it.
+    """
+    values = maxima[:, _unforced_mask(maxima, recorder, seqlen)].double()
+    bins = ((values + estimate.HISTOGRAM_REACH) * estimate.BINS_PER_UNIT).floor()
+    bins = bins.clamp(-1, estimate.HISTOGRAM_BINS - 2).long() + 1
+    heads = torch.arange(len(bins), device=bins.device)[:, None]
+    flat = (bins + heads * estimate.HISTOGRAM_BINS).flatten()
+    counts = torch.bincount(flat, minlength=len(bins) * estimate.HISTOGRAM_BINS)
+    return counts.view(len(bins), estimate.HISTOGRAM_BINS)
+
+
+def _unforced_mask(maxima: Tensor, recorder: Recorder, seqlen: int) -> Tensor:
+    """The blocks that may be skipped, bool ``[q_blocks, k_blocks]``."""
+    counts = estimate.unforced_blocks(seqlen, q_block=recorder.q_block, k_block=recorder.k_block)
+    columns = torch.arange(maxima.shape[-1], device=maxima.device)
+    return columns < torch.from_numpy(counts).to(maxima.device)[:, None]
+
+
+def _measure(
+    model: Any,
+    tokens: Sequence[int],
+    recorder: Recorder,
+    store: SampleStore,
+    measure: Callable[[Tensor, Recorder, int, int], Tensor],
+    keep: int,
+    state: Progress,
+    progress: Callable[[Progress], None] | None,
+) -> Measured:
+    """Let the model read one sample, and store what was measured."""
+    layers: dict[int, Any] = {}
+
+    def sink(layer: int, maxima: Tensor) -> None:
+        reduced = measure(maxima, recorder, len(tokens), keep)
+        if bool(maxima.isnan().any()):
+            raise CaptureError(f"layer {layer} gives NaN scores; try another dtype")
+        layers[layer] = reduced.cpu().numpy()
+        if progress is not None:
+            progress(dataclasses.replace(state, layer=len(layers)))
+
+    recorder.sink = sink
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    with capturing(model, recorder), torch.inference_mode():
+        model(input_ids=torch.tensor([list(tokens)], device=model.device), **options)
+    dense = dict(recorder.dense)
+    for layer in range(state.layers):
+        if layer not in layers and layer not in dense:
+            dense[layer] = "it has no causal softmax attention of its own"
+    measured = Measured(len(tokens), dense)
+    store.write(tokens, measured, {i: a for i, a in layers.items() if i not in dense})
+    return measured
+
+
+class _Shape:
+    """Layers and query heads of a model."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self.layers = int(config.num_hidden_layers)
+        self.heads = int(config.num_attention_heads)
+
+
+@dataclasses.dataclass
+class _Assembly:
+    """Makes a table's arrays out of what was measured."""
+
+    store: SampleStore
+    samples: Sequence[Sequence[int]]
+    held_out: Sequence[Sequence[int]]
+    captured: list[int]
+    shape: _Shape
+    q_block: int
+    k_block: int
+
+    def per_position(
+        self, ks: list[int], aggregate: str
+    ) -> tuple[FloatArray, dict[str, FloatArray]]:
+        """Thresholds ``[points, layers, heads, rows]`` and statistics."""
+        rows = -(-max(map(len, self.samples)) // self.q_block)
+        leading = (len(ks), self.shape.layers, self.shape.heads)
+        thresholds = np.full((*leading, rows), -np.inf, np.float32)
+        statistics = self._empty_statistics(leading)
+        geometry = {"q_block": self.q_block, "k_block": self.k_block}
+        inexact = 0
+        for layer in self.captured:
+            tops = [self._read(tokens, layer) for tokens in self.samples]
+            result = estimate.estimate_thresholds(tops, ks, aggregate=aggregate, **geometry)
+            inexact += result.inexact
+            thresholds[:, layer] = result.thresholds
+            for prefix, group in self._groups():
+                count = estimate.KeptCount.zeros(ks, (self.shape.heads,))
+                for tokens in group:
+                    top = self._read(tokens, layer)
+                    count.add(top, result.thresholds, seqlen=len(tokens), **geometry)
+                statistics[f"{prefix}kept"][:, layer] = count.mean_kept()
+                statistics[f"{prefix}sparsity"][:, layer] = count.sparsity()
+        if inexact:
+            _logger.warning(
+                "%d of %d thresholds may be too low: more block maxima a query block should be "
+                "kept (keep_maxima)",
+                inexact,
+                thresholds.size,
+            )
+        return thresholds, statistics
+
+    def scalars(self, targets: Sequence[float]) -> tuple[FloatArray, dict[str, FloatArray]]:
+        """Thresholds ``[points, layers, heads, 1]``, alike for all heads, and statistics."""
+        leading = (len(targets), self.shape.layers, self.shape.heads)
+        statistics = self._empty_statistics(leading)
+        thresholds = np.full((*leading, 1), -np.inf, np.float32)
+        values = None
+        for prefix, group in self._groups():
+            counts = np.stack(
+                [sum(self._read(tokens, layer) for tokens in group) for layer in self.captured]
+            )
+            visible, query_blocks = 0, 0
+            for tokens in group:
+                blocks = estimate.visible_blocks(
+                    len(tokens), q_block=self.q_block, k_block=self.k_block
+                )
+                visible += int(blocks.sum())
+                query_blocks += len(blocks)
+            if values is None:
+                heads = counts.shape[0] * counts.shape[1]
+                values = estimate.scalar_thresholds(counts, visible * heads, targets)
+                thresholds[:, self.captured] = values.astype(np.float32)[:, None, None, None]
+            skipped = estimate.skipped_share(counts, visible, values)
+            unforced = counts.sum(axis=-1)
+            statistics[f"{prefix}sparsity"][:, self.captured] = skipped
+            statistics[f"{prefix}kept"][:, self.captured] = (
+                unforced - skipped * visible
+            ) / query_blocks
+        return thresholds, statistics
+
+    def _groups(self) -> list[tuple[str, Sequence[Sequence[int]]]]:
+        groups = [("", self.samples)]
+        if self.held_out:
+            groups.append(("held_out_", self.held_out))
+        return groups
+
+    def _empty_statistics(self, shape: tuple[int, ...]) -> dict[str, FloatArray]:
+        return {
+            prefix + name: np.full(shape, np.nan, np.float32)
+            for prefix, _ in self._groups()
+            for name in ("kept", "sparsity")
+        }
+
+    def _read(self, tokens: Sequence[int], layer: int) -> Any:
+        array = self.store.read(tokens, layer)
+        if len(array) != self.shape.heads:
+            raise CaptureError(
+                f"layer {layer} has {len(array)} heads, but the model {self.shape.heads}; tables "
+                "need as many in every layer"
+            )
+        return array
+
+
+def _fingerprint(model: Any) -> str:
+    """Digest by which a model's measurements are told from those of another."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        start = parameter.detach().flatten()[:64].float().cpu().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(start.tobytes())
+    return digest.hexdigest()
+
+
+def _check_lengths(
+    samples: Sequence[Sequence[int]], least_k: int, q_block: int, k_block: int
+) -> None:
+    longest = max(map(len, samples))
+    if longest == 0:
+        raise ValueError("the samples are empty")
+    most = int(estimate.unforced_blocks(longest, q_block=q_block, k_block=k_block)[-1])
+    if most <= least_k:
+        raise ValueError(
+            f"the longest sample has {longest} tokens, so that no query block has more than {most} "
+            f"blocks to choose from, and k={least_k} would keep them all; use longer samples"
+            if least_k
+            else f"the longest sample has {longest} tokens, of which no block may be skipped; use "
+            "longer samples"
+        )
+
+
+def _reasons(dense: Mapping[int, str]) -> str:
+    by_reason: dict[str, list[int]] = {}
+    for layer, reason in sorted(dense.items()):
+        by_reason.setdefault(reason, []).append(layer)
+    return "; ".join(
+        f"layers {', '.join(map(str, layers))}: {reason}" for reason, layers in by_reason.items()
+    )
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """SDPA attention that shows its queries and keys to the recorder (transformers' signature).
+
+    Args:
+        module: the attention module.
+        query: ``[batch, heads, seqlen, head_dim]``.
+        key: ``[batch, kv_heads, seqlen, head_dim]``.
+        value: as key.
+        attention_mask: None where the mask is plainly causal.
+        dropout: passed on.
+        scaling: factor of the scores.
+        is_causal: whether the mask is causal, if the module does not know better.
+        sliding_window: shows in attention_mask where it matters.
+        softcap: not supported.
+        s_aux: not supported.
+        options: passed on.
+
+    Returns:
+        ``[batch, seqlen, heads, head_dim]``, and None for the weights.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from bsfa_kernel import Geometry, block_maxima
+
+    recorder = _recorder.get()
+    if recorder is None:
+        raise RuntimeError(f"attention {ATTENTION_NAME!r} works within bsfa_calib.capturing() only")
+    if softcap is not None or s_aux is not None:
+        what = "caps its scores (softcap)" if softcap is not None else "has attention sinks (s_aux)"
+        raise CaptureError(
+            f"this model's attention {what}, which block-sparse attention does not do"
+        )
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    layer = getattr(module, "layer_idx", None)
+    if layer is not None and causal and query.shape[2] == key.shape[2]:
+        if attention_mask is not None:
+            recorder.dense[layer] = "its mask is not plainly causal (sliding window, chunks)"
+        elif options.get("position_bias") is not None:
+            recorder.dense[layer] = "it adds a bias to its scores"
+        else:
+            maxima = block_maxima(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                scale=scaling,
+                rule=recorder.rule,
+                geometry=Geometry(recorder.q_block, recorder.k_block),
+            )
+            recorder.sink(layer, maxima[0])
+    output, _ = sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **options,
+    )
+    return output, None
