@@ -1,0 +1,102 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+#include "dispatch.hpp"
+
+#include "check.hpp"
+
+#if defined(BSFA_WITH_CUDA)
+#include "sm80/block_maxima.hpp"
+#include "sm80/forward.hpp"
+#include "sm90/forward.hpp"
+
+namespace cutlass {
+struct half_t;
+struct bfloat16_t;
+}  // namespace cutlass
+#endif
+
+namespace bsfa {
+
+const std::initializer_list<Kernel<ForwardParams>> kForwardKernels = {
+#include "forward_kernels.inc"
+};
+
+const std::initializer_list<Kernel<BlockMaximaParams>> kBlockMaximaKernels = {
+#include "block_maxima_kernels.inc"
+};
+
+const char* dtype_name(int dtype) {
+  return dtype == BSFA_FLOAT16 ? "float16" : "bfloat16";
+}
+
+bool runs_on(int arch, int capability) {
+  return arch == 90 ? capability == 90 : capability >= arch;
+}
+
+namespace {
+
+template <class Params>
+bool matches(const Kernel<Params>& kernel, const Request& request) {
+  return kernel.dtype == request.dtype && kernel.head_dim == request.head_dim &&
+         (request.arch == 0 || kernel.arch == request.arch);
+}
+
+std::string describe(const Request& request) {
+  std::string text = join(dtype_name(request.dtype), " with head_dim ", request.head_dim);
+  if (request.arch != 0) {
+    text += join(" on sm_", request.arch);
+  }
+  return text;
+}
+
+template <class Params>
+std::string list(const std::initializer_list<Kernel<Params>>& kernels) {
+  std::string text;
+  for (const Kernel<Params>& kernel : kernels) {
+    text += join(text.empty() ? "" : ", ", dtype_name(kernel.dtype), " with head_dim ", kernel.head_dim,
+                 " on sm_", kernel.arch);
+  }
+  return text;
+}
+
+}  // namespace
+
+template <class Params>
+void check_built(const std::initializer_list<Kernel<Params>>& kernels, const Request& request) {
+  BSFA_CHECK_SUPPORTED(kernels.size() > 0, "this libbsfa was built without ", request.name,
+                       " kernels: build it with nvcc 12.4 or newer and BSFA_CUDA=ON (docs/build.md)");
+  for (const Kernel<Params>& kernel : kernels) {
+    if (matches(kernel, request)) {
+      return;
+    }
+  }
+  fail(BSFA_UNSUPPORTED, "this libbsfa has no ", request.name, " kernel for ", describe(request), "; it has ",
+       list(kernels));
+}
+
+template <class Params>
+const Kernel<Params>& select(const std::initializer_list<Kernel<Params>>& kernels, const Request& request,
+                             int capability) {
+  const Kernel<Params>* best = nullptr;
+  for (const Kernel<Params>& kernel : kernels) {
+    if (matches(kernel, request) && runs_on(kernel.arch, capability) &&
+        (best == nullptr || kernel.arch > best->arch)) {
+      best = &kernel;
+    }
+  }
+  BSFA_CHECK_SUPPORTED(
+      best != nullptr, "this GPU has compute capability ", capability / 10, ".", capability % 10, ", and no ",
+      request.name, " kernel for ", describe(request), " in this libbsfa runs on it ",
+      "(sm_80 kernels need 8.0 or newer, sm_90 kernels exactly 9.0); it has ", list(kernels));
+  return *best;
+}
+
+template void check_built(const std::initializer_list<Kernel<ForwardParams>>&, const Request&);
+template void check_built(const std::initializer_list<Kernel<BlockMaximaParams>>&, const Request&);
+template const Kernel<ForwardParams>& select(const std::initializer_list<Kernel<ForwardParams>>&,
+                                             const Request&, int);
+template const Kernel<BlockMaximaParams>& select(const std::initializer_list<Kernel<BlockMaximaParams>>&,
+                                                 const Request&, int);
+
+}  // namespace bsfa

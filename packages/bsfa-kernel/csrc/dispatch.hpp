@@ -1,0 +1,54 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// Which kernels the library has, and which of them serves a call.
+#pragma once
+
+#include <bsfa/bsfa.h>
+
+#include <initializer_list>
+#include <string>
+
+#include "params.hpp"
+
+struct CUstream_st;
+
+namespace bsfa {
+
+// One compiled kernel.
+template <class Params>
+struct Kernel {
+  int arch;  // compute capability that it was written for, times ten
+  bsfa_dtype dtype;
+  int head_dim;
+  void (*launch)(const Params& params, CUstream_st* stream);
+};
+
+// Every kernel in the library; the rows come from kernels.cmake.
+extern const std::initializer_list<Kernel<ForwardParams>> kForwardKernels;
+extern const std::initializer_list<Kernel<BlockMaximaParams>> kBlockMaximaKernels;
+
+// "float16" or "bfloat16".
+const char* dtype_name(int dtype);
+
+// Whether the GPU can run kernels of `arch`. Those for 90 use instructions that no other architecture has;
+// those for 80 come with PTX for later ones.
+bool runs_on(int arch, int capability);
+
+struct Request {
+  const char* name;  // of the kernel, for messages
+  int arch;          // 0 or the one that the caller insists on
+  int dtype;
+  int head_dim;
+};
+
+// Throws BSFA_UNSUPPORTED where the library has no such kernel for any GPU.
+template <class Params>
+void check_built(const std::initializer_list<Kernel<Params>>& kernels, const Request& request);
+
+// The newest kernel that the GPU can run. Throws BSFA_UNSUPPORTED where there is none.
+template <class Params>
+const Kernel<Params>& select(const std::initializer_list<Kernel<Params>>& kernels, const Request& request,
+                             int capability);
+
+}  // namespace bsfa

@@ -1,0 +1,14 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+
+# Every kernel of the library: a line here, and a file in instantiations/. The options say which of them are built.
+
+bsfa_add_kernel(bsfa forward 80 float16 64 csrc/sm80/instantiations/half_64.cu)
+bsfa_add_kernel(bsfa forward 80 float16 128 csrc/sm80/instantiations/half_128.cu)
+bsfa_add_kernel(bsfa forward 80 bfloat16 64 csrc/sm80/instantiations/bfloat16_64.cu)
+bsfa_add_kernel(bsfa forward 80 bfloat16 128 csrc/sm80/instantiations/bfloat16_128.cu)
+
+bsfa_add_kernel(bsfa forward 90a float16 64 csrc/sm90/instantiations/half_64.cu)
+bsfa_add_kernel(bsfa forward 90a float16 128 csrc/sm90/instantiations/half_128.cu)
+bsfa_add_kernel(bsfa forward 90a bfloat16 64 csrc/sm90/instantiations/bfloat16_64.cu)
+bsfa_add_kernel(bsfa forward 90a bfloat16 128 csrc/sm90/instantiations/bfloat16_128.cu)

@@ -1,0 +1,246 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+#include "validate.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+
+#include "check.hpp"
+
+namespace bsfa {
+namespace {
+
+constexpr int64_t kMaxExtent = INT32_MAX;         // the kernels count in int32_t
+constexpr int64_t kMaxSeqlen = int64_t{1} << 30;  // ... and round lengths up to whole blocks
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kAlignment = 16;                 // bytes; a thread moves no less
+constexpr int64_t kRowAlignment = kAlignment / 2;  // elements; float16 and bfloat16 have two bytes
+constexpr int64_t kMaxStride =
+    (int64_t{1} << 39) - kRowAlignment;  // elements; a TMA descriptor holds 2^40 bytes
+
+void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+  BSFA_CHECK(least <= value && value <= most, name, " must be between ", least, " and ", most, ", got ",
+             value);
+}
+
+void check_pointer(const char* name, const void* pointer, int64_t alignment) {
+  BSFA_CHECK(pointer != nullptr, name, " must not be null");
+  BSFA_CHECK(reinterpret_cast<uintptr_t>(pointer) % alignment == 0, name, " must be aligned to ", alignment,
+             " bytes, and is ", reinterpret_cast<uintptr_t>(pointer) % alignment, " bytes off");
+}
+
+// What a library that is older or newer than its caller can still read: version and size come first in each
+// struct.
+template <class Args>
+void check_version(const Args* args) {
+  BSFA_CHECK(args != nullptr, "args must not be null");
+  BSFA_CHECK(args->abi_version == BSFA_ABI_VERSION, "abi_version must be ", BSFA_ABI_VERSION, ", got ",
+             args->abi_version, ": the caller and libbsfa come from different releases");
+  BSFA_CHECK(args->struct_size == sizeof(Args), "struct_size must be ", sizeof(Args), ", got ",
+             args->struct_size);
+}
+
+// The fields that both structs have.
+template <class Args>
+void check_problem(const Args& args) {
+  BSFA_CHECK(args.device >= 0, "device must be a CUDA device ordinal, 0 or more, got ", args.device);
+  BSFA_CHECK(args.arch == 0 || args.arch == 80 || args.arch == 90,
+             "arch must be 0 (pick by device), 80 or 90, got ", args.arch);
+  BSFA_CHECK(args.dtype == BSFA_FLOAT16 || args.dtype == BSFA_BFLOAT16,
+             "dtype must be 0 (float16) or 1 (bfloat16), got ", args.dtype);
+  BSFA_CHECK(args.rule >= BSFA_RULE_ABSOLUTE && args.rule <= BSFA_RULE_RUNNING_LSE,
+             "rule must be 0 (absolute), 1 (running_max) or 2 (running_lse), got ", args.rule);
+  BSFA_CHECK(args.causal == 0 || args.causal == 1, "causal must be 0 or 1, got ", args.causal);
+  BSFA_CHECK((args.q_block == 128 || args.q_block == 64) && args.k_block == kKeyBlock,
+             "the sparsity block (q_block x k_block) must be 128x64 or 64x64, got ", args.q_block, "x",
+             args.k_block);
+  BSFA_CHECK(std::isfinite(args.scale) && args.scale > 0, "scale must be positive and finite, got ",
+             args.scale);
+
+  check_range("batch", args.batch, 0, kMaxExtent);
+  check_range("heads", args.heads, 1, kMaxExtent);
+  check_range("kv_heads", args.kv_heads, 1, kMaxExtent);
+  BSFA_CHECK(args.heads % args.kv_heads == 0, "heads must be a multiple of kv_heads, got ", args.heads,
+             " and ", args.kv_heads);
+  BSFA_CHECK(
+      args.head_dim >= kRowAlignment && args.head_dim <= kMaxHeadDim && args.head_dim % kRowAlignment == 0,
+      "head_dim must be a multiple of ", kRowAlignment, " up to ", kMaxHeadDim, ", got ", args.head_dim);
+  check_range("seqlen_q", args.seqlen_q, 0, kMaxSeqlen);
+  check_range("seqlen_k", args.seqlen_k, 0, kMaxSeqlen);
+}
+
+// One CTA computes no fewer than 64 queries of a head, and a grid has fewer than 2^31 CTAs.
+void check_grid(int64_t sequences, int64_t heads, int64_t tiles) {
+  // Each factor is below 2^32 and the first two are below 2^31, so that no product that is evaluated
+  // overflows.
+  const int64_t rows = sequences * heads;
+  BSFA_CHECK(rows <= INT32_MAX && rows * tiles <= INT32_MAX,
+             "batch * heads * ceil(seqlen_q / 64) must be at most ", INT32_MAX, ", got ", sequences, " * ",
+             heads, " * ", tiles);
+}
+
+struct Tensor {
+  const char* name;
+  const void* data;
+  bsfa_strides strides;
+  int64_t batch;  // 1 where packed
+  int64_t seqlen;
+  int64_t heads;
+  int64_t head_dim;
+};
+
+// Checks one tensor and returns its strides; those of dimensions that have one entry, which mean nothing, as
+// if it were contiguous.
+Strides check_tensor(const Tensor& tensor) {
+  check_pointer(tensor.name, tensor.data, kAlignment);
+  const struct {
+    const char* name;
+    int64_t extent;
+    int64_t stride;
+  } dimensions[] = {{"batch", tensor.batch, tensor.strides.batch},
+                    {"seqlen", tensor.seqlen, tensor.strides.seqlen},
+                    {"heads", tensor.heads, tensor.strides.heads}};
+  for (const auto& [name, extent, stride] : dimensions) {
+    if (extent > 1) {
+      BSFA_CHECK(stride >= 0 && stride <= kMaxStride && stride % kRowAlignment == 0, "the ", name,
+                 " stride of ", tensor.name, " must be a multiple of ", kRowAlignment, " elements (",
+                 kAlignment, " bytes) between 0 and ", kMaxStride, ", got ", stride);
+      BSFA_CHECK(stride <= (int64_t{1} << 59) / extent, tensor.name, " must span less than 2^60 bytes, got ",
+                 extent, " entries with ", name, " stride ", stride);
+    }
+  }
+  const int64_t heads = tensor.heads > 1 ? tensor.strides.heads : tensor.head_dim;
+  const int64_t seqlen = tensor.seqlen > 1 ? tensor.strides.seqlen : tensor.heads * tensor.head_dim;
+  return {tensor.batch > 1 ? tensor.strides.batch : 0, seqlen, heads};
+}
+
+// Two entries of an output must not share an element: whatever the order of the dimensions, each must step
+// over all that the smaller ones span.
+void check_distinct(const Tensor& tensor) {
+  struct Dimension {
+    int64_t stride;
+    int64_t extent;
+  };
+  std::array dimensions{Dimension{tensor.strides.batch, tensor.batch},
+                        Dimension{tensor.strides.seqlen, tensor.seqlen},
+                        Dimension{tensor.strides.heads, tensor.heads}};
+  std::sort(dimensions.begin(), dimensions.end(),
+            [](const Dimension& left, const Dimension& right) { return left.stride < right.stride; });
+  int64_t span = tensor.head_dim;
+  for (const Dimension& dimension : dimensions) {
+    if (dimension.extent > 1) {
+      BSFA_CHECK(dimension.stride >= span, "the strides of ", tensor.name,
+                 " must keep its entries apart, got batch ", tensor.strides.batch, ", seqlen ",
+                 tensor.strides.seqlen, ", heads ", tensor.strides.heads, " for ", tensor.batch, " x ",
+                 tensor.seqlen, " x ", tensor.heads, " rows of ", tensor.head_dim);
+      span += dimension.stride * (dimension.extent - 1);
+    }
+  }
+}
+
+}  // namespace
+
+ForwardParams validate(const bsfa_forward_args* pointer) {
+  check_version(pointer);
+  const bsfa_forward_args& args = *pointer;
+  check_problem(args);
+  check_range("threshold_rows", args.threshold_rows, 1, kMaxExtent);
+  BSFA_CHECK((args.cu_seqlens_q == nullptr) == (args.cu_seqlens_k == nullptr),
+             "cu_seqlens_q and cu_seqlens_k must both be given or both be null, got ",
+             args.cu_seqlens_q == nullptr ? "only cu_seqlens_k" : "only cu_seqlens_q");
+  const bool packed = args.cu_seqlens_q != nullptr;
+  BSFA_CHECK(!packed || args.batch >= 1 || (args.seqlen_q == 0 && args.seqlen_k == 0),
+             "batch must be at least 1 where cu_seqlens are given and there are queries or keys, got 0");
+  if (packed) {
+    check_grid(1, args.heads, args.seqlen_q / 64 + args.batch);
+  } else {
+    check_grid(args.batch, args.heads, (args.seqlen_q + 63) / 64);
+  }
+
+  ForwardParams params{};
+  params.batch = static_cast<int32_t>(args.batch);
+  params.heads = static_cast<int32_t>(args.heads);
+  params.kv_heads = static_cast<int32_t>(args.kv_heads);
+  params.seqlen_q = static_cast<int32_t>(args.seqlen_q);
+  params.seqlen_k = static_cast<int32_t>(args.seqlen_k);
+  params.scale = args.scale;
+  params.rule = static_cast<Rule>(args.rule);
+  params.causal = args.causal != 0;
+  params.q_block = args.q_block;
+  params.threshold_rows = static_cast<int32_t>(args.threshold_rows);
+
+  if (packed) {
+    check_pointer("cu_seqlens_q", args.cu_seqlens_q, sizeof(int32_t));
+    check_pointer("cu_seqlens_k", args.cu_seqlens_k, sizeof(int32_t));
+    params.cu_seqlens_q = args.cu_seqlens_q;
+    params.cu_seqlens_k = args.cu_seqlens_k;
+  }
+  if (args.kept != nullptr) {
+    check_pointer("kept", args.kept, sizeof(int32_t));
+    params.kept = args.kept;
+  }
+  if (args.batch == 0 || args.seqlen_q == 0) {
+    return params;  // no query: the tensors have no data, and nothing says where they are
+  }
+
+  const int64_t batch = packed ? 1 : args.batch;
+  const Tensor q{"q", args.q, args.q_strides, batch, args.seqlen_q, args.heads, args.head_dim};
+  const Tensor out{"out", args.out, args.out_strides, batch, args.seqlen_q, args.heads, args.head_dim};
+  params.q = args.q;
+  params.q_strides = check_tensor(q);
+  params.out = args.out;
+  params.out_strides = check_tensor(out);
+  check_distinct(out);
+  if (args.seqlen_k > 0) {
+    const Tensor k{"k", args.k, args.k_strides, batch, args.seqlen_k, args.kv_heads, args.head_dim};
+    const Tensor v{"v", args.v, args.v_strides, batch, args.seqlen_k, args.kv_heads, args.head_dim};
+    params.k = args.k;
+    params.k_strides = check_tensor(k);
+    params.v = args.v;
+    params.v_strides = check_tensor(v);
+    BSFA_CHECK(args.out != args.q && args.out != args.k && args.out != args.v,
+               "out must not be one of the inputs: blocks of it are written while others are still read");
+  }
+  check_pointer("thresholds", args.thresholds, sizeof(float));
+  params.thresholds = args.thresholds;
+  if (args.lse != nullptr) {
+    check_pointer("lse", args.lse, sizeof(float));
+    params.lse = args.lse;
+  }
+  return params;
+}
+
+BlockMaximaParams validate(const bsfa_block_maxima_args* pointer) {
+  check_version(pointer);
+  const bsfa_block_maxima_args& args = *pointer;
+  check_problem(args);
+  check_grid(args.batch, args.heads, (args.seqlen_q + 63) / 64);
+
+  BlockMaximaParams params{};
+  params.batch = static_cast<int32_t>(args.batch);
+  params.heads = static_cast<int32_t>(args.heads);
+  params.kv_heads = static_cast<int32_t>(args.kv_heads);
+  params.seqlen_q = static_cast<int32_t>(args.seqlen_q);
+  params.seqlen_k = static_cast<int32_t>(args.seqlen_k);
+  params.scale = args.scale;
+  params.rule = static_cast<Rule>(args.rule);
+  params.causal = args.causal != 0;
+  params.q_block = args.q_block;
+  if (args.batch == 0 || args.seqlen_q == 0 || args.seqlen_k == 0) {
+    return params;  // no block
+  }
+  params.q = args.q;
+  params.q_strides =
+      check_tensor({"q", args.q, args.q_strides, args.batch, args.seqlen_q, args.heads, args.head_dim});
+  params.k = args.k;
+  params.k_strides =
+      check_tensor({"k", args.k, args.k_strides, args.batch, args.seqlen_k, args.kv_heads, args.head_dim});
+  check_pointer("maxima", args.maxima, sizeof(float));
+  params.maxima = args.maxima;
+  return params;
+}
+
+}  // namespace bsfa

@@ -1,0 +1,18 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// From the structs of the C interface to the kernels' parameters. Every rule that can be checked without a
+// GPU is checked here, before the first CUDA call.
+#pragma once
+
+#include <bsfa/bsfa.h>
+
+#include "params.hpp"
+
+namespace bsfa {
+
+// Throws BSFA_INVALID_ARGUMENT, with the rule and the value, where the arguments break a rule of bsfa.h.
+ForwardParams validate(const bsfa_forward_args* args);
+BlockMaximaParams validate(const bsfa_block_maxima_args* args);
+
+}  // namespace bsfa
