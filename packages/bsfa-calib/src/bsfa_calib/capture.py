@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import inspect
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -41,10 +42,10 @@ class Progress:
     """How far a calibration has come.
 
     Attributes:
-        sample: samples done or found, or the one being worked on, from 0.
+        sample: samples done.
         samples: samples in all.
-        seqlen: tokens of the sample.
-        layer: layers of it that have been measured.
+        seqlen: tokens of the sample in progress, or just done.
+        layer: layers measured of the sample in progress; None where a sample has just been done.
         layers: layers of the model.
         resumed: whether the sample was found rather than measured.
     """
@@ -52,7 +53,7 @@ class Progress:
     sample: int
     samples: int
     seqlen: int
-    layer: int
+    layer: int | None
     layers: int
     resumed: bool = False
 
@@ -125,7 +126,7 @@ def calibrate(
     k_block: int = 64,
     aggregate: str = "pooled",
     keep_maxima: int | None = None,
-    checkpoint: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     model_name: str = "",
     revision: str = "",
     provenance: Mapping[str, str] | None = None,
@@ -201,16 +202,17 @@ def calibrate(
         every = [*samples, *held_out]
         dense: dict[int, str] = {}
         for index, tokens in enumerate(every):
-            done = Progress(index, len(every), len(tokens), shape.layers, shape.layers)
+            state = Progress(index, len(every), len(tokens), 0, shape.layers)
             measured = store.find(tokens)
+            found = True
             if measured is None:
                 recorder = Recorder(rule, q_block, k_block, lambda layer, maxima: None)
-                measured = _measure(model, tokens, recorder, store, measure, keep, done, progress)
-            else:
-                done = dataclasses.replace(done, resumed=True)
+                measured = _measure(model, tokens, recorder, store, measure, keep, state, progress)
+                found = False
             dense.update(measured.dense)
             if progress is not None:
-                progress(dataclasses.replace(done, sample=index + 1))
+                state = dataclasses.replace(state, sample=index + 1, layer=None, resumed=found)
+                progress(state)
         captured = [layer for layer in range(shape.layers) if layer not in dense]
         if not captured:
             raise CaptureError(f"no layer of this model can be measured: {_reasons(dense)}")
