@@ -303,6 +303,9 @@ def _attend(
     if 0 in (batch, heads, seqlen_k):
         return
     keys, values = _heads_first(k, dtype), _heads_first(v, dtype)
+    gather_below = _WORTH_GATHERING if q.device.type == "cpu" else 0.0
+    if not values.isfinite().all():
+        gather_below = 1.0  # a weight of 0 would not take a NaN out
 
     for block in _query_blocks(seqlen_q, seqlen_k, causal, geometry):
         if block.visible_keys == 0:
@@ -330,7 +333,7 @@ def _attend(
             if block.full_blocks:
                 keep[chunk], margin[chunk] = _verdicts(blocks, forced, bounds[chunk], rule)
                 share = keep[chunk].mean(dtype=torch.float32).item()
-                if share < _WORTH_GATHERING and q.device.type == "cpu":
+                if share < gather_below:
                     _attend_gathered(
                         blocks, forced, keep[chunk], values[chunk], out[chunk], lse[chunk]
                     )
@@ -402,6 +405,10 @@ def _attend_gathered(
             chosen = keep[kv_head, member].nonzero().squeeze(1)
             kept_scores = blocks[kv_head, member].index_select(1, chosen).flatten(1)
             kept_scores = torch.cat((kept_scores, forced[kv_head, member]), 1)
+            if kept_scores.shape[-1] == 0:
+                out[kv_head, member * rows : (member + 1) * rows] = 0
+                lse[kv_head, member] = -_INF
+                continue
             kept_values = value_blocks[kv_head].index_select(0, chosen).flatten(0, 1)
             kept_values = torch.cat((kept_values, last_values[kv_head]))
             weighted, norm = _softmax_times(kept_scores[None, None], kept_values[None])

@@ -1,0 +1,94 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""docs/semantics.md once more, score by score in plain Python.
+
+Written from that page alone and as slowly as it reads, so that an error in the reference back end
+is not repeated here. Everything is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+INF = math.inf
+
+
+class Expected(NamedTuple):
+    out: np.ndarray  # [batch, seqlen_q, heads, head_dim]
+    lse: np.ndarray  # [batch, heads, seqlen_q]
+    kept: np.ndarray  # [batch, heads, q_blocks]
+    mask: np.ndarray  # [batch, heads, q_blocks, k_blocks]
+    maxima: np.ndarray  # [batch, heads, q_blocks, k_blocks]
+
+
+def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block) -> Expected:
+    """Everything that the functions of the package return, for arrays [batch, seqlen, heads, head_dim]."""
+    batch, seqlen_q, heads, head_dim = q.shape
+    _, seqlen_k, kv_heads, _ = k.shape
+    q_blocks, k_blocks = -(-seqlen_q // q_block), -(-seqlen_k // k_block)
+    out = np.zeros((batch, seqlen_q, heads, head_dim))
+    lse = np.full((batch, heads, seqlen_q), -INF)
+    mask = np.zeros((batch, heads, q_blocks, k_blocks), bool)
+    maxima = np.full((batch, heads, q_blocks, k_blocks), -INF)
+    for b in range(batch):
+        for h in range(heads):
+            kv_head = h // (heads // kv_heads)
+            for i in range(q_blocks):
+                rows = range(i * q_block, min((i + 1) * q_block, seqlen_q))
+                scores = {
+                    r: {
+                        j: scale * float(np.dot(q[b, r, h], k[b, j, kv_head]))
+                        for j in range(seqlen_k)
+                        if not causal or j <= r + seqlen_k - seqlen_q
+                    }
+                    for r in rows
+                }
+                position = max(i * q_block + seqlen_k - seqlen_q, 0) // q_block
+                threshold = float(thresholds[h, min(position, thresholds.shape[1] - 1)])
+                args = (scores, rows, k_blocks, k_block, rule)
+                kept_blocks, _ = visit(*args, threshold)
+                _, maxima[b, h, i] = visit(*args, -INF)
+                for block in kept_blocks:
+                    mask[b, h, i, block] = True
+                for r in rows:
+                    left = {j: s for j, s in scores[r].items() if j // k_block in kept_blocks}
+                    if left:
+                        lse[b, h, r] = log_sum_exp(list(left.values()))
+                        for j, s in left.items():
+                            out[b, r, h] += math.exp(s - lse[b, h, r]) * v[b, j, kv_head]
+    return Expected(out, lse, mask.sum(-1), mask, maxima)
+
+
+def visit(scores, rows, k_blocks, k_block, rule, threshold):
+    """The blocks that a query block keeps, and for each block max(score - reference) when visited."""
+    kept = []
+    excesses = np.full(k_blocks, -INF)
+    for block in range(k_blocks - 1, -1, -1):
+        keys = range(block * k_block, (block + 1) * k_block)
+        here = [(r, scores[r][j]) for r in rows for j in keys if j in scores[r]]
+        if not here:
+            continue
+        masked = any(j not in scores[r] for r in rows for j in keys)
+        keep = masked
+        for r, score in here:
+            seen = [s for j, s in scores[r].items() if j // k_block in kept]
+            if rule == "absolute":
+                reference = 0.0
+            elif not seen:
+                reference = -INF
+            else:
+                reference = max(seen) if rule == "running_max" else log_sum_exp(seen)
+            excesses[block] = max(excesses[block], score - reference)
+            if threshold < INF and score >= threshold + reference:
+                keep = True
+        if keep:
+            kept.append(block)
+    return kept, excesses
+
+
+def log_sum_exp(values) -> float:
+    largest = max(values)
+    return largest + math.log(math.fsum(math.exp(value - largest) for value in values))
