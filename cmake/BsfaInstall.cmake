@@ -14,10 +14,9 @@ install(FILES include/bsfa/bsfa.h DESTINATION include/bsfa)
 
 if(BSFA_HAS_CUDA)
   get_target_property(objects bsfa BSFA_OBJECTS)
-  list(JOIN objects "," objects)
   add_custom_command(TARGET bsfa POST_BUILD VERBATIM COMMENT "Collecting what ptxas said of the kernels"
     COMMAND "${CMAKE_COMMAND}" "-DOUTPUT=$<TARGET_FILE:bsfa>.ptxas" "-DNVCC_VERSION=${CMAKE_CUDA_COMPILER_VERSION}"
-      "-DOBJECTS=$<JOIN:${objects},,>" -P "${BSFA_MODULES}/CollectResources.cmake")
+      "-DOBJECTS=$<JOIN:${objects},$<COMMA>>" -P "${BSFA_MODULES}/CollectResources.cmake")
   install(FILES "$<TARGET_FILE:bsfa>.ptxas" DESTINATION lib)
 endif()
 

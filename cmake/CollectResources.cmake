@@ -8,7 +8,7 @@
 set(report "# ptxas -v of nvcc ${NVCC_VERSION}\n")
 string(REPLACE "," ";" OBJECTS "${OBJECTS}")
 foreach(object IN LISTS OBJECTS)
-  get_filename_component(source "${object}" NAME_WLE)
+  string(REGEX REPLACE "^.*\\.dir/(\\./)?|\\.o$" "" source "${object}")
   file(READ "${object}.ptxas" log)
   string(APPEND report "\n# ${source}\n${log}")
 endforeach()
