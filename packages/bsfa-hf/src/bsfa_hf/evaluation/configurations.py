@@ -1,0 +1,196 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""What attention a model is evaluated under, and how that is written on a command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bsfa_calib.thresholds import AXES, ThresholdTable
+from bsfa_kernel import DEFAULT_GEOMETRY, GEOMETRIES, RULES, Geometry
+
+# The options that each kind takes, and whether it must have them.
+_OPTIONS: dict[str, dict[str, bool]] = {
+    "dense": {},
+    "table": {"file": True, **dict.fromkeys(AXES, False)},
+    "scalar": {"rule": True, "threshold": False, "sparsity": False, "geometry": False},
+    "sliding_window": {"window": True, "sink": False},
+    "sparge_attn": {"topk": False, "simthreshd1": False, "cdfthreshd": False},
+}
+KINDS = tuple(_OPTIONS)
+
+
+class ConfigurationError(ValueError):
+    """A configuration cannot be had; the message gives the rule and the value."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to compute attention.
+
+    Attributes:
+        name: what tables and plots call it.
+        kind: one of ``KINDS``.
+        options: the kind's options, as written.
+        digest: changes with whatever changes the result: kind, options, and a table's content.
+    """
+
+    name: str
+    kind: str
+    options: tuple[tuple[str, str], ...] = ()
+    digest: str = ""
+
+    def option(self, name: str, default: str = "") -> str:
+        """The value of an option, as written."""
+        return dict(self.options).get(name, default)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sparsity block in which this configuration's sparsity is counted."""
+        if self.kind == "table":
+            table = ThresholdTable.load(self.option("file"))
+            return Geometry(table.q_block, table.k_block)
+        return Geometry.parse(self.option("geometry", str(DEFAULT_GEOMETRY)))
+
+
+def make_configuration(
+    kind: str, options: Mapping[str, str] | None = None, *, name: str = ""
+) -> Configuration:
+    """A checked configuration.
+
+    * ``dense``: SDPA, what everything is compared with.
+    * ``table``: thresholds of ``file`` at one of ``k``, ``target_sparsity`` and ``max_loss``; rule
+      and geometry are the table's.
+    * ``scalar``: one threshold for the whole model under ``rule`` (running_max is BLASST's, arXiv
+      2512.12087); either ``threshold``, or ``sparsity``, for which it is then found on text that
+      is not evaluated on.
+    * ``sliding_window``: the last ``window`` keys, and the first ``sink``.
+    * ``sparge_attn``: SpargeAttention (arXiv 2502.18137), if it is installed; ``topk``, or
+      ``simthreshd1`` and ``cdfthreshd``.
+
+    Raises:
+        ConfigurationError: unknown kind or option, one missing, or a value out of range.
+        FileNotFoundError: there is no such table.
+        ThresholdFileError: the file is not a table.
+    """
+    options = dict(options or {})
+    if kind not in _OPTIONS:
+        raise ConfigurationError(f"a configuration is one of {', '.join(KINDS)}, got {kind!r}")
+    known = _OPTIONS[kind]
+    for option, value in options.items():
+        if option not in known:
+            raise ConfigurationError(
+                f"{kind} takes {', '.join(known) or 'no options'}, got {option}={value}"
+            )
+    missing = [option for option, needed in known.items() if needed and option not in options]
+    if missing:
+        raise ConfigurationError(f"{kind} needs {', '.join(missing)}")
+    content = _check_values(kind, options)
+    ordered = tuple(sorted(options.items()))
+    described = json.dumps([kind, content, [item for item in ordered if item[0] != "file"]])
+    digest = hashlib.sha256(described.encode()).hexdigest()[:16]
+    return Configuration(name or _default_name(kind, options), kind, ordered, digest)
+
+
+def parse_configuration(text: str) -> Configuration:
+    """Read ``[NAME=]KIND[:option=value,...]``, as ``blasst=scalar:rule=running_max,threshold=-7``.
+
+    Raises:
+        ConfigurationError: it is not written so, or breaks a rule of its kind.
+    """
+    head, _, tail = text.partition(":")
+    name, separator, kind = head.rpartition("=")
+    if separator and not name:
+        raise ConfigurationError(f"a configuration is [NAME=]KIND[:option=value,...], got {text!r}")
+    options: dict[str, str] = {}
+    for item in filter(None, tail.split(",")):
+        option, equals, value = item.partition("=")
+        if not equals or not value or option in options:
+            raise ConfigurationError(
+                f"options are option=value, each once, got {item!r} in {text!r}"
+            )
+        options[option.strip()] = value.strip()
+    return make_configuration(kind.strip(), options, name=name.strip())
+
+
+def check_names(configurations: Iterable[Configuration]) -> None:
+    """Refuse two configurations of one name.
+
+    Raises:
+        ConfigurationError: there are.
+    """
+    seen: set[str] = set()
+    for configuration in configurations:
+        if configuration.name in seen:
+            raise ConfigurationError(
+                f"two configurations are called {configuration.name!r}; name one: NAME=KIND:..."
+            )
+        seen.add(configuration.name)
+
+
+def table_point(configuration: Configuration) -> dict[str, float]:
+    """The operating point of a table's configuration, as ``ThresholdTable.select`` takes it."""
+    options = dict(configuration.options)
+    return {axis: _point(axis, options[axis]) for axis in AXES if axis in options}
+
+
+def _point(axis: str, value: str) -> float:
+    return int(value) if axis == "k" else float(value)
+
+
+def _check_values(kind: str, options: Mapping[str, str]) -> str:
+    """Check the values of a kind's options; returns what else identifies the configuration."""
+    try:
+        if kind == "table":
+            table = ThresholdTable.load(options["file"])
+            chosen = {axis: _point(axis, options[axis]) for axis in AXES if axis in options}
+            values = table.select(**chosen)  # type: ignore[arg-type]
+            identity = hashlib.sha256(values.tobytes()).hexdigest()
+            return f"{identity} {table.rule} {table.geometry}"
+        if kind == "scalar":
+            _check_scalar(options)
+        if kind == "sliding_window":
+            for name, least in (("window", 1), ("sink", 0)):
+                if int(options.get(name, least)) < least:
+                    raise ConfigurationError(
+                        f"{name} must be at least {least}, got {options[name]}"
+                    )
+        if kind == "sparge_attn":
+            for name in options:
+                if not 0 < float(options[name]) <= 1:
+                    raise ConfigurationError(f"{name} must be in (0, 1], got {options[name]}")
+            if "topk" in options and len(options) > 1:
+                raise ConfigurationError("sparge_attn takes topk or thresholds, not both")
+    except (ConfigurationError, FileNotFoundError):
+        raise
+    except ValueError as error:
+        raise ConfigurationError(f"{kind}: {error}") from error
+    return ""
+
+
+def _check_scalar(options: Mapping[str, str]) -> None:
+    if options["rule"] not in RULES:
+        raise ConfigurationError(f"rule must be one of {', '.join(RULES)}, got {options['rule']!r}")
+    if ("threshold" in options) == ("sparsity" in options):
+        raise ConfigurationError("scalar needs either threshold or sparsity")
+    if math.isnan(float(options.get("threshold", 0))):
+        raise ConfigurationError("threshold must be a number, got nan")
+    if not 0 <= float(options.get("sparsity", 0)) < 1:
+        raise ConfigurationError(f"sparsity must be in [0, 1), got {options['sparsity']}")
+    geometry = Geometry.parse(options.get("geometry", str(DEFAULT_GEOMETRY)))
+    if geometry not in GEOMETRIES:
+        raise ConfigurationError(
+            f"geometry must be one of {', '.join(map(str, GEOMETRIES))}, got {geometry}"
+        )
+
+
+def _default_name(kind: str, options: Mapping[str, str]) -> str:
+    parts = [Path(v).stem if o == "file" else f"{o}={v}" for o, v in options.items()]
+    if kind == "table":
+        return " ".join(parts)
+    return f"{kind}({', '.join(parts)})" if parts else kind

@@ -1,0 +1,164 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""How far a model's predictions move: KL divergence from dense, perplexity, answers to needles."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits computed at a time.
+_LOGITS_AT_A_TIME = 1 << 26
+_FIRST_BAND = 512
+
+
+@dataclass(frozen=True)
+class Band:
+    """What was measured at the positions from ``start`` to ``stop - 1`` of a window.
+
+    Attributes:
+        start: first position.
+        stop: past the last position.
+        positions: next-token distributions compared.
+        kl: mean KL divergence of the distribution from dense's, in nats; 0 for dense.
+        nll: mean negative log-likelihood of the next token, in nats.
+        agreement: share of positions whose most likely token is dense's.
+    """
+
+    start: int
+    stop: int
+    positions: int
+    kl: float
+    nll: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Final hidden states of a window, from which logits are made when they are needed.
+
+    Attributes:
+        hidden: [seqlen, width].
+        seconds: what the forward pass took.
+    """
+
+    hidden: Tensor
+    seconds: float
+
+
+class LanguageModel:
+    """A causal model whose logits are made a few positions at a time.
+
+    A 32K-token window of a model with 128K tokens has 17 GB of float32 logits; hidden states have
+    a hundredth of that.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Find out whether the model's logits are its output embedding of its last hidden state."""
+        self.model = model
+        self.device = next(model.parameters()).device
+        self._head = model.get_output_embeddings()
+        self._split = self._head is not None and self._is_plain()
+
+    @torch.inference_mode()
+    def predict(self, ids: Sequence[int]) -> Predictions:
+        """Read a window."""
+        tokens = torch.tensor([list(ids)], device=self.device)
+        self._synchronize()
+        begin = time.perf_counter()
+        if self._split:
+            hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        else:
+            hidden = self.model(input_ids=tokens, use_cache=False).logits
+        self._synchronize()
+        return Predictions(hidden[0], time.perf_counter() - begin)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, float32."""
+        return (self._head(hidden) if self._split else hidden).float()
+
+    @torch.inference_mode()
+    def compare(self, found: Predictions, dense: Predictions, ids: Sequence[int]) -> list[Band]:
+        """Compare predictions with dense ones, by bands of positions (``band_edges``)."""
+        tokens = torch.tensor(list(ids), device=self.device)
+        count = len(tokens) - 1
+        vocabulary = self._head.weight.shape[0] if self._split else dense.hidden.shape[-1]
+        step = max(_LOGITS_AT_A_TIME // vocabulary, 1)
+        kl, nll, agreement = (torch.empty(count, device=self.device) for _ in range(3))
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+            expected = self.logits(dense.hidden[part]).log_softmax(-1)
+            if found is dense:
+                actual = expected
+                kl[part] = 0
+            else:
+                actual = self.logits(found.hidden[part]).log_softmax(-1)
+                kl[part] = (expected.exp() * (expected - actual)).sum(-1)
+            following = tokens[part.start + 1 : part.stop + 1, None]
+            nll[part] = -actual.gather(-1, following)[:, 0]
+            agreement[part] = (actual.argmax(-1) == expected.argmax(-1)).float()
+        bands = []
+        for start, stop in band_edges(count):
+            means = [float(x[start:stop].mean()) for x in (kl, nll, agreement)]
+            bands.append(Band(start, stop, stop - start, *means))
+        return bands
+
+    @torch.inference_mode()
+    def answer(self, prompt: Sequence[int], answer: Sequence[int]) -> tuple[bool, float, float]:
+        """Whether greedy decoding gives an answer, and how likely it is.
+
+        The prompt is read under the attention in force, the answer's tokens as decoding would.
+
+        Returns:
+            Hit, log-probability of the whole answer, and seconds for the prompt.
+        """
+        tokens = torch.tensor([list(prompt)], device=self.device)
+        from transformers import DynamicCache
+
+        self._synchronize()
+        begin = time.perf_counter()
+        cache = {self._cache_argument(): DynamicCache(config=self.model.config)}
+        first = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **cache)
+        self._synchronize()
+        seconds = time.perf_counter() - begin
+        logits = first.logits[0, -1:]
+        wanted = torch.tensor(list(answer), device=self.device)
+        if len(wanted) > 1:
+            rest = self.model(input_ids=wanted[None, :-1], use_cache=True, **cache)
+            logits = torch.cat((logits, rest.logits[0]))
+        likely = logits.float().log_softmax(-1)
+        hit = bool((likely.argmax(-1) == wanted).all())
+        return hit, float(likely.gather(-1, wanted[:, None]).sum()), seconds
+
+    @torch.inference_mode()
+    def _is_plain(self) -> bool:
+        tokens = torch.arange(8, device=self.device)[None]
+        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        logits = self.model(input_ids=tokens, use_cache=False).logits
+        own = self._head(hidden)
+        return own.shape == logits.shape and torch.allclose(own, logits, rtol=1e-3, atol=1e-3)
+
+    def _cache_argument(self) -> str:
+        # transformers renamed it; the old name is deprecated from 5.24 on.
+        known = inspect.signature(self.model.forward).parameters
+        return "cache" if "cache" in known else "past_key_values"
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def band_edges(count: int) -> list[tuple[int, int]]:
+    """Bands of positions that double in length: 0-511, 512-1023, 1K-2K, and so on."""
+    edges = [0]
+    edge = _FIRST_BAND
+    while edge < count:
+        edges.append(edge)
+        edge *= 2
+    return list(zip(edges, [*edges[1:], count], strict=True))

@@ -1,0 +1,129 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The file of results: a record for each sample and configuration, found again on resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bsfa_calib.thresholds import write_atomically
+
+FORMAT = "bsfa-evaluation"
+VERSION = 1
+
+Record = dict[str, Any]
+
+# The file is written anew each time, so not after every record of a fast run.
+_SECONDS_BETWEEN_WRITES = 5.0
+
+
+class ResultsError(ValueError):
+    """A file does not hold the results of this evaluation; the message says why."""
+
+
+class Results:
+    """Records by task, length, sample and configuration.
+
+    Attributes:
+        path: where they are written.
+        header: what holds for the whole file: model, configurations, environment.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        """Open a file of results, or begin one.
+
+        Args:
+            path: of the file.
+            header: must have "model", a description of the model; a file of another is refused.
+
+        Raises:
+            ResultsError: the file is damaged, foreign, or of another model.
+        """
+        self.path = path
+        self.header = dict(header)
+        self._records: dict[str, Record] = {}
+        self._written = time.monotonic()
+        if path.exists():
+            found = load(path)
+            if found["header"].get("model") != self.header["model"]:
+                raise ResultsError(
+                    f"{path} holds results of another model, {found['header'].get('model')}; "
+                    "name another file with --out"
+                )
+            known = {**found["header"].get("configurations", {})}
+            self.header["configurations"] = {**known, **self.header.get("configurations", {})}
+            self._records = {record_key(record): record for record in found["records"]}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._records
+
+    @property
+    def records(self) -> list[Record]:
+        """All records, in the order in which they came."""
+        return list(self._records.values())
+
+    def add(self, record: Record) -> None:
+        """Add a record; the file has it after a few seconds, or after ``write``."""
+        self._records[record_key(record)] = record
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def merge(self, records: Iterable[Record]) -> None:
+        """Add records from elsewhere, and write."""
+        self._records.update({record_key(record): record for record in records})
+        self.write()
+
+    def write(self) -> None:
+        """Write the file; it is whole at every moment.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "header": self.header,
+            "records": self.records,
+        }
+        write_atomically(self.path, json.dumps(content, allow_nan=False).encode())
+        self._written = time.monotonic()
+
+
+def record_key(record: Mapping[str, Any]) -> str:
+    """What a record is of: task, length, sample and the digest of a configuration."""
+    return "|".join(str(record[part]) for part in ("task", "length", "sample", "configuration"))
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a file of results: a dict with "header" and "records".
+
+    Raises:
+        FileNotFoundError: there is none.
+        ResultsError: it is damaged, foreign or newer.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ResultsError(f"{path} is not a file of results: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ResultsError(f"{path} is not a file of results: it has no format {FORMAT!r}")
+    if not isinstance(content.get("version"), int) or content["version"] > VERSION:
+        raise ResultsError(
+            f"{path} has version {content.get('version')!r}, and this reads up to {VERSION}; "
+            "install a newer bsfa-hf"
+        )
+    records, header = content.get("records"), content.get("header")
+    if not isinstance(records, list) or not isinstance(header, dict):
+        raise ResultsError(f"{path} has no list of records or no header; make it again")
+    try:
+        for record in records:
+            record_key(record)
+    except (KeyError, TypeError) as error:
+        raise ResultsError(f"{path} holds a damaged record: {error}") from error
+    return content

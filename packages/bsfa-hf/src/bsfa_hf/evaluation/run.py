@@ -1,0 +1,431 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Evaluate a model under several attention configurations, each paired with dense."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bsfa_hf.evaluation.configurations import Configuration, check_names
+from bsfa_hf.evaluation.methods import BACKENDS, Method, applied, attention_shape, make_method
+from bsfa_hf.evaluation.metrics import LanguageModel, Predictions
+from bsfa_hf.evaluation.needle import make_prompt, noise
+from bsfa_hf.evaluation.results import Record, Results, load, record_key
+from bsfa_hf.evaluation.ruler import OFFLINE_TASKS, RULER_TASKS, Harness
+from bsfa_hf.evaluation.text import Window, check_part, read_windows
+from bsfa_hf.evaluation.tuning import find_scalar
+
+TEXT_TASKS = ("kl", "perplexity")
+TASKS = (*TEXT_TASKS, "needle", "ruler")
+
+Progress = Callable[[str], None]
+
+
+class EvaluationError(ValueError):
+    """What was asked for cannot be evaluated; the message gives the rule and the value."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to evaluate.
+
+    Attributes:
+        configurations: beside dense, which is always evaluated.
+        tasks: of ``TASKS``, names of RULER's tasks, or "harness:NAME" for any task of the harness.
+        lengths: tokens in a sample.
+        samples: samples for a length (and task, and needle depth).
+        text: a folder of text; needed for kl and perplexity, and for needles in text.
+        part: stretch of each file that is evaluated on; scalars are found on what is before it.
+        depths: of needles, 0 to 1.
+        needle_keys: needles in a haystack, of which one is asked for.
+        backend: see ``make_method``.
+        seed: for needles.
+    """
+
+    configurations: tuple[Configuration, ...]
+    tasks: tuple[str, ...] = ("kl", "perplexity")
+    lengths: tuple[int, ...] = (4096,)
+    samples: int = 8
+    text: Path | None = None
+    part: tuple[float, float] = (0.5, 1.0)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    needle_keys: int = 1
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked without the model."""
+        check_names(self.configurations)
+        check_part(self.part)
+        for task in self.tasks:
+            if task not in TASKS and task not in RULER_TASKS and not task.startswith("harness:"):
+                raise EvaluationError(
+                    f"a task is one of {', '.join((*TASKS, *RULER_TASKS))}, or harness:NAME, "
+                    f"got {task!r}"
+                )
+        if not self.tasks or not self.lengths:
+            raise EvaluationError("at least one task and one length are needed")
+        if self.samples < 1 or min(self.lengths) < 2:
+            raise EvaluationError(
+                f"samples must be at least 1 and lengths at least 2, got {self.samples} and "
+                f"{', '.join(map(str, self.lengths))}"
+            )
+        if set(self.tasks) & set(TEXT_TASKS) and self.text is None:
+            raise EvaluationError("kl and perplexity need text: give a folder with --text")
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise EvaluationError(f"depths are between 0 and 1, got {depth}")
+        if self.backend not in BACKENDS:
+            raise EvaluationError(
+                f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}"
+            )
+
+    @property
+    def harness_tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that the harness runs."""
+        names: list[str] = []
+        for task in self.tasks:
+            if task == "ruler":
+                names += OFFLINE_TASKS
+            elif task in RULER_TASKS:
+                names.append(task)
+            elif task.startswith("harness:"):
+                names.append(task.removeprefix("harness:"))
+        return tuple(dict.fromkeys(names))
+
+
+class Evaluation:
+    """One process's share of an evaluation."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        plan: Plan,
+        out: Path,
+        *,
+        model_name: str = "",
+        progress: Progress = lambda _: None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Check the plan against the model, and find what is done already.
+
+        Args:
+            model: a decoder of transformers, in evaluation mode.
+            tokenizer: its tokenizer.
+            plan: what to evaluate.
+            out: file of results; processes other than the first write beside it.
+            model_name: what to call the model.
+            progress: told what is being done, a line at a time.
+            rank: which of the processes this is; sample i is for process i modulo ``world``.
+            world: number of processes.
+
+        Raises:
+            ConfigurationError: a configuration does not fit the model, or needs what is not there.
+            EvaluationError: a length is beyond the model's positions.
+            ResultsError: the file of results is of something else.
+        """
+        self.model, self.tokenizer, self.plan = model, tokenizer, plan
+        self.language_model = LanguageModel(model)
+        self.rank, self.world = rank, world
+        self._progress = progress
+        self._done = 0
+        self._began = time.monotonic()
+        positions = getattr(
+            model.config.get_text_config(decoder=True), "max_position_embeddings", None
+        )
+        if positions is not None and max(plan.lengths) > positions:
+            raise EvaluationError(
+                f"the model has {positions} positions, and {max(plan.lengths)} tokens were asked "
+                f"for"
+            )
+        dense = Configuration("dense", "dense", digest="dense")
+        others = tuple(c for c in plan.configurations if c.kind != "dense")
+        self.configurations = (dense, *others)
+        self._methods: dict[tuple[str, int], Method | None] = {}
+        # What is wrong with one is to be known before hours have passed.
+        for configuration in others:
+            if not configuration.option("sparsity"):
+                make_method(configuration, model, backend=plan.backend)
+        layers, heads = attention_shape(model)
+        header = {
+            "model": {"name": model_name, "digest": fingerprint(model)},
+            "layers": layers,
+            "heads": heads,
+            "configurations": {
+                c.digest: {
+                    "name": c.name,
+                    "kind": c.kind,
+                    "options": dict(c.options),
+                    "geometry": str(c.geometry),
+                }
+                for c in self.configurations
+            },
+            "environment": environment(model, plan.backend),
+        }
+        path = out if rank == 0 else rank_path(out, rank)
+        self.results = Results(path, header)
+        if rank > 0 and out.exists():
+            self.results.merge(load(out)["records"])
+
+    def run(self) -> None:
+        """Evaluate what is not done; what is done stays if it is interrupted."""
+        try:
+            for length in self.plan.lengths:
+                if set(self.plan.tasks) & set(TEXT_TASKS):
+                    self._text(length)
+                if "needle" in self.plan.tasks:
+                    self._needles(length)
+                for task in self.plan.harness_tasks:
+                    self._harness(task, length)
+        finally:
+            self.results.write()
+
+    def _text(self, length: int) -> None:
+        assert self.plan.text is not None
+        windows = read_windows(
+            self.plan.text,
+            self.tokenizer,
+            length=length,
+            count=self.plan.samples,
+            part=self.plan.part,
+        )
+        for window in self._mine(windows):
+            base: Record = {
+                "task": "text",
+                "length": length,
+                "sample": sample_name(window),
+                "kind": window.kind,
+            }
+            missing = self._missing(base)
+            dense: Predictions | None = None
+            for configuration in missing:
+                method = self._method(configuration, length)
+                if dense is None:
+                    with applied(self.model, None):
+                        dense = self.language_model.predict(window.ids)
+                found = dense
+                skipped: list[list[float]] = []
+                if configuration.kind != "dense":
+                    with applied(self.model, method) as meter:
+                        found = self.language_model.predict(window.ids)
+                        skipped = meter.take()
+                bands = self.language_model.compare(found, dense, window.ids)
+                self._add(
+                    base,
+                    configuration,
+                    skipped,
+                    seconds=found.seconds,
+                    bands=[dataclasses.asdict(band) for band in bands],
+                )
+
+    def _needles(self, length: int) -> None:
+        plan = self.plan
+        haystacks: list[tuple[str, Sequence[int]]]
+        if plan.text is None:
+            haystacks = [("noise", noise(self.tokenizer, length))] * plan.samples
+        else:
+            windows = read_windows(
+                plan.text, self.tokenizer, length=length, count=plan.samples, part=plan.part
+            )
+            haystacks = [(window.kind, window.ids) for window in windows]
+        cells = [(i, depth) for i in range(plan.samples) for depth in plan.depths]
+        for index, depth in self._mine(cells):
+            kind, haystack = haystacks[index]
+            base: Record = {
+                "task": "needle",
+                "length": length,
+                "sample": f"{plan.needle_keys} keys, depth {depth:g}, seed {plan.seed + index}, "
+                + content_digest(haystack),
+                "kind": kind,
+                "depth": depth,
+                "keys": plan.needle_keys,
+            }
+            missing = self._missing(base)
+            if not missing:
+                continue
+            prompt = make_prompt(
+                haystack,
+                self.tokenizer,
+                length=length,
+                depth=depth,
+                keys=plan.needle_keys,
+                seed=plan.seed + index,
+            )
+            for configuration in missing:
+                with applied(self.model, self._method(configuration, length)) as meter:
+                    hit, likelihood, seconds = self.language_model.answer(
+                        prompt.prompt, prompt.answer
+                    )
+                    skipped = meter.take()
+                self._add(
+                    base,
+                    configuration,
+                    skipped,
+                    seconds=seconds,
+                    tokens=len(prompt.prompt),
+                    hit=hit,
+                    log_probability=likelihood,
+                )
+
+    def _harness(self, task: str, length: int) -> None:
+        is_ruler = task in RULER_TASKS
+        bases: list[Record] = [
+            {"task": task, "length": length if is_ruler else 0, "sample": str(index), "kind": task}
+            for index in range(self.plan.samples)
+        ]
+        todo = [base for base in self._mine(bases) if self._missing(base)]
+        if not todo:
+            return
+        harness = Harness(self.model, self.tokenizer)
+        loaded = harness.load(task, length if is_ruler else None, self.plan.seed)
+        for configuration in self.configurations:
+            mine = [b for b in todo if configuration in self._missing(b)]
+            if not mine:
+                continue
+            # One sample at a time: a call of the harness has no stop between two.
+            for base in mine:
+                with applied(self.model, self._method(configuration, length)) as meter:
+                    begin = time.perf_counter()
+                    scores = harness.scores(loaded, [int(base["sample"])])
+                    seconds = time.perf_counter() - begin
+                    skipped = meter.take()
+                score = scores.get(int(base["sample"]))
+                self._add(base, configuration, skipped, seconds=seconds, score=score)
+
+    def _method(self, configuration: Configuration, length: int) -> Method | None:
+        """The method of a configuration; for a sparsity asked for, its threshold is found first."""
+        key = (configuration.digest, length)
+        if key not in self._methods:
+            threshold = None
+            if configuration.option("sparsity"):
+                threshold = self._find_scalar(configuration, length)
+            self._methods[key] = make_method(
+                configuration, self.model, backend=self.plan.backend, threshold=threshold
+            )
+        return self._methods[key]
+
+    def _find_scalar(self, configuration: Configuration, length: int) -> float:
+        text, start = self.plan.text, self.plan.part[0]
+        if text is None or start <= 0:
+            raise EvaluationError(
+                f"{configuration.name}: to find the threshold for a sparsity, text is needed that "
+                f"is "
+                "not evaluated on: give --text, and a --text-part that starts above 0"
+            )
+        target = float(configuration.option("sparsity"))
+        self._progress(f"{configuration.name}: finding the threshold for a sparsity of {target:g}")
+        windows = read_windows(text, self.tokenizer, length=length, count=1, part=(0.0, start))
+        found = find_scalar(
+            self.model,
+            [windows[0].ids],
+            rule=configuration.option("rule"),
+            geometry=configuration.geometry,
+            target_sparsity=target,
+            backend=self.plan.backend,
+        )
+        self._progress(
+            f"{configuration.name}: a threshold of {found.threshold:.3f} skips {found.sparsity:.3f}"
+        )
+        about = self.results.header["configurations"][configuration.digest]
+        about.setdefault("thresholds", {})[str(length)] = found.threshold
+        return found.threshold
+
+    def _mine(self, samples: Sequence[Any]) -> Iterator[Any]:
+        return (sample for i, sample in enumerate(samples) if i % self.world == self.rank)
+
+    def _missing(self, base: Record) -> list[Configuration]:
+        return [
+            configuration
+            for configuration in self.configurations
+            if record_key({**base, "configuration": configuration.digest}) not in self.results
+        ]
+
+    def _add(
+        self,
+        base: Record,
+        configuration: Configuration,
+        skipped: list[list[float]],
+        **measured: Any,
+    ) -> None:
+        heads = [share for layer in skipped for share in layer]
+        record = {
+            **base,
+            "configuration": configuration.digest,
+            "sparsity": round(sum(heads) / len(heads), 6) if heads else 0.0,
+            "skipped": skipped,
+            **measured,
+        }
+        self.results.add(record)
+        self._done += 1
+        what = f"{record['task']} {record['length']} {configuration.name}"
+        told = f"sparsity {record['sparsity']:.3f}"
+        if "bands" in record:
+            positions = sum(band["positions"] for band in record["bands"])
+            kl = sum(band["kl"] * band["positions"] for band in record["bands"]) / positions
+            told += f", KL {kl:.4f}"
+        elif "hit" in record:
+            told += f", {'hit' if record['hit'] else 'miss'}"
+        elif record.get("score") is not None:
+            told += f", score {record['score']:.2f}"
+        elapsed = time.monotonic() - self._began
+        self._progress(f"[{self._done} in {elapsed:.0f} s] {what}, {record['kind']}: {told}")
+
+
+def sample_name(window: Window) -> str:
+    """Where a window is from, and what it holds."""
+    return f"{window.name} {content_digest(window.ids)}"
+
+
+def content_digest(ids: Sequence[int]) -> str:
+    """Short digest of tokens."""
+    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:12]
+
+
+def fingerprint(model: Any) -> str:
+    """Digest of a model's shape, dtype, and a few of its weights."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some)
+    return digest.hexdigest()[:16]
+
+
+def environment(model: Any, backend: str) -> dict[str, str]:
+    """What a time or a last digit may depend on."""
+    import importlib.metadata as metadata
+
+    import torch
+
+    parameter = next(model.parameters())
+    device = parameter.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    packages = ("bsfa-hf", "bsfa-kernel", "torch", "transformers")
+    names = (str(found.metadata["Name"]) for found in metadata.distributions())
+    installed = {name.lower().replace("_", "-") for name in names}
+    versions = {p: metadata.version(p) if p in installed else "not installed" for p in packages}
+    return {
+        "device": name,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "backend": "reference" if backend == "reference" or device.type == "cpu" else "native",
+        **versions,
+    }
+
+
+def rank_path(out: Path, rank: int) -> Path:
+    """Where a process other than the first writes."""
+    return out.with_name(f"{out.stem}.rank{rank}{out.suffix or '.json'}")
+
+
+def distributed() -> tuple[int, int]:
+    """Rank and number of the processes that ``accelerate launch`` or torchrun started."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

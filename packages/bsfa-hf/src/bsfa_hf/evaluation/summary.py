@@ -1,0 +1,297 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""From records to figures: means over samples, differences from dense, advice in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from bsfa_hf.evaluation.methods import forced_share
+from bsfa_hf.evaluation.results import Record
+from bsfa_hf.evaluation.statistics import Interval, mean_interval, share_interval
+from bsfa_kernel import Geometry
+
+# Below this, skipping cannot pay for deciding; above that KL, the model is another one.
+_LITTLE_SPARSITY = 0.1
+_USEFUL_SPARSITY = 0.3
+_TOLERABLE_KL = 0.03
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration on one task at one length, over its samples.
+
+    Attributes:
+        task: "text", "needle" or a task of the harness.
+        length: tokens in a sample; 0 where the task sets it.
+        digest: of the configuration.
+        name: of the configuration.
+        kind: of the configuration.
+        samples: that were evaluated under this configuration and dense.
+        sparsity: mean share of blocks skipped.
+        seconds: median of the time of the forward passes.
+        speedup: median over samples of dense's time by this one's.
+        kl: mean KL divergence from dense; text only.
+        nll_change: mean change of the negative log-likelihood from dense; text only.
+        perplexity: text only.
+        agreement: share of positions with dense's most likely token; text only.
+        accuracy: share of hits, or mean score; not for text.
+        accuracy_change: mean change from dense; not for text.
+        log_probability_change: of the right answer; needles only.
+        bands: KL and change of NLL by (start, stop) of positions; text only.
+    """
+
+    task: str
+    length: int
+    digest: str
+    name: str
+    kind: str
+    samples: int
+    sparsity: float
+    seconds: float
+    speedup: float
+    kl: Interval | None = None
+    nll_change: Interval | None = None
+    perplexity: float | None = None
+    agreement: float | None = None
+    accuracy: Interval | None = None
+    accuracy_change: Interval | None = None
+    log_probability_change: Interval | None = None
+    bands: Mapping[tuple[int, int], tuple[Interval, Interval]] = field(default_factory=dict)
+
+
+def summarise(content: Mapping[str, Any], *, kind: str | None = None) -> list[Row]:
+    """Rows by task, length and configuration, from a file of results.
+
+    Args:
+        content: as ``results.load`` gives it.
+        kind: only samples of this kind of text.
+
+    Returns:
+        Rows, dense first, then by sparsity.
+    """
+    known = content["header"]["configurations"]
+    groups: dict[tuple[str, int], dict[str, dict[str, Record]]] = {}
+    for record in content["records"]:
+        if kind is not None and record["kind"] != kind:
+            continue
+        group = groups.setdefault((record["task"], record["length"]), {})
+        group.setdefault(record["configuration"], {})[record["sample"]] = record
+    rows: list[Row] = []
+    for (task, length), by_configuration in sorted(groups.items()):
+        dense = by_configuration.get("dense", {})
+        found = []
+        for digest, records in by_configuration.items():
+            pairs = [(r, dense[sample]) for sample, r in records.items() if sample in dense]
+            if pairs:
+                about = known.get(digest, {"name": digest, "kind": "?"})
+                found.append(_row(task, length, digest, about, pairs))
+        rows += sorted(found, key=lambda row: (row.kind != "dense", row.sparsity))
+    return rows
+
+
+def _row(
+    task: str,
+    length: int,
+    digest: str,
+    about: Mapping[str, Any],
+    pairs: Sequence[tuple[Record, Record]],
+) -> Row:
+    common: dict[str, Any] = {
+        "task": task,
+        "length": length,
+        "digest": digest,
+        "name": about["name"],
+        "kind": about["kind"],
+        "samples": len(pairs),
+        "sparsity": _mean([record["sparsity"] for record, _ in pairs]),
+        "seconds": median(record["seconds"] for record, _ in pairs),
+        "speedup": median(d["seconds"] / max(r["seconds"], 1e-9) for r, d in pairs),
+    }
+    if task == "text":
+        return Row(**common, **_text_figures(pairs))
+    if task == "needle":
+        hits = [int(record["hit"]) for record, _ in pairs]
+        return Row(
+            **common,
+            accuracy=share_interval(sum(hits), len(hits)),
+            accuracy_change=mean_interval([int(r["hit"]) - int(d["hit"]) for r, d in pairs]),
+            log_probability_change=mean_interval(
+                [r["log_probability"] - d["log_probability"] for r, d in pairs]
+            ),
+        )
+    scored = [(r, d) for r, d in pairs if r["score"] is not None and d["score"] is not None]
+    if not scored:
+        return Row(**common)
+    return Row(
+        **common,
+        accuracy=mean_interval([r["score"] for r, _ in scored]),
+        accuracy_change=mean_interval([r["score"] - d["score"] for r, d in scored]),
+    )
+
+
+def _text_figures(pairs: Sequence[tuple[Record, Record]]) -> dict[str, Any]:
+    changes = [_over_bands(r, "nll") - _over_bands(d, "nll") for r, d in pairs]
+    bands = {}
+    for index, band in enumerate(pairs[0][0]["bands"]):
+        bands[band["start"], band["stop"]] = (
+            mean_interval([r["bands"][index]["kl"] for r, _ in pairs]),
+            mean_interval([r["bands"][index]["nll"] - d["bands"][index]["nll"] for r, d in pairs]),
+        )
+    return {
+        "kl": mean_interval([_over_bands(r, "kl") for r, _ in pairs]),
+        "nll_change": mean_interval(changes),
+        "perplexity": math.exp(_mean([_over_bands(r, "nll") for r, _ in pairs])),
+        "agreement": _mean([_over_bands(r, "agreement") for r, _ in pairs]),
+        "bands": bands,
+    }
+
+
+def _over_bands(record: Record, name: str) -> float:
+    positions = sum(band["positions"] for band in record["bands"])
+    return float(sum(band[name] * band["positions"] for band in record["bands"]) / positions)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values))
+
+
+def advice(content: Mapping[str, Any]) -> list[str]:
+    """What the figures mean for whoever wonders whether it is worth it, a sentence each."""
+    rows = summarise(content)
+    known = content["header"]["configurations"]
+    sentences = []
+    for length in sorted({row.length for row in rows if row.task in ("text", "needle")}):
+        sparse = [
+            row
+            for row in rows
+            if row.length == length and row.kind in ("table", "scalar") and row.task == "text"
+        ] or [
+            row
+            for row in rows
+            if row.length == length and row.kind in ("table", "scalar") and row.task == "needle"
+        ]
+        if not sparse:
+            continue
+        best = max(sparse, key=lambda row: row.sparsity)
+        geometry = Geometry.parse(known[best.digest].get("geometry", "128x64"))
+        forced = forced_share(length, geometry)
+        limit = 1 / (1 - best.sparsity / 2)
+        if best.sparsity < _LITTLE_SPARSITY:
+            why = (
+                f"{forced:.0%} of the blocks of so short a prompt are forced"
+                if forced > 0.5
+                else "nearly every block of scores holds something that the thresholds keep; "
+                "lower k, "
+                "or a higher target sparsity, would skip more if the loss allows it"
+            )
+            sentences.append(
+                f"At {length} tokens there is nothing to gain: at most {best.sparsity:.1%} of the "
+                f"blocks "
+                f"are skipped ({best.name}), which cannot speed attention up by more than "
+                f"{limit:.2f}. "
+                f"The reason: {why}. Leave this model dense here."
+            )
+            continue
+        tolerable = [row for row in sparse if row.kl is not None and row.kl.mean <= _TOLERABLE_KL]
+        if any(row.kl is not None for row in sparse):
+            top = max(tolerable, key=lambda row: row.sparsity, default=None)
+            if top is None or top.sparsity < _USEFUL_SPARSITY:
+                reached = "none" if top is None else f"{top.sparsity:.0%} ({top.name})"
+                sentences.append(
+                    f"At {length} tokens these configurations gain little: the most that is "
+                    f"skipped at a "
+                    f"KL divergence of at most {_TOLERABLE_KL:g} nats is {reached}. Heads that "
+                    f"attend to "
+                    "everything alike (flat heads) cannot be thinned out; a relative rule, a finer "
+                    "geometry or longer prompts may help."
+                )
+            else:
+                sentences.append(
+                    f"At {length} tokens {top.name} skips {top.sparsity:.0%} of the blocks at a KL "
+                    f"divergence of {top.kl} nats; attention can be up to "
+                    f"{1 / (1 - top.sparsity / 2):.2f} times as fast."
+                )
+    return sentences
+
+
+_Column = tuple[str, Callable[[Row], str]]
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """Tables of all tasks and lengths, and the advice, as Markdown."""
+    rows = summarise(content)
+    header = content["header"]
+    environment = header.get("environment", {})
+    parts = [
+        f"Model {header['model'].get('name') or header['model']['digest']}, "
+        f"{environment.get('dtype', '?')} on {environment.get('device', '?')}, "
+        f"{environment.get('backend', '?')} back end. Intervals are 95 %, over samples; "
+        "changes are from dense on the same samples."
+    ]
+    for task, length in dict.fromkeys((row.task, row.length) for row in rows):
+        chosen = [row for row in rows if (row.task, row.length) == (task, length)]
+        title = {"text": "Next-token predictions", "needle": "Needles"}.get(task, task)
+        parts.append(f"### {title}" + (f", {length} tokens" if length else ""))
+        parts.append(_table(chosen, _columns(task)))
+        if task == "text" and len(chosen[0].bands) > 1:
+            parts.append("KL divergence by position:")
+            parts.append(_table(chosen, _band_columns(chosen[0])))
+    parts += advice(content)
+    return "\n\n".join(parts) + "\n"
+
+
+def _columns(task: str) -> list[_Column]:
+    columns: list[_Column] = [
+        ("configuration", lambda row: row.name),
+        ("samples", lambda row: str(row.samples)),
+        ("sparsity", lambda row: f"{row.sparsity:.3f}"),
+    ]
+    if task == "text":
+        columns += [
+            ("KL, nats", lambda row: _shown(row.kl)),
+            ("change of NLL", lambda row: _shown(row.nll_change)),
+            ("perplexity", lambda row: _number(row.perplexity, ".3f")),
+            ("same top token", lambda row: _number(row.agreement, ".4f")),
+        ]
+    else:
+        columns += [
+            ("accuracy", lambda row: _shown(row.accuracy)),
+            ("change", lambda row: _shown(row.accuracy_change)),
+        ]
+    if task == "needle":
+        columns.append(("change of answer's log p", lambda row: _shown(row.log_probability_change)))
+    return [
+        *columns,
+        ("seconds", lambda row: f"{row.seconds:.3f}"),
+        ("speed-up", lambda row: f"{row.speedup:.2f}"),
+    ]
+
+
+def _band_columns(first: Row) -> list[_Column]:
+    columns: list[_Column] = [("configuration", lambda row: row.name)]
+    for edges in first.bands:
+
+        def cell(row: Row, edges: tuple[int, int] = edges) -> str:
+            return _shown(row.bands[edges][0]) if edges in row.bands else ""
+
+        columns.append((f"{edges[0]} to {edges[1] - 1}", cell))
+    return columns
+
+
+def _table(rows: Sequence[Row], columns: Sequence[_Column]) -> str:
+    lines = [[title for title, _ in columns], ["---"] * len(columns)]
+    lines += [[cell(row).replace("|", "\\|") for _, cell in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _shown(interval: Interval | None) -> str:
+    return "" if interval is None else str(interval)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

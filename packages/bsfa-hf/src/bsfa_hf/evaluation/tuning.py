@@ -1,0 +1,208 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Find the operating point: a scalar for a sparsity, the shift of a table for a bounded loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bsfa_calib.thresholds import ThresholdTable
+from bsfa_hf.evaluation.methods import BlockSparse, applied, attention_shape, forced_share
+from bsfa_hf.evaluation.metrics import LanguageModel, Predictions
+from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
+
+_LOW, _HIGH = -40.0, 12.0
+_REACH = {"absolute": (-60.0, 60.0)}
+
+
+class TuningError(ValueError):
+    """No operating point satisfies what was asked for; the message says what can be had."""
+
+
+class FoundScalar(NamedTuple):
+    """A threshold and what it does.
+
+    Attributes:
+        threshold: in units of scaled scores.
+        sparsity: share of blocks that it skipped on the samples.
+    """
+
+    threshold: float
+    sparsity: float
+
+
+class FoundShift(NamedTuple):
+    """A shifted table and what it does on the samples.
+
+    Attributes:
+        table: with one point on the axis max_loss.
+        shift: what was added to every threshold.
+        sparsity: share of blocks skipped.
+        kl: mean KL divergence from dense, in nats.
+    """
+
+    table: ThresholdTable
+    shift: float
+    sparsity: float
+    kl: float
+
+
+def find_scalar(
+    model: Any,
+    samples: Sequence[Sequence[int]],
+    *,
+    rule: str,
+    target_sparsity: float,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    tolerance: float = 0.005,
+    backend: str = "auto",
+) -> FoundScalar:
+    """One threshold for the whole model at which a share of the blocks is skipped.
+
+    By bisection on the model itself, so that what is skipped is what the rule skips when earlier
+    layers skip too.
+
+    Args:
+        model: a decoder of transformers.
+        samples: tokens of each sample.
+        rule: one of ``bsfa_kernel.RULES``.
+        target_sparsity: share of all visible blocks, forced ones included.
+        geometry: the sparsity block.
+        tolerance: how close is close enough.
+        backend: see ``make_method``.
+
+    Raises:
+        TuningError: so many blocks are forced that the target cannot be reached.
+    """
+    most = 1 - sum(forced_share(len(ids), geometry) for ids in samples) / len(samples)
+    if target_sparsity > most:
+        raise TuningError(
+            f"a sparsity of {target_sparsity:g} cannot be reached: of prompts as long as these, "
+            f"{1 - most:.3f} of the blocks are forced; use longer ones, or at most {most:.3f}"
+        )
+    language_model = LanguageModel(model)
+    layers, heads = attention_shape(model)
+
+    def sparsity(threshold: float) -> float:
+        values = torch.full((layers, heads, 1), threshold, device=language_model.device)
+        method = BlockSparse(values, rule, geometry, backend)
+        return float(np.mean([_skipped(language_model, method, ids)[1] for ids in samples]))
+
+    low, high = _REACH.get(rule, (_LOW, _HIGH))
+    threshold, reached = _bisect(sparsity, low, high, target_sparsity, tolerance)
+    return FoundScalar(threshold, reached)
+
+
+def limit_loss(
+    model: Any,
+    table: ThresholdTable,
+    samples: Sequence[Sequence[int]],
+    *,
+    max_loss: float,
+    backend: str = "auto",
+    steps: int = 8,
+    progress: Callable[[str], None] = lambda _: None,
+) -> FoundShift:
+    """Shift a table so that the mean KL divergence from dense stays within a bound.
+
+    Starts from the table's point of most sparsity and adds one number to all its thresholds; which
+    heads and layers give up more stays as the table has it.
+
+    Args:
+        model: a decoder of transformers.
+        table: whose thresholds are shifted.
+        samples: tokens of each sample, better not those that the table was calibrated on.
+        max_loss: bound on the mean KL divergence, in nats.
+        backend: see ``make_method``.
+        steps: of the bisection.
+        progress: told of each step.
+
+    Returns:
+        A table with the axis max_loss, and what it does on these samples. Its KL divergence is at
+        most ``max_loss``.
+
+    Raises:
+        TuningError: even the smallest shift tried loses more, or there are no samples.
+    """
+    if not samples:
+        raise TuningError("at least one sample is needed")
+    if not max_loss > 0 or not math.isfinite(max_loss):
+        raise TuningError(f"max_loss must be finite and above 0, got {max_loss}")
+    language_model = LanguageModel(model)
+    with applied(model, None):
+        dense = [language_model.predict(ids) for ids in samples]
+    base = np.asarray(table.thresholds[-1])
+
+    def measure(shift: float) -> tuple[float, float]:
+        values = torch.tensor(base + np.float32(shift), device=language_model.device)
+        method = BlockSparse(values, table.rule, Geometry(table.q_block, table.k_block), backend)
+        losses, shares = [], []
+        for ids, expected in zip(samples, dense, strict=True):
+            found, skipped = _skipped(language_model, method, ids)
+            bands = language_model.compare(found, expected, ids)
+            losses.append(sum(b.kl * b.positions for b in bands) / (len(ids) - 1))
+            shares.append(skipped)
+        kl, sparsity = float(np.mean(losses)), float(np.mean(shares))
+        progress(f"shift {shift:+.3f}: sparsity {sparsity:.3f}, KL {kl:.5f}")
+        return kl, sparsity
+
+    low, high = -16.0, 8.0
+    best: tuple[float, float, float] | None = None
+    shift = 0.0
+    for _ in range(steps):
+        kl, sparsity = measure(shift)
+        if kl <= max_loss:
+            best = (shift, sparsity, kl)
+            low = shift
+        else:
+            high = shift
+        shift = (low + high) / 2
+    if best is None:
+        raise TuningError(
+            f"a KL divergence of {max_loss:g} is exceeded at every shift tried, down to {low:g}; "
+            "in 16-bit types rounding alone may do that: allow more"
+        )
+    shift, sparsity, kl = best
+    shifted = dataclasses.replace(
+        table,
+        thresholds=(base + np.float32(shift))[None],
+        points=(max_loss,),
+        axis="max_loss",
+        statistics={},
+        provenance={
+            **table.provenance,
+            "shift": f"{shift:.6g} from {table.axis}={table.points[-1]}",
+            "expected_sparsity": f"{sparsity:.4f}",
+            "expected_kl": f"{kl:.6f}",
+        },
+    )
+    return FoundShift(shifted, shift, sparsity, kl)
+
+
+def _skipped(
+    language_model: LanguageModel, method: BlockSparse, ids: Sequence[int]
+) -> tuple[Predictions, float]:
+    with applied(language_model.model, method) as meter:
+        found = language_model.predict(ids)
+        skipped = meter.take()
+    return found, float(np.mean([share for layer in skipped for share in layer]))
+
+
+def _bisect(
+    rising: Callable[[float], float], low: float, high: float, target: float, tolerance: float
+) -> tuple[float, float]:
+    """Where a rising function comes closest to a target, to a tolerance or to 1/64 of a unit."""
+    best = (low, -math.inf)
+    while high - low > 1 / 64 and abs(best[1] - target) > tolerance:
+        middle = (low + high) / 2
+        value = rising(middle)
+        if abs(value - target) < abs(best[1] - target):
+            best = (middle, value)
+        low, high = (middle, high) if value < target else (low, middle)
+    return best

@@ -1,0 +1,28 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Why a call of the attention function ran dense."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Reason(str, enum.Enum):
+    """The reasons, in the words that statistics show."""
+
+    DECODE = "decode step"
+    TOO_SHORT = "too short to skip a block"
+    SLIDING_WINDOW = "sliding-window layer"
+    SOFTCAP = "soft-capped scores"
+    SINKS = "attention sinks"
+    BIAS = "attention bias"
+    NOT_CAUSAL = "not causal"
+    OWN_MASK = "the model's own mask"
+    TRACED_MASK = "padding mask or static cache under torch.compile"
+    HEAD_DIMS = "keys and values differ in head_dim"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+REASONS = tuple(Reason)

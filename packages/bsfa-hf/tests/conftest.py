@@ -1,0 +1,30 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import tiny_model
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in list(os.environ):
+        if name.startswith("CUSTOM_") or name in ("BSFA_THRESHOLDS", "BSFA_K"):
+            monkeypatch.delenv(name)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """A tiny Llama with grouped queries, on SDPA."""
+    return tiny_model("llama")

@@ -1,0 +1,452 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The attention function in tiny models: exactness, padding, chunks, caches, fall-backs, refusals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import bsfa_hf
+import pytest
+import torch
+from bsfa_hf import Reason
+from bsfa_kernel import RULES
+from tiny import LAYERS, largest_difference, table, tiny_model, tokens
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+KINDS = ["llama", "qwen2", "qwen3", "phi3", "mistral", "gemma2", "gemma3_text", "gpt_oss"]
+
+
+def cache_argument(model: Any) -> str:
+    """transformers 5.24 renamed past_key_values to cache."""
+    import inspect
+
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def chunked(model: Any, ids: Tensor, size: int, cache: Any, mask: Tensor | None = None) -> Tensor:
+    logits = []
+    for start in range(0, ids.shape[1], size):
+        stop = min(start + size, ids.shape[1])
+        options: dict[str, Any] = {cache_argument(model): cache}
+        if mask is not None:
+            options["attention_mask"] = mask[:, :stop]
+        logits.append(model(ids[:, start:stop], use_cache=True, **options).logits)
+    return torch.cat(logits, 1)
+
+
+def pad(prompts: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    longest = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.zeros((len(prompts), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        length = prompt.shape[1]
+        place = slice(longest - length, longest) if side == "left" else slice(0, length)
+        ids[row, place] = prompt[0]
+        mask[row, place] = 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thresholds_of_minus_infinity_give_the_dense_logits(kind: str) -> None:
+    model = tiny_model(kind)
+    ids = tokens(403)
+    dense = model(ids).logits
+    with bsfa_hf.enabled(model, table(-math.inf)):
+        sparse = model(ids).logits
+    assert largest_difference(sparse, dense) < 1e-5
+    assert torch.equal(model(ids).logits, dense)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_thresholds_of_plus_infinity_keep_the_forced_blocks_only(model: Any, rule: str) -> None:
+    with bsfa_hf.enabled(model, table(math.inf, rule=rule)) as stats:
+        model(tokens(512))
+    assert stats.kept_per_query_block == [2.0] * LAYERS
+    assert stats.visible_blocks == [2 + 4 + 6 + 8] * LAYERS
+    assert stats.kept_fraction == [8 / 20] * LAYERS
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_finite_thresholds_skip_some_blocks(model: Any, rule: str) -> None:
+    ids = tokens(700)
+    dense = model(ids).logits
+    with bsfa_hf.enabled(model, table(rule=rule)) as stats:
+        sparse = model(ids).logits
+    assert 0.35 < stats.mean_kept_fraction < 0.95
+    assert 1e-4 < largest_difference(sparse, dense) < 1
+
+
+@pytest.mark.parametrize("block", [(128, 64), (64, 64)], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_gives_what_each_prompt_gives_alone(
+    model: Any, side: str, rule: str, block: tuple[int, int]
+) -> None:
+    prompts = [tokens(n, seed=1) for n in (517, 300, 40, 1)]
+    ids, mask = pad(prompts, side)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with bsfa_hf.enabled(model, table(rule=rule, block=block)) as stats:
+        batch = model(ids, attention_mask=mask, position_ids=positions).logits
+        fractions = stats.kept_fraction
+        stats.reset()
+        for row, prompt in enumerate(prompts):
+            alone = model(prompt).logits
+            assert largest_difference(batch[row, mask[row].bool()], alone[0]) < 1e-5
+    assert max(fractions) < 0.97
+
+
+def test_padded_positions_are_zero_in_the_attention_output(model: Any) -> None:
+    ids, mask = pad([tokens(400), tokens(250)], "left")
+    seen: list[Tensor] = []
+    module = model.model.layers[0].self_attn.o_proj
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with bsfa_hf.enabled(model, table()):
+        model(ids, attention_mask=mask)
+    hook.remove()
+    assert bool((seen[0][1, :150] == 0).all())
+    assert not bool((seen[0][1, 150:] == 0).all(-1).any())
+
+
+def test_padding_between_tokens_is_left_out(model: Any) -> None:
+    ids = tokens(500)
+    mask = torch.ones_like(ids)
+    mask[:, 200:260] = 0
+    positions = torch.arange(500)[None]
+    dense = model(ids, attention_mask=mask, position_ids=positions).logits
+    with bsfa_hf.enabled(model, table(-math.inf)) as stats:
+        sparse = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert stats.sparse_calls == LAYERS
+    assert largest_difference(sparse[mask.bool()], dense[mask.bool()]) < 1e-5
+
+
+@pytest.mark.parametrize("size", [128, 256, 384])
+@pytest.mark.parametrize("rule", RULES)
+def test_chunked_prefill_gives_the_logits_of_one_prefill(model: Any, rule: str, size: int) -> None:
+    ids = tokens(699)
+    with bsfa_hf.enabled(model, table(rule=rule)) as stats:
+        whole = model(ids).logits
+        kept = stats.kept_blocks
+        stats.reset()
+        parts = chunked(model, ids, size, DynamicCache())
+        assert largest_difference(parts, whole) < 1e-5
+        assert int(kept.sum()) > int(stats.kept_blocks.sum()) - 40  # a dense first chunk is not counted
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("length", [641, 700])
+def test_generate_with_a_chunked_prefill_gives_what_it_gives_without(
+    model: Any, length: int, rule: str, cache: str
+) -> None:
+    ids = tokens(length)
+    options: dict[str, Any] = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    if cache == "static":
+        options["cache_implementation"] = "static"
+        options["disable_compile"] = True
+    with bsfa_hf.enabled(model, table(rule=rule)) as stats:
+        plain = model.generate(ids, **options)
+        assert largest_difference(plain.logits[0], model(ids).logits[:, -1]) < 1e-5
+        parts = model.generate(ids, prefill_chunk_size=128, **options)
+    assert torch.equal(plain.sequences, parts.sequences)
+    for one, other in zip(plain.logits, parts.logits, strict=True):
+        assert largest_difference(other, one) < 1e-5
+    assert stats.dense_calls[Reason.DECODE] == 2 * 2 * LAYERS
+
+
+def test_a_static_cache_gives_what_a_dynamic_one_gives(model: Any) -> None:
+    ids = tokens(400)
+    name = cache_argument(model)
+    with bsfa_hf.enabled(model, table()) as stats:
+        whole = model(ids).logits
+        static = StaticCache(config=model.config, max_cache_len=600)
+        assert largest_difference(model(ids, **{name: static}).logits, whole) < 1e-5
+        static = StaticCache(config=model.config, max_cache_len=600)
+        assert largest_difference(chunked(model, ids, 256, static), whole) < 1e-5
+        ids, mask = pad([ids, tokens(300)], "left")
+        static = StaticCache(config=model.config, max_cache_len=600)
+        padded = model(ids, attention_mask=mask, **{name: static}).logits
+        assert largest_difference(padded[0], whole[0]) < 1e-5
+    assert not stats.dense_calls
+
+
+def test_decode_steps_after_a_prefill_are_dense_and_counted(model: Any) -> None:
+    ids = tokens(300)
+    dense = model.generate(ids, max_new_tokens=5, do_sample=False)
+    with bsfa_hf.enabled(model, table(-math.inf)) as stats:
+        sparse = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(sparse, dense)
+    assert stats.sparse_calls == LAYERS
+    assert stats.dense_calls == {"decode step": 4 * LAYERS}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_decode_steps_of_a_padded_batch_are_those_of_the_dense_model(model: Any, side: str) -> None:
+    ids, mask = pad([tokens(300), tokens(150)], side)
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    dense = model.generate(ids, **options)
+    with bsfa_hf.enabled(model, table(-math.inf)):
+        assert torch.equal(model.generate(ids, **options), dense)
+
+
+def test_a_few_tokens_on_top_of_a_cache_are_a_decode_step(model: Any) -> None:
+    ids = tokens(320)
+    dense = model(ids).logits
+    with bsfa_hf.enabled(model, table(-math.inf)) as stats:
+        cache = DynamicCache()
+        model(ids[:, :313], use_cache=True, **{cache_argument(model): cache})
+        last = model(ids[:, 313:], use_cache=True, **{cache_argument(model): cache}).logits
+    assert largest_difference(last, dense[:, 313:]) < 1e-5
+    assert stats.dense_calls == {"decode step": LAYERS}
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 128])
+def test_prompts_too_short_to_skip_a_block_are_dense(model: Any, length: int) -> None:
+    ids = tokens(length)
+    dense = model(ids).logits
+    with bsfa_hf.enabled(model, table(math.inf)) as stats:
+        assert largest_difference(model(ids).logits, dense) < 1e-6
+    assert stats.sparse_calls == 0
+    reason = Reason.DECODE if length == 1 else Reason.TOO_SHORT
+    assert stats.dense_calls == {str(reason): LAYERS}
+    assert math.isnan(stats.mean_kept_fraction)
+
+
+@pytest.mark.parametrize("length", [129, 191, 200, 511])
+def test_odd_lengths_are_served(model: Any, length: int) -> None:
+    ids = tokens(length)
+    dense = model(ids).logits
+    with bsfa_hf.enabled(model, table(-math.inf)) as stats:
+        assert largest_difference(model(ids).logits, dense) < 1e-5
+    assert stats.sparse_calls == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("kind", "reasons"),
+    [
+        ("mistral", {Reason.SLIDING_WINDOW: 2}),
+        ("gemma2", {Reason.SOFTCAP: 2}),
+        ("gemma3_text", {Reason.SLIDING_WINDOW: 2}),
+        ("gpt_oss", {Reason.SINKS: 2}),
+        ("phi3", {}),
+    ],
+)
+def test_layers_that_the_kernel_cannot_compute_run_as_the_model_would(
+    kind: str, reasons: dict[Reason, int]
+) -> None:
+    model = tiny_model(kind)
+    ids, mask = pad([tokens(450), tokens(333)], "left")
+    dense = model(ids, attention_mask=mask).logits
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    with bsfa_hf.enabled(model, table(math.inf if reasons else -math.inf)) as stats:
+        logits = model(ids, attention_mask=mask).logits
+        dense_calls = stats.dense_calls
+        assert torch.equal(
+            model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False), generated
+        )
+    assert largest_difference(logits[mask.bool()], dense[mask.bool()]) < 1e-5
+    assert dense_calls == {str(reason): number for reason, number in reasons.items()}
+
+
+def test_full_layers_of_a_model_with_windows_run_sparse() -> None:
+    model = tiny_model("gemma3_text")
+    model.config.layer_types = ["sliding_attention", "full_attention"]
+    model = type(model)(model.config).eval()
+    with bsfa_hf.enabled(model, table(math.inf)) as stats:
+        model(tokens(450))
+    assert stats.dense_calls == {"sliding-window layer": 1}
+    assert stats.sparse_calls == 1
+    assert math.isnan(stats.kept_fraction[0])
+    assert stats.kept_fraction[1] < 1
+
+
+def test_packed_sequences_told_by_cu_seq_lens_give_what_each_gives_alone(model: Any) -> None:
+    prompts = [tokens(n) for n in (300, 450)]
+    ids = torch.cat(prompts, 1)
+    positions = torch.cat([torch.arange(p.shape[1]) for p in prompts])[None]
+    starts = torch.tensor([0, 300, 750], dtype=torch.int32)
+    with bsfa_hf.enabled(model, table()) as stats:
+        packed = model(
+            ids,
+            position_ids=positions,
+            cu_seq_lens_q=starts,
+            cu_seq_lens_k=starts,
+            max_length_q=450,
+            max_length_k=450,
+            use_cache=False,
+        ).logits
+        fractions = stats.kept_fraction
+        alone = torch.cat([model(prompt).logits for prompt in prompts], 1)
+        assert largest_difference(packed, alone) < 1e-5
+        assert fractions == pytest.approx(stats.kept_fraction)
+
+
+def test_packed_sequences_told_by_positions_alone_run_dense(model: Any) -> None:
+    ids = tokens(600)
+    positions = torch.cat([torch.arange(350), torch.arange(250)])[None]
+    dense = model(ids, position_ids=positions, use_cache=False).logits
+    with bsfa_hf.enabled(model, table(math.inf)) as stats:
+        assert (
+            largest_difference(model(ids, position_ids=positions, use_cache=False).logits, dense)
+            < 1e-6
+        )
+    assert stats.dense_calls == {"the model's own mask": LAYERS}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_a_custom_mask_that_is_causal_with_padding_is_honoured(
+    model: Any, dtype: torch.dtype
+) -> None:
+    ids, padding = pad([tokens(400), tokens(300)], "left")
+    mask = torch.ones(400, 400).tril().bool() & padding.bool()[:, None, None, :]
+    if dtype != torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(dtype).min)
+    with bsfa_hf.enabled(model, table()) as stats:
+        expected = model(ids, attention_mask=padding).logits
+        logits = model(ids, attention_mask=mask).logits
+    assert largest_difference(logits[padding.bool()], expected[padding.bool()]) < 1e-6
+    assert stats.sparse_calls == 2 * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, 1, 300, 300, dtype=torch.bool), "neither|sees keys after it"),
+        (torch.ones(300, 300).tril().triu(-50).bool()[None, None], "not all keys before it"),
+        (torch.randn(1, 1, 300, 300), "adds a bias"),
+        (
+            torch.stack([torch.ones(300, 300).tril(), torch.ones(300, 300)] * 2).bool()[None],
+            "differs between heads",
+        ),
+        (torch.ones(1, 1, 300, 200, dtype=torch.bool), "300 queries and 300 keys"),
+    ],
+    ids=["full", "window", "bias", "heads", "shape"],
+)
+def test_any_other_custom_mask_is_refused(model: Any, mask: Tensor, message: str) -> None:
+    with (
+        bsfa_hf.enabled(model, table()),
+        pytest.raises(ValueError, match=f"attention mask of shape .*({message})"),
+    ):
+        model(tokens(300), attention_mask=mask)
+
+
+def test_attention_weights_are_refused(model: Any) -> None:
+    with (
+        bsfa_hf.enabled(model, table()),
+        pytest.raises(ValueError, match="output_attentions=True asks for attention weights"),
+    ):
+        model(tokens(300), output_attentions=True)
+
+
+def test_dropout_in_training_is_refused(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    with bsfa_hf.enabled(model, table()):
+        model(tokens(300))
+        model.train()
+        with pytest.raises(ValueError, match=r"no dropout, got dropout=0\.1"):
+            model(tokens(300))
+        model.eval()
+
+
+def test_a_backward_pass_is_refused(model: Any) -> None:
+    with torch.enable_grad(), bsfa_hf.enabled(model, table()):
+        loss = model(tokens(300)).logits.sum()
+        with pytest.raises(NotImplementedError, match="backward"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 300), (0, 5)])
+def test_an_empty_batch_gives_an_empty_result(model: Any, shape: tuple[int, int]) -> None:
+    ids = torch.zeros(shape, dtype=torch.long)
+    with bsfa_hf.enabled(model, table()):
+        assert model(ids).logits.shape[:2] == shape
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_grouped_queries_give_what_repeated_keys_give(rule: str) -> None:
+    grouped = tiny_model("llama")
+    repeated = tiny_model("llama")
+    repeated.load_state_dict(grouped.state_dict())
+    for layer in repeated.model.layers:
+        attention = layer.self_attn
+        attention.num_key_value_groups = 1
+        for name in ("k_proj", "v_proj"):
+            projection = getattr(attention, name)
+            weight = projection.weight.data.view(2, 16, 64).repeat_interleave(2, 0)
+            projection.weight.data = weight.reshape(64, 64)
+    ids = tokens(450)
+    with bsfa_hf.enabled(grouped, table(rule=rule)):
+        expected = grouped(ids).logits
+    with bsfa_hf.enabled(repeated, table(rule=rule)):
+        assert largest_difference(repeated(ids).logits, expected) < 1e-6
+
+
+def test_no_tensor_is_copied_on_the_way_to_the_kernel(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bsfa_hf import attention
+
+    seen: list[Tensor] = []
+    kernel = attention.block_sparse_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(k)
+        return kernel(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "block_sparse_attention", watched)
+    cache = DynamicCache()
+    ids, mask = pad([tokens(400), tokens(300)], "left")
+    with bsfa_hf.enabled(model, table()):
+        model(ids, attention_mask=mask, use_cache=True, **{cache_argument(model): cache})
+    storage = cache.layers[0].keys.untyped_storage().data_ptr()
+    assert [k.untyped_storage().data_ptr() == storage for k in seen[:2]] == [True, True]
+    assert seen[1].shape[1] == 300
+
+
+def test_inference_mode_works(model: Any) -> None:
+    ids, mask = pad([tokens(400), tokens(300)], "right")
+    with torch.inference_mode(), bsfa_hf.enabled(model, table()) as stats:
+        inside = model(ids, attention_mask=mask).logits
+    assert stats.sparse_calls == LAYERS
+    with bsfa_hf.enabled(model, table()):
+        assert torch.equal(model(ids, attention_mask=mask).logits, inside)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bit_models_run(dtype: torch.dtype) -> None:
+    model = tiny_model("llama").to(dtype)
+    ids, mask = pad([tokens(300), tokens(200)], "left")
+    with bsfa_hf.enabled(model, table()) as stats:
+        logits = model(ids, attention_mask=mask).logits
+    assert logits.dtype == dtype
+    assert bool(logits.isfinite().all())
+    assert stats.sparse_calls == LAYERS
+
+
+@pytest.mark.slow
+def test_a_patched_model_compiles_without_graph_breaks() -> None:
+    model = tiny_model("llama")
+    ids = tokens(400)
+    with bsfa_hf.enabled(model, table()) as stats:
+        expected = model(ids, use_cache=False).logits
+        fractions = stats.kept_fraction
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        logits = compiled(ids, use_cache=False).logits
+        assert largest_difference(logits, expected) < 1e-5
+        assert stats.sparse_calls == 2 * LAYERS
+        assert stats.kept_fraction == pytest.approx(fractions)
+        mask = torch.ones_like(ids)
+        mask[:, :100] = 0
+        compiled(ids, attention_mask=mask, use_cache=False)
+        assert stats.dense_calls == {str(Reason.TRACED_MASK): LAYERS}
+    torch.compiler.reset()

@@ -1,0 +1,606 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Evaluation on a small random model, and once on the real one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bsfa_calib.thresholds import ThresholdTable
+from bsfa_hf.evaluation import cli, parse_configuration
+from bsfa_hf.evaluation.configurations import Configuration, ConfigurationError
+from bsfa_hf.evaluation.methods import (
+    BlockSparse,
+    SlidingWindow,
+    applied,
+    dense_attention,
+    forced_share,
+    make_method,
+    visible_count,
+)
+from bsfa_hf.evaluation.metrics import LanguageModel, band_edges
+from bsfa_hf.evaluation.needle import NEEDLE, make_prompt, noise
+from bsfa_hf.evaluation.plot import plot_results
+from bsfa_hf.evaluation.results import Results, ResultsError, load
+from bsfa_hf.evaluation.run import Evaluation, EvaluationError, Plan, rank_path
+from bsfa_hf.evaluation.statistics import mean_interval, share_interval, t_quantile
+from bsfa_hf.evaluation.summary import advice, markdown, summarise
+from bsfa_hf.evaluation.text import read_windows
+from bsfa_hf.evaluation.tuning import TuningError, find_scalar, limit_loss
+from bsfa_kernel import DEFAULT_GEOMETRY, Geometry, reference
+
+LENGTH = 512
+LAYERS, HEADS = 2, 4
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        attn_implementation="sdpa",
+        initializer_range=0.4,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["sun", "river", "stone", "walks", "under", "old", "the", "green", "slowly", "house"]
+    for kind in ("novels", "code"):
+        (directory / kind).mkdir()
+        for index in range(2):
+            sentences = (" ".join(rng.choice(words, 8)) + ". " for _ in range(200))
+            (directory / kind / f"{index}.txt").write_text("".join(sentences))
+    return directory
+
+
+@pytest.fixture
+def ids() -> list[int]:
+    return np.random.default_rng(1).integers(0, 256, LENGTH).tolist()
+
+
+def a_table(path: Path, threshold: float, *, layers: int = LAYERS) -> Path:
+    values = np.full((2, layers, HEADS, 1), threshold, np.float32)
+    values[0] = -np.inf
+    table = ThresholdTable(values, (0.0, 0.5), axis="target_sparsity", rule="running_lse")
+    table.save(path)
+    return path
+
+
+def a_plan(text: Path, *specifications: str, **options: object) -> Plan:
+    configurations = tuple(parse_configuration(s) for s in specifications)
+    defaults = {"lengths": (LENGTH,), "samples": 2, "text": text}
+    return Plan(configurations, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------- configurations
+
+
+def test_a_configuration_is_read_as_it_is_written() -> None:
+    found = parse_configuration("blasst=scalar:rule=running_max,threshold=-7")
+    assert (found.name, found.kind) == ("blasst", "scalar")
+    assert found.option("threshold") == "-7"
+    assert found.geometry == DEFAULT_GEOMETRY
+
+
+def test_the_digest_follows_the_table_and_not_its_name(tmp_path: Path) -> None:
+    paths = [a_table(tmp_path / name, t) for name, t in (("a", -1.0), ("b", -1.0), ("c", -2.0))]
+    a, b, c = (parse_configuration(f"table:file={p},target_sparsity=0.5").digest for p in paths)
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "a configuration is one of dense, table"),
+        ("scalar:rule=running_max", "either threshold or sparsity"),
+        ("scalar:rule=running_max,threshold=-1,sparsity=0.5", "either threshold or sparsity"),
+        ("scalar:rule=best,threshold=1", "rule must be one of"),
+        ("scalar:rule=absolute,threshold=nan", "threshold must be a number"),
+        ("scalar:rule=absolute,threshold=1,geometry=32x32", "geometry must be one of"),
+        ("scalar:threshold=1", "scalar needs rule"),
+        ("sliding_window:window=0", "window must be at least 1, got 0"),
+        ("sliding_window:window=8,depth=2", "takes window, sink, got depth=2"),
+        ("sliding_window:window", "options are option=value"),
+        ("=dense", "a configuration is"),
+        ("sparge_attn:topk=2", r"topk must be in \(0, 1\]"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        parse_configuration(text)
+
+
+def test_a_table_without_the_point_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    path = a_table(tmp_path / "table", -1.0)
+    with pytest.raises(ConfigurationError, match=r"target_sparsity = 0\.0, 0\.5"):
+        parse_configuration(f"table:file={path},target_sparsity=0.7")
+
+
+def test_thresholds_of_another_model_are_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    path = a_table(tmp_path / "table", -1.0, layers=3)
+    configuration = parse_configuration(f"table:file={path},target_sparsity=0.5")
+    with pytest.raises(ConfigurationError, match="is for 3 layers of 4 heads"):
+        make_method(configuration, model)
+
+
+def test_sparge_attention_that_is_not_installed_is_told(model: LlamaForCausalLM) -> None:
+    with pytest.raises(ConfigurationError, match="needs the package spas_sage_attn"):
+        make_method(parse_configuration("sparge_attn:topk=0.5"), model)
+
+
+# -------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("method", ["dense", "exact", "window"])
+def test_what_leaves_nothing_out_gives_the_logits_of_sdpa(
+    model: LlamaForCausalLM, ids: list[int], method: str
+) -> None:
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        chosen = {
+            "dense": None,
+            "exact": BlockSparse(torch.full((LAYERS, HEADS, 1), -math.inf), "running_lse"),
+            "window": SlidingWindow(LENGTH),
+        }[method]
+        with applied(model, chosen) as meter:
+            found = model(tokens, use_cache=False).logits
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.allclose(found, expected, atol=1e-4)
+    if chosen is not None:
+        assert meter.take() == [[0.0] * HEADS] * LAYERS
+
+
+@pytest.mark.parametrize(("window", "sink"), [(1, 0), (100, 0), (100, 30), (600, 7), (1000, 5000)])
+def test_a_sliding_window_sees_its_last_keys_and_the_first_ones(window: int, sink: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(1, 700, 4, 16)
+    k, v = torch.randn(2, 1, 700, 2, 16)
+    rows, columns = torch.arange(700)[:, None], torch.arange(700)
+    mask = (columns <= rows) & ((columns > rows - window) | (columns < sink))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
+    )
+    found = SlidingWindow(window, sink)(q, k, v, 0, 0.25)
+    assert torch.allclose(found.out.transpose(1, 2), expected, atol=1e-5)
+    blocks = torch.zeros(768, 704, dtype=torch.bool)
+    blocks[:700, :700] = mask
+    kept = blocks.view(6, 128, 11, 64).any(3).any(1).sum()
+    share = 1 - float(kept) / visible_count(700, 700, DEFAULT_GEOMETRY)
+    assert found.skipped.tolist() == pytest.approx([share] * 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_dense_attention_after_a_cache_is_aligned_to_the_last_key(window: int | None) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, 40, 16)
+    k, v = torch.randn(2, 1, 2, 40, 16)
+    whole = dense_attention(q, k, v, 0.25, window)
+    part = dense_attention(q[:, :, 33:], k, v, 0.25, window)
+    assert torch.allclose(part, whole[:, :, 33:], atol=1e-6)
+
+
+@pytest.mark.parametrize("geometry", [Geometry(128, 64), Geometry(64, 64)])
+@pytest.mark.parametrize("seqlen", [1, 64, 200, 1000])
+def test_visible_and_forced_blocks_are_those_of_the_semantics(
+    geometry: Geometry, seqlen: int
+) -> None:
+    visible = reference.visible_blocks(seqlen, seqlen, geometry=geometry).sum()
+    forced = reference.forced_blocks(seqlen, seqlen, geometry=geometry).sum()
+    assert visible_count(seqlen, seqlen, geometry) == visible
+    assert forced_share(seqlen, geometry) == pytest.approx(float(forced / visible))
+
+
+def test_the_meter_counts_what_the_kernel_kept(model: LlamaForCausalLM, ids: list[int]) -> None:
+    method = BlockSparse(torch.full((LAYERS, HEADS, 1), math.inf), "absolute")
+    with torch.no_grad(), applied(model, method) as meter:
+        model(torch.tensor([ids]), use_cache=False)
+    expected = 1 - forced_share(LENGTH, DEFAULT_GEOMETRY)
+    assert np.allclose(meter.take(), expected, atol=1e-4)
+    assert meter.take() == []
+
+
+def test_a_padded_batch_is_refused(model: LlamaForCausalLM) -> None:
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    with (
+        torch.no_grad(),
+        applied(model, None),
+        pytest.raises(ConfigurationError, match="without padding"),
+    ):
+        model(tokens, attention_mask=mask)
+
+
+# -------------------------------------------------------------------------------------- metrics
+
+
+def test_kl_and_nll_are_those_of_the_whole_logits(model: LlamaForCausalLM, ids: list[int]) -> None:
+    language_model = LanguageModel(model)
+    method = SlidingWindow(16)
+    dense = language_model.predict(ids)
+    with applied(model, method):
+        found = language_model.predict(ids)
+        with torch.no_grad():
+            sparse = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    with torch.no_grad():
+        full = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    (band,) = language_model.compare(found, dense, ids)
+    following = torch.tensor(ids)[1:, None]
+    assert band.positions == LENGTH - 1
+    assert band.kl == pytest.approx(float((full.exp() * (full - sparse)).sum(-1).mean()), rel=1e-4)
+    assert band.nll == pytest.approx(float(-sparse.gather(1, following).mean()), rel=1e-4)
+    (own,) = language_model.compare(dense, dense, ids)
+    assert (own.kl, own.agreement) == (0, 1)
+
+
+def test_a_model_whose_logits_are_scaled_is_compared_on_its_logits(ids: list[int]) -> None:
+    from transformers import CohereConfig, CohereForCausalLM
+
+    torch.manual_seed(0)
+    config = CohereConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        logit_scale=0.25,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    language_model = LanguageModel(CohereForCausalLM(config).eval())
+    found = language_model.predict(ids[:64])
+    assert found.hidden.shape == (64, 256)
+
+
+def test_an_answer_is_a_hit_iff_greedy_decoding_gives_it(
+    model: LlamaForCausalLM, ids: list[int]
+) -> None:
+    language_model = LanguageModel(model)
+    prompt = torch.tensor([ids[:300]])
+    greedy = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False
+    )[0, 300:].tolist()
+    with applied(model, None):
+        hit, likelihood, _ = language_model.answer(ids[:300], greedy)
+        miss, worse, _ = language_model.answer(ids[:300], [*greedy[:3], (greedy[3] + 1) % 256])
+    assert (hit, miss) == (True, False)
+    assert worse < likelihood < 0
+    with torch.no_grad():
+        logits = model(torch.tensor([ids[:300] + greedy[:-1]])).logits[0, 299:].log_softmax(-1)
+    expected = logits.gather(1, torch.tensor(greedy)[:, None]).sum()
+    assert likelihood == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_bands_double_and_cover_every_position() -> None:
+    assert band_edges(100) == [(0, 100)]
+    assert band_edges(2047) == [(0, 512), (512, 1024), (1024, 2047)]
+
+
+def test_intervals_are_those_of_the_textbook() -> None:
+    assert t_quantile(1) == pytest.approx(12.706)
+    assert t_quantile(60) == pytest.approx(2.0003, abs=1e-3)
+    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2.0, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert mean_interval([5.0]) == (5.0, None, None)
+    assert share_interval(0, 10) == pytest.approx((0.0, 0.0, 0.2775), abs=1e-3)
+    with pytest.raises(ValueError, match="at least one value"):
+        mean_interval([])
+
+
+# ------------------------------------------------------------------------------ text and needles
+
+
+def test_windows_alternate_between_kinds_and_do_not_overlap(
+    text: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    windows = read_windows(text, tokenizer, length=200, count=8, part=(0.5, 1))
+    assert [window.kind for window in windows] == ["code", "novels"] * 4
+    assert {len(window.ids) for window in windows} == {200}
+    assert len({window.name for window in windows}) == 8
+
+
+def test_parts_of_the_text_have_nothing_in_common(
+    text: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    halves = [
+        read_windows(text / "code" / "0.txt", tokenizer, length=200, count=9, part=part)
+        for part in ((0, 0.5), (0.5, 1))
+    ]
+    first, second = ({window.ids for window in half} for half in halves)
+    assert not first & second
+
+
+def test_too_little_text_is_told_with_what_there_is(
+    text: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match=r"100 windows of 5000 tokens were asked for.* gives 4"):
+        read_windows(text, tokenizer, length=5000, count=100)
+
+
+def test_short_files_are_joined(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for index in range(5):
+        (tmp_path / f"{index}.md").write_text("ten letter" * 5)
+    (window,) = read_windows(tmp_path, tokenizer, length=200, count=1)
+    assert (window.kind, len(window.ids)) == ("text", 200)
+
+
+@pytest.mark.parametrize("keys", [1, 4])
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_a_needle_lies_at_its_depth_and_the_prompt_fits(
+    tokenizer: PreTrainedTokenizerFast, depth: float, keys: int
+) -> None:
+    haystack = noise(tokenizer, 1000)
+    made = make_prompt(haystack, tokenizer, length=1000, depth=depth, keys=keys, seed=3)
+    assert 800 < len(made.prompt) + len(made.answer) <= 1000
+    number = tokenizer.decode(made.answer).strip()
+    asked = made.text.rsplit("for ", 1)[1].split(" is")[0]
+    needle = NEEDLE.format(word=asked, number=number)
+    assert made.text.count("One of the special magic numbers") == keys + 1
+    assert made.text.find(needle) / len(made.text) == pytest.approx(depth, abs=0.25)
+
+
+def test_a_needle_without_room_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="too few"):
+        make_prompt(noise(tokenizer, 100), tokenizer, length=100, depth=0.5)
+
+
+# ------------------------------------------------------------------------- evaluation and results
+
+
+def test_an_evaluation_compares_every_configuration_with_dense(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    table = a_table(tmp_path / "table", 0.0)
+    plan = a_plan(
+        text,
+        f"exact=table:file={table},target_sparsity=0.0",
+        f"table:file={table},target_sparsity=0.5",
+        "scalar:rule=running_max,threshold=0.5",
+        "sliding_window:window=128",
+        tasks=("kl", "perplexity", "needle"),
+        depths=(0.5,),
+    )
+    out = tmp_path / "results.json"
+    Evaluation(model, tokenizer, plan, out, model_name="tiny").run()
+    content = load(out)
+    assert len(content["records"]) == 2 * 5 + 2 * 5
+    rows = {(row.task, row.name): row for row in summarise(content)}
+    dense, exact = rows["text", "dense"], rows["text", "exact"]
+    assert dense.kl is not None
+    assert exact.kl is not None
+    assert dense.kl.mean == 0
+    assert exact.kl.mean == pytest.approx(0, abs=1e-5)
+    assert exact.sparsity == 0
+    scalar = rows["text", "scalar(rule=running_max, threshold=0.5)"]
+    assert scalar.kl is not None
+    assert scalar.sparsity > 0
+    assert scalar.kl.mean > 1e-4
+    assert rows["needle", "dense"].accuracy_change == (0, 0, 0)
+    table_text = markdown(content)
+    assert "| sliding_window(window=128) |" in table_text
+
+    made = {path.name for path in plot_results([out], tmp_path / "plots")}
+    assert made >= {"table.md", "accuracy-text-512.png", "heads-text-512.png", "needle-1.png"}
+
+
+def test_an_evaluation_that_was_stopped_goes_on_where_it_was(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = a_plan(text, "sliding_window:window=64", tasks=("kl",))
+    out = tmp_path / "results.json"
+    compared = LanguageModel.compare
+
+    def stop_at_third(self: LanguageModel, *args: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compared(self, *args)  # type: ignore[arg-type]
+
+    calls: list[int] = []
+    monkeypatch.setattr(LanguageModel, "compare", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        Evaluation(model, tokenizer, plan, out).run()
+    assert len(load(out)["records"]) == 2
+    Evaluation(model, tokenizer, plan, out).run()
+    assert len(load(out)["records"]) == 4
+    assert len(calls) == 5
+    Evaluation(model, tokenizer, plan, out).run()
+    assert len(calls) == 5
+
+
+def test_processes_share_the_samples_and_their_results_merge(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    plan = a_plan(text, "sliding_window:window=64", tasks=("kl",), samples=3)
+    out = tmp_path / "results.json"
+    first = Evaluation(model, tokenizer, plan, out, rank=0, world=2)
+    first.run()
+    Evaluation(model, tokenizer, plan, out, rank=1, world=2).run()
+    assert len(load(out)["records"]) == 4
+    other = load(rank_path(out, 1))["records"]
+    first.results.merge(other)
+    assert len({record["sample"] for record in load(out)["records"]}) == 3
+    assert len(load(out)["records"]) == 6
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    Results(path, {"model": {"digest": "a"}}).write()
+    with pytest.raises(ResultsError, match="of another model"):
+        Results(path, {"model": {"digest": "b"}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a file of results"),
+        ("{}", "no format"),
+        ('{"format": "bsfa-evaluation", "version": 9}', "version 9"),
+        ('{"format": "bsfa-evaluation", "version": 1, "records": 3, "header": {}}', "no list"),
+        (
+            '{"format": "bsfa-evaluation", "version": 1, "records": [{}], "header": {}}',
+            "damaged record",
+        ),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(ResultsError, match=message):
+        load(path)
+
+
+def test_a_length_beyond_the_models_positions_is_refused(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    plan = a_plan(text, "sliding_window:window=64", lengths=(4096,))
+    with pytest.raises(EvaluationError, match="2048 positions, and 4096"):
+        Evaluation(model, tokenizer, plan, tmp_path / "results.json")
+
+
+def test_perplexity_without_text_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="--text"):
+        Plan((Configuration("w", "sliding_window", (("window", "8"),)),), tasks=("perplexity",))
+
+
+# ----------------------------------------------------------------------------- operating points
+
+
+@pytest.mark.parametrize("rule", ["absolute", "running_max", "running_lse"])
+def test_a_scalar_is_found_for_a_sparsity(
+    model: LlamaForCausalLM, ids: list[int], rule: str
+) -> None:
+    found = find_scalar(model, [ids], rule=rule, target_sparsity=0.3, tolerance=0.02)
+    assert found.sparsity == pytest.approx(0.3, abs=0.05)
+
+
+def test_a_sparsity_beyond_what_is_not_forced_is_refused(
+    model: LlamaForCausalLM, ids: list[int]
+) -> None:
+    with pytest.raises(TuningError, match="are forced"):
+        find_scalar(model, [ids[:256]], rule="running_max", target_sparsity=0.9)
+
+
+def test_a_bounded_loss_is_kept_to_and_written_into_the_table(
+    model: LlamaForCausalLM, ids: list[int]
+) -> None:
+    values = np.full((1, LAYERS, HEADS, 1), 3.0, np.float32)
+    table = ThresholdTable(values, (0.5,), axis="target_sparsity", rule="running_lse")
+    found = limit_loss(model, table, [ids], max_loss=0.05)
+    assert 0 < found.kl <= 0.05
+    assert found.table.axis == "max_loss"
+    assert np.allclose(found.table.select(max_loss=0.05), 3.0 + found.shift)
+    assert float(found.table.provenance["expected_kl"]) == pytest.approx(found.kl, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------- advice, command line
+
+
+def test_a_model_that_gains_nothing_is_told_so(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    plan = a_plan(text, "scalar:rule=running_lse,threshold=-30", tasks=("kl",), samples=1)
+    evaluation = Evaluation(model, tokenizer, plan, tmp_path / "results.json")
+    evaluation.run()
+    content = load(tmp_path / "results.json")
+    (sentence,) = advice(content)
+    assert "At 512 tokens there is nothing to gain" in sentence
+    assert "Leave this model dense" in sentence
+
+    for record in content["records"]:
+        record["sparsity"] = 0.5
+        for band in record["bands"]:
+            band["kl"] = 1.0
+    (sentence,) = advice(content)
+    assert "gain little" in sentence
+    for record in content["records"]:
+        for band in record["bands"]:
+            band["kl"] = 0.001
+    (sentence,) = advice(content)
+    assert "skips 50% of the blocks" in sentence
+    assert "1.33 times" in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to compare with dense"),
+        (["--k", "4"], "give --thresholds"),
+        (["--thresholds", "none.safetensors"], "a table needs points"),
+        (["--thresholds", "none.safetensors", "--k", "4"], "there is no threshold file"),
+        (["--config", "sliding_window:window=8"], "need text"),
+        (["--config", "sliding_window:window=8", "--text", "x", "--text-part", "1:0"], "A:B"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_before_it_loads_a_model(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "--model", "nowhere", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plotting_without_pairs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    Results(path, {"model": {}, "configurations": {}}).write()
+    assert cli.main(["plot", str(path), "--out", str(tmp_path / "plots")]) == 2
+    assert "no results" in capsys.readouterr().err
+
+
+@pytest.mark.model
+def test_the_real_model_is_evaluated_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.json"
+    arguments = [
+        *("evaluate", "--model", os.environ["BSFA_TEST_MODEL"]),
+        *("--text", os.environ["BSFA_TEST_TEXT"], "--lengths", "512", "--samples", "1"),
+        *("--tasks", "kl,needle", "--depths", "0.5", "--out", str(out)),
+        *("--config", "lse=scalar:rule=running_lse,threshold=-5"),
+    ]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "| lse |" in printed
+    rows = {(row.task, row.name): row for row in summarise(json.loads(out.read_text()))}
+    lse = rows["text", "lse"]
+    assert lse.kl is not None
+    assert 0 < lse.kl.mean < 0.1
+    assert rows["needle", "dense"].accuracy == share_interval(1, 1)
+    assert dataclasses.asdict(lse)["samples"] == 1
