@@ -17,8 +17,8 @@ from bsfa_hf.evaluation.methods import BlockSparse, applied, attention_shape, fo
 from bsfa_hf.evaluation.metrics import LanguageModel, Predictions
 from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 
-_LOW, _HIGH = -40.0, 12.0
-_REACH = {"absolute": (-60.0, 60.0)}
+# Scalars are looked for up to this far from 0, in units of scaled scores.
+_REACH = 64.0
 
 
 class TuningError(ValueError):
@@ -94,8 +94,7 @@ def find_scalar(
         method = BlockSparse(values, rule, geometry, backend)
         return float(np.mean([_skipped(language_model, method, ids)[1] for ids in samples]))
 
-    low, high = _REACH.get(rule, (_LOW, _HIGH))
-    threshold, reached = _bisect(sparsity, low, high, target_sparsity, tolerance)
+    threshold, reached = _bisect(sparsity, -_REACH, _REACH, target_sparsity, tolerance)
     return FoundScalar(threshold, reached)
 
 
