@@ -168,7 +168,8 @@ def _comparable(actual: Tensor, expected: Tensor, name: str) -> tuple[Tensor, Te
             position = tuple(differ.nonzero()[0].tolist())
             raise AssertionError(
                 f"{name}: {what} in other places, {differ.sum().item()} in all, "
-                f"first at {position}: {actual[position].item()}, expected {expected[position].item()}"
+                f"first at {position}: {actual[position].item()}, "
+                f"expected {expected[position].item()}"
             )
     return actual, expected
 

@@ -25,7 +25,7 @@ class Expected(NamedTuple):
 
 
 def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block) -> Expected:
-    """Everything that the functions of the package return, for arrays [batch, seqlen, heads, head_dim]."""
+    """All that the package's functions return, for arrays [batch, seqlen, heads, head_dim]."""
     batch, seqlen_q, heads, head_dim = q.shape
     _, seqlen_k, kv_heads, _ = k.shape
     q_blocks, k_blocks = -(-seqlen_q // q_block), -(-seqlen_k // k_block)
@@ -63,7 +63,7 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block) -> Exp
 
 
 def visit(scores, rows, k_blocks, k_block, rule, threshold):
-    """The blocks that a query block keeps, and for each block max(score - reference) when visited."""
+    """The blocks that a query block keeps, and for each max(score - reference) when visited."""
     kept = []
     excesses = np.full(k_blocks, -INF)
     for block in range(k_blocks - 1, -1, -1):

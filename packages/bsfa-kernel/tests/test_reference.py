@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import math
 
-import cases
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
+import cases
+import oracle
 from bsfa_kernel import GEOMETRIES, RULES, Geometry, block_sparse_attention, reference
 from bsfa_kernel.reference import attention, block_maxima, forced_blocks, visible_blocks
 
