@@ -29,7 +29,7 @@ import bsfa_kernel
 import inputs
 import kernels
 from bsfa_kernel import Geometry
-from harness import Budget, Record, Results, Timer, clocks, environment, progress
+from harness import ROOT, Budget, Record, Results, Timer, clocks, environment, progress
 from inputs import Problem, Shape
 
 DENSE = "dense"  # instead of a sparsity: thresholds of -inf
@@ -492,7 +492,7 @@ def parse_sparsity(text: str) -> str:
     return text
 
 
-def _list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+def list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     def items(text: str) -> tuple[Any, ...]:
         return tuple(parse(item) for item in text.split(","))
 
@@ -511,23 +511,23 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--preset", choices=PRESETS, default="quick", help="which sweeps (default %(default)s)")
-    add("--seqlens", type=_list_of(parse_length), help="such as 2K,64K")
-    add("--sparsities", type=_list_of(parse_sparsity), help="such as dense,0,0.5")
-    add("--dtypes", type=_list_of(_DTYPES.__getitem__), help="of bfloat16,float16")
-    add("--head-dims", type=_list_of(int))
-    add("--heads", type=_list_of(int))
-    add("--kv-heads", type=_list_of(int))
-    add("--batches", type=_list_of(int))
-    add("--geometries", type=_list_of(Geometry.parse), help="of 128x64,64x64")
-    add("--rules", type=_list_of(str), help=f"of {','.join(bsfa_kernel.RULES)}")
-    add("--inputs", type=_list_of(str), help="of planted,irregular and files of inputs.py")
-    add("--kernels", type=_list_of(str), help=f"of {','.join(kernels.NAMES)}")
+    add("--seqlens", type=list_of(parse_length), help="such as 2K,64K")
+    add("--sparsities", type=list_of(parse_sparsity), help="such as dense,0,0.5")
+    add("--dtypes", type=list_of(_DTYPES.__getitem__), help="of bfloat16,float16")
+    add("--head-dims", type=list_of(int))
+    add("--heads", type=list_of(int))
+    add("--kv-heads", type=list_of(int))
+    add("--batches", type=list_of(int))
+    add("--geometries", type=list_of(Geometry.parse), help="of 128x64,64x64")
+    add("--rules", type=list_of(str), help=f"of {','.join(bsfa_kernel.RULES)}")
+    add("--inputs", type=list_of(str), help="of planted,irregular and files of inputs.py")
+    add("--kernels", type=list_of(str), help=f"of {','.join(kernels.NAMES)}")
     add("--device", default="cuda", help="cuda, cuda:1, ..., or cpu for a self-test")
     add("--seed", type=int, default=0)
     add("--seconds", type=float, default=0.5, help="a kernel and case (default %(default)s)")
     add("--budget-seconds", type=float, help="start nothing that would end later than this")
     add("--list", action="store_true", help="list the cases and the expected time, and stop")
-    add("--out", type=Path, help="result file, JSON Lines, appended to")
+    add("--out", type=Path, help="result file (default benchmarks/results/PRESET.jsonl)")
     return result
 
 
@@ -558,7 +558,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{sum(expected):6.1f} s  {len(chosen)} cases (a rough guess, for an H100)")
         return 0
     if arguments.out is None:
-        parser().error("--out must name a result file")
+        if device.type == "cpu":
+            parser().error("a self-test must name its --out, which belongs in no report")
+        arguments.out = ROOT / "benchmarks" / "results" / f"{arguments.preset}.jsonl"
     if device.type == "cuda" and not torch.cuda.is_available():
         parser().error("there is no CUDA device; --device cpu is a self-test of this program")
 

@@ -194,7 +194,7 @@ def environment(device: torch.device, *, command: str | None = None) -> Record:
         "card": card,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if gpu else None,
+        "cudnn": _cudnn_version() if gpu else None,
         "python": platform.python_version(),
         "packages": _versions(
             "bsfa-kernel", "fa3-fwd", "flashinfer-python", "transformers", "triton"
@@ -202,6 +202,11 @@ def environment(device: torch.device, *, command: str | None = None) -> Record:
         "commit": _commit(),
         "sources": sources(),
     }
+
+
+def _cudnn_version() -> int | None:
+    version: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return version
 
 
 def command_line() -> str:
@@ -377,10 +382,7 @@ class Timer:
                 call()
                 times.append(1000 * (time.perf_counter() - start))
             return times
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(count)
-        ]
+        events = [(device_event(), device_event()) for _ in range(count)]
         for begin, end in events:
             if self._flush is not None:
                 self._flush.zero_()
@@ -389,6 +391,11 @@ class Timer:
             end.record()
         torch.cuda.synchronize(self.device)
         return [begin.elapsed_time(end) for begin, end in events]
+
+
+def device_event() -> Any:
+    """An event that takes the time when the device reaches it."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 class Budget:

@@ -64,7 +64,7 @@ class Shape:
     @property
     def scale(self) -> float:
         """Factor of the scores."""
-        return float(self.head_dim) ** -0.5
+        return 1.0 / math.sqrt(self.head_dim)
 
     @property
     def dtype_name(self) -> str:

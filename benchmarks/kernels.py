@@ -137,7 +137,8 @@ class FlashAttention3:
 
         def call() -> Tensor:
             out = flash_attn_func(q, k, v, causal=causal)
-            return out[0] if isinstance(out, tuple) else out
+            result: Tensor = out[0] if isinstance(out, tuple) else out
+            return result
 
         return call
 
@@ -259,7 +260,8 @@ class Bsfa:
 
         def call() -> Tensor:
             with _native.force_arch(self.arch):
-                return bsfa_kernel.block_sparse_attention(q, k, v, thresholds, **options)
+                out: Tensor = bsfa_kernel.block_sparse_attention(q, k, v, thresholds, **options)
+                return out
 
         with _native.force_arch(self.arch):
             _, kept = bsfa_kernel.block_sparse_attention(

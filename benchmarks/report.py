@@ -4,9 +4,9 @@
 
 ::
 
-    python benchmarks/report.py write benchmarks/results/*.jsonl      # into docs/performance.md
-    python benchmarks/report.py table benchmarks/results/quick.jsonl  # to the terminal
-    python benchmarks/report.py compare old.jsonl new.jsonl           # two runs, by ratio
+    python benchmarks/report.py                                # results into docs/performance.md
+    python benchmarks/report.py table benchmarks/results/*.jsonl  # to the terminal
+    python benchmarks/report.py compare old.jsonl new.jsonl       # two runs, by ratio
 
 Where several records measure the same thing, the latest counts. Records of a self-test are refused.
 """
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import ROOT, Record, read_records
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 _BASELINES = ("fa3", "cudnn", "fa2", "sdpa", "math")
 _NAMES = {
@@ -226,7 +228,7 @@ def prefill_tables(records: Sequence[Record]) -> str:
 
 
 def _implementation(record: Record) -> str:
-    name: str = _NAMES.get(record["implementation"], record["implementation"])
+    name = str(_NAMES.get(record["implementation"], record["implementation"]))
     return f"{name}, {record['rule']}, {record['geometry']}" if record["geometry"] else name
 
 
@@ -452,9 +454,9 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[tuple[float, s
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Tables and plots from result files.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     writer = commands.add_parser("write", help="write tables and plots into the documentation")
-    writer.add_argument("files", nargs="+", type=Path)
+    writer.add_argument("files", nargs="*", type=Path, help="default: all of benchmarks/results")
     writer.add_argument("--docs", type=Path, default=ROOT / "docs" / "performance.md")
     writer.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
     table = commands.add_parser("table", help="print the tables")
@@ -468,14 +470,14 @@ def main(argv: list[str] | None = None) -> int:
         default=0.05,
         help="exit with 1 where a figure is worse by more than this share (default %(default)s)",
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(argv or sys.argv[1:] or ["write"])
     try:
         if arguments.command == "compare":
             rows = compare(load([arguments.old]), load([arguments.new]))
             header = ["new over old", "measurement", "old", "new"]
             print(markdown_table(header, [[f"{r:.3f}", *rest] for r, *rest in rows]))
             return 1 if any(row[0] < 1 - arguments.tolerance for row in rows) or not rows else 0
-        records = load(arguments.files)
+        records = load(arguments.files or sorted(RESULTS.glob("*.jsonl")))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

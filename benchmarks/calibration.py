@@ -1,0 +1,114 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Time of a calibration beside that of dense prefill passes over the same samples.
+
+::
+
+    python benchmarks/calibration.py --model MODEL --text TEXT --seqlen 8K --samples 4
+    python benchmarks/calibration.py --model-shape llama-3.1-8b --seqlen 128K --samples 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bsfa_kernel
+import models
+from attention import list_of, parse_length
+from bsfa_calib.capture import calibrate
+from bsfa_kernel import Geometry
+from harness import ROOT, Record, Results, clocks, environment, progress
+
+
+def measure(
+    model: Any, samples: list[list[int]], rule: str, geometry: Geometry, points: dict[str, Any]
+) -> Record:
+    """Time both, each after a warm-up on the first sample.
+
+    Args:
+        model: a model of transformers.
+        samples: token ids.
+        rule: what to calibrate.
+        geometry: of the blocks.
+        points: ``k_values`` or ``target_sparsities`` of `bsfa_calib.capture.calibrate`.
+
+    Returns:
+        The part of a record that was measured.
+    """
+    options = {"rule": rule, "q_block": geometry.q_block, "k_block": geometry.k_block, **points}
+    cuda = model.device.type == "cuda"
+    models.prefill(model, samples[0], use_cache=False)
+    start = time.perf_counter()
+    for ids in samples:
+        models.prefill(model, ids, use_cache=False)
+    dense_seconds = time.perf_counter() - start
+
+    calibrate(model, samples[:1], **options)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    calibrate(model, samples, **options)
+    calibration_seconds = time.perf_counter() - start
+    return {
+        "seqlen": len(samples[0]),
+        "samples": len(samples),
+        "rule": rule,
+        "geometry": str(geometry),
+        "points": ", ".join(f"{name}={list(values)}" for name, values in points.items()),
+        "dense_seconds": dense_seconds,
+        "calibration_seconds": calibration_seconds,
+        "ratio": calibration_seconds / dense_seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description="Time of a calibration, in dense prefill passes.")
+    models.add_model_options(result)
+    add = result.add_argument
+    add("--seqlen", type=parse_length, default=8192, help="tokens a sample (default %(default)s)")
+    add("--samples", type=int, default=4, help="(default %(default)s)")
+    add("--rules", type=list_of(str), default=bsfa_kernel.RULES[:1])
+    add("--geometries", type=list_of(Geometry.parse), default=(bsfa_kernel.DEFAULT_GEOMETRY,))
+    add("--k-values", type=list_of(int), help="calibrate these k; target sparsities without")
+    add("--target-sparsities", type=list_of(float), default=(0.5, 0.75, 0.9))
+    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "calibration.jsonl")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    device = torch.device(arguments.device)
+    model, tokenizer, name = models.load(arguments)
+    samples = models.tokens(arguments, model, tokenizer, arguments.seqlen, arguments.samples)
+    results = Results(arguments.out)
+    points = (
+        {"k_values": arguments.k_values}
+        if arguments.k_values
+        else {"target_sparsities": arguments.target_sparsities}
+    )
+    common = environment(device)
+    for rule in arguments.rules:
+        for geometry in arguments.geometries:
+            progress(f"{name}, {arguments.samples} x {arguments.seqlen} tokens, {rule}, {geometry}")
+            measured = measure(model, samples, rule, geometry, points)
+            record = {**common, "kind": "calibration", "model": name, **measured}
+            results.append({**record, "clocks": clocks(device)})
+            print(
+                f"{rule}, {geometry}: dense {measured['dense_seconds']:.2f} s, calibration "
+                f"{measured['calibration_seconds']:.2f} s, ratio {measured['ratio']:.2f}, "
+                f"peak {measured['peak_gib']:.1f} GiB"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

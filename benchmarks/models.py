@@ -1,0 +1,108 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The models that whole-model benchmarks run: a real one, or a known shape with random weights."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# With random weights a model's answers mean nothing, and its time is that of the real one.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_theta": 5e5,
+    },
+    # For tests of the programs.
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "rope_theta": 1e4,
+    },
+}
+_POSITIONS = 1 << 20
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a model and its input."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="GGUF file, model directory or hub id")
+    which.add_argument("--model-shape", choices=SHAPES, help="this shape, with random weights")
+    parser.add_argument("--text", type=Path, help="text to read; random tokens without")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a self-test")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def build(shape: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
+    """A Llama model of a known shape, with random weights made on the device."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    settings = dict(SHAPES[shape])
+    theta = settings.pop("rope_theta")
+    settings["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    settings["attn_implementation"] = "sdpa"
+    config = LlamaConfig(**settings, max_position_embeddings=_POSITIONS)
+    models: Any = AutoModelForCausalLM
+    torch.manual_seed(seed)
+    with device:
+        return models.from_config(config, dtype=dtype).eval()
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
+    """The model that the options name, its tokenizer or None, and its name for a record."""
+    device = torch.device(arguments.device)
+    if arguments.model_shape:
+        dtype = getattr(torch, arguments.dtype)
+        model = build(arguments.model_shape, dtype=dtype, device=device, seed=arguments.seed)
+        return model, None, f"{arguments.model_shape}, random weights"
+    from bsfa_calib import models
+
+    model, tokenizer = models.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    return model, tokenizer, Path(arguments.model).stem
+
+
+def tokens(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, seqlen: int, samples: int
+) -> list[list[int]]:
+    """Samples of ``seqlen`` token ids: consecutive pieces of the text, or random ones.
+
+    Raises:
+        ValueError: the text is too short, or the model has no tokenizer.
+    """
+    if arguments.text is None:
+        generator = torch.Generator().manual_seed(arguments.seed)
+        size = (samples, seqlen)
+        vocabulary = model.config.get_text_config().vocab_size
+        ids: Tensor = torch.randint(vocabulary, size, generator=generator)
+        return [list(map(int, row)) for row in ids]
+    if tokenizer is None:
+        raise ValueError("--text needs --model: a model with random weights has no tokenizer")
+    every: list[int] = tokenizer(arguments.text.read_text(encoding="utf-8")).input_ids
+    if len(every) < samples * seqlen:
+        raise ValueError(
+            f"{samples} samples of {seqlen} tokens need {samples * seqlen} tokens, "
+            f"{arguments.text} has {len(every)}"
+        )
+    return [every[start : start + seqlen] for start in range(0, samples * seqlen, seqlen)]
+
+
+def prefill(model: Any, ids: list[int], *, use_cache: bool) -> int:
+    """Read a prompt and return the first token; the device is done when it returns."""
+    input_ids = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=input_ids, use_cache=use_cache, logits_to_keep=1).logits
+    return int(logits[0, -1].argmax())

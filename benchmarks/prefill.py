@@ -1,0 +1,298 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Time to first token of a whole model, dense and block-sparse, by prompt length.
+
+The same model reads the same prompt with torch's attention, with FlashAttention-3 where it is
+installed, and patched by bsfa_hf with thresholds that are calibrated on that prompt for each
+sparsity asked for::
+
+    python benchmarks/prefill.py --model-shape llama-3.1-8b --seqlens 32K,128K --sparsities 0.5,0.9
+
+The time runs from the call to the first token on the host, key and value cache included. The
+attention's part of it is taken with device events around each layer's attention function, its
+changes of layout included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bsfa_hf
+import bsfa_kernel
+import models
+from attention import DENSE, list_of, parse_length, parse_sparsity
+from bsfa_calib.capture import calibrate
+from bsfa_kernel import Geometry
+from harness import ROOT, Budget, Record, Results, clocks, device_event, environment, progress
+from inputs import Shape
+from kernels import FlashAttention3
+
+_FA3 = "bsfa_benchmark_fa3"
+
+
+def fa3_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """FlashAttention-3 as an attention function of transformers, for prompts without padding."""
+    from fa3_fwd_interface import flash_attn_func
+
+    del module, attention_mask, options
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True)
+    return (out[0] if isinstance(out, tuple) else out), None
+
+
+def register_fa3() -> None:
+    """Make FlashAttention-3 known to transformers, under a name of this benchmark."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(_FA3, fa3_attention)
+    AttentionMaskInterface.register(_FA3, lambda *_, **__: None)
+
+
+@dataclass
+class AttentionClock:
+    """Adds up the time of the attention function's calls."""
+
+    device: torch.device
+    _marks: list[tuple[Any, Any]] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def watching(self, name: str) -> Iterator[None]:
+        """Time the attention function that transformers knows under a name."""
+        from transformers import AttentionInterface
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        function = ALL_ATTENTION_FUNCTIONS[name]
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self._mark()
+            result = function(*args, **kwargs)
+            self._marks.append((start, self._mark()))
+            return result
+
+        AttentionInterface.register(name, timed)
+        try:
+            yield
+        finally:
+            AttentionInterface.register(name, function)
+
+    def read(self) -> float:
+        """Milliseconds since the last reading."""
+        marks, self._marks = self._marks, []
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return float(sum(start.elapsed_time(stop) for start, stop in marks))
+        return float(sum(1000 * (stop - start) for start, stop in marks))
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = device_event()
+        event.record()
+        return event
+
+
+@dataclass
+class Run:
+    """One way to compute the attention, and its times in milliseconds."""
+
+    implementation: str
+    asked: str
+    switch: Callable[[], AbstractContextManager[Any]]
+    function: str
+    rule: str | None = None
+    geometry: Geometry | None = None
+    sparsity: float = 0.0
+    times: list[float] = field(default_factory=list)
+    attention: list[float] = field(default_factory=list)
+    peak_gib: float = 0.0
+
+
+class Benchmark:
+    """Measures one model."""
+
+    def __init__(self, arguments: argparse.Namespace, results: Results) -> None:
+        """Load the model."""
+        self.arguments = arguments
+        self.results = results
+        self.device = torch.device(arguments.device)
+        self.model, self.tokenizer, self.name = models.load(arguments)
+        self.clock = AttentionClock(self.device)
+        self.environment = environment(self.device)
+        self.records: list[Record] = []
+
+    def measure(self, seqlen: int) -> None:
+        """Measure every implementation at one length, in turns."""
+        (ids,) = models.tokens(self.arguments, self.model, self.tokenizer, seqlen, 1)
+        runs = self._runs(ids)
+        before = clocks(self.device)
+        for repetition in range(self.arguments.repetitions + 1):  # the first warms up
+            for run in runs:
+                self._once(run, ids, count=repetition > 0)
+        after = clocks(self.device)
+        medians = {
+            run.implementation: statistics.median(run.times) for run in runs if run.asked == DENSE
+        }
+        for run in runs:
+            ms = statistics.median(run.times)
+            record = {
+                **self.environment,
+                "kind": "prefill",
+                "implementation": run.implementation,
+                "model": self.name,
+                "seqlen": seqlen,
+                "asked": run.asked,
+                "sparsity": run.sparsity,
+                "rule": run.rule,
+                "geometry": str(run.geometry) if run.geometry else None,
+                "dtype": self.arguments.dtype,
+                "ms": ms,
+                "ms_min": min(run.times),
+                "attention_ms": statistics.median(run.attention),
+                "repetitions": len(run.times),
+                "peak_gib": run.peak_gib,
+                "speedup": {n: m / ms for n, m in medians.items() if n != run.implementation},
+                "clocks": {"before": before, "after": after},
+            }
+            self.results.append(record)
+            self.records.append(record)
+            ratios = ", ".join(f"{v:.2f}x {k}" for k, v in record["speedup"].items())
+            progress(
+                f"  {run.implementation:5} {run.asked:5} {ms:10.1f} ms, attention "
+                f"{record['attention_ms']:9.1f} ms, s={run.sparsity:.3f}  {ratios}"
+            )
+
+    def _runs(self, ids: list[int]) -> list[Run]:
+        runs = [Run("sdpa", DENSE, lambda: self._dense("sdpa"), "sdpa")]
+        config = self.model.config.get_text_config()
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = Shape(len(ids), heads, config.num_key_value_heads, head_dim)
+        if reason := FlashAttention3().available(shape, self.device):
+            progress(f"  fa3: left out: {reason}")
+        else:
+            register_fa3()
+            runs.append(Run("fa3", DENSE, lambda: self._dense(_FA3), _FA3))
+        targets = [float(asked) for asked in self.arguments.sparsities if asked != DENSE]
+        for rule in self.arguments.rules:
+            for geometry in self.arguments.geometries:
+                progress(f"  calibrating {rule}, {geometry}")
+                table = calibrate(
+                    self.model,
+                    [ids],
+                    target_sparsities=targets,
+                    rule=rule,
+                    q_block=geometry.q_block,
+                    k_block=geometry.k_block,
+                    model_name=self.name,
+                )
+                runs += [self._sparse_run(table, target, rule, geometry) for target in targets]
+        return runs
+
+    def _sparse_run(self, table: Any, target: float, rule: str, geometry: Geometry) -> Run:
+        def switch() -> AbstractContextManager[Any]:
+            return bsfa_hf.enabled(self.model, table, target_sparsity=target, check_model=False)
+
+        return Run("bsfa", f"{target:g}", switch, "bsfa", rule, geometry)
+
+    @contextlib.contextmanager
+    def _dense(self, implementation: str) -> Iterator[None]:
+        previous = self.model.config._attn_implementation
+        self.model.set_attn_implementation(implementation)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(previous)
+
+    def _once(self, run: Run, ids: list[int], *, count: bool) -> None:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with run.switch() as counters, self.clock.watching(run.function):
+            start = time.perf_counter()
+            models.prefill(self.model, ids, use_cache=True)
+            elapsed = 1000 * (time.perf_counter() - start)
+            attention = self.clock.read()
+            if run.implementation == "bsfa":
+                run.sparsity = _sparsity(counters)
+        if cuda:
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            run.peak_gib = max(run.peak_gib, peak)
+        if count:
+            run.times.append(elapsed)
+            run.attention.append(attention)
+
+
+def _sparsity(counters: bsfa_hf.Statistics) -> float:
+    """Share of the blocks that were skipped; calls that ran dense skip none.
+
+    Raises:
+        RuntimeError: no call was block-sparse.
+    """
+    if counters.sparse_calls == 0:
+        raise RuntimeError(f"no layer ran block-sparse: {dict(counters.dense_calls)}")
+    return 1.0 - counters.mean_kept_fraction
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description="Time to first token by prompt length.")
+    models.add_model_options(result)
+    add = result.add_argument
+    add("--seqlens", type=list_of(parse_length), default=(32768, 131072), help="such as 8K,128K")
+    add("--sparsities", type=list_of(parse_sparsity), default=("0.5", "0.9"))
+    add("--rules", type=list_of(str), default=("absolute",))
+    add("--geometries", type=list_of(Geometry.parse), default=(bsfa_kernel.DEFAULT_GEOMETRY,))
+    add("--repetitions", type=int, default=3, help="of each prompt (default %(default)s)")
+    add("--budget-seconds", type=float, help="start no further length after this time")
+    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prefill.jsonl")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    budget = Budget(arguments.budget_seconds)
+    benchmark = Benchmark(arguments, Results(arguments.out))
+    progress(f"{benchmark.name} is loaded, {budget.spent:.0f} s")
+    for seqlen in arguments.seqlens:
+        if not budget.allows():
+            print(f"left out for the budget: {seqlen} tokens")
+            continue
+        progress(f"[{budget.spent:.0f} s] {seqlen} tokens")
+        try:
+            benchmark.measure(seqlen)
+        except torch.OutOfMemoryError as failure:
+            print(f"{seqlen} tokens: out of memory: {' '.join(str(failure).split())[:200]}")
+        if benchmark.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if benchmark.device.type == "cuda":
+        import report
+
+        print(report.prefill_tables(benchmark.records))
+    print(f"{len(benchmark.records)} records in {arguments.out}, {budget.spent:.0f} s")
+    return 0 if benchmark.records else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+from pathlib import Path
+
+import pytest
+import torch
+
+import attention
+import harness
+
+TINY = ["--model-shape", "tiny", "--device", "cpu", "--dtype", "float32"]
+
+
+def test_the_self_test_measures_every_rule_and_kind_of_input(tmp_path: Path) -> None:
+    out = tmp_path / "self-test.jsonl"
+    arguments = ["--device", "cpu", "--out", str(out), "--inputs", "planted,irregular"]
+    assert attention.main([*arguments, "--rules", "absolute,running_lse"]) == 0
+    records = list(harness.read_records(out))
+    assert all(record["self_test"] for record in records)
+    ours = [record for record in records if record["kernel"] == "bsfa_reference"]
+    assert {record["rule"] for record in ours} == {"absolute", "running_lse"}
+    assert {record["geometry"] for record in ours} == {"128x64", "64x64"}
+    assert {record["inputs"] for record in ours} == {"planted", "irregular"}
+    assert all(record["sparsity"] == 0.0 for record in ours if record["asked"] == "dense")
+    assert all(record["sparsity"] > 0.1 for record in ours if record["asked"] == "0.5")
+    assert all("math" in record["speedup"] for record in ours)
+    assert all(record["error"] < 1e-2 for record in ours)
+
+
+def test_a_wrong_kernel_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = attention.bsfa_kernel.block_sparse_attention
+
+    def wrong(*args: object, **options: object) -> object:
+        result = right(*args, **options)  # type: ignore[call-overload]
+        return result if isinstance(result, tuple) else result * 1.1
+
+    monkeypatch.setattr(attention.bsfa_kernel, "block_sparse_attention", wrong)
+    out = tmp_path / "self-test.jsonl"
+    assert attention.main(["--device", "cpu", "--out", str(out)]) == 1
+    assert {record["kernel"] for record in harness.read_records(out)} == {"math"}
+    assert "bsfa_reference was left out: its error is" in capsys.readouterr().out
+
+
+def test_the_judged_settings_are_in_the_presets() -> None:
+    for preset, kernel in (("issue3", "bsfa_sm80"), ("issue4", "bsfa_sm90")):
+        chosen = list(attention.cases(attention.PRESETS[preset]))
+        main = [
+            case
+            for case in chosen
+            if (case.shape.seqlen, case.shape.dtype, case.shape.head_dim, case.inputs)
+            == (65536, torch.bfloat16, 128, "planted")
+        ]
+        assert [case.asked for case in main] == ["dense", "0", "0.5", "0.75", "0.9", "0.95"]
+        assert all(kernel in case.kernels and "fa3" in case.kernels for case in main)
+        assert len(set(chosen)) == len(chosen)
+
+
+def test_options_replace_what_a_preset_says(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--preset", "issue4", "--seqlens", "2K", "--sparsities", "0.5", "--list"]
+    assert attention.main([*arguments, "--dtypes", "float16", "--head-dims", "64"]) == 0
+    listed = capsys.readouterr().out
+    assert "2048 tokens, float16, head_dim 64" in listed
+    assert "bfloat16" not in listed
+
+
+def test_a_spent_budget_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "self-test.jsonl"
+    assert attention.main(["--device", "cpu", "--out", str(out), "--budget-seconds", "0"]) == 1
+    assert "left out for the budget" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_prefill_measures_dense_and_sparse(tmp_path: Path) -> None:
+    import prefill
+
+    out = tmp_path / "prefill.jsonl"
+    options = ["--seqlens", "1K", "--sparsities", "0.5", "--repetitions", "1", "--out", str(out)]
+    assert prefill.main([*TINY, *options]) == 0
+    dense, sparse = harness.read_records(out)
+    assert (dense["implementation"], dense["sparsity"]) == ("sdpa", 0.0)
+    assert sparse["implementation"] == "bsfa"
+    assert 0.4 < sparse["sparsity"] < 0.6
+    assert 0 < sparse["attention_ms"] < sparse["ms"]
+    assert sparse["speedup"]["sdpa"] == pytest.approx(dense["ms"] / sparse["ms"])
+
+
+def test_calibration_is_timed_against_dense_passes(tmp_path: Path) -> None:
+    import calibration
+
+    out = tmp_path / "calibration.jsonl"
+    options = ["--seqlen", "512", "--samples", "2", "--k-values", "2", "--out", str(out)]
+    assert calibration.main([*TINY, *options]) == 0
+    (record,) = harness.read_records(out)
+    assert record["ratio"] == pytest.approx(record["calibration_seconds"] / record["dense_seconds"])
+    assert (record["samples"], record["seqlen"]) == (2, 512)

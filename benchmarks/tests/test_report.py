@@ -1,0 +1,142 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import report
+from conftest import attention_record
+
+Records = list[dict[str, Any]]
+
+
+def save(path: Path, records: Records) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def prefill_record(**changes: Any) -> dict[str, Any]:
+    return attention_record(
+        kind="prefill",
+        implementation="bsfa",
+        model="llama-3.1-8b, random weights",
+        attention_ms=20.0,
+        peak_gib=40.0,
+        **{"speedup": {"sdpa": 1.6, "fa3": 1.4}, **changes},
+    )
+
+
+def calibration_record(**changes: Any) -> dict[str, Any]:
+    return attention_record(
+        kind="calibration",
+        model="a model",
+        samples=4,
+        dense_seconds=2.0,
+        calibration_seconds=3.0,
+        ratio=1.5,
+        **changes,
+    )
+
+
+def test_the_table_has_a_row_for_each_kernel_and_a_column_for_each_sparsity(
+    records: Records,
+) -> None:
+    lines = report.attention_tables(records).splitlines()
+    header = next(line for line in lines if "times FlashAttention-3" in line)
+    assert [cell.strip() for cell in header.split("|")[4:-1]] == ["dense", "0.5", "0.9"]
+    row = next(line for line in lines[lines.index(header) :] if "BSFA sm_90a, 128x64" in line)
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        "64K",
+        "absolute",
+        "0.98",
+        "1.25",
+        "1.72",
+    ]
+    assert any("FLOP limit" in line and "1.33" in line and "1.82" in line for line in lines)
+    assert any("50.00 (700)" in line for line in lines)
+
+
+def test_a_cell_says_which_sparsity_it_has_where_that_is_not_the_one_asked_for() -> None:
+    table = report.attention_tables([attention_record(sparsity=0.4)])
+    assert "1.25 (at 0.40)" in table
+
+
+def test_the_latest_record_of_a_measurement_counts(tmp_path: Path) -> None:
+    old = attention_record(ms=1.0, date="2026-01-01T00:00:00+00:00")
+    new = attention_record(ms=2.0, date="2026-01-03T00:00:00+00:00")
+    other = attention_record(seqlen=1024)
+    loaded = report.load([save(tmp_path / "a.jsonl", [new, other, old])])
+    assert loaded == [new, other]
+
+
+def test_records_of_a_self_test_are_refused(
+    records: Records, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records[1]["self_test"] = True
+    path = save(tmp_path / "a.jsonl", records)
+    with pytest.raises(ValueError, match="self-test"):
+        report.load([path])
+    with pytest.raises(ValueError, match="self-test"):
+        report.attention_tables(records)
+    assert report.main(["table", str(path)]) == 2
+    assert "self-test" in capsys.readouterr().err
+
+
+def test_writing_twice_leaves_one_copy_and_all_else_as_it_was(
+    records: Records, tmp_path: Path
+) -> None:
+    docs = tmp_path / "docs" / "performance.md"
+    docs.parent.mkdir()
+    docs.write_text(
+        "# Performance\n\nBefore.\n\n<!-- begin benchmark: attention -->\nold\n"
+        "<!-- end benchmark: attention -->\n\nAfter.\n",
+        encoding="utf-8",
+    )
+    path = save(tmp_path / "a.jsonl", [*records, prefill_record(), calibration_record()])
+    arguments = ["write", str(path), "--docs", str(docs), "--images", str(docs.parent / "images")]
+    assert report.main(arguments) == 0
+    once = docs.read_text(encoding="utf-8")
+    assert report.main(arguments) == 0
+    assert docs.read_text(encoding="utf-8") == once
+    assert once.startswith("# Performance\n\nBefore.\n\n<!-- begin benchmark: attention -->")
+    assert "\n\nAfter.\n" in once
+    assert "\nold\n" not in once
+    for section in ("attention", "prefill", "calibration"):
+        assert once.count(f"<!-- begin benchmark: {section} -->") == 1
+    pictures = sorted(picture.name for picture in (docs.parent / "images").glob("*.png"))
+    assert pictures == [
+        "attention-bfloat16-d128-h32-8-b1-planted.png",
+        "prefill-llama-3.1-8b--random-weights.png",
+    ]
+    assert all(f"(images/{picture})" in once for picture in pictures)
+
+
+def test_a_section_with_one_marker_is_refused() -> None:
+    with pytest.raises(ValueError, match="markers"):
+        report.replace_section("<!-- end benchmark: a -->", "a", "new")
+
+
+def test_prefill_and_calibration_have_tables() -> None:
+    table = report.prefill_tables([prefill_record()])
+    assert "times torch SDPA" in table
+    assert "1.40" in table
+    assert "1.50" in report.calibration_tables([calibration_record()])
+
+
+def test_comparing_two_runs_finds_the_ratio_of_what_they_share(
+    records: Records, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slower = [dict(record) for record in records]
+    slower[3] = {**slower[3], "speedup": {"fa3": 1.0, "fa2": 2.0}}
+    rows = report.compare(records, [*slower, attention_record(seqlen=1024)])
+    assert len(rows) == len(records)
+    assert rows[0][0] == pytest.approx(1.0 / 1.25)
+    assert "0.5" in rows[0][1]
+    old = save(tmp_path / "old.jsonl", records)
+    new = save(tmp_path / "new.jsonl", slower)
+    assert report.main(["compare", str(old), str(old)]) == 0
+    assert report.main(["compare", str(old), str(new)]) == 1
+    assert report.main(["compare", str(old), str(new), "--tolerance", "0.3"]) == 0
+    assert "0.800" in capsys.readouterr().out
