@@ -1,0 +1,352 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The C interface refuses whatever breaks a rule, and says which rule and which value.
+
+Arguments are checked before the first CUDA call, so that all this holds on a machine without a
+GPU. The pointers here are addresses of nothing; the device is one that no machine has, so that no
+call gets as far as a launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import bsfa_kernel
+from bsfa_kernel import _native
+from bsfa_kernel._native import BlockMaximaArgs, ForwardArgs, Strides
+
+OK, INVALID, UNSUPPORTED, CUDA_ERROR = range(4)
+NO_SUCH_DEVICE = 9999
+BATCH, SEQLEN_Q, SEQLEN_K, HEADS, KV_HEADS, HEAD_DIM = 2, 300, 500, 8, 2, 128
+INT32_MAX = 2**31 - 1
+
+Args = ForwardArgs | BlockMaximaArgs
+
+
+def strides(seqlen: int, heads: int) -> Strides:
+    """Strides of a contiguous tensor."""
+    return Strides(seqlen * heads * HEAD_DIM, heads * HEAD_DIM, HEAD_DIM)
+
+
+def problem(struct: type[Args]) -> dict[str, Any]:
+    """The fields that both structs have."""
+    return {
+        "abi_version": _native.ABI_VERSION,
+        "struct_size": ctypes.sizeof(struct),
+        "device": NO_SUCH_DEVICE,
+        "arch": 0,
+        "stream": None,
+        "dtype": 1,
+        "rule": 0,
+        "causal": 1,
+        "q_block": 128,
+        "k_block": 64,
+        "scale": HEAD_DIM**-0.5,
+        "batch": BATCH,
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "seqlen_q": SEQLEN_Q,
+        "seqlen_k": SEQLEN_K,
+        "q": 0x10000,
+        "k": 0x20000,
+        "q_strides": strides(SEQLEN_Q, HEADS),
+        "k_strides": strides(SEQLEN_K, KV_HEADS),
+    }
+
+
+def forward_args(**changes: Any) -> ForwardArgs:
+    """Arguments of bsfa_forward that break no rule, but for the changes."""
+    own = {
+        "v": 0x30000,
+        "out": 0x40000,
+        "v_strides": strides(SEQLEN_K, KV_HEADS),
+        "out_strides": strides(SEQLEN_Q, HEADS),
+        "thresholds": 0x50000,
+        "threshold_rows": 3,
+        "lse": 0x60000,
+        "kept": 0x70000,
+    }
+    return ForwardArgs(**{**problem(ForwardArgs), **own, **changes})
+
+
+def maxima_args(**changes: Any) -> BlockMaximaArgs:
+    """Arguments of bsfa_block_maxima that break no rule, but for the changes."""
+    return BlockMaximaArgs(**{**problem(BlockMaximaArgs), "maxima": 0x40000, **changes})
+
+
+def call(args: Args | None, function: str = "") -> tuple[int, str]:
+    """The status of a call and, where it is not OK, the message."""
+    library = _native.library()
+    name = function or ("bsfa_forward" if isinstance(args, ForwardArgs) else "bsfa_block_maxima")
+    status = getattr(library, name)(None if args is None else bytes(args))
+    return status, "" if status == OK else library.bsfa_last_error().decode()
+
+
+def passes_validation(args: Args) -> bool:
+    """Whether a call got as far as asking for the device."""
+    status, message = call(args)
+    if status == INVALID:
+        assert re.match("device must be below the number of CUDA devices", message), message
+    return status in {INVALID, UNSUPPORTED, CUDA_ERROR}
+
+
+BOTH = [
+    ("abi_version", 2, "abi_version must be 1, got 2: the caller and libbsfa come from different"),
+    ("struct_size", 8, r"struct_size must be \d+, got 8"),
+    ("device", -1, "device must be a CUDA device ordinal, 0 or more, got -1"),
+    ("arch", 86, r"arch must be 0 \(pick by device\), 80 or 90, got 86"),
+    ("dtype", 2, r"dtype must be 0 \(float16\) or 1 \(bfloat16\), got 2"),
+    ("dtype", -1, r"dtype must be .*, got -1"),
+    ("rule", 3, r"rule must be 0 \(absolute\), 1 \(running_max\) or 2 \(running_lse\), got 3"),
+    ("rule", -1, r"rule must be .*, got -1"),
+    ("causal", 2, "causal must be 0 or 1, got 2"),
+    ("q_block", 32, r"\(q_block x k_block\) must be 128x64 or 64x64, got 32x64"),
+    ("k_block", 128, r"\(q_block x k_block\) must be 128x64 or 64x64, got 128x128"),
+    ("scale", 0.0, "scale must be positive and finite, got 0"),
+    ("scale", -0.5, "scale must be positive and finite, got -0.5"),
+    ("scale", math.inf, "scale must be positive and finite, got inf"),
+    ("scale", math.nan, "scale must be positive and finite, got nan"),
+    ("batch", -1, f"batch must be between 0 and {INT32_MAX}, got -1"),
+    ("batch", 2**31, f"batch must be between 0 and {INT32_MAX}, got 2147483648"),
+    ("heads", 0, f"heads must be between 1 and {INT32_MAX}, got 0"),
+    ("heads", 2**32, f"heads must be between 1 and {INT32_MAX}, got 4294967296"),
+    ("kv_heads", 0, f"kv_heads must be between 1 and {INT32_MAX}, got 0"),
+    ("kv_heads", 3, "heads must be a multiple of kv_heads, got 8 and 3"),
+    ("kv_heads", 16, "heads must be a multiple of kv_heads, got 8 and 16"),
+    ("head_dim", 0, "head_dim must be a multiple of 8 up to 256, got 0"),
+    ("head_dim", 100, "head_dim must be a multiple of 8 up to 256, got 100"),
+    ("head_dim", 264, "head_dim must be a multiple of 8 up to 256, got 264"),
+    ("seqlen_q", -1, "seqlen_q must be between 0 and 1073741824, got -1"),
+    ("seqlen_q", 2**31, "seqlen_q must be between 0 and 1073741824, got 2147483648"),
+    ("seqlen_k", -1, "seqlen_k must be between 0 and 1073741824, got -1"),
+    ("seqlen_k", 2**40, "seqlen_k must be between 0 and 1073741824, got 1099511627776"),
+    ("batch", 2**29, r"batch \* heads \* ceil\(seqlen_q / 64\) must be at most 2147483647, got"),
+    ("q", None, "q must not be null"),
+    ("k", None, "k must not be null"),
+    ("q", 0x10008, "q must be aligned to 16 bytes, and is 8 bytes off"),
+    ("k", 0x20002, "k must be aligned to 16 bytes, and is 2 bytes off"),
+    (
+        "q_strides",
+        Strides(-8, 1024, 128),
+        "the batch stride of q must be a multiple of 8 .*, got -8",
+    ),
+    ("q_strides", Strides(0, 1028, 128), "the seqlen stride of q must be .*16 bytes.*, got 1028"),
+    ("k_strides", Strides(0, 256, 4), "the heads stride of k must be a multiple of 8 .*, got 4"),
+    ("k_strides", Strides(0, 2**39, 128), "the seqlen stride of k must be .*, got 549755813888"),
+]
+
+FORWARD = [
+    ("seqlen_q", 2**30, r"batch \* heads \* ceil\(seqlen_q / 64\) must be", {"batch": 100}),
+    ("threshold_rows", 0, f"threshold_rows must be between 1 and {INT32_MAX}, got 0", {}),
+    (
+        "threshold_rows",
+        2**31,
+        f"threshold_rows must be between 1 and {INT32_MAX}, got 2147483648",
+        {},
+    ),
+    ("cu_seqlens_q", 0x80000, "must both be given or both be null, got only cu_seqlens_q", {}),
+    ("cu_seqlens_k", 0x80000, "must both be given or both be null, got only cu_seqlens_k", {}),
+    ("cu_seqlens_q", 0x80001, "cu_seqlens_q must be aligned to 4 bytes", {"cu_seqlens_k": 0x80000}),
+    ("cu_seqlens_k", 0x80002, "cu_seqlens_k must be aligned to 4 bytes", {"cu_seqlens_q": 0x80000}),
+    (
+        "batch",
+        0,
+        "batch must be at least 1 where cu_seqlens are given",
+        {"cu_seqlens_q": 0x80000, "cu_seqlens_k": 0x80000},
+    ),
+    ("v", None, "v must not be null", {}),
+    ("v", 0x30001, "v must be aligned to 16 bytes, and is 1 bytes off", {}),
+    ("v_strides", Strides(0, 12, 128), "the seqlen stride of v must be a multiple of 8", {}),
+    ("out", None, "out must not be null", {}),
+    ("out", 0x40004, "out must be aligned to 16 bytes", {}),
+    ("out", 0x10000, "out must not be one of the inputs", {}),
+    ("out", 0x20000, "out must not be one of the inputs", {}),
+    ("out", 0x30000, "out must not be one of the inputs", {}),
+    ("out_strides", Strides(0, 1024, 128), "the strides of out must keep its entries apart", {}),
+    (
+        "out_strides",
+        Strides(307200, 1024, 64),
+        "the strides of out must keep its entries apart",
+        {},
+    ),
+    (
+        "out_strides",
+        Strides(307200, 512, 128),
+        "the strides of out must keep its entries apart",
+        {},
+    ),
+    ("thresholds", None, "thresholds must not be null", {}),
+    ("thresholds", 0x50002, "thresholds must be aligned to 4 bytes", {}),
+    ("lse", 0x60001, "lse must be aligned to 4 bytes", {}),
+    ("kept", 0x70003, "kept must be aligned to 4 bytes", {}),
+]
+
+MAXIMA = [
+    ("maxima", None, "maxima must not be null"),
+    ("maxima", 0x40002, "maxima must be aligned to 4 bytes"),
+]
+
+
+@pytest.mark.parametrize("make", [forward_args, maxima_args])
+@pytest.mark.parametrize(("name", "value", "message"), BOTH)
+def test_both_functions_refuse(
+    name: str, value: object, message: str, make: Callable[..., Args]
+) -> None:
+    status, said = call(make(**{name: value}))
+    assert status == INVALID
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(("name", "value", "message", "others"), FORWARD)
+def test_forward_refuses(name: str, value: object, message: str, others: dict[str, object]) -> None:
+    status, said = call(forward_args(**{name: value}, **others))
+    assert status == INVALID
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(("name", "value", "message"), MAXIMA)
+def test_block_maxima_refuses(name: str, value: object, message: str) -> None:
+    status, said = call(maxima_args(**{name: value}))
+    assert status == INVALID
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize("function", ["bsfa_forward", "bsfa_block_maxima"])
+def test_null_for_the_struct_is_refused(function: str) -> None:
+    assert call(None, function) == (INVALID, "args must not be null")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        forward_args(),
+        maxima_args(),
+        forward_args(lse=None, kept=None),
+        forward_args(dtype=0, causal=0, rule=2, q_block=64),
+        forward_args(cu_seqlens_q=0x80000, cu_seqlens_k=0x80004, q_strides=Strides(-1, 1024, 128)),
+        forward_args(batch=1, q_strides=Strides(7, 1024, 128)),
+        forward_args(kv_heads=1, k_strides=Strides(64000, 128, 5), v_strides=Strides(0, 128, -1)),
+        forward_args(k_strides=Strides(0, 256, 128), v_strides=Strides(0, 256, 128)),
+        forward_args(out_strides=Strides(128, 256, 76800)),
+        forward_args(seqlen_k=0, k=None, v=None),
+        maxima_args(rule=1, q_block=64, causal=0),
+    ],
+    ids=[
+        "a plain call",
+        "plain maxima",
+        "no optional output",
+        "other codes",
+        "packed sequences, whose batch stride means nothing",
+        "a batch of one, whose batch stride means nothing",
+        "one kv head, whose stride means nothing",
+        "keys shared by the batch",
+        "an output with its dimensions in another order",
+        "no keys, which are nowhere",
+        "maxima with other codes",
+    ],
+)
+def test_arguments_that_break_no_rule_get_as_far_as_the_device(args: Args) -> None:
+    assert passes_validation(args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        forward_args(batch=0, q=None, k=None, v=None, out=None, thresholds=None),
+        forward_args(seqlen_q=0, q=None, out=None, thresholds=None),
+        forward_args(batch=0, seqlen_q=0, seqlen_k=0, cu_seqlens_q=0x80000, cu_seqlens_k=0x80000),
+        maxima_args(batch=0, q=None, k=None, maxima=None),
+        maxima_args(seqlen_q=0, q=None, maxima=None),
+        maxima_args(seqlen_k=0, k=None, maxima=None),
+    ],
+    ids=["no batch", "no queries", "no sequences", "no batch", "no queries", "no keys"],
+)
+def test_nothing_to_do_is_done_without_a_gpu(args: Args) -> None:
+    assert call(args) == (OK, "")
+
+
+def test_nothing_to_do_is_still_checked() -> None:
+    status, said = call(forward_args(batch=0, scale=-1.0))
+    assert (status, said) == (INVALID, "scale must be positive and finite, got -1")
+
+
+def test_kernel_that_was_not_built_is_named_with_those_that_were() -> None:
+    status, said = call(forward_args(head_dim=72))
+    assert status == UNSUPPORTED
+    if bsfa_kernel.build_info().kernels:
+        assert "no forward kernel for bfloat16 with head_dim 72; it has " in said
+    else:
+        assert "built without forward kernels: build it with nvcc 12.4 or newer" in said
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_architecture_that_is_insisted_on_is_named(arch: int) -> None:
+    status, said = call(forward_args(head_dim=72, arch=arch))
+    assert status == UNSUPPORTED
+    assert not bsfa_kernel.build_info().kernels or f"head_dim 72 on sm_{arch}; it has" in said
+
+
+def test_device_that_is_not_there_is_reported_in_words() -> None:
+    kernels = bsfa_kernel.build_info().kernels
+    if not kernels:
+        pytest.skip("the library was built without kernels, and never asks for a device")
+    dtype = {"float16": 0, "bfloat16": 1}[kernels[0].dtype]
+    status, said = call(forward_args(head_dim=kernels[0].head_dim, dtype=dtype))
+    if status == INVALID:
+        assert re.fullmatch(r"device must be below the number of CUDA devices, \d+, got 9999", said)
+    else:
+        assert status == CUDA_ERROR
+        assert re.match(r"cudaGetDevice\(.*\) failed: cudaError\w+: \w+", said)
+
+
+def test_message_of_the_last_failure_outlives_a_success() -> None:
+    call(forward_args(causal=5))
+    call(forward_args(batch=0))
+    assert _native.library().bsfa_last_error() == b"causal must be 0 or 1, got 5"
+
+
+def test_messages_belong_to_threads() -> None:
+    call(forward_args(causal=5))
+    said: list[str] = []
+
+    def other() -> None:
+        said.append(_native.library().bsfa_last_error().decode())
+        said.append(call(forward_args(causal=7))[1])
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert said == ["", "causal must be 0 or 1, got 7"]
+    assert _native.library().bsfa_last_error() == b"causal must be 0 or 1, got 5"
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (forward_args(causal=5), ValueError),
+        (forward_args(head_dim=72), NotImplementedError),
+    ],
+)
+def test_python_raises_what_the_status_means(args: ForwardArgs, error: type[Exception]) -> None:
+    fields = [getattr(args, name) for name, *_ in args._fields_][2:]
+    with pytest.raises(error, match=r"causal must be|forward kernel"):
+        _native.forward(*flat(fields))
+
+
+def flat(fields: list[Any]) -> list[float]:
+    """The fields as _native takes them: strides written out, 0 for a null pointer."""
+    written: list[float] = []
+    for field in fields:
+        if isinstance(field, Strides):
+            written += [field.batch, field.seqlen, field.heads]
+        else:
+            written.append(0 if field is None else field)
+    return written
