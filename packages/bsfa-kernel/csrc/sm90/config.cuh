@@ -1,0 +1,113 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// Every compile-time fact of the sm_90a forward kernel.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+#include "../params.hpp"
+
+#define BSFA_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace bsfa::sm90 {
+
+template <class Element_, int kHeadDim_>
+struct ForwardConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+
+  // A CTA takes 128 queries, 64 for each consumer warpgroup: one block of the geometry 128x64, two of 64x64.
+  static constexpr int kTileQ = 128;
+  static constexpr int kWarpgroupQ = 64;
+  static constexpr int kConsumers = kTileQ / kWarpgroupQ;
+  static constexpr int kConsumerWarps = kConsumers * 4;
+  static constexpr int kThreads = (1 + kConsumers) * 128;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+
+  // Keys and values travel in blocks of 64 keys, through rings of their own, since V is loaded for kept
+  // blocks only. The ring of keys is even, so that two neighbours can serve as one block of 128 (dense
+  // tiles).
+  static constexpr int kKeyStages = kHeadDim == 128 ? 6 : 8;
+  static constexpr int kValueStages = kHeadDim == 128 ? 4 : 8;
+  static_assert(kKeyStages % 2 == 0);
+  // The consumers are less than two blocks apart, and one of them may pass a V block by without waiting for
+  // it.
+  static_assert(kValueStages >= 4);
+
+  // The copy engine moves boxes of 64 rows x 64 columns: 128 bytes a row, the width of the swizzle.
+  static constexpr int kBoxColumns = 64;
+  static constexpr int kBoxes = kHeadDim / kBoxColumns;
+  static constexpr int kBoxElements = kKeyBlock * kBoxColumns;
+  static constexpr int kBlockElements = kKeyBlock * kHeadDim;
+  static constexpr int kBlockBytes = kBlockElements * sizeof(Element);
+  static constexpr int kTileQBytes = kTileQ * kHeadDim * sizeof(Element);
+  static_assert(kWarpgroupQ == kKeyBlock);
+
+  // Q and O, (query of a warpgroup, column, warpgroup).
+  using SmemQ = decltype(cute::tile_to_shape(
+      cute::GMMA::Layout_K_SW128_Atom<Element>{},
+      cute::Shape<cute::Int<kWarpgroupQ>, cute::Int<kHeadDim>, cute::Int<kConsumers>>{}));
+
+  // K, (key, column, stage). The boxes of a pair of stages interleave, so that the pair is at once a block of
+  // 128 keys: box (column / 64, stage % 2) lies at kBoxElements * (2 * (column / 64) + stage % 2).
+  template <class Shape, class Stride>
+  using Swizzled =
+      cute::ComposedLayout<cute::Swizzle<3, 4, 3>, cute::smem_ptr_flag_bits<16>, cute::Layout<Shape, Stride>>;
+  using KeyColumns = cute::Shape<cute::Int<kBoxColumns>, cute::Int<kBoxes>>;
+  using KeyColumnStrides = cute::Stride<cute::_1, cute::Int<2 * kBoxElements>>;
+  using SmemK = Swizzled<
+      cute::Shape<cute::Int<kKeyBlock>, KeyColumns, cute::Shape<cute::_2, cute::Int<kKeyStages / 2>>>,
+      cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides,
+                   cute::Stride<cute::Int<kBoxElements>, cute::Int<2 * kBlockElements>>>>;
+  using SmemKPair =
+      Swizzled<cute::Shape<cute::Int<2 * kKeyBlock>, KeyColumns, cute::Int<kKeyStages / 2>>,
+               cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides, cute::Int<2 * kBlockElements>>>;
+
+  // V, (column, key, stage): transposed as the product needs it.
+  using SmemV = decltype(cute::tile_to_shape(
+      cute::GMMA::Layout_MN_SW128_Atom<Element>{},
+      cute::Shape<cute::Int<kHeadDim>, cute::Int<kKeyBlock>, cute::Int<kValueStages>>{},
+      cute::Step<cute::_2, cute::_1, cute::_3>{}));
+
+  // S = Q K^T. 64 keys at a time Q must come from registers: from shared memory it would take as many bytes a
+  // cycle as shared memory has. 128 keys at a time, it need not.
+  static constexpr auto kRowMajor = cute::GMMA::Major::K;
+  using ScoresMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float,
+                                 cute::Shape<cute::_64, cute::_64, cute::Int<kHeadDim>>>()));
+  using PairScoresMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 cute::Shape<cute::_64, cute::_128, cute::Int<kHeadDim>>>()));
+  // O += P V, with P in registers.
+  using ValuesMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float,
+                                 cute::Shape<cute::_64, cute::Int<kHeadDim>, cute::_64>, cute::GMMA::Major::K,
+                                 cute::GMMA::Major::MN>()));
+
+  struct SharedStorage {
+    alignas(1024) Element q[kTileQ * kHeadDim];
+    alignas(1024) Element out[kTileQ * kHeadDim];
+    alignas(1024) Element k[kKeyStages * kBlockElements];
+    alignas(1024) Element v[kValueStages * kBlockElements];
+
+    cutlass::arch::ClusterTransactionBarrier q_full;
+    cutlass::arch::ClusterBarrier q_empty;
+    cutlass::arch::ClusterTransactionBarrier k_full[kKeyStages];
+    cutlass::arch::ClusterBarrier k_empty[kKeyStages];
+    cutlass::arch::ClusterTransactionBarrier v_full[kValueStages];
+    cutlass::arch::ClusterBarrier v_empty[kValueStages];
+
+    // The verdicts on key blocks, one byte from each consumer warp. As many as there are stages of K: a place
+    // is used again only after its K block's stage has been given back, also by the loader of V, who reads
+    // it.
+    cutlass::arch::ClusterBarrier verdict_full[kKeyStages];
+    uint64_t verdicts[kKeyStages];
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+}  // namespace bsfa::sm90

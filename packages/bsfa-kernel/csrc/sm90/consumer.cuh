@@ -1,0 +1,146 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// A consumer warpgroup: 64 queries, from the scores to the output. What sparse and dense tiles have in
+// common.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/tensor.hpp>
+
+#include "barriers.cuh"
+#include "config.cuh"
+#include "softmax.cuh"
+#include "work.cuh"
+
+namespace bsfa::sm90 {
+
+// Probabilities in 16 bits as the left operand of wgmma: its registers are in the accumulators' order.
+template <class Probabilities, class Accumulators>
+__device__ __forceinline__ void round_to(Probabilities& probabilities, const Accumulators& accumulators) {
+  using namespace cute;
+  using Element = typename Probabilities::value_type;
+  using Pair = cutlass::Array<Element, 2>;
+  CUTE_UNROLL
+  for (int i = 0; i < size(accumulators); i += 2) {
+    const cutlass::Array<float, 2> pair{accumulators(i), accumulators(i + 1)};
+    const Pair rounded = cutlass::NumericArrayConverter<Element, float, 2>{}(pair);
+    probabilities(i) = rounded[0];
+    probabilities(i + 1) = rounded[1];
+  }
+}
+
+// Starts accumulators (+)= left right. Left: registers or descriptors (MMA, M, K); right: descriptors (MMA,
+// N, K).
+template <bool kAccumulate, class Mma, class Left, class Right, class Accumulators>
+__device__ __forceinline__ void start_product(Mma& mma, Left& left, const Right& right,
+                                              Accumulators& accumulators) {
+  using namespace cute;
+  if constexpr (!is_base_of<GMMA::DescriptorIterator, typename Mma::FrgTypeA>::value) {
+    warpgroup_fence_operand(left);
+  }
+  warpgroup_fence_operand(accumulators);
+  warpgroup_arrive();
+  mma.accumulate_ = kAccumulate ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
+  CUTE_UNROLL
+  for (int k = 0; k < size<2>(left); ++k) {
+    gemm(mma, left(_, _, k), right(_, _, k), accumulators);
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+  warpgroup_commit_batch();
+  warpgroup_fence_operand(accumulators);
+}
+
+// Waits until no more than kPending products run; the finished one wrote `accumulators`.
+template <int kPending, class Accumulators>
+__device__ __forceinline__ void finish_product(Accumulators& accumulators) {
+  cute::warpgroup_wait<kPending>();
+  cute::warpgroup_fence_operand(accumulators);
+}
+
+// Who a thread is among the consumers, and which rows and columns of its warpgroup's tile it has.
+struct ConsumerThread {
+  int warpgroup;  // 0 or 1
+  int thread;     // in the warpgroup
+
+  __device__ __forceinline__ int warp() const { return warpgroup * 4 + thread / 32; }
+  __device__ __forceinline__ int row(int i) const { return thread / 32 * 16 + thread % 32 / 4 + 8 * i; }
+  // Of a matrix's column i: the pairs of a row's columns go round the four threads of a quad.
+  __device__ __forceinline__ int column(int i) const { return thread % 4 * 2 + i % 2 + i / 2 * 8; }
+};
+
+// Hides the keys [keys[row], ...) in scores whose first column is key `first_key`.
+template <class Matrix>
+__device__ __forceinline__ void mask_scores(Matrix& scores, const ConsumerThread& who,
+                                            const int (&keys)[kThreadRows], int first_key) {
+  using namespace cute;
+  CUTE_UNROLL
+  for (int row = 0; row < kThreadRows; ++row) {
+    CUTE_UNROLL
+    for (int column = 0; column < size<1>(scores); ++column) {
+      if (first_key + who.column(column) >= keys[row]) {
+        scores(row, column) = -CUDART_INF_F;
+      }
+    }
+  }
+}
+
+// What a consumer takes along from tile to tile.
+template <class Config>
+struct ConsumerRings {
+  Ring<Config::kKeyStages> keys;
+  Ring<Config::kKeyStages> verdicts;  // moves with sparse tiles only
+  Ring<Config::kValueStages> values;
+  Ring<1> queries;
+};
+
+// What the passes over a tile's key blocks work on.
+template <class Config>
+struct TileContext {
+  typename Config::SharedStorage& storage;
+  ConsumerRings<Config>& rings;
+  const ForwardParams& params;
+  const Tile& tile;
+  const QueryBlock& block;
+  const ConsumerThread who;
+
+  // One arrival for each warp: the stage is free when all warps are done with it.
+  __device__ __forceinline__ void release(cutlass::arch::ClusterBarrier& empty) const {
+    if (who.thread % 32 == 0) {
+      empty.arrive();
+    }
+  }
+  // In packed tensors a block of V can reach into the next sequence, whose values may be anything, NaN too,
+  // and weights of 0 do not hide those. Needs a full stage, and all threads of the warpgroup.
+  __device__ __forceinline__ void clear_foreign_values(int stage, int key_block) const {
+    const int first_row = tile.sequence.seqlen_k - key_block * kKeyBlock;
+    if (params.cu_seqlens_k == nullptr || first_row >= kKeyBlock) {
+      return;
+    }
+    using Chunk = uint4;
+    constexpr int kRowChunks = Config::kBoxColumns * sizeof(typename Config::Element) / sizeof(Chunk);
+    for (int box = 0; box < Config::kBoxes; ++box) {
+      auto* chunks =
+          reinterpret_cast<Chunk*>(storage.v + stage * Config::kBlockElements + box * Config::kBoxElements);
+      for (int i = max(first_row, 0) * kRowChunks + who.thread; i < kKeyBlock * kRowChunks; i += 128) {
+        chunks[i] = Chunk{0, 0, 0, 0};
+      }
+    }
+    cutlass::arch::fence_view_async_shared();
+    sync(NamedBarrier::kStage0, who.warpgroup, 128);
+  }
+  __device__ __forceinline__ int first_query() const {
+    return tile.first_query + who.warpgroup * Config::kWarpgroupQ;
+  }
+  // Number of keys that the thread's rows see.
+  __device__ __forceinline__ void visible_keys(int (&keys)[kThreadRows]) const {
+    const Visibility sees{tile.sequence.seqlen_q, tile.sequence.seqlen_k, params.causal};
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      keys[row] = sees.keys(first_query() + who.row(row));
+    }
+  }
+};
+
+}  // namespace bsfa::sm90

@@ -1,0 +1,142 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// The forward kernel of sm_90a and its launch. docs/kernel-sm90.md has the schedule of copies and barriers.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../check.hpp"
+#include "dense.cuh"
+#include "epilogue.cuh"
+#include "forward.hpp"
+#include "producer.cuh"
+#include "sparse.cuh"
+#include "tensor_map.hpp"
+
+namespace bsfa::sm90 {
+
+template <class Config>
+__device__ __forceinline__ void consume_tile(const TileContext<Config>& context) {
+  using namespace cute;
+  typename Config::ValuesMma values_mma;
+  auto output = partition_fragment_C(values_mma, Shape<_64, Int<Config::kHeadDim>>{});
+  clear(output);
+  Softmax softmax;
+  int kept = context.block.keys.visible;
+  if (context.tile.key_blocks > 0) {
+    if (context.tile.dense) {
+      attend_dense<Config>(context, output, softmax);
+    } else {
+      kept = attend_sparse<Config>(context, output, softmax);
+    }
+  }
+  store_output<Config>(context, output, softmax);
+  const bool speaks =
+      context.who.thread == 0 && (context.who.warpgroup == 0 || context.params.q_block < Config::kTileQ);
+  if (context.params.kept != nullptr && speaks && context.block.exists) {
+    *kept_of_block(context.params, context.tile, context.block.index) = kept;
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void consume(const KernelParams& params, typename Config::SharedStorage& storage,
+                                        const ConsumerThread& who) {
+  ConsumerRings<Config> rings;
+  if (who.warpgroup == 1) {
+    arrive(NamedBarrier::kTurn0, 0, Config::kConsumers * 128);  // consumer 0 has the first turn
+  }
+  for_each_tile<Config>(params, [&](const Tile& tile) BSFA_INLINE_LAMBDA {
+    const QueryBlock block = tile.block_of(who.warpgroup);
+    if (params.forward.cu_seqlens_q != nullptr && params.forward.kept != nullptr &&
+        who.warp() + who.thread == 0) {
+      clear_spare_kept(params.forward, tile, Config::kTileQ);
+    }
+    if (tile.exists()) {
+      consume_tile<Config>({storage, rings, params.forward, tile, block, who});
+    }
+  });
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    forward_kernel(const __grid_constant__ KernelParams params) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
+  if (threadIdx.x == 0) {
+    initialize_barriers<Config>(storage);
+  }
+  __syncthreads();
+
+  // The same in all lanes, and known to be: the roles must be uniform for setmaxnreg.
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    const Producer<Config> producer{params, storage};
+    if (threadIdx.x == 0) {
+      producer.load_queries_and_keys();
+    } else if (threadIdx.x == 32) {
+      producer.load_values();
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    consume<Config>(params, storage, {warp / 4 - 1, static_cast<int>(threadIdx.x % 128)});
+  }
+}
+
+template <class Config>
+KernelParams make_kernel_params(const ForwardParams& params) {
+  using Element = typename Config::Element;
+  constexpr auto kType = std::is_same_v<Element, cutlass::half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const bool packed = params.cu_seqlens_q != nullptr;
+  const int64_t batch = packed ? 1 : params.batch;
+  // The copy engine knows no empty tensors. What stands in for one is never loaded.
+  const bool no_keys = params.seqlen_k == 0;
+  const TensorShape queries{batch, params.seqlen_q, params.heads, Config::kHeadDim};
+  const TensorShape keys{batch, no_keys ? 1 : params.seqlen_k, params.kv_heads, Config::kHeadDim};
+  const auto map = [&](const char* name, const void* data, const TensorShape& shape, const Strides& strides) {
+    return make_tensor_map(name, kType, data, shape, strides, kKeyBlock, Config::kBoxColumns);
+  };
+
+  const int tiles = packed ? params.seqlen_q / Config::kTileQ + params.batch
+                           : (params.seqlen_q + Config::kTileQ - 1) / Config::kTileQ;
+  const int64_t keys_of_sequence = packed ? params.seqlen_k / std::max(params.batch, 1) : params.seqlen_k;
+  KernelParams kernel_params;
+  kernel_params.forward = params;
+  kernel_params.schedule = make_schedule(tiles, packed ? params.kv_heads : params.batch * params.kv_heads,
+                                         params.heads / params.kv_heads,
+                                         keys_of_sequence * 2 * Config::kHeadDim * sizeof(Element));
+  kernel_params.q = map("q", params.q, queries, params.q_strides);
+  kernel_params.k = map("k", no_keys ? params.q : params.k, keys, params.k_strides);
+  kernel_params.v = map("v", no_keys ? params.q : params.v, keys, params.v_strides);
+  return kernel_params;
+}
+
+template <class Element, int kHeadDim>
+void forward(const ForwardParams& params, cudaStream_t stream) {
+  using Config = ForwardConfig<Element, kHeadDim>;
+  if (params.batch == 0 || params.heads == 0 || params.seqlen_q == 0) {
+    return;
+  }
+  BSFA_CHECK_SUPPORTED(
+      reinterpret_cast<uintptr_t>(params.out) % 16 == 0 && params.out_strides.seqlen % 8 == 0 &&
+          params.out_strides.heads % 8 == 0 && params.out_strides.batch % 8 == 0,
+      "the sm_90 kernel needs out aligned to 16 bytes and strides that are multiples of 8 elements");
+  const KernelParams kernel_params = make_kernel_params<Config>(params);
+  int device = 0;
+  int processors = 0;
+  BSFA_CUDA_CHECK(cudaGetDevice(&device));
+  BSFA_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
+  const auto kernel = forward_kernel<Config>;
+  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  const int ctas = static_cast<int>(std::min<int64_t>(kernel_params.schedule.ctas(), processors));
+  kernel<<<ctas, Config::kThreads, kSharedBytes, stream>>>(kernel_params);
+  BSFA_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace bsfa::sm90

@@ -1,0 +1,99 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// The producers: one thread loads Q and K ahead of the consumers, another loads V on demand.
+#pragma once
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "barriers.cuh"
+#include "config.cuh"
+#include "work.cuh"
+
+namespace bsfa::sm90 {
+
+template <class Config>
+struct Producer {
+  using Storage = typename Config::SharedStorage;
+  using Element = typename Config::Element;
+
+  const KernelParams& params;
+  Storage& storage;
+
+  // One thread. Runs ahead as far as the ring of K allows, into the next tiles too.
+  __device__ __forceinline__ void load_queries_and_keys() const {
+    Ring<Config::kKeyStages> keys;
+    Ring<1> queries;
+    for_each_tile<Config>(params, [&](const Tile& tile) BSFA_INLINE_LAMBDA {
+      if (tile.key_blocks == 0) {
+        return;
+      }
+      const int batch = tile.batch_coordinate(params.forward);
+      wait(storage.q_empty, queries.phase ^ 1);
+      storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
+      const int first_query = tile.sequence.first_q + tile.first_query;
+      for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
+        for (int box = 0; box < Config::kBoxes; ++box) {
+          load(params.q, storage.q_full, cute::TMA::CacheHintSm90::EVICT_FIRST,
+               storage.q + (consumer * Config::kBoxes + box) * Config::kBoxElements, box,
+               first_query + consumer * Config::kWarpgroupQ, tile.head, batch);
+        }
+      }
+      queries.advance();
+      for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
+        wait(storage.k_empty[keys.stage], keys.phase ^ 1);
+        storage.k_full[keys.stage].arrive_and_expect_tx(Config::kBlockBytes);
+        Element* stage =
+            storage.k + keys.stage / 2 * 2 * Config::kBlockElements + keys.stage % 2 * Config::kBoxElements;
+        for (int box = 0; box < Config::kBoxes; ++box) {
+          load(params.k, storage.k_full[keys.stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+               stage + 2 * box * Config::kBoxElements, box, tile.sequence.first_k + key_block * kKeyBlock,
+               tile.kv_head, batch);
+        }
+        keys.advance();
+      }
+    });
+  }
+
+  // One thread. Follows the verdicts, except where everything is kept anyway.
+  __device__ __forceinline__ void load_values() const {
+    Ring<Config::kKeyStages> keys;
+    Ring<Config::kKeyStages> verdicts;
+    Ring<Config::kValueStages> values;
+    for_each_tile<Config>(params, [&](const Tile& tile) BSFA_INLINE_LAMBDA {
+      const int batch = tile.batch_coordinate(params.forward);
+      for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
+        bool load_block = true;
+        if (!tile.dense) {
+          load_block = await_verdicts<Config>(storage, verdicts) != 0;
+          verdicts.advance();
+        }
+        if (load_block) {
+          wait(storage.v_empty[values.stage], values.phase ^ 1);
+          storage.v_full[values.stage].arrive_and_expect_tx(Config::kBlockBytes);
+          Element* stage = storage.v + values.stage * Config::kBlockElements;
+          for (int box = 0; box < Config::kBoxes; ++box) {
+            load(params.v, storage.v_full[values.stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+                 stage + box * Config::kBoxElements, box, tile.sequence.first_k + key_block * kKeyBlock,
+                 tile.kv_head, batch);
+          }
+          values.advance();
+        }
+        storage.k_empty[keys.stage].arrive();
+        keys.advance();
+      }
+    });
+  }
+
+ private:
+  __device__ __forceinline__ static void load(const CUtensorMap& map,
+                                              cutlass::arch::ClusterTransactionBarrier& full,
+                                              cute::TMA::CacheHintSm90 hint, Element* to, int box, int row,
+                                              int head, int batch) {
+    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(hint), to,
+                                 box * Config::kBoxColumns, row, head, batch);
+  }
+};
+
+}  // namespace bsfa::sm90

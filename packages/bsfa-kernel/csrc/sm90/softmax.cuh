@@ -1,0 +1,111 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// The online softmax over accumulators of wgmma, in which the four threads of a quad share a row.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include <math_constants.h>
+
+#include "../common/ptx.cuh"
+
+namespace bsfa::sm90 {
+
+// Rows of a warpgroup's tile that a thread has a part in, eight rows apart.
+inline constexpr int kThreadRows = 2;
+
+// Accumulators of one wgmma (2 columns, 2 rows, n / 8) as a matrix of the thread's rows and columns.
+template <class Accumulators>
+__device__ __forceinline__ auto accumulator_matrix(Accumulators&& accumulators) {
+  using namespace cute;
+  constexpr int kGroups = decltype(size(accumulators))::value / 4;
+  return make_tensor(accumulators.data(),
+                     Layout<Shape<_2, Shape<_2, Int<kGroups>>>, Stride<_2, Stride<_1, _4>>>{});
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// The largest score of each of the thread's rows among the thread's columns.
+template <class Matrix>
+__device__ __forceinline__ void row_maxima(const Matrix& scores, float (&maxima)[kThreadRows]) {
+  CUTE_UNROLL
+  for (int row = 0; row < kThreadRows; ++row) {
+    maxima[row] = scores(row, 0);
+    CUTE_UNROLL
+    for (int column = 1; column < cute::size<1>(scores); ++column) {
+      maxima[row] = fmaxf(maxima[row], scores(row, column));
+    }
+  }
+}
+
+template <class Accumulators>
+__device__ __forceinline__ void scale_rows(Accumulators& accumulators, const float (&factors)[kThreadRows]) {
+  auto matrix = accumulator_matrix(accumulators);
+  CUTE_UNROLL
+  for (int row = 0; row < kThreadRows; ++row) {
+    CUTE_UNROLL
+    for (int column = 0; column < cute::size<1>(matrix); ++column) {
+      matrix(row, column) *= factors[row];
+    }
+  }
+}
+
+// The state of the rows that a thread has a part in.
+struct Softmax {
+  float maximum[kThreadRows];  // of the scores so far, not scaled; the same in the four threads of a quad
+  float sum[kThreadRows];      // of exp(scale * (score - maximum)) over the thread's columns
+
+  __device__ __forceinline__ Softmax() {
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      maximum[row] = -CUDART_INF_F;
+      sum[row] = 0.0f;
+    }
+  }
+
+  // Takes the thread's maxima of a block of scores into the state, which is then relative to the new maxima.
+  // Returns whether a maximum of the warp has risen; only then must the output be multiplied by `factors`.
+  __device__ __forceinline__ bool raise(const float (&block_maxima)[kThreadRows], float scale_log2,
+                                        float (&factors)[kThreadRows]) {
+    bool raised = false;
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      const float previous = maximum[row];
+      maximum[row] = fmaxf(previous, quad_max(block_maxima[row]));
+      raised |= maximum[row] > previous;
+      factors[row] = ptx::exp2_approx((previous - finite_maximum(row)) * scale_log2);
+      sum[row] *= factors[row];
+    }
+    return __any_sync(0xffffffff, raised);
+  }
+
+  // scores = exp(scale * (scores - maximum)), and takes them into the sums.
+  template <class Matrix>
+  __device__ __forceinline__ void exponentiate(Matrix& scores, float scale_log2) {
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      const float shift = finite_maximum(row) * scale_log2;
+      CUTE_UNROLL
+      for (int column = 0; column < cute::size<1>(scores); ++column) {
+        scores(row, column) = ptx::exp2_approx(fmaf(scores(row, column), scale_log2, -shift));
+        sum[row] += scores(row, column);
+      }
+    }
+  }
+
+  // A row that has seen nothing has maximum -inf, and -inf - -inf would be NaN.
+  __device__ __forceinline__ float finite_maximum(int row) const {
+    return maximum[row] == -CUDART_INF_F ? 0.0f : maximum[row];
+  }
+};
+
+}  // namespace bsfa::sm90

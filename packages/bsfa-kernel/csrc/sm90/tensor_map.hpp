@@ -1,0 +1,76 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// Descriptions of q, k and v for the copy engine (TMA).
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../check.hpp"
+#include "../params.hpp"
+
+namespace bsfa::sm90 {
+
+// A [batch, rows, heads, columns] tensor of 16-bit elements.
+struct TensorShape {
+  int64_t batch;
+  int64_t rows;
+  int64_t heads;
+  int64_t columns;
+};
+
+// cuTensorMapEncodeTiled, through the runtime, so that the library needs no libcuda to load.
+inline auto encode_function() {
+  static const auto function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+#if CUDART_VERSION >= 12050
+    BSFA_CUDA_CHECK(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
+#else
+    BSFA_CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found));
+#endif
+    BSFA_CHECK_SUPPORTED(found == cudaDriverEntryPointSuccess,
+                         "the sm_90 kernel needs a driver for CUDA 12.0 or later");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+  }();
+  return function;
+}
+
+// Boxes of box_rows x box_columns land in shared memory with the 128-byte swizzle; what lies outside reads 0.
+inline CUtensorMap make_tensor_map(const char* name, CUtensorMapDataType type, const void* data,
+                                   const TensorShape& shape, const Strides& strides, uint32_t box_rows,
+                                   uint32_t box_columns) {
+  constexpr int64_t kElementBytes = 2;
+  const auto bytes = [&](int64_t extent, int64_t stride) {
+    return static_cast<cuuint64_t>(extent > 1 ? stride * kElementBytes : shape.columns * kElementBytes);
+  };
+  const cuuint64_t extents[4] = {static_cast<cuuint64_t>(shape.columns), static_cast<cuuint64_t>(shape.rows),
+                                 static_cast<cuuint64_t>(shape.heads), static_cast<cuuint64_t>(shape.batch)};
+  const cuuint64_t byte_strides[3] = {bytes(shape.rows, strides.seqlen), bytes(shape.heads, strides.heads),
+                                      bytes(shape.batch, strides.batch)};
+  for (const cuuint64_t stride : byte_strides) {
+    BSFA_CHECK_SUPPORTED(stride % 16 == 0,
+                         "the sm_90 kernel needs strides that are multiples of 8 elements, got ",
+                         static_cast<int64_t>(stride) / kElementBytes, " in ", name);
+  }
+  BSFA_CHECK_SUPPORTED(reinterpret_cast<uintptr_t>(data) % 16 == 0, "the sm_90 kernel needs ", name,
+                       " aligned to 16 bytes");
+  const cuuint32_t box[4] = {box_columns, box_rows, 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult status =
+      encode_function()(&map, type, 4, const_cast<void*>(data), extents, byte_strides, box, steps,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    fail(BSFA_CUDA_ERROR, "cuTensorMapEncodeTiled failed for ", name, " with status ",
+         static_cast<int>(status));
+  }
+  return map;
+}
+
+}  // namespace bsfa::sm90
