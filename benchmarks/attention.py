@@ -568,7 +568,8 @@ def main(argv: list[str] | None = None) -> int:
     results = Results(arguments.out)
     benchmark = Benchmark(device, results, Timer(device, **timer_options), seed=arguments.seed)
     progress(str(bsfa_kernel.build_info()))
-    left_out = []
+    left_out: list[Case] = []
+    failed: list[str] = []
     for number, (case, seconds) in enumerate(zip(chosen, expected, strict=True), start=1):
         if not budget.allows(seconds):
             left_out.append(case)
@@ -576,8 +577,9 @@ def main(argv: list[str] | None = None) -> int:
         progress(f"[{number}/{len(chosen)}, {budget.spent:.0f} s] {case}")
         try:
             benchmark.run(case)
-        except torch.OutOfMemoryError as failure:
-            progress(f"  out of memory: {' '.join(str(failure).split())[:200]}")
+        except (RuntimeError, NotImplementedError) as failure:  # out of memory included
+            failed.append(f"{case}: {' '.join(str(failure).split())[:300]}")
+            progress(f"  failed: {failed[-1]}")
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -586,11 +588,13 @@ def main(argv: list[str] | None = None) -> int:
     print(report.attention_tables(benchmark.records, self_test=device.type == "cpu"))
     for name, reason in benchmark.rejected.items():
         print(f"{name} was left out: {reason}")
+    for message in failed:
+        print(f"failed: {message}")
     for case in left_out:
         print(f"left out for the budget: {case}")
     print(f"{len(benchmark.records)} records in {arguments.out}, {budget.spent:.0f} s")
-    ours_failed = any(name.startswith("bsfa") for name in benchmark.rejected)
-    return 1 if ours_failed or not benchmark.records else 0
+    ours_rejected = any(name.startswith("bsfa") for name in benchmark.rejected)
+    return 1 if ours_rejected or failed or not benchmark.records else 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -210,8 +211,15 @@ def _cudnn_version() -> int | None:
 
 
 def command_line() -> str:
-    """This process's command, without the folders that it was started from."""
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """This process's command, without where it was started and where it writes to."""
+    words = iter(sys.argv[1:])
+    kept = ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def clocks(device: torch.device) -> dict[str, int]:

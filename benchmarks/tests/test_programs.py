@@ -95,3 +95,40 @@ def test_calibration_is_timed_against_dense_passes(tmp_path: Path) -> None:
     (record,) = harness.read_records(out)
     assert record["ratio"] == pytest.approx(record["calibration_seconds"] / record["dense_seconds"])
     assert (record["samples"], record["seqlen"]) == (2, 512)
+
+
+def test_prefill_takes_flash_attention_3_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import prefill
+
+    def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+        assert options == {"softmax_scale": 0.25, "causal": True}
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    package = types.ModuleType("fa3_fwd_interface")
+    monkeypatch.setattr(package, "flash_attn_func", flash_attn_func, raising=False)
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", package)
+    monkeypatch.setattr(prefill.FlashAttention3, "available", lambda *_: None)
+    out = tmp_path / "prefill.jsonl"
+    options = ["--seqlens", "1K", "--sparsities", "0.5", "--repetitions", "1", "--out", str(out)]
+    assert prefill.main([*TINY, *options]) == 0
+    records = list(harness.read_records(out))
+    assert [record["implementation"] for record in records] == ["sdpa", "fa3", "bsfa"]
+    assert set(records[2]["speedup"]) == {"sdpa", "fa3"}
+
+
+def test_a_case_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(*args: object, **options: object) -> object:
+        raise NotImplementedError("there is no such kernel")
+
+    monkeypatch.setattr(attention.bsfa_kernel, "block_maxima", unsupported)
+    out = tmp_path / "self-test.jsonl"
+    arguments = ["--device", "cpu", "--out", str(out), "--inputs", "irregular,planted"]
+    assert attention.main(arguments) == 1
+    assert {record["inputs"] for record in harness.read_records(out)} == {"planted"}
+    assert "there is no such kernel" in capsys.readouterr().out
