@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// Block-sparse attention from C++: prints what the library can do, runs one call where there is a GPU, and shows how
-// errors are told.
+// Block-sparse attention from C++: prints what the library can do, runs one call where there is a GPU, and
+// shows how errors are told.
 
 #include <bsfa/bsfa.h>
 
@@ -64,24 +64,26 @@ bool fine(cudaError_t status) {
   return status == cudaSuccess;
 }
 
-// Keys of zeros: every score is 0, and a threshold above it leaves only the blocks that are always kept. Returns the
-// exit status of the program.
+// Keys of zeros: every score is 0, and a threshold above it leaves only the blocks that are always kept.
+// Returns the exit status of the program.
 int run_forward() {
   constexpr int64_t kBytes = kSeqlen * kHeads * kHeadDim * 2;
   constexpr int64_t kBlocks = kHeads * kSeqlen / 128;
+  const std::vector<float> ones(kHeads, 1.0f);
   void* tensors = nullptr;  // q, k, v and out
-  float* thresholds = nullptr;
-  int32_t* kept = nullptr;
+  void* thresholds = nullptr;
+  void* kept = nullptr;
   if (!fine(cudaMalloc(&tensors, 4 * kBytes)) || !fine(cudaMemset(tensors, 0, 4 * kBytes)) ||
-      !fine(cudaMalloc(&thresholds, kHeads * sizeof(float))) || !fine(cudaMalloc(&kept, kBlocks * sizeof(int32_t)))) {
+      !fine(cudaMalloc(&thresholds, kHeads * sizeof(float))) ||
+      !fine(cudaMemcpy(thresholds, ones.data(), kHeads * sizeof(float), cudaMemcpyHostToDevice)) ||
+      !fine(cudaMalloc(&kept, kBlocks * sizeof(int32_t)))) {
     return 0;
   }
-  const std::vector<float> ones(kHeads, 1.0f);
-  cudaMemcpy(thresholds, ones.data(), kHeads * sizeof(float), cudaMemcpyHostToDevice);
 
   char* data = static_cast<char*>(tensors);
-  bsfa_forward_args args = make_args(data, data + kBytes, data + 2 * kBytes, data + 3 * kBytes, thresholds);
-  args.kept = kept;
+  bsfa_forward_args args = make_args(data, data + kBytes, data + 2 * kBytes, data + 3 * kBytes,
+                                     static_cast<const float*>(thresholds));
+  args.kept = static_cast<int32_t*>(kept);
   const bsfa_status status = bsfa_forward(&args);
   if (status != BSFA_OK) {
     std::printf("bsfa_forward returned %d: %s\n", status, bsfa_last_error());
@@ -91,8 +93,8 @@ int run_forward() {
   if (!fine(cudaMemcpy(kept_blocks.data(), kept, kBlocks * sizeof(int32_t), cudaMemcpyDeviceToHost))) {
     return 1;
   }
-  std::printf("forward: the last query block of head 0 kept %d of %d key blocks\n", kept_blocks[kSeqlen / 128 - 1],
-              static_cast<int>(kSeqlen / 64));
+  std::printf("forward: the last query block of head 0 kept %d of %d key blocks\n",
+              kept_blocks[kSeqlen / 128 - 1], static_cast<int>(kSeqlen / 64));
   return 0;
 }
 #else

@@ -1,8 +1,8 @@
 /* SPDX-FileCopyrightText: 2026 The BSFA developers
  * SPDX-License-Identifier: BSD-3-Clause
  *
- * Prints the layout of every struct and the value of every constant of bsfa.h as this compiler sees them: one line
- * "struct size", "struct.member offset size" or "constant value" each.
+ * Prints the layout of every struct and the value of every constant of bsfa.h as this compiler sees them: one
+ * line "struct size", "struct.member offset size" or "constant value" each.
  */
 #include <bsfa/bsfa.h>
 #include <stdio.h>
