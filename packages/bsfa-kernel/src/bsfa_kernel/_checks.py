@@ -39,7 +39,7 @@ def check_rule(rule: object) -> None:
 
 def check_geometry(geometry: Sequence[int]) -> None:
     """Refuse what is not one of GEOMETRIES."""
-    if tuple(geometry) not in GEOMETRIES:
+    if geometry not in GEOMETRIES:
         known = ", ".join(map(str, GEOMETRIES))
         got = "x".join(map(str, geometry)) if isinstance(geometry, tuple) else repr(geometry)
         raise ValueError(f"geometry must be one of the Geometry values {known}; got {got}")

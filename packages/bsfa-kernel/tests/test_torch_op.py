@@ -1,0 +1,237 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The operators under torch.compile, torch.export and autograd; fake tensors; opcheck."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bsfa_kernel import block_maxima, block_sparse_attention
+
+INF = math.inf
+DIM = torch.export.Dim
+
+
+def inputs(seqlen_q=300, seqlen_k=333, dtype=torch.float32, device="cpu", batch=2):
+    generator = torch.Generator().manual_seed(seqlen_q + seqlen_k)
+    shapes = (batch, seqlen_q, 6, 64), (batch, seqlen_k, 2, 64), (batch, seqlen_k, 2, 64)
+    q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
+    return q, k, v, torch.full((6, 3), 2.5, device=device)
+
+
+def packed_inputs():
+    q, k, v, thresholds = inputs()
+    starts_q = torch.tensor([0, 100, 300], dtype=torch.int32)
+    starts_k = torch.tensor([0, 100, 333], dtype=torch.int32)
+    return q[0], k[0], v[0], thresholds, starts_q, starts_k
+
+
+def model(q, k, v, thresholds):
+    """A function that uses everything, between other operations."""
+    out, lse, kept = block_sparse_attention(
+        q * 2, k, v, thresholds, rule="running_max", return_lse=True, return_kept=True
+    )
+    return out + 1, lse, kept, block_maxima(q, k)
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q, k, v, thresholds):
+        return block_sparse_attention(q.sin(), k, v, thresholds).cos()
+
+
+class Everything(torch.nn.Module):
+    def forward(self, q, k, v, thresholds):
+        return model(q, k, v, thresholds)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_same(found, expected):
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+OPERATOR_CALLS = {
+    "plain": (*inputs(), None, None, True, None, "absolute", 128, 64, False, False),
+    "all": (*inputs(), None, None, False, 0.3, "running_lse", 64, 64, True, True),
+    "bfloat16": (
+        *inputs(dtype=torch.bfloat16),
+        *(None, None, True, None, "absolute", 128, 64, True, False),
+    ),
+    "float64": (
+        *(x.double() for x in inputs()[:3]),
+        *(inputs()[3], None, None, True, None, "absolute", 128, 64, True, True),
+    ),
+    "packed": (*packed_inputs(), True, None, "running_max", 128, 64, True, True),
+    "no query": (*inputs(0), None, None, True, None, "absolute", 128, 64, True, True),
+    "no key": (*inputs(seqlen_k=0), None, None, True, None, "absolute", 128, 64, True, True),
+}
+
+
+@pytest.mark.parametrize("call", OPERATOR_CALLS.values(), ids=OPERATOR_CALLS)
+def test_opcheck_passes_for_forward(call):
+    torch.library.opcheck(torch.ops.bsfa.forward.default, call)
+
+
+@pytest.mark.parametrize("seqlen_q", [0, 300])
+def test_opcheck_passes_for_block_maxima(seqlen_q):
+    q, k, *_ = inputs(seqlen_q)
+    call = (q, k, True, None, "running_lse", 128, 64)
+    torch.library.opcheck(torch.ops.bsfa.block_maxima.default, call)
+
+
+def test_opcheck_finds_autograd_registered():
+    q, *rest = OPERATOR_CALLS["plain"]
+    torch.library.opcheck(
+        torch.ops.bsfa.forward.default,
+        (q.clone().requires_grad_(), *rest),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_without_a_graph_break(dynamic):
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for lengths in ((300, 333), (257, 257)):
+        assert_same(compiled(*inputs(*lengths)), model(*inputs(*lengths)))
+
+
+@pytest.mark.slow
+def test_compiles_with_the_default_compiler():
+    compiled = torch.compile(model, fullgraph=True)
+    assert_same(compiled(*inputs()), model(*inputs()))
+
+
+def test_packed_sequences_compile_without_a_graph_break():
+    def attend(q, k, v, thresholds, starts_q, starts_k):
+        return block_sparse_attention(
+            q, k, v, thresholds, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, return_kept=True
+        )
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert_same(compiled(*packed_inputs()), attend(*packed_inputs()))
+
+
+def test_one_compilation_serves_other_lengths():
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(Attention(), fullgraph=True, dynamic=True, backend=counter)
+    for length in (300, 400, 517):
+        compiled(*inputs(length, length + 10))
+    assert counter.frame_count == 1
+
+
+def test_exports_with_any_batch_and_lengths():
+    batch, seqlen_q, seqlen_k = DIM("batch"), DIM("seqlen_q"), DIM("seqlen_k")
+    keys = {0: batch, 1: seqlen_k}
+    program = torch.export.export(
+        Attention(), inputs(), dynamic_shapes=({0: batch, 1: seqlen_q}, keys, keys, None)
+    )
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "bsfa.forward.default" in operators
+    for lengths in ((300, 333), (100, 700)):
+        other = inputs(*lengths, batch=3)
+        torch.testing.assert_close(program.module()(*other), Attention()(*other))
+
+
+def test_exports_with_all_outputs_where_there_are_two_blocks():
+    seqlen_q, seqlen_k = DIM("seqlen_q", min=129), DIM("seqlen_k", min=65)
+    program = torch.export.export(
+        Everything(), inputs(), dynamic_shapes=({1: seqlen_q}, {1: seqlen_k}, {1: seqlen_k}, None)
+    )
+    other = inputs(400, 500)
+    assert_same(program.module()(*other), model(*other))
+
+
+def test_fake_tensors_have_the_shapes_dtypes_and_strides_of_real_ones():
+    for call in (*OPERATOR_CALLS.values(),):
+        real = torch.ops.bsfa.forward(*call)
+        meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in call]
+        for fake, wanted in zip(torch.ops.bsfa.forward(*meta), real, strict=True):
+            assert (fake.shape, fake.dtype, fake.stride()) == (
+                wanted.shape,
+                wanted.dtype,
+                wanted.stride(),
+            )
+
+
+def test_fake_tensors_are_checked_like_real_ones():
+    q, k, v, thresholds = (x.to("meta") for x in inputs())
+    with pytest.raises(ValueError, match="same batch"):
+        block_sparse_attention(q[:1], k, v, thresholds)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
+def test_inputs_that_require_gradients_run_forward_and_refuse_backward(which):
+    call = list(inputs())
+    expected = block_sparse_attention(*call)
+    call[which] = call[which].clone().requires_grad_()
+    out = block_sparse_attention(*call)
+    assert torch.equal(out, expected)
+    assert out.requires_grad
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        out.sum().backward()
+
+
+def test_block_maxima_refuse_backward():
+    q, k, *_ = inputs()
+    maxima = block_maxima(q.requires_grad_(), k)
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        maxima[maxima.isfinite()].sum().backward()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_recorded(context):
+    q, *rest = inputs()
+    with context():
+        out = block_sparse_attention(q.requires_grad_(), *rest)
+    assert not out.requires_grad
+
+
+def test_outputs_share_no_memory_with_inputs_or_each_other():
+    call = inputs()
+    out, lse, kept = block_sparse_attention(*call, return_lse=True, return_kept=True)
+    pointers = {x.untyped_storage().data_ptr() for x in (*call, out, lse, kept)}
+    assert len(pointers) == 7
+
+
+def test_autocast_leaves_the_operator_alone():
+    call = inputs(dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(block_sparse_attention(*call), block_sparse_attention(*call))
+
+
+def test_subclasses_reach_the_operator_through_dispatch():
+    class Noting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Noting() as mode:
+        block_sparse_attention(*inputs())
+    assert "bsfa.forward.default" in mode.seen
+
+
+@pytest.mark.gpu
+def test_kernels_compile_and_export(arch):
+    call = inputs(dtype=torch.bfloat16, device="cuda")
+    compiled = torch.compile(model, fullgraph=True)
+    q, k, v, thresholds = call
+    thresholds.fill_(-INF)
+    for found, expected in zip(compiled(*call), model(*call), strict=True):
+        torch.testing.assert_close(found, expected)
+    program = torch.export.export(Attention(), call)
+    torch.testing.assert_close(program.module()(*call), Attention()(*call), rtol=1e-2, atol=1e-2)
+    options = (None, None, True, None, "absolute", 128, 64, True, True)
+    torch.library.opcheck(torch.ops.bsfa.forward.default, (q, k, v, thresholds, *options))

@@ -1,0 +1,616 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Bad arguments are refused with rule and value; odd ones give sound results."""
+
+from __future__ import annotations
+
+import _ctypes
+import ctypes
+import math
+import re
+
+import pytest
+import torch
+
+import bsfa_kernel
+from bsfa_kernel import (
+    DEFAULT_GEOMETRY,
+    GEOMETRIES,
+    Geometry,
+    _native,
+    _torch_op,
+    block_maxima,
+    block_sparse_attention,
+    reference,
+    threshold_row,
+)
+from bsfa_kernel.rules import RULE_CODES, RULES
+
+INF = math.inf
+
+
+def arguments(**changes):
+    """Arguments of a valid call, with some of them changed."""
+    valid = {
+        "q": torch.zeros(2, 10, 4, 8),
+        "k": torch.zeros(2, 12, 2, 8),
+        "v": torch.zeros(2, 12, 2, 8),
+        "thresholds": torch.zeros(4, 3),
+    }
+    return {**valid, **changes}
+
+
+def packed_arguments(**changes):
+    """Arguments of a valid call on packed sequences, with some of them changed."""
+    valid = {
+        "q": torch.zeros(10, 4, 8),
+        "k": torch.zeros(12, 2, 8),
+        "v": torch.zeros(12, 2, 8),
+        "thresholds": torch.zeros(4, 3),
+        "cu_seqlens_q": torch.tensor([0, 4, 10], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 6, 12], dtype=torch.int32),
+    }
+    return {**valid, **changes}
+
+
+def starts(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+REFUSED = {
+    "q no tensor": (arguments(q=[1.0]), TypeError, "q must be a torch.Tensor, got list"),
+    "v no tensor": (arguments(v=None), TypeError, "v must be a torch.Tensor, got NoneType"),
+    "thresholds no tensor": (
+        arguments(thresholds=0.0),
+        TypeError,
+        "thresholds must be a torch.Tensor, got float",
+    ),
+    "q of three dimensions": (
+        arguments(q=torch.zeros(10, 4, 8)),
+        ValueError,
+        "q must be [batch, seqlen_q, heads, head_dim], got the shape [10, 4, 8]",
+    ),
+    "k of five dimensions": (
+        arguments(k=torch.zeros(1, 2, 12, 2, 8)),
+        ValueError,
+        "k must be [batch, seqlen_k, kv_heads, head_dim], got the shape [1, 2, 12, 2, 8]",
+    ),
+    "v of another shape": (
+        arguments(v=torch.zeros(2, 11, 2, 8)),
+        ValueError,
+        "v must have the shape of k, got [2, 11, 2, 8] and [2, 12, 2, 8]",
+    ),
+    "integers": (
+        arguments(q=torch.zeros(2, 10, 4, 8, dtype=torch.int64)),
+        TypeError,
+        "q must be float16, bfloat16, float32 or float64, got int64",
+    ),
+    "mixed dtypes": (
+        arguments(k=torch.zeros(2, 12, 2, 8, dtype=torch.float16)),
+        TypeError,
+        "k must have the dtype of q (float32), got float16",
+    ),
+    "v of another dtype": (
+        arguments(v=torch.zeros(2, 12, 2, 8, dtype=torch.float64)),
+        TypeError,
+        "v must have the dtype of q (float32), got float64",
+    ),
+    "another batch": (
+        arguments(k=torch.zeros(3, 12, 2, 8), v=torch.zeros(3, 12, 2, 8)),
+        ValueError,
+        "q and k must have the same batch, got 2 and 3",
+    ),
+    "another head_dim": (
+        arguments(k=torch.zeros(2, 12, 2, 16), v=torch.zeros(2, 12, 2, 16)),
+        ValueError,
+        "q and k must have the same head_dim, got 8 and 16",
+    ),
+    "no head_dim": (
+        arguments(**{name: torch.zeros(2, 12, 2, 0) for name in "qkv"}),
+        ValueError,
+        "head_dim must be at least 1, got 0",
+    ),
+    "heads no multiple": (
+        arguments(k=torch.zeros(2, 12, 3, 8), v=torch.zeros(2, 12, 3, 8)),
+        ValueError,
+        "the heads of q must be a positive multiple of those of k, got 4 and 3",
+    ),
+    "no kv heads": (
+        arguments(k=torch.zeros(2, 12, 0, 8), v=torch.zeros(2, 12, 0, 8)),
+        ValueError,
+        "the heads of q must be a positive multiple of those of k, got 4 and 0",
+    ),
+    "thresholds of one dimension": (
+        arguments(thresholds=torch.zeros(4)),
+        ValueError,
+        "thresholds must be [heads, rows], got the shape [4]",
+    ),
+    "thresholds for other heads": (
+        arguments(thresholds=torch.zeros(2, 3)),
+        ValueError,
+        "q has 4 heads, thresholds have the shape [2, 3]",
+    ),
+    "thresholds without rows": (
+        arguments(thresholds=torch.zeros(4, 0)),
+        ValueError,
+        "thresholds must have at least one row, got none",
+    ),
+    "thresholds in float64": (
+        arguments(thresholds=torch.zeros(4, 3, dtype=torch.float64)),
+        TypeError,
+        "thresholds must be float32, got float64",
+    ),
+    "a NaN threshold": (
+        arguments(thresholds=torch.tensor([[0.0], [0.0], [math.nan], [0.0]])),
+        ValueError,
+        "thresholds must not be NaN, got NaN for head 2, row 0",
+    ),
+    "no scale": (arguments(scale=0.0), ValueError, "scale must be positive and finite, got 0.0"),
+    "negative scale": (
+        arguments(scale=-1),
+        ValueError,
+        "scale must be positive and finite, got -1",
+    ),
+    "infinite scale": (
+        arguments(scale=INF),
+        ValueError,
+        "scale must be positive and finite, got inf",
+    ),
+    "NaN scale": (
+        arguments(scale=math.nan),
+        ValueError,
+        "scale must be positive and finite, got nan",
+    ),
+    "scale no number": (
+        arguments(scale="1"),
+        TypeError,
+        "scale must be a number or None, got str",
+    ),
+    "unknown rule": (
+        arguments(rule="relative"),
+        ValueError,
+        "rule must be one of absolute, running_max, running_lse; got 'relative'",
+    ),
+    "rule no string": (arguments(rule=None), ValueError, "got None"),
+    "unknown geometry": (
+        arguments(geometry=Geometry(64, 128)),
+        ValueError,
+        "geometry must be one of the Geometry values 128x64, 64x64; got 64x128",
+    ),
+    "geometry of three": (
+        arguments(geometry=(1, 2, 3)),
+        ValueError,
+        "geometry must be one of the Geometry values 128x64, 64x64; got 1x2x3",
+    ),
+    "geometry as text": (
+        arguments(geometry="128x64"),
+        ValueError,
+        "geometry must be one of the Geometry values 128x64, 64x64; got '128x64'",
+    ),
+    "geometry none": (
+        arguments(geometry=None),
+        ValueError,
+        "geometry must be one of the Geometry values 128x64, 64x64; got None",
+    ),
+    "only cu_seqlens_q": (
+        packed_arguments(cu_seqlens_k=None),
+        ValueError,
+        "cu_seqlens_q and cu_seqlens_k must be given together; "
+        "got cu_seqlens_q without cu_seqlens_k",
+    ),
+    "only cu_seqlens_k": (
+        packed_arguments(cu_seqlens_q=None),
+        ValueError,
+        "got cu_seqlens_k without cu_seqlens_q",
+    ),
+    "cu_seqlens no tensor": (
+        packed_arguments(cu_seqlens_q=[0, 4, 10]),
+        TypeError,
+        "cu_seqlens_q must be a torch.Tensor, got list",
+    ),
+    "cu_seqlens with four dimensions": (
+        arguments(cu_seqlens_q=starts(0, 10), cu_seqlens_k=starts(0, 12)),
+        ValueError,
+        "with cu_seqlens, q must be [total_q, heads, head_dim], got the shape [2, 10, 4, 8]",
+    ),
+    "cu_seqlens in int64": (
+        packed_arguments(cu_seqlens_q=starts(0, 4, 10, dtype=torch.int64)),
+        TypeError,
+        "cu_seqlens_q must be int32, got int64",
+    ),
+    "cu_seqlens of two dimensions": (
+        packed_arguments(cu_seqlens_q=starts([0, 4, 10])),
+        ValueError,
+        "cu_seqlens_q must be [batch + 1], got the shape [1, 3]",
+    ),
+    "cu_seqlens empty": (
+        packed_arguments(cu_seqlens_q=starts(), cu_seqlens_k=starts()),
+        ValueError,
+        "cu_seqlens_q must be [batch + 1], got the shape [0]",
+    ),
+    "cu_seqlens of different lengths": (
+        packed_arguments(cu_seqlens_q=starts(0, 10)),
+        ValueError,
+        "cu_seqlens_q and cu_seqlens_k must have the same length (batch + 1), got 2 and 3",
+    ),
+    "cu_seqlens that do not start at 0": (
+        packed_arguments(cu_seqlens_q=starts(1, 4, 10)),
+        ValueError,
+        "cu_seqlens_q must go from 0 to total_q (10), got 1 to 10",
+    ),
+    "cu_seqlens that stop early": (
+        packed_arguments(cu_seqlens_k=starts(0, 6, 11)),
+        ValueError,
+        "cu_seqlens_k must go from 0 to total_k (12), got 0 to 11",
+    ),
+    "cu_seqlens that decrease": (
+        packed_arguments(cu_seqlens_q=starts(0, 12, 10)),
+        ValueError,
+        "cu_seqlens_q must not decrease, got 12 followed by 10 at sequence 1",
+    ),
+    "another device": (
+        arguments(thresholds=torch.zeros(4, 3, device="meta")),
+        ValueError,
+        "thresholds must be on the device of q (cpu), got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_argument_is_refused_with_rule_and_value(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        block_sparse_attention(**call)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "q of three dimensions",
+        "integers",
+        "another head_dim",
+        "heads no multiple",
+        "unknown rule",
+        "unknown geometry",
+        "infinite scale",
+        "another batch",
+    ],
+)
+def test_block_maxima_refuses_the_same(name):
+    call, error, message = REFUSED[name]
+    rest = {key: value for key, value in call.items() if key not in ("v", "thresholds")}
+    with pytest.raises(error, match=re.escape(message)):
+        block_maxima(**rest)
+
+
+def test_the_operator_itself_checks_its_arguments():
+    q, k = torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 16)
+    with pytest.raises(ValueError, match="same head_dim"):
+        torch.ops.bsfa.forward(
+            q, k, k, torch.zeros(2, 1), None, None, True, None, "absolute", 128, 64, False, False
+        )
+
+
+def test_reference_takes_any_geometry_but_no_empty_one():
+    assert reference.attention(**arguments(geometry=Geometry(3, 5))).kept.shape == (2, 4, 4)
+    with pytest.raises(ValueError, match=re.escape("geometry must be two positive numbers")):
+        reference.attention(**arguments(geometry=Geometry(0, 64)))
+
+
+# ------------------------------------------------------------------------------- odd but valid
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("seqlen_q", [0, 1, 300])
+@pytest.mark.parametrize("seqlen_k", [0, 1, 300])
+@pytest.mark.parametrize("causal", [True, False])
+def test_empty_and_tiny_calls_give_outputs_of_the_stated_shapes(batch, seqlen_q, seqlen_k, causal):
+    q = torch.randn(batch, seqlen_q, 4, 8, dtype=torch.bfloat16)
+    k = torch.randn(batch, seqlen_k, 2, 8, dtype=torch.bfloat16)
+    out, lse, kept = block_sparse_attention(
+        q, k, k, torch.full((4, 1), -INF), causal=causal, return_lse=True, return_kept=True
+    )
+    assert out.shape == q.shape
+    assert out.dtype == torch.bfloat16
+    assert lse.shape == (batch, 4, seqlen_q)
+    assert lse.dtype == torch.float32
+    assert kept.shape == (batch, 4, math.ceil(seqlen_q / 128))
+    assert kept.dtype == torch.int32
+    assert not out.isnan().any()
+    if seqlen_k == 0:
+        assert (out == 0).all()
+        assert (lse == -INF).all()
+        assert (kept == 0).all()
+    maxima = block_maxima(q, k, causal=causal)
+    assert maxima.shape == (batch, 4, math.ceil(seqlen_q / 128), math.ceil(seqlen_k / 64))
+    assert maxima.dtype == torch.float32
+
+
+def test_empty_packed_calls_give_outputs_of_the_stated_shapes():
+    empty = torch.zeros(0, 4, 8)
+    out, lse, kept = block_sparse_attention(
+        empty,
+        empty,
+        empty,
+        torch.zeros(4, 1),
+        cu_seqlens_q=starts(0, 0, 0),
+        cu_seqlens_k=starts(0, 0, 0),
+        return_lse=True,
+        return_kept=True,
+    )
+    assert out.shape == (0, 4, 8)
+    assert lse.shape == (4, 0)
+    assert kept.tolist() == [[0, 0]] * 4
+    out = block_sparse_attention(
+        empty, empty, empty, torch.zeros(4, 1), cu_seqlens_q=starts(0), cu_seqlens_k=starts(0)
+    )
+    assert out.shape == (0, 4, 8)
+
+
+def test_one_token_returns_its_value():
+    q, k, v = (torch.randn(1, 1, 2, 64) for _ in range(3))
+    out, lse, kept = block_sparse_attention(
+        q, k, v, torch.full((2, 1), INF), return_lse=True, return_kept=True
+    )
+    torch.testing.assert_close(out, v)
+    torch.testing.assert_close(lse, (q * k).sum(-1).transpose(1, 2) / 8)
+    assert kept.tolist() == [[[1], [1]]]
+
+
+def test_thresholds_need_not_be_contiguous():
+    q, k, v = (torch.randn(1, 300, 2, 64) for _ in range(3))
+    thresholds = torch.randn(3, 2).T
+    assert not thresholds.is_contiguous()
+    expected = block_sparse_attention(q, k, v, thresholds.contiguous())
+    assert torch.equal(block_sparse_attention(q, k, v, thresholds), expected)
+
+
+def test_what_is_returned_is_what_was_asked_for():
+    call = arguments()
+    assert isinstance(block_sparse_attention(**call), torch.Tensor)
+    for lse, kept, count in ((True, False, 2), (False, True, 2), (True, True, 3)):
+        result = block_sparse_attention(**call, return_lse=lse, return_kept=kept)
+        assert len(result) == count
+        assert (result[-1].dtype == torch.int32) == kept
+
+
+def test_float64_is_computed_and_returned_in_float64():
+    call = {name: value.double() for name, value in arguments().items()}
+    call["thresholds"] = call["thresholds"].float()
+    out, lse = block_sparse_attention(**call, return_lse=True)
+    assert out.dtype == lse.dtype == torch.float64
+
+
+# --------------------------------------------------------------------------- geometry and rows
+
+
+def test_geometry_is_written_and_read_as_queries_x_keys():
+    assert str(DEFAULT_GEOMETRY) == "128x64"
+    for geometry in GEOMETRIES:
+        assert Geometry.parse(str(geometry)) == geometry
+    for text in ("", "128", "128x", "x64", "128x64x2", "0x64", "-1x64", "axb"):
+        with pytest.raises(ValueError, match="a geometry is written as queries x keys"):
+            Geometry.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("first_query", "seqlen_q", "seqlen_k", "rows", "row"),
+    [
+        (0, 256, 256, 8, 0),
+        (128, 256, 256, 8, 1),
+        (0, 128, 1024, 8, 7),
+        (0, 1, 1024, 8, 7),
+        (0, 128, 4096, 8, 7),
+        (0, 500, 300, 8, 0),
+        (256, 500, 300, 8, 0),
+        (384, 500, 300, 8, 1),
+        (384, 500, 300, 1, 0),
+    ],
+)
+def test_threshold_row_is_the_absolute_position(first_query, seqlen_q, seqlen_k, rows, row):
+    assert threshold_row(first_query, seqlen_q, seqlen_k, 128, rows) == row
+
+
+def test_threshold_row_refuses_tables_without_rows():
+    with pytest.raises(ValueError, match="at least one row, got 0"):
+        threshold_row(0, 1, 1, 128, 0)
+    with pytest.raises(ValueError, match="q_block must be at least 1, got 0"):
+        threshold_row(0, 1, 1, 0, 1)
+
+
+# --------------------------------------------------------------------------- the native library
+
+
+class FakeLibrary:
+    """Stands in for libbsfa: notes the bytes that it is called with, and returns a status."""
+
+    def __init__(self, status: int = 0, message: bytes = b"") -> None:
+        self.status, self.message = status, message
+        self.calls: list[bytes] = []
+
+    def bsfa_forward(self, arguments: bytes) -> int:
+        self.calls.append(arguments)
+        return self.status
+
+    bsfa_block_maxima = bsfa_forward
+
+    def bsfa_last_error(self) -> bytes:
+        return self.message
+
+
+@pytest.fixture
+def fake_library(monkeypatch):
+    """A library that does nothing, and CPU tensors that pass for those of device 3."""
+    fake = FakeLibrary()
+    monkeypatch.setattr(_native, "library", lambda: fake)
+
+    class Stream:
+        cuda_stream = 0x5EED
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    real = _native.forward, _native.block_maxima
+    monkeypatch.setattr(_native, "forward", lambda device, *rest: real[0](3, *rest))
+    monkeypatch.setattr(_native, "block_maxima", lambda device, *rest: real[1](3, *rest))
+    return fake
+
+
+def test_native_arguments_arrive_in_their_fields(fake_library):
+    q = torch.zeros(2, 10, 4, 64, dtype=torch.bfloat16)
+    k = torch.zeros(2, 2, 12, 64, dtype=torch.bfloat16).transpose(1, 2)
+    v = torch.zeros(2, 12, 2, 128, dtype=torch.bfloat16)[..., :64]
+    thresholds = torch.zeros(4, 3)
+    with _native.force_arch(90):
+        out, lse, kept = _torch_op._forward_cuda(
+            q, k, v, thresholds, None, None, True, None, "running_lse", 64, 64, True, True
+        )
+    (passed,) = fake_library.calls
+    found = _native.ForwardArgs.from_buffer_copy(passed)
+    fields = {name: getattr(found, name) for name, _ in found._fields_}
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+        strides = fields.pop(f"{name}_strides")
+        assert (strides.batch, strides.seqlen, strides.heads) == tensor.stride()[:3]
+    assert fields == {
+        "abi_version": _native.ABI_VERSION,
+        "struct_size": ctypes.sizeof(_native.ForwardArgs),
+        "device": 3,
+        "arch": 90,
+        "stream": 0x5EED,
+        "dtype": 1,
+        "rule": 2,
+        "causal": 1,
+        "q_block": 64,
+        "k_block": 64,
+        "scale": 0.125,
+        "batch": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "seqlen_q": 10,
+        "seqlen_k": 12,
+        "q": q.data_ptr(),
+        "k": k.data_ptr(),
+        "v": v.data_ptr(),
+        "out": out.data_ptr(),
+        "thresholds": thresholds.data_ptr(),
+        "threshold_rows": 3,
+        "cu_seqlens_q": None,
+        "cu_seqlens_k": None,
+        "lse": lse.data_ptr(),
+        "kept": kept.data_ptr(),
+    }
+    assert _native.insisted_arch() == 0
+
+
+def test_native_arguments_of_packed_sequences_arrive_in_their_fields(fake_library):
+    q = torch.zeros(300, 4, 64, dtype=torch.float16)
+    k = torch.zeros(200, 2, 64, dtype=torch.float16)
+    starts_q, starts_k = starts(0, 100, 300), starts(0, 50, 200)
+    out, lse, kept = _torch_op._forward_cuda(
+        q, k, k, torch.zeros(4, 3), starts_q, starts_k, False, 0.5, "absolute", 128, 64, False, True
+    )
+    found = _native.ForwardArgs.from_buffer_copy(fake_library.calls[0])
+    assert (found.batch, found.seqlen_q, found.seqlen_k, found.causal) == (2, 300, 200, 0)
+    assert (found.cu_seqlens_q, found.cu_seqlens_k) == (starts_q.data_ptr(), starts_k.data_ptr())
+    assert (found.q_strides.seqlen, found.q_strides.heads) == (256, 64)
+    assert found.lse is None
+    assert lse.numel() == 0
+    assert kept.shape == (4, 300 // 128 + 2)
+    assert (kept == 0).all()
+    assert out.shape == q.shape
+
+
+def test_native_arguments_of_block_maxima_arrive_in_their_fields(fake_library):
+    q = torch.zeros(2, 10, 4, 64, dtype=torch.float16)
+    k = torch.zeros(2, 12, 2, 64, dtype=torch.float16)
+    maxima = _torch_op._block_maxima_cuda(q, k, True, 0.25, "running_max", 128, 64)
+    found = _native.BlockMaximaArgs.from_buffer_copy(fake_library.calls[0])
+    assert found.struct_size == ctypes.sizeof(_native.BlockMaximaArgs)
+    assert (found.device, found.dtype, found.rule, found.causal) == (3, 0, 1, 1)
+    assert (found.scale, found.seqlen_q, found.seqlen_k, found.kv_heads) == (0.25, 10, 12, 2)
+    assert (found.q, found.k, found.maxima) == (q.data_ptr(), k.data_ptr(), maxima.data_ptr())
+    assert (found.k_strides.batch, found.k_strides.heads) == (12 * 2 * 64, 64)
+
+
+def test_calls_without_queries_or_keys_do_not_reach_the_library(fake_library):
+    options = (None, None, True, None, "absolute", 128, 64, True, True)
+    some = torch.zeros(1, 10, 4, 64, dtype=torch.float16)
+    none = some[:, :0]
+    thresholds = torch.zeros(4, 1)
+    _torch_op._forward_cuda(none, some, some, thresholds, *options)
+    out, lse, kept = _torch_op._forward_cuda(some, none, none, thresholds, *options)
+    assert (out == 0).all()
+    assert (lse == -INF).all()
+    assert (kept == 0).all()
+    _torch_op._block_maxima_cuda(some, none, True, None, "absolute", 128, 64)
+    assert not fake_library.calls
+
+
+def test_kernels_take_sixteen_bit_rows_without_gaps_only(fake_library):
+    options = (torch.zeros(4, 1), None, None, True, None, "absolute", 128, 64, False, False)
+    wide = torch.zeros(1, 10, 4, 64)
+    with pytest.raises(TypeError, match="q must be float16 or bfloat16, got float32"):
+        _torch_op._forward_cuda(wide, wide, wide, *options)
+    good = wide.half()
+    bad = torch.zeros(1, 10, 4, 128, dtype=torch.float16)[..., ::2]
+    with pytest.raises(ValueError, match="the last stride of v must be 1, got the strides"):
+        _torch_op._forward_cuda(good, good, bad, *options)
+    assert not fake_library.calls
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (1, ValueError),
+        (2, NotImplementedError),
+        (3, RuntimeError),
+        (4, RuntimeError),
+        (99, RuntimeError),
+    ],
+)
+def test_a_status_becomes_an_exception_with_the_library_s_message(fake_library, status, error):
+    fake_library.status, fake_library.message = status, b"head_dim must be 64 or 128, got 80"
+    q = torch.zeros(1, 10, 4, 80, dtype=torch.float16)
+    with pytest.raises(error, match="head_dim must be 64 or 128, got 80"):
+        _torch_op._block_maxima_cuda(q, q, True, None, "absolute", 128, 64)
+
+
+def test_rules_have_the_numbers_of_the_c_interface():
+    assert [RULE_CODES[rule] for rule in RULES] == [0, 1, 2]
+
+
+@pytest.fixture
+def library_at(monkeypatch):
+    """Makes the package look for its library at a path."""
+
+    def look_at(path) -> None:
+        monkeypatch.setenv(_native.LIBRARY_VARIABLE, str(path))
+        _native.library.cache_clear()
+
+    yield look_at
+    _native.library.cache_clear()
+
+
+def test_a_missing_library_is_said_in_words(library_at, tmp_path):
+    library_at(tmp_path / "none.so")
+    with pytest.raises(NotImplementedError, match=re.escape(f"{tmp_path}/none.so")) as caught:
+        _native.library()
+    assert "reference back end" in str(caught.value)
+    info = bsfa_kernel.build_info()
+    assert not info.available
+    assert not info.kernels
+    assert str(tmp_path) in info.reason
+    assert "CUDA tensors: not possible" in str(info)
+
+
+def test_a_file_that_is_no_library_is_said_in_words(library_at, tmp_path):
+    path = tmp_path / "text.so"
+    path.write_text("no library")
+    library_at(path)
+    with pytest.raises(NotImplementedError, match="could not be loaded"):
+        _native.library()
+    assert "could not be loaded" in bsfa_kernel.build_info().reason
+
+
+def test_a_foreign_library_is_said_in_words(library_at):
+    library_at(_ctypes.__file__)
+    with pytest.raises(NotImplementedError, match="is not a bsfa library"):
+        _native.library()
