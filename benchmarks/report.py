@@ -46,6 +46,7 @@ _KEYS = {
     "calibration": ("gpu", "model", "seqlen", "samples", "rule", "geometry"),
 }
 # a cell says which sparsity it has where that is further from the one asked for
+_LIMIT = "FLOP limit, at its rate"
 _SPARSITY_TOLERANCE = 0.01
 
 
@@ -141,7 +142,7 @@ def _speedup_table(ours: Sequence[Record], baseline: str, group: Sequence[Record
         key = (record["seqlen"], record["rule"] or "", _row_name(record))
         rows[key][record["asked"]] = _cell(record, record["speedup"][baseline])
     header = [f"times {_NAMES.get(baseline, baseline)}", "tokens", "rule", *columns]
-    limit = ["FLOP limit", "", "", *(_flop_limit(asked) for asked in columns)]
+    limit = [_LIMIT, "", "", *(_flop_limit(asked) for asked in columns)]
     body = [
         [str(name), _length(int(str(seqlen))), str(rule), *(row.get(c, "") for c in columns)]
         for (seqlen, rule, name), row in sorted(rows.items(), key=lambda item: str(item[0]))
@@ -165,6 +166,10 @@ def _row_name(record: Record) -> str:
     name = _NAMES.get(record["kernel"], record["kernel"])
     note = f" ({record['note']})" if record.get("note") else ""
     return f"{name}, {record['geometry']}" if record["geometry"] else f"{name}{note}"
+
+
+def _is_dense(record: Record) -> bool:
+    return bool(record["asked"] == "dense")
 
 
 def _sparsity_order(asked: str) -> float:
@@ -297,18 +302,20 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
         shares = [i / 100 for i in range(101)]
         for axis, baseline in zip(axes[0], baselines, strict=True):
             for line in sorted(lines, key=lambda x: (x[0]["seqlen"], _row_name(x[0]))):
-                points = sorted(
-                    (r["sparsity"], r["speedup"][baseline])
-                    for r in line
-                    if baseline in r["speedup"]
+                compared = [r for r in line if baseline in r["speedup"]]
+                dense, points = (
+                    sorted((r["sparsity"], r["speedup"][baseline]) for r in compared if test(r))
+                    for test in (_is_dense, lambda r: not _is_dense(r))
                 )
                 rule = f", {line[0]['rule']}" if line[0]["rule"] not in (None, "absolute") else ""
                 label = f"{_row_name(line[0])}{rule}, {_length(line[0]['seqlen'])}"
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-            if baseline != "fa2":
-                axis.plot(
-                    shares, [1 / (1 - s / 2) for s in shares], "k--", lw=1, label="FLOP limit"
+                (drawn,) = axis.plot(
+                    *zip(*points, strict=True), marker="o", markersize=3, label=label
                 )
+                if dense:  # a kernel that is told to keep everything need not vote
+                    axis.plot(*zip(*dense, strict=True), "D", color=drawn.get_color(), mfc="none")
+            if baseline != "fa2":
+                axis.plot(shares, [1 / (1 - s / 2) for s in shares], "k--", lw=1, label=_LIMIT)
             axis.axhline(1.0, color="grey", lw=0.8)
             axis.set(
                 xlabel="share of the blocks skipped",

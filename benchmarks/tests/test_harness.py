@@ -107,3 +107,11 @@ def test_a_budget_allows_what_fits() -> None:
     assert harness.Budget(None).allows(1e9)
     assert harness.Budget(100.0).allows(50.0)
     assert not harness.Budget(100.0).allows(101.0)
+
+
+@pytest.mark.parametrize("out", [["--out", "/tmp/a.jsonl"], ["--out=/tmp/a.jsonl"]])
+def test_a_record_says_how_to_run_it_again_but_not_where(
+    monkeypatch: pytest.MonkeyPatch, out: list[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/home/user/attention.py", *out, "--preset", "quick"])
+    assert harness.command_line() == "python benchmarks/attention.py --preset quick"

@@ -1,6 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
