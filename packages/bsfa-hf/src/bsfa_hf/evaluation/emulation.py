@@ -1,0 +1,246 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Block-sparse attention under many thresholds at once, for whole prompts.
+
+The same verdicts as ``bsfa_kernel.reference``, computed for all query blocks together: a few large
+operations rather than many small ones, which is what a GPU wants, and what makes a study of
+thresholds affordable. Memory grows with the square of the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsfa_hf.evaluation.methods import Attended, visible_count
+from bsfa_kernel import RULES, Geometry
+
+ORDERS = ("last_first", "sink_last_first", "first_last")
+
+_SCORES_AT_A_TIME_CPU = 1 << 24
+_SCORES_AT_A_TIME_GPU = 1 << 29
+
+
+class Emulated(NamedTuple):
+    """What each of T thresholds gives.
+
+    Attributes:
+        out: float32 [T, batch, seqlen, heads, head_dim].
+        skipped: float32 [T, batch, heads]: share of the visible blocks.
+        lost: float32 [T, batch, heads, seqlen]: softmax mass of the skipped blocks.
+    """
+
+    out: Tensor
+    skipped: Tensor
+    lost: Tensor
+
+
+def emulate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    thresholds: Tensor,
+    *,
+    rule: str,
+    geometry: Geometry,
+    scale: float,
+    order: str = "last_first",
+) -> Emulated:
+    """Causal attention of whole prompts under several thresholds.
+
+    Args:
+        q: [batch, seqlen, heads, head_dim]; seqlen is a multiple of both sides of a block.
+        k: [batch, seqlen, kv_heads, head_dim].
+        v: as k.
+        thresholds: float32 [T, heads, rows] with one row, or one for each query block.
+        rule: one of ``bsfa_kernel.RULES``.
+        geometry: the sparsity block.
+        scale: factor of the scores.
+        order: in which blocks are decided after the forced ones: "last_first" (the semantics),
+            "sink_last_first" (block 0, then last to first), or "first_last".
+
+    Raises:
+        ValueError: an argument breaks a rule.
+    """
+    batch, seqlen, heads, head_dim = q.shape
+    q_block, k_block = geometry
+    if seqlen % q_block or seqlen % k_block or k.shape[1] != seqlen:
+        raise ValueError(f"lengths must be equal and multiples of {geometry}, got {seqlen} queries")
+    if rule not in RULES or order not in ORDERS:
+        raise ValueError(f"rule must be one of {RULES} and order of {ORDERS}, got {rule}, {order}")
+    q_blocks = seqlen // q_block
+    if thresholds.shape[2] not in (1, q_blocks):
+        raise ValueError(f"thresholds need 1 or {q_blocks} rows, got {thresholds.shape[2]}")
+    points = thresholds.shape[0]
+    out = q.new_empty((points, batch, seqlen, heads, head_dim), dtype=torch.float32)
+    skipped = q.new_empty((points, batch, heads), dtype=torch.float32)
+    lost = q.new_empty((points, batch, heads, seqlen), dtype=torch.float32)
+    for index in range(batch):
+        for part in _head_chunks(q, k):
+            kv_heads = [head * k.shape[2] // heads for head in part]
+            some = _emulate_heads(
+                q[index, :, part].transpose(0, 1).float(),
+                k[index, :, kv_heads].transpose(0, 1).float(),
+                v[index, :, kv_heads].transpose(0, 1).float(),
+                thresholds[:, part],
+                rule,
+                geometry,
+                scale,
+                order,
+            )
+            out[:, index, :, part] = some.out.transpose(1, 2)
+            skipped[:, index, part] = some.skipped
+            lost[:, index, part] = some.lost
+    return Emulated(out, skipped, lost)
+
+
+@dataclass(frozen=True)
+class EmulatedSparse:
+    """A method (see ``methods.Method``) that emulates; for orders that no kernel has.
+
+    Attributes:
+        thresholds: float32 [layers, heads, rows].
+        rule: one of ``bsfa_kernel.RULES``.
+        geometry: the sparsity block.
+        order: one of ``ORDERS``.
+    """
+
+    thresholds: Tensor
+    rule: str
+    geometry: Geometry
+    order: str = "last_first"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
+        """See ``methods.Method``."""
+        found = emulate(
+            *(q, k, v, self.thresholds[layer][None]),
+            rule=self.rule,
+            geometry=self.geometry,
+            scale=scale,
+            order=self.order,
+        )
+        return Attended(found.out[0].to(q.dtype), found.skipped[0, 0])
+
+
+def _head_chunks(q: Tensor, k: Tensor) -> Iterator[list[int]]:
+    """Query heads that are computed together."""
+    budget = _SCORES_AT_A_TIME_CPU if q.device.type == "cpu" else _SCORES_AT_A_TIME_GPU
+    step = max(budget // (q.shape[1] * k.shape[1]), 1)
+    for start in range(0, q.shape[2], step):
+        yield list(range(start, min(start + step, q.shape[2])))
+
+
+def _emulate_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    thresholds: Tensor,
+    rule: str,
+    geometry: Geometry,
+    scale: float,
+    order: str,
+) -> Emulated:
+    """Of q, k and v [heads, seqlen, head_dim] and thresholds [T, heads, rows]."""
+    heads, seqlen, head_dim = q.shape
+    q_block, k_block = geometry
+    q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
+    scores = torch.bmm(q * scale, k.transpose(1, 2))
+    positions = torch.arange(seqlen, device=q.device)
+    scores.masked_fill_(positions > positions[:, None], -torch.inf)
+    largest = scores.amax(-1)
+    weights = scores.sub_(largest[..., None])
+    # [k_blocks, heads, q_blocks, q_block]: the scan takes one block of keys at a time.
+    row_maxima = weights.view(heads, q_blocks, q_block, k_blocks, k_block).amax(-1)
+    row_maxima = row_maxima.permute(3, 0, 1, 2).contiguous()
+    weights = weights.exp_().view(heads, q_blocks, q_block, k_blocks, k_block)
+    masses = weights.sum(-1).permute(3, 0, 1, 2).contiguous()
+    full = (torch.arange(q_blocks, device=q.device) * q_block + 1) // k_block
+    kept = _scan(
+        row_maxima,
+        masses,
+        largest.view(heads, q_blocks, q_block),
+        thresholds.expand(-1, -1, q_blocks),
+        full,
+        rule,
+        order,
+    )
+
+    # What every block of keys adds, so that a threshold only has to add up those it keeps.
+    blockwise = weights.permute(0, 3, 1, 2, 4).reshape(heads * k_blocks, seqlen, k_block)
+    values = v.reshape(heads * k_blocks, k_block, head_dim)
+    added = torch.bmm(blockwise, values).view(heads, k_blocks, q_blocks, q_block * head_dim)
+    del weights, blockwise, scores
+    chosen = kept.permute(1, 2, 0, 3).float()  # [heads, q_blocks, T, k_blocks]
+    numerator = chosen @ added.transpose(1, 2)
+    total = masses.permute(1, 2, 0, 3)  # [heads, q_blocks, k_blocks, q_block]
+    denominator = chosen @ total
+    points = len(thresholds)
+    out = numerator.view(heads, q_blocks, points, q_block, head_dim) / denominator[..., None]
+    out = out.permute(2, 0, 1, 3, 4).reshape(points, heads, seqlen, head_dim)
+    share = 1 - denominator / total.sum(2, keepdim=True)
+    lost = share.clamp_(min=0).permute(2, 0, 1, 3).reshape(points, heads, seqlen)
+    visible = visible_count(seqlen, seqlen, geometry)
+    beyond = (torch.arange(k_blocks, device=q.device) * k_block) >= (
+        torch.arange(1, q_blocks + 1, device=q.device)[:, None] * q_block
+    )
+    counted = (kept & ~beyond).sum((2, 3)).float()
+    return Emulated(out, 1 - counted / visible, lost)
+
+
+def _scan(
+    row_maxima: Tensor,
+    masses: Tensor,
+    largest: Tensor,
+    thresholds: Tensor,
+    full: Tensor,
+    rule: str,
+    order: str,
+) -> Tensor:
+    """Which blocks each threshold keeps.
+
+    Args:
+        row_maxima: [k_blocks, heads, q_blocks, q_block], relative to ``largest``.
+        masses: as row_maxima: sums of exp(score - largest).
+        largest: [heads, q_blocks, q_block], the largest score of each row.
+        thresholds: [T, heads, q_blocks].
+        full: [q_blocks], number of unforced blocks.
+        rule: one of ``bsfa_kernel.RULES``.
+        order: one of ``ORDERS``.
+
+    Returns:
+        bool [T, heads, q_blocks, k_blocks]; True beyond the unforced blocks.
+    """
+    k_blocks, heads = row_maxima.shape[:2]
+    points = len(thresholds)
+    columns = torch.arange(k_blocks, device=full.device)
+    kept = (columns >= full[:, None]).expand(points, heads, -1, -1).clone()
+    if rule == "absolute":
+        maxima = (row_maxima + largest).amax(-1).permute(1, 2, 0)
+        return kept | (maxima >= thresholds[..., None])
+    # A row's maxima and masses are relative to its largest score, and so is its reference.
+    forced = kept[0].permute(2, 0, 1)[..., None]
+    if rule == "running_max":
+        reference = row_maxima.masked_fill(~forced, -torch.inf).amax(0)
+    else:
+        reference = (masses * forced).sum(0)
+    reference = reference.expand(points, -1, -1, -1).clone()
+    sequence = list(range(k_blocks))
+    if order == "last_first":
+        sequence.reverse()
+    elif order == "sink_last_first":
+        sequence = [0, *reversed(sequence[1:])]
+    for column in sequence:
+        known = reference if rule == "running_max" else reference.log()
+        excess = (row_maxima[column] - known).amax(-1)
+        keep = (excess >= thresholds) & (thresholds < torch.inf) & (full > column)
+        kept[..., column] |= keep
+        if rule == "running_max":
+            gain = torch.where(keep[..., None], row_maxima[column], -torch.inf)
+            reference = torch.maximum(reference, gain)
+        else:
+            reference = reference + masses[column] * keep[..., None]
+    return kept

@@ -1,0 +1,159 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Emulation of many thresholds, and the allotment of sparsity among heads."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bsfa_hf.evaluation.allotment import (
+    Profile,
+    allot,
+    profile,
+    scalar_for,
+    sensitivity_offsets,
+)
+from bsfa_hf.evaluation.emulation import EmulatedSparse, emulate
+from bsfa_hf.evaluation.methods import applied, visible_count
+from bsfa_hf.evaluation.metrics import LanguageModel
+from bsfa_kernel import RULES, Geometry, reference
+
+
+@pytest.fixture(scope="module")
+def small_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        attn_implementation="sdpa",
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("geometry", [Geometry(128, 64), Geometry(64, 64)])
+def test_emulation_decides_and_computes_as_the_reference(rule: str, geometry: Geometry) -> None:
+    torch.manual_seed(0)
+    q = 2 * torch.randn(2, 512, 4, 16)
+    k, v = torch.randn(2, 2, 512, 2, 16)
+    centre = {"absolute": 9.0, "running_max": 2.5, "running_lse": 0.0}[rule]
+    thresholds = centre + torch.randn(3, 4, 512 // geometry.q_block)
+    thresholds[0] = -math.inf
+    thresholds[1, 2] = math.inf
+    found = emulate(q, k, v, thresholds, rule=rule, geometry=geometry, scale=0.25)
+    visible = visible_count(512, 512, geometry)
+    for point in range(3):
+        expected = reference.attention(
+            q, k, v, thresholds[point], scale=0.25, rule=rule, geometry=geometry
+        )
+        skipped = 1 - expected.kept.sum(-1) / visible
+        assert torch.allclose(found.skipped[point], skipped, atol=1e-6)
+        assert torch.allclose(found.out[point], expected.out, atol=1e-5)
+        if point == 0:
+            whole = expected.lse
+        lost = 1 - (expected.lse - whole).exp()
+        assert torch.allclose(found.lost[point], lost, atol=1e-5)
+    assert 0.05 < found.skipped[2].mean() < 0.7
+
+
+def test_lengths_that_are_no_multiple_of_a_block_are_refused() -> None:
+    x = torch.zeros(1, 100, 2, 16)
+    with pytest.raises(ValueError, match="multiples of 128x64, got 100"):
+        emulate(
+            *(x, x, x, torch.zeros(1, 2, 1)),
+            rule="absolute",
+            geometry=Geometry(128, 64),
+            scale=1.0,
+        )
+
+
+def test_the_order_decides_what_a_relative_rule_meets_first() -> None:
+    torch.manual_seed(0)
+    q = torch.ones(1, 256, 1, 16)
+    k = torch.zeros(1, 256, 1, 16)
+    k[:, :64] = 1.0  # all the mass is in the first block
+    v = torch.randn(1, 256, 1, 16)
+    options = {"rule": "running_lse", "geometry": Geometry(64, 64), "scale": 1.0}
+    thresholds = torch.full((1, 1, 1), -8.0)
+    skipped = {
+        order: float(emulate(q, k, v, thresholds, order=order, **options).skipped)  # type: ignore[arg-type]
+        for order in ("last_first", "sink_last_first")
+    }
+    assert skipped["last_first"] == 0
+    assert skipped["sink_last_first"] == pytest.approx(3 / 10)
+
+
+def test_the_expected_divergence_is_near_the_measured_one(small_model: LlamaForCausalLM) -> None:
+    ids = np.random.default_rng(0).integers(0, 128, 512).tolist()
+    geometry, threshold = Geometry(64, 64), -1.5
+    measured = profile(
+        small_model,
+        [ids],
+        (threshold, threshold + 1),
+        rule="running_lse",
+        geometry=geometry,
+        draws=8,
+    )
+    language_model = LanguageModel(small_model)
+    dense = language_model.predict(ids)
+    layer, head = np.unravel_index(np.argmax(measured.error[0]), measured.error[0].shape)
+    values = torch.full((2, 4, 1), -math.inf)
+    values[layer, head] = threshold
+    with applied(small_model, EmulatedSparse(values, "running_lse", geometry)) as meter:
+        found = language_model.predict(ids)
+        skipped = meter.take()
+    (band,) = language_model.compare(found, dense, ids)
+    assert skipped[layer][head] == pytest.approx(measured.skipped[0, layer, head], abs=1e-3)
+    assert band.kl == pytest.approx(measured.error[0, layer, head], rel=0.6)
+
+
+def a_profile(costs: list[float]) -> Profile:
+    """Heads that skip alike, and whose error is a cost times the square of the share skipped."""
+    thresholds = np.linspace(-10, 0, 21)
+    share = (thresholds + 10) / 10
+    skipped = np.repeat(share[:, None, None], len(costs), axis=2)
+    error = np.asarray(costs) * skipped**2
+    return Profile(thresholds, skipped, error, skipped**2, 1)
+
+
+def test_a_scalar_skips_the_share_that_was_asked_for() -> None:
+    measured = a_profile([1, 1, 1])
+    assert np.allclose(scalar_for(measured, 0.3), -7)
+    offsets = np.array([[0.0, 1.0, -1.0]])
+    found = scalar_for(measured, 0.3, offsets)
+    assert np.allclose(found, -7 + offsets)
+    assert measured.skipped_at(found).mean() == pytest.approx(0.3)
+
+
+def test_heads_that_cost_less_skip_more() -> None:
+    measured = a_profile([1.0, 4.0])
+    found = allot(measured, 0.5)
+    share = measured.skipped_at(found)[0]
+    assert share.mean() == pytest.approx(0.5, abs=1e-6)
+    # Equal marginal costs: s1 = 4 s2.
+    assert share.tolist() == pytest.approx([0.8, 0.2], abs=0.03)
+    assert np.allclose(allot(measured, 0.5, group="layer"), -5, atol=0.01)
+    assert np.allclose(allot(measured, 0.5, blend=0), -5, atol=0.01)
+    half = measured.skipped_at(allot(measured, 0.5, blend=0.5))[0]
+    assert half.tolist() == pytest.approx([0.65, 0.35], abs=0.02)
+
+
+def test_sensitive_heads_get_lower_thresholds() -> None:
+    offsets = sensitivity_offsets(a_profile([1.0, math.e**2]))
+    assert offsets.tolist() == [pytest.approx([0.5, -0.5])]
+
+
+def test_a_profile_needs_ascending_thresholds(small_model: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="ascend"):
+        profile(small_model, [[0] * 64], (0, -1), rule="absolute", geometry=Geometry(64, 64))
