@@ -393,10 +393,10 @@ def _info(options: argparse.Namespace, _arguments: Sequence[str]) -> int:
 
 
 def _convert(options: argparse.Namespace, _arguments: Sequence[str]) -> int:
-    from bsfa_calib.convert import read_paper_file
+    from bsfa_calib.convert import load_pt
 
     output = _output_path(options.output)
-    table = read_paper_file(options.file, model=options.name)
+    table = load_pt(options.file, model=options.name)
     table.save(output)
     print(
         f"wrote {output}: k = {', '.join(map(str, table.k_values))}; {table.layers} layers, "

@@ -13,13 +13,11 @@ import numpy as np
 from bsfa_calib.thresholds import ThresholdFileError, ThresholdTable
 
 
-def read_paper_file(
-    path: str | os.PathLike[str], *, model: str = "", revision: str = ""
-) -> ThresholdTable:
+def load_pt(path: str | os.PathLike[str], *, model: str = "", revision: str = "") -> ThresholdTable:
     """The table that a ``.pt`` file of the paper's repository holds. Needs torch.
 
-    Such a file is a dict with the tensor ``thresholds`` ``[k_values, layers, heads, q_blocks]``, the
-    list ``k_values``, and ``q_block_size`` and ``k_block_size`` (128 and 64 where they are missing).
+    Such a file is a dict with the tensor ``thresholds`` ``[k_values, layers, heads, q_blocks]``,
+    the list ``k_values``, and ``q_block_size`` and ``k_block_size`` (128 and 64 where missing).
     It is read with ``weights_only=True``, so that nothing in it can run.
 
     Args:

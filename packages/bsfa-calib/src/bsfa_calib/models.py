@@ -75,6 +75,8 @@ def locate(name: str | os.PathLike[str]) -> tuple[str, str | None]:
     """
     path = Path(name)
     text = os.fspath(name)
+    if not text:
+        raise ModelError("there is no model at '': name a model")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is not a model: name a .gguf file or a model directory")
@@ -99,7 +101,7 @@ def locate(name: str | os.PathLike[str]) -> tuple[str, str | None]:
         or text.startswith((".", "/", "~"))
         or (len(parts) == 2 and Path(parts[0]).is_dir())
     )
-    if looks_like_path or not text:
+    if looks_like_path:
         raise ModelError(f"there is no model at {text!r}: no such file or directory")
     return text, None
 

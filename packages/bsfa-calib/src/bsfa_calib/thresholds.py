@@ -30,6 +30,7 @@ RULES = ("absolute", "running_max", "running_lse")
 
 # No threshold table has a larger header: one with every field filled in takes a few kilobytes.
 _MAX_HEADER_BYTES = 1 << 20
+_LARGEST_POINT = 1 << 31
 _STATISTIC_PREFIX = "statistics."
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -297,6 +298,8 @@ def _checked_points(points: Sequence[float | int], axis: str) -> tuple[float | i
     for point in points:
         if isinstance(point, bool) or not isinstance(point, int | float | np.integer | np.floating):
             raise ValueError(f"points must be numbers, got {point!r}")
+        if isinstance(point, int) and abs(point) > _LARGEST_POINT:
+            raise ValueError(f"points must be at most {_LARGEST_POINT}")
         value = float(point)
         if axis == "k":
             if not math.isfinite(value) or value != int(value) or value < 1:

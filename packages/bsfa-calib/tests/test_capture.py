@@ -1,0 +1,278 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Measuring models: the model is unharmed, and the numbers are those of its attention."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import bsfa_kernel
+from bsfa_calib import capture, estimate
+from bsfa_calib.capture import CaptureError, Progress, Recorder, calibrate, capturing
+from tiny_calib import HEADS, LAYERS, random_tokens, tiny_model
+
+SAMPLES = [random_tokens(1024, 0), random_tokens(900, 1), random_tokens(640, 2)]
+
+
+def recorder_into(maxima: dict[int, torch.Tensor], rule: str = "absolute") -> Recorder:
+    return Recorder(rule, 128, 64, maxima.__setitem__)
+
+
+def run(model: Any, tokens: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([tokens]), use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("llama", {}),
+        ("qwen2", {"head_dim": 16}),
+        ("qwen3", {}),
+        ("mistral", {"sliding_window": None}),
+        ("phi3", {"sliding_window": None}),
+        ("gemma3_text", {"sliding_window": 4096, "query_pre_attn_scalar": 16}),
+    ],
+)
+def test_any_decoder_is_measured_and_answers_as_before(kind: str, extra: dict[str, Any]) -> None:
+    model = tiny_model(kind, **extra)
+    before = run(model, SAMPLES[0])
+    implementation = model.config._attn_implementation
+    maxima: dict[int, torch.Tensor] = {}
+    with capturing(model, recorder_into(maxima)):
+        within = run(model, SAMPLES[0])
+    assert sorted(maxima) == [0, 1]
+    assert maxima[0].shape == (HEADS, 8, 16)
+    assert torch.equal(before, within)
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(before, run(model, SAMPLES[0]))
+
+
+@pytest.mark.parametrize("rule", bsfa_kernel.RULES)
+def test_maxima_are_those_of_the_layers_queries_and_keys(model: Any, rule: str) -> None:
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    from transformers.models.llama import modeling_llama
+
+    original = modeling_llama.apply_rotary_pos_emb
+
+    def spy(q: torch.Tensor, k: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        result = original(q, k, *rest, **options)
+        seen[len(seen)] = result
+        return result
+
+    maxima: dict[int, torch.Tensor] = {}
+    with pytest.MonkeyPatch.context() as patch, capturing(model, recorder_into(maxima, rule)):
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", spy)
+        run(model, SAMPLES[1])
+    for layer, (q, k) in seen.items():
+        expected = bsfa_kernel.reference.block_maxima(
+            q.transpose(1, 2), k.transpose(1, 2), rule=rule
+        )
+        torch.testing.assert_close(maxima[layer], expected[0])
+
+
+def test_the_model_is_restored_after_an_error(model: Any) -> None:
+    def fail(layer: int, maxima: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), capturing(model, Recorder("absolute", 128, 64, fail)):
+        run(model, SAMPLES[2])
+    assert model.config._attn_implementation == "sdpa"
+    run(model, SAMPLES[2])
+
+
+def test_the_attention_function_is_of_no_use_outside(model: Any) -> None:
+    with capturing(model, recorder_into({})):
+        pass
+    model.set_attn_implementation(capture.ATTENTION_NAME)
+    try:
+        with pytest.raises(RuntimeError, match="works within"):
+            run(model, SAMPLES[2])
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_mean_kept_is_k_on_the_samples_and_the_attention_agrees(model: Any) -> None:
+    ks = [1, 2, 4, 6]
+    table = calibrate(model, SAMPLES, k_values=ks, held_out=[random_tokens(1024, 7)])
+    assert table.thresholds.shape == (4, LAYERS, HEADS, 8)
+    assert (table.k_values, table.samples, table.max_seqlen) == ((1, 2, 4, 6), 3, 1024)
+    for point, k in enumerate(ks):
+        np.testing.assert_allclose(table.statistics["kept"][point], k, rtol=1e-6)
+    assert set(table.statistics) == {"kept", "sparsity", "held_out_kept", "held_out_sparsity"}
+
+    # The same, counted in the attention itself, on the queries and keys of the first layer.
+    total, blocks = 0, 0
+    for tokens in SAMPLES:
+        recorded: dict[int, Any] = {}
+        with capturing(model, recorder_into(recorded)):
+            run(model, tokens)
+        unforced = estimate.unforced_blocks(len(tokens), q_block=128, k_block=64)
+        hidden = recorded[0].masked_fill(
+            torch.arange(recorded[0].shape[-1]) >= torch.from_numpy(unforced)[:, None], -torch.inf
+        )
+        thresholds = torch.from_numpy(table.select(k=4)[0].copy())[:, : len(unforced)]
+        kept = (hidden >= thresholds[..., None].clamp(min=-1e30)).sum(-1)
+        total += int(kept[:, unforced > 4].sum())
+        blocks += HEADS * int((unforced > 4).sum())
+    assert total / blocks == pytest.approx(4)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "median", "quantile:0.4"])
+def test_other_aggregates_come_close_to_k(model: Any, aggregate: str) -> None:
+    table = calibrate(model, SAMPLES, k_values=[2, 4], aggregate=aggregate)
+    assert table.aggregate == aggregate
+    np.testing.assert_allclose(np.nanmean(table.statistics["kept"], (1, 2)), [2, 4], rtol=0.4)
+
+
+@pytest.mark.parametrize("rule", ["running_max", "running_lse"])
+def test_a_scalar_meets_its_target_sparsity(model: Any, rule: str) -> None:
+    targets = [0.2, 0.4, 0.6]
+    table = calibrate(
+        model, SAMPLES, target_sparsities=targets, rule=rule, held_out=[random_tokens(1024, 7)]
+    )
+    assert (table.axis, table.points, table.rows) == ("target_sparsity", tuple(targets), 1)
+    assert len(np.unique(table.thresholds)) == 3
+    predicted = table.statistics["sparsity"].mean(axis=(1, 2))
+    np.testing.assert_allclose(predicted, targets, atol=2e-3)
+
+    kept = np.zeros(3)
+    visible = 0
+    for tokens in SAMPLES:
+        blocks = estimate.visible_blocks(len(tokens), q_block=128, k_block=64)
+        visible += int(blocks.sum()) * HEADS * LAYERS
+        kept += _kept_with(model, tokens, table.thresholds[:, 0, 0, 0], rule)
+    # This model has flat heads: thresholds are above 0, where the estimate promises too much.
+    sparsity = 1 - kept / visible
+    assert (sparsity <= np.array(targets) + 2e-3).all()
+    assert (sparsity >= 0.8 * np.array(targets)).all()
+
+
+def _kept_with(model: Any, tokens: list[int], scalars: np.ndarray, rule: str) -> np.ndarray:
+    """Blocks that attention with scalar thresholds keeps of each layer's queries and keys."""
+    kept = np.zeros(len(scalars))
+    original = bsfa_kernel.block_maxima
+
+    def counting(q: torch.Tensor, k: torch.Tensor, **options: Any) -> torch.Tensor:
+        for index, scalar in enumerate(scalars):
+            thresholds = torch.full((q.shape[2], 1), float(scalar))
+            result = bsfa_kernel.reference.attention(
+                q, k, k, thresholds, scale=options["scale"], rule=rule
+            )
+            kept[index] += int(result.kept.sum())
+        return original(q, k, **options)
+
+    with pytest.MonkeyPatch.context() as patch, capturing(model, recorder_into({}, rule)):
+        patch.setattr(bsfa_kernel, "block_maxima", counting)
+        run(model, tokens)
+    return kept
+
+
+def test_layers_with_a_window_stay_dense_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(
+        "gemma3_text",
+        sliding_window=256,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    with caplog.at_level(logging.WARNING):
+        table = calibrate(model, SAMPLES, k_values=[2])
+    assert np.isneginf(table.thresholds[:, 0]).all()
+    assert np.isfinite(table.thresholds[:, 1, :, -1]).all()
+    assert np.isnan(table.statistics["kept"][:, 0]).all()
+    assert "layers 0: its mask is not plainly causal" in table.provenance["dense_layers"]
+    assert "layers left dense" in caplog.text
+
+
+def test_a_model_with_windows_everywhere_is_refused() -> None:
+    model = tiny_model("mistral", sliding_window=256)
+    with pytest.raises(CaptureError, match="no layer of this model can be measured"):
+        calibrate(model, SAMPLES, k_values=[2])
+
+
+def test_a_model_that_caps_its_scores_is_refused() -> None:
+    model = tiny_model("gemma2", sliding_window=4096, query_pre_attn_scalar=16)
+    with pytest.raises(CaptureError, match=r"caps its scores \(softcap\)"):
+        calibrate(model, SAMPLES, k_values=[2])
+    assert model.config._attn_implementation != capture.ATTENTION_NAME
+
+
+def test_nan_scores_are_refused() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(CaptureError, match="layer 1 gives NaN scores"):
+        calibrate(model, SAMPLES, k_values=[2])
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "message"),
+    [
+        ([], {"k_values": [2]}, "at least one sample"),
+        ([[]], {"k_values": [2]}, "the samples are empty"),
+        ([[5] * 200], {"k_values": [2, 3]}, "no query block has more than 2 blocks"),
+        ([[5] * 100], {"target_sparsities": [0.5]}, "no block may be skipped"),
+        (SAMPLES, {}, "either k_values or target_sparsities"),
+        (SAMPLES, {"k_values": [2], "target_sparsities": [0.5]}, "either k_values or"),
+        (SAMPLES, {"k_values": [0]}, "k_values must be integers of at least 1"),
+        (SAMPLES, {"k_values": [2], "keep_maxima": 2}, "keep_maxima must be greater than k=2"),
+        (SAMPLES, {"k_values": [2], "aggregate": "mode"}, "aggregate must be one of"),
+        (SAMPLES, {"k_values": [2], "rule": "always"}, "rule"),
+        (SAMPLES, {"target_sparsities": [0.99]}, "cannot be reached"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(
+    model: Any, samples: list[list[int]], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, samples, **options)
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(model: Any, tmp_path: Path) -> None:
+    class StopError(Exception):
+        pass
+
+    def stop_after_two(progress: Progress) -> None:
+        if progress.layer is None and progress.sample == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        calibrate(model, SAMPLES, k_values=[2], checkpoint=tmp_path, progress=stop_after_two)
+    seen: list[Progress] = []
+    table = calibrate(model, SAMPLES, k_values=[2], checkpoint=tmp_path, progress=seen.append)
+    done = [progress for progress in seen if progress.layer is None]
+    assert [progress.resumed for progress in done] == [True, True, False]
+    assert [p.layer for p in seen if p.layer is not None] == [1, 2]
+    fresh = calibrate(model, SAMPLES, k_values=[2])
+    np.testing.assert_array_equal(table.thresholds, fresh.thresholds)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_measured_again(model: Any, tmp_path: Path) -> None:
+    calibrate(model, SAMPLES, k_values=[2], checkpoint=tmp_path)
+    first, second, _ = sorted(tmp_path.iterdir())
+    first.write_bytes(first.read_bytes()[:500])
+    second.write_bytes(b"")
+    seen: list[Progress] = []
+    calibrate(model, SAMPLES, k_values=[2], checkpoint=tmp_path, progress=seen.append)
+    assert sum(p.resumed for p in seen if p.layer is None) == 1
+    # Another model must not be given this one's measurements.
+    seen.clear()
+    other = tiny_model()
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
+    calibrate(other, SAMPLES, k_values=[2], checkpoint=tmp_path, progress=seen.append)
+    assert not any(p.resumed for p in seen)
+
+
+def test_cut_maxima_that_do_not_suffice_are_warned_of(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        calibrate(model, SAMPLES, k_values=[4], keep_maxima=5)
+    assert "thresholds may be too low" in caplog.text

@@ -1,0 +1,383 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The table and its file format: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bsfa_calib
+from bsfa_calib import ThresholdFileError, ThresholdTable
+from golden_v1 import golden_table
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def header_and_data(path: Path) -> tuple[dict[str, Any], bytes]:
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+def write_raw(path: Path, header: Any, data: bytes) -> Path:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    return path
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.safetensors"
+    golden_table().save(path)
+    return path
+
+
+def assert_same(left: ThresholdTable, right: ThresholdTable) -> None:
+    for name in ("points", "axis", "geometry", "rule", "model", "revision", "max_seqlen"):
+        assert getattr(left, name) == getattr(right, name)
+    for name in ("samples", "aggregate", "provenance"):
+        assert getattr(left, name) == getattr(right, name)
+    np.testing.assert_array_equal(left.thresholds, right.thresholds)
+    assert left.statistics.keys() == right.statistics.keys()
+    for name, statistic in left.statistics.items():
+        np.testing.assert_array_equal(statistic, right.statistics[name])
+
+
+@pytest.mark.parametrize("version", [1])
+def test_every_golden_version_is_read(version: int) -> None:
+    assert_same(ThresholdTable.load(GOLDEN / f"v{version}.safetensors"), golden_table())
+
+
+def test_the_current_writer_gives_the_golden_tensors_and_metadata(good: Path) -> None:
+    header, data = header_and_data(good)
+    expected_header, expected_data = header_and_data(GOLDEN / "v1.safetensors")
+    for each in (header, expected_header):
+        each["__metadata__"].pop("created_by")
+    assert header == expected_header
+    assert data == expected_data
+
+
+def test_the_safetensors_library_reads_the_same_tensors(good: Path) -> None:
+    from safetensors.numpy import load_file
+
+    tensors = load_file(good)
+    np.testing.assert_array_equal(tensors["thresholds"], golden_table().thresholds)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 4)] * 4),
+    axis=st.sampled_from(["k", "target_sparsity", "max_loss"]),
+    texts=st.lists(st.text(max_size=20), min_size=3, max_size=3),
+    seed=st.integers(0, 1000),
+)
+def test_any_table_comes_back_as_it_was(
+    shape: tuple[int, int, int, int], axis: str, texts: list[str], seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    thresholds = generator.normal(size=shape).astype(np.float32)
+    points = tuple(range(3, 3 + shape[0])) if axis == "k" else tuple(np.arange(shape[0]) / 7)
+    table = ThresholdTable(
+        thresholds, points, axis, model=texts[0], provenance={texts[1]: texts[2]}
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "new" / "table.safetensors"
+        table.save(path)
+        assert_same(ThresholdTable.load(path), table)
+        assert [entry.name for entry in path.parent.iterdir()] == ["table.safetensors"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(position=st.floats(0, 1), value=st.integers(0, 255), cut=st.booleans())
+def test_a_damaged_file_is_refused_or_read_but_never_crashes(
+    position: float, value: int, cut: bool
+) -> None:
+    content = bytearray((GOLDEN / "v1.safetensors").read_bytes())
+    index = int(position * (len(content) - 1))
+    if cut:
+        del content[index:]
+    else:
+        content[index] = value
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "damaged.safetensors"
+        path.write_bytes(content)
+        if cut:
+            with pytest.raises(ThresholdFileError, match=r"damaged\.safetensors"):
+                ThresholdTable.load(path)
+        else:
+            with contextlib.suppress(ThresholdFileError):
+                ThresholdTable.load(path)
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no threshold file"):
+        ThresholdTable.load(tmp_path / "none.safetensors")
+
+
+def test_a_directory_and_an_empty_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ThresholdFileError, match="is not a file"):
+        ThresholdTable.load(tmp_path)
+    empty = tmp_path / "empty.safetensors"
+    empty.touch()
+    with pytest.raises(ThresholdFileError, match="0 bytes, too few"):
+        ThresholdTable.load(empty)
+
+
+def test_a_newer_version_is_refused_with_advice(good: Path, tmp_path: Path) -> None:
+    header, data = header_and_data(good)
+    header["__metadata__"]["version"] = "2"
+    path = write_raw(tmp_path / "newer.safetensors", header, data)
+    with pytest.raises(ThresholdFileError, match=r"version 2, .*pip install --upgrade bsfa-calib"):
+        ThresholdTable.load(path)
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+    import torch
+
+    path = tmp_path / "paper.pt"
+    torch.save({"thresholds": torch.zeros(1)}, path)
+    with pytest.raises(ThresholdFileError, match="bsfa-calibrate convert"):
+        ThresholdTable.load(path)
+
+
+def test_tensors_of_another_origin_are_refused(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "weights.safetensors"
+    save_file({"thresholds": np.zeros((1, 1, 1, 1), np.float32)}, path)
+    with pytest.raises(ThresholdFileError, match="no format=bsfa-thresholds"):
+        ThresholdTable.load(path)
+
+
+@pytest.mark.parametrize("size", [2**63, 2**40, 2**20 + 1])
+def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "huge.safetensors"
+    path.write_bytes(struct.pack("<Q", size) + b"{}")
+    with pytest.raises(ThresholdFileError, match="header of at most"):
+        ThresholdTable.load(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[]", b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"a": 1, "a": 2}', b"{}", b"3", b"null"],
+    ids=["list", "text", "bytes", "nested", "twice", "empty", "number", "null"],
+)
+def test_a_foreign_header_is_refused(tmp_path: Path, header: bytes) -> None:
+    path = write_raw(tmp_path / "foreign.safetensors", header, b"")
+    with pytest.raises(ThresholdFileError, match="not a threshold table"):
+        ThresholdTable.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "F64"}, "must have dtype F32"),
+        ({"dtype": "I32"}, "must have dtype F32"),
+        ({"shape": [2**40, 2**40, 1, 1]}, "does not fit"),
+        ({"shape": [2, 2, 3, 5]}, "does not fit"),
+        ({"shape": [-2, -2, 3, 4]}, "is damaged"),
+        ({"shape": [2, 2, 3, 4.0]}, "is damaged"),
+        ({"shape": [True, 2, 2, 12]}, "is damaged"),
+        ({"shape": [1] * 60 + [2, 2, 3, 4]}, "is damaged"),
+        ({"shape": [2**60]}, "is damaged"),
+        ({"shape": "2234"}, "is damaged"),
+        ({"shape": [4, 3, 4]}, "points, layers, heads, rows"),
+        ({"data_offsets": [0, 2**40]}, "does not fit"),
+        ({"data_offsets": [8, 200]}, "does not fit"),
+        ({"data_offsets": [192, 0]}, "does not fit"),
+        ({"data_offsets": [0]}, "is damaged"),
+        ({"extra": 1}, "is damaged"),
+    ],
+)
+def test_an_absurd_tensor_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "one.safetensors"
+    ThresholdTable(golden_table().thresholds[:, :, :, :], (16, 64)).save(path)
+    header, data = header_and_data(path)
+    header["thresholds"] |= change
+    with pytest.raises(ThresholdFileError, match=message):
+        ThresholdTable.load(write_raw(path, header, data))
+
+
+def test_tensors_that_overlap_are_refused(good: Path) -> None:
+    header, data = header_and_data(good)
+    header["statistics.sparsity"]["data_offsets"] = header["thresholds"]["data_offsets"]
+    with pytest.raises(ThresholdFileError, match="does not fit"):
+        ThresholdTable.load(write_raw(good, header, data))
+
+
+def test_bytes_that_no_tensor_owns_are_refused(good: Path) -> None:
+    header, data = header_and_data(good)
+    with pytest.raises(ThresholdFileError, match="but its header speaks of"):
+        ThresholdTable.load(write_raw(good, header, data + b"more"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"points": "[16]"}, "hold 2 points, but 1 are listed"),
+        ({"points": "[16, 16]"}, "16 follows 16"),
+        ({"points": "[64, 16]"}, "16 follows 64"),
+        ({"points": "[0, 16]"}, "at least 1, got 0"),
+        ({"points": "[16, 1e999]"}, "at least 1, got inf"),
+        ({"points": "[16, 64.5]"}, "must be integers"),
+        ({"points": "[16, NaN]"}, "at least 1, got nan"),
+        ({"points": '[16, "64"]'}, "must be numbers"),
+        ({"points": "[16, true]"}, "must be numbers"),
+        ({"points": "{}"}, "'points' must be a JSON list"),
+        ({"points": "[" * 100_000}, "'points' must be a JSON list"),
+        ({"points": "[" + "9" * 5000 + "]"}, "points"),
+        ({"points": "[16, " + "9" * 400 + "]"}, "points"),
+        ({"axis": "target_sparsity"}, r"must be in \[0, 1\), got 16"),
+        ({"axis": "depth"}, "axis must be one of"),
+        ({"rule": "always"}, "rule must be one of"),
+        ({"unit": "probability"}, "unit must be 'scaled-score'"),
+        ({"block": "128"}, "as '128x64'"),
+        ({"block": "128x0"}, "k_block must be an integer of at least 1"),
+        ({"block": "128x-64"}, "whole number"),
+        ({"block": "9" * 20 + "x64"}, "whole number"),
+        ({"samples": "many"}, "'samples' must be a whole number"),
+        ({"provenance": "[]"}, "'provenance' must be a JSON object"),
+        ({"provenance": '{"a": 1}'}, "provenance must map strings to strings"),
+        ({"version": "one"}, "version must be an integer"),
+        ({"version": ""}, "version must be an integer"),
+        ({"version": "0"}, "version must be an integer"),
+        ({"model": 3}, "must be a string"),
+    ],
+)
+def test_inconsistent_metadata_is_refused(good: Path, change: dict[str, Any], message: str) -> None:
+    header, data = header_and_data(good)
+    header["__metadata__"] |= change
+    with pytest.raises(ThresholdFileError, match=message):
+        ThresholdTable.load(write_raw(good, header, data))
+
+
+@pytest.mark.parametrize("key", ["points", "axis", "block", "rule", "unit", "version"])
+def test_missing_metadata_is_refused(good: Path, key: str) -> None:
+    header, data = header_and_data(good)
+    del header["__metadata__"][key]
+    with pytest.raises(ThresholdFileError, match=key):
+        ThresholdTable.load(write_raw(good, header, data))
+
+
+def test_unknown_metadata_and_tensors_are_passed_over(good: Path) -> None:
+    header, data = header_and_data(good)
+    header["__metadata__"]["novelty"] = "yes"
+    end = len(data)
+    header["novelty"] = {"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]}
+    assert_same(ThresholdTable.load(write_raw(good, header, data + b"\0" * 4)), golden_table())
+
+
+def test_nan_in_a_file_is_refused(good: Path) -> None:
+    header, data = header_and_data(good)
+    start = header["thresholds"]["data_offsets"][0] + 4 * 5
+    data = data[:start] + struct.pack("<f", float("nan")) + data[start + 4 :]
+    with pytest.raises(ThresholdFileError, match=r"NaN, but that at \[0, 0, 1, 1\] is"):
+        ThresholdTable.load(write_raw(good, header, data))
+
+
+def test_selecting_gives_the_thresholds_of_a_point() -> None:
+    table = golden_table()
+    np.testing.assert_array_equal(table.select(k=64), table.thresholds[1])
+    assert not table.select(k=64).flags.writeable
+    sparse = ThresholdTable(np.zeros((2, 1, 1, 1)), (0.5, 0.7), "target_sparsity")
+    assert sparse.select(target_sparsity=0.7).shape == (1, 1, 1)
+
+
+def test_an_unknown_point_is_refused_with_those_there_are() -> None:
+    table = ThresholdTable(np.zeros((61, 1, 1, 1)), tuple(range(4, 65)))
+    with pytest.raises(ValueError, match="no k=3; its points are k = 4-64"):
+        table.select(k=3)
+    with pytest.raises(ValueError, match=r"no target_sparsity=0\.5; its points are k = 4-64"):
+        table.select(target_sparsity=0.5)
+    with pytest.raises(ValueError, match="name one operating point"):
+        table.select()
+    with pytest.raises(ValueError, match="name one operating point"):
+        table.select(k=4, max_loss=0.1)
+    sparse = ThresholdTable(np.zeros((2, 1, 1, 1)), (0.5, 0.7), "target_sparsity")
+    with pytest.raises(ValueError, match=r"no k values, its points are target_sparsity = 0.5, 0.7"):
+        _ = sparse.k_values
+
+
+def test_a_head_slice_holds_the_heads_of_a_rank() -> None:
+    table = golden_table()
+    part = table.head_slice(1, 3)
+    np.testing.assert_array_equal(part.thresholds, table.thresholds[:, :, 1:3])
+    np.testing.assert_array_equal(
+        part.statistics["sparsity"], table.statistics["sparsity"][:, :, 1:3]
+    )
+    for start, stop in ((0, 4), (2, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="non-empty range within 0:3"):
+            table.head_slice(start, stop)
+
+
+def test_the_table_keeps_its_own_read_only_copy() -> None:
+    values = np.zeros((1, 1, 1, 1), np.float32)
+    table = ThresholdTable(values, (4,))
+    values[:] = 1
+    assert table.thresholds.max() == 0
+    with pytest.raises(ValueError, match="read-only"):
+        table.thresholds[:] = 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"thresholds": np.zeros((1, 1, 1, 0))}, "none of them 0"),
+        ({"thresholds": np.zeros((1, 1, 1))}, "points, layers, heads, rows"),
+        ({"thresholds": np.full((1, 1, 1, 1), np.nan)}, "must not be NaN"),
+        ({"points": ()}, "at least one point"),
+        ({"rule": "none"}, "rule must be one of"),
+        ({"q_block": 0}, "q_block must be an integer of at least 1"),
+        ({"q_block": 128.0}, "q_block must be an integer"),
+        ({"samples": -1}, "samples must be an integer of at least 0"),
+        ({"model": None}, "model must be a string"),
+        ({"statistics": {"sparsity": np.zeros(3)}}, "statistic 'sparsity' must have shape"),
+    ],
+)
+def test_a_table_checks_its_fields(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ThresholdTable(**{"thresholds": np.zeros((1, 1, 1, 1)), "points": (4,), **fields})
+
+
+def test_an_interrupted_save_leaves_the_old_file(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        ThresholdTable(np.zeros((1, 1, 1, 1)), (4,)).save(good)
+    assert_same(ThresholdTable.load(good), golden_table())
+    assert [path.name for path in good.parent.iterdir()] == [good.name]
+
+
+def test_the_base_package_needs_no_torch() -> None:
+    program = (
+        "import sys; import bsfa_calib, bsfa_calib.estimate, bsfa_calib.data, bsfa_calib.report,"
+        "bsfa_calib.cli, bsfa_calib.store, bsfa_calib.plot, bsfa_calib.convert, bsfa_calib.models;"
+        "heavy = ('torch', 'transformers', 'matplotlib', 'bsfa_kernel');"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'\nversion = "{bsfa_calib.__version__}"\n' in pyproject
