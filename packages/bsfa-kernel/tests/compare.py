@@ -74,6 +74,8 @@ def error_budget(
     geometry: Geometry,
 ) -> Budget:
     """Twice the errors of ``low_precision_attention`` on the same blocks, and one rounding more."""
+    if 0 in (expected.out.numel(), k.numel()):
+        return Budget(0.0, 0.0)
     mask = score_mask(expected.mask, q.shape[1], k.shape[1], causal, geometry)
     error = low_precision_attention(q, k, v, mask, scale=scale).double() - expected.out.double()
     rounding = torch.finfo(q.dtype).eps / 2
@@ -186,3 +188,30 @@ def _worst(error: Tensor, actual: Tensor, expected: Tensor, allowed: float) -> s
 
 def _rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
+
+
+def assert_matches(
+    found: tuple[Tensor, Tensor, Tensor],
+    expected: reference.AttentionResult,
+    clear: Tensor,
+    budget: Budget,
+    geometry: Geometry,
+) -> None:
+    """Fail unless verdicts, output and log-sum-exp agree, where the verdicts are clear.
+
+    A skip is a discontinuity, so that outputs are compared only where the kept blocks are known to
+    be the same.
+
+    Args:
+        found: out [batch, seqlen_q, heads, head_dim], lse and kept.
+        expected: those of the reference.
+        clear: bool [batch, heads, q_blocks].
+        budget: of the output.
+        geometry: the sparsity block.
+    """
+    out, lse, kept = found
+    assert_same_verdicts(kept, expected.kept, clear)
+    rows = clear.repeat_interleave(geometry.q_block, 2)[:, :, : lse.shape[2]]
+    hidden = ~rows.transpose(1, 2)[..., None]
+    assert_close(out.masked_fill(hidden, 0), expected.out.masked_fill(hidden, 0), budget)
+    assert_lse_close(lse.masked_fill(~rows, 0), expected.lse.masked_fill(~rows, 0))
