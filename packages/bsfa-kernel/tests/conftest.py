@@ -46,7 +46,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the kernels' tests, run a fifth on the CPU, where they only show that they work themselves."""
+    """Of the kernels' tests, run a fifth on the CPU: there they only show that they work."""
     if os.environ.get("BSFA_ALL_TARGETS") == "1":
         return
     rehearsed = re.compile(r"::test_(\w+)\[(?:.*-)?cpu(?:-.*)?\]$")

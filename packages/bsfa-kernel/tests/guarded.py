@@ -1,0 +1,149 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Calls of the C interface into outputs that lie between guards, and hold NaN before."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bsfa_kernel import Geometry, _native, reference
+from bsfa_kernel.geometry import block_count
+from bsfa_kernel.rules import RULE_CODES
+
+GUARD = 64
+"""Elements before and after an output."""
+
+_UNWRITTEN = -77
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1}
+
+
+@dataclass
+class Guarded:
+    """A tensor inside a larger allocation, all of it unwritten."""
+
+    whole: Tensor
+    view: Tensor
+
+    @classmethod
+    def rows(cls, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Guarded:
+        """[batch, seqlen, heads, head_dim] with gaps after each row and around the sequence."""
+        batch, seqlen, heads, head_dim = shape
+        size = (batch, seqlen + 2, heads + 1, head_dim + 8)
+        whole = torch.full(size, math.nan, dtype=dtype, device=device)
+        return cls(whole, whole[:, 1:-1, :heads, :head_dim])
+
+    @classmethod
+    def flat(cls, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Guarded:
+        """Contiguous, with guards before and after."""
+        empty = math.nan if dtype.is_floating_point else _UNWRITTEN
+        size = math.prod(shape)
+        whole = torch.full((size + 2 * GUARD,), empty, dtype=dtype, device=device)
+        return cls(whole, whole[GUARD : GUARD + size].view(shape))
+
+    def assert_written_exactly(self, name: str) -> None:
+        """Fail if an element of the view was left out, or one outside it was written."""
+        unwritten = self.view.isnan() if self.view.is_floating_point() else self.view == _UNWRITTEN
+        assert not unwritten.any(), f"{name}: {int(unwritten.sum())} elements were not written"
+        # The view's elements are set back, so that all is as it was unless a guard was hit.
+        self.view.fill_(math.nan if self.view.is_floating_point() else _UNWRITTEN)
+        whole = self.whole
+        hit = ~(whole.isnan() if whole.is_floating_point() else whole == _UNWRITTEN)
+        assert not hit.any(), f"{name}: {int(hit.sum())} elements outside were written"
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    thresholds: Tensor,
+    *,
+    causal: bool,
+    rule: str,
+    geometry: Geometry,
+) -> tuple[Guarded, Guarded, Guarded]:
+    """bsfa_forward on CUDA tensors; on CPU tensors the reference, copied, to try the guards."""
+    batch, seqlen_q, heads, head_dim = q.shape
+    device = str(q.device)
+    q_blocks = block_count(seqlen_q, geometry.q_block)
+    out = Guarded.rows(tuple(q.shape), q.dtype, device)
+    lse = Guarded.flat((batch, heads, seqlen_q), torch.float32, device)
+    kept = Guarded.flat((batch, heads, q_blocks), torch.int32, device)
+    if not q.is_cuda:
+        expected = reference.attention(
+            q, k, v, thresholds, causal=causal, rule=rule, geometry=geometry
+        )
+        for guarded, result in ((out, expected.out), (lse, expected.lse), (kept, expected.kept)):
+            guarded.view.copy_(result)
+        return out, lse, kept
+    _native.forward(
+        q.device.index,
+        _native.insisted_arch(),
+        torch.cuda.current_stream().cuda_stream,
+        _DTYPES[q.dtype],
+        RULE_CODES[rule],
+        causal,
+        *geometry,
+        head_dim**-0.5,
+        batch,
+        heads,
+        k.shape[2],
+        head_dim,
+        seqlen_q,
+        k.shape[1],
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.view.data_ptr(),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.view.stride()[:3],
+        thresholds.data_ptr(),
+        thresholds.shape[1],
+        0,
+        0,
+        lse.view.data_ptr(),
+        kept.view.data_ptr(),
+    )
+    return out, lse, kept
+
+
+def block_maxima(q: Tensor, k: Tensor, *, causal: bool, rule: str, geometry: Geometry) -> Guarded:
+    """bsfa_block_maxima on CUDA tensors; on CPU tensors the reference, copied."""
+    batch, seqlen_q, heads, head_dim = q.shape
+    shape = (
+        batch,
+        heads,
+        block_count(seqlen_q, geometry.q_block),
+        block_count(k.shape[1], geometry.k_block),
+    )
+    maxima = Guarded.flat(shape, torch.float32, str(q.device))
+    if not q.is_cuda:
+        maxima.view.copy_(reference.block_maxima(q, k, causal=causal, rule=rule, geometry=geometry))
+        return maxima
+    _native.block_maxima(
+        q.device.index,
+        _native.insisted_arch(),
+        torch.cuda.current_stream().cuda_stream,
+        _DTYPES[q.dtype],
+        RULE_CODES[rule],
+        causal,
+        *geometry,
+        head_dim**-0.5,
+        batch,
+        heads,
+        k.shape[2],
+        head_dim,
+        seqlen_q,
+        k.shape[1],
+        q.data_ptr(),
+        k.data_ptr(),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        maxima.view.data_ptr(),
+    )
+    return maxima

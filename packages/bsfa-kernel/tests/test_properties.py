@@ -1,0 +1,316 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Properties of random calls, on every back end that the machine has.
+
+BSFA_HYPOTHESIS_PROFILE=nightly tries 10,000 calls of each.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import cases
+import guarded
+from bsfa_kernel import (
+    GEOMETRIES,
+    RULES,
+    Geometry,
+    block_maxima,
+    block_sparse_attention,
+    reference,
+)
+from compare import assert_close, assert_matches, assert_same_verdicts, budget_of, error_budget
+from conftest import SM80, SM90, Target, gpu_target
+
+INF = math.inf
+
+any_target = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@dataclass(frozen=True)
+class Call:
+    """A random call."""
+
+    case: cases.Case
+    dtype: torch.dtype
+    rule: str
+    geometry: Geometry
+    keep: float
+
+    @property
+    def options(self):
+        return {"causal": self.case.causal, "rule": self.rule, "geometry": self.geometry}
+
+    def inputs(self, target: Target):
+        return self.case.inputs(self.dtype, target.device)
+
+    def thresholds(self, target: Target, q, k):
+        """Separating ones, with some infinite: thresholds and where the verdicts are clear."""
+        thresholds, clear = cases.separating_thresholds(
+            self.case, q, k, rule=self.rule, geometry=self.geometry, keep=self.keep, tries=3
+        )
+        if self.case.seed % 3 == 0:
+            thresholds[0, 0] = -INF if self.case.seed % 2 else INF
+            expected = reference.attention(
+                q, k, k, thresholds, compute_dtype=torch.float64, **self.options
+            )
+            clear = expected.margin > cases.VERDICT_MARGIN
+        return thresholds, clear
+
+
+@st.composite
+def calls(draw, **fixed):
+    """Random calls; lengths near multiples of a block are the likeliest."""
+    lengths = st.one_of(
+        st.integers(1, 400),
+        st.builds(
+            lambda blocks, by: max(64 * blocks + by, 1), st.integers(0, 8), st.integers(-1, 1)
+        ),
+    )
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    seqlen_q = draw(lengths)
+    shape = {
+        "batch": draw(st.integers(1, 3)),
+        "seqlen_q": seqlen_q,
+        "seqlen_k": seqlen_q if draw(st.booleans()) else draw(lengths),
+        "heads": kv_heads * group,
+        "kv_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([64, 128])),
+        "causal": draw(st.booleans()),
+    }
+    shape.update(fixed)
+    name = f"random {draw(st.integers(0, 2**32 - 1))}"
+    return Call(
+        cases.Case(name, "", **shape),
+        draw(st.sampled_from([torch.float16, torch.bfloat16])),
+        draw(st.sampled_from(RULES)),
+        draw(st.sampled_from(GEOMETRIES)),
+        draw(st.sampled_from([0.1, 0.5, 0.9])),
+    )
+
+
+def attend(q, k, v, thresholds, **options):
+    return block_sparse_attention(q, k, v, thresholds, return_lse=True, return_kept=True, **options)
+
+
+def assert_same(found, expected, target):
+    """Kernels give the same bits; the reference, by matrix products of other shapes, nearly."""
+    for actual, wanted in zip(found, expected, strict=True):
+        if target.arch or not wanted.is_floating_point():
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(actual, wanted)
+
+
+@any_target
+@given(call=calls())
+def test_a_call_matches_the_reference(target, call):
+    target.require("forward", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    thresholds, clear = call.thresholds(target, q, k)
+    expected = reference.attention(q, k, v, thresholds, compute_dtype=torch.float64, **call.options)
+    found = attend(q, k, v, thresholds, **call.options)
+    budget = error_budget(
+        q, k, v, expected, causal=call.case.causal, scale=None, geometry=call.geometry
+    )
+    if clear.float().mean() >= 0.9:
+        assert_matches(found, expected, clear, budget, call.geometry)
+
+
+@any_target
+@given(call=calls())
+def test_block_maxima_match_the_reference(target, call):
+    target.require("block_maxima", call.dtype, call.case.head_dim)
+    q, k, _ = call.inputs(target)
+    expected = reference.block_maxima(q, k, compute_dtype=torch.float64, **call.options)
+    found = block_maxima(q, k, **call.options)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@any_target
+@given(call=calls())
+def test_nothing_is_written_outside_the_outputs_and_all_inside(target, call):
+    target.require("forward", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    thresholds, _ = call.thresholds(target, q, k)
+    expected = attend(q, k, v, thresholds, **call.options)
+    outputs = guarded.forward(q, k, v, thresholds, **call.options)
+    for name, output, wanted in zip(("out", "lse", "kept"), outputs, expected, strict=True):
+        assert torch.equal(output.view, wanted), name
+        output.assert_written_exactly(name)
+
+
+@any_target
+@given(call=calls())
+def test_block_maxima_write_nothing_outside_and_all_inside(target, call):
+    target.require("block_maxima", call.dtype, call.case.head_dim)
+    q, k, _ = call.inputs(target)
+    maxima = guarded.block_maxima(q, k, **call.options)
+    assert torch.equal(maxima.view, block_maxima(q, k, **call.options))
+    maxima.assert_written_exactly("maxima")
+
+
+@any_target
+@given(call=calls(batch=3))
+def test_order_of_batch_and_heads_does_not_matter(target, call):
+    target.require("forward", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    thresholds, _ = call.thresholds(target, q, k)
+    out, lse, kept = attend(q, k, v, thresholds, **call.options)
+    turned = attend(
+        *(x.flip(0).flip(2).contiguous() for x in (q, k, v)), thresholds.flip(0), **call.options
+    )
+    expected = out.flip(0).flip(2), lse.flip(0).flip(1), kept.flip(0).flip(1)
+    assert_same(turned, expected, target)
+
+
+@any_target
+@given(call=calls())
+def test_each_sequence_of_a_batch_is_computed_alone(target, call):
+    target.require("forward", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    thresholds, _ = call.thresholds(target, q, k)
+    out, lse, kept = attend(q, k, v, thresholds, **call.options)
+    for index in range(call.case.batch):
+        one = slice(index, index + 1)
+        alone = attend(q[one], k[one], v[one], thresholds, **call.options)
+        assert_same(alone, (out[one], lse[one], kept[one]), target)
+
+
+@any_target
+@given(call=calls())
+def test_grouped_heads_give_what_repeated_keys_give(target, call):
+    target.require("forward", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    thresholds, _ = call.thresholds(target, q, k)
+    group = call.case.heads // call.case.kv_heads
+    repeated = (x.repeat_interleave(group, 2) for x in (k, v))
+    assert_same(
+        attend(q, *repeated, thresholds, **call.options),
+        attend(q, k, v, thresholds, **call.options),
+        target,
+    )
+
+
+@any_target
+@given(call=calls())
+def test_strided_inputs_give_what_contiguous_ones_give(target, call):
+    target.require("forward", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    thresholds, _ = call.thresholds(target, q, k)
+    expected = attend(q, k, v, thresholds, **call.options)
+    heads_first = q.transpose(1, 2).contiguous().transpose(1, 2)
+    padded = torch.nn.functional.pad(k, (0, 24), value=math.nan)[..., : call.case.head_dim]
+    sparse = torch.full_like(v, math.nan).repeat_interleave(2, 1)
+    sparse[:, ::2] = v
+    found = attend(heads_first, padded, sparse[:, ::2], thresholds, **call.options)
+    assert_same(found, expected, target)
+
+
+@any_target
+@given(call=calls(), data=st.data())
+def test_packed_sequences_give_what_each_gives_alone(target, call, data):
+    target.require("forward", call.dtype, call.case.head_dim)
+    q, k, v = (x[0] for x in call.inputs(target))
+    thresholds = torch.linspace(-3, 3, 2 * call.case.heads, device=target.device).view(-1, 2)
+    thresholds += {"absolute": 2.0, "running_max": 0.0, "running_lse": -4.0}[call.rule]
+    count = data.draw(st.integers(1, 4))
+
+    def split(total):
+        inner = [data.draw(st.integers(0, total)) for _ in range(count - 1)]
+        return [0, *sorted(inner), total]
+
+    starts_q, starts_k = split(call.case.seqlen_q), split(call.case.seqlen_k)
+    out, lse, kept = attend(
+        q,
+        k,
+        v,
+        thresholds,
+        cu_seqlens_q=torch.tensor(starts_q, dtype=torch.int32, device=target.device),
+        cu_seqlens_k=torch.tensor(starts_k, dtype=torch.int32, device=target.device),
+        **call.options,
+    )
+    unused = torch.ones_like(kept, dtype=torch.bool)
+    for index in range(count):
+        queries = slice(starts_q[index], starts_q[index + 1])
+        keys = slice(starts_k[index], starts_k[index + 1])
+        alone = attend(q[None, queries], k[None, keys], v[None, keys], thresholds, **call.options)
+        first = starts_q[index] // call.geometry.q_block + index
+        columns = slice(first, first + alone[2].shape[2])
+        unused[:, columns] = False
+        found = out[None, queries], lse[None, :, queries], kept[None, :, columns]
+        assert_same(found, alone, target)
+    assert (kept[unused] == 0).all()
+
+
+@any_target
+@given(call=calls(causal=True), blocks=st.integers(1, 3))
+def test_chunks_of_whole_query_blocks_give_what_the_whole_gives(target, call, blocks):
+    target.require("forward", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    length = min(call.case.seqlen_q, call.case.seqlen_k)
+    q, k, v = q[:, :length], k[:, :length], v[:, :length]
+    thresholds, _ = call.thresholds(target, q, k)
+    out, lse, kept = attend(q, k, v, thresholds, **call.options)
+    step = blocks * call.geometry.q_block
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        part = attend(q[:, start:stop], k[:, :stop], v[:, :stop], thresholds, **call.options)
+        first = start // call.geometry.q_block
+        expected = (
+            out[:, start:stop],
+            lse[:, :, start:stop],
+            kept[:, :, first : first + part[2].shape[2]],
+        )
+        assert torch.equal(part[2], expected[2])
+        # A chunk may be computed by other tiles than the whole.
+        eps = torch.finfo(call.dtype).eps
+        torch.testing.assert_close(part[0], expected[0], rtol=2 * eps, atol=2 * eps)
+        torch.testing.assert_close(part[1], expected[1], rtol=1e-5, atol=1e-5)
+
+
+@any_target
+@given(call=calls())
+def test_a_higher_absolute_threshold_keeps_no_more(target, call):
+    target.require("forward", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    options = {"causal": call.case.causal, "geometry": call.geometry, "rule": "absolute"}
+    previous = None
+    for threshold in (-INF, -1.0, 0.0, 1.0, 2.0, 3.0, INF):
+        thresholds = torch.full((call.case.heads, 1), threshold, device=target.device)
+        kept = attend(q, k, v, thresholds, **options)[2]
+        assert previous is None or (kept <= previous).all()
+        previous = kept
+
+
+@pytest.mark.gpu
+@pytest.mark.sm80
+@pytest.mark.sm90
+@given(call=calls())
+def test_the_kernels_of_both_architectures_agree(call):
+    results = []
+    for target in (SM80, SM90):
+        gpu_target(target)
+        target.require("forward", call.dtype, call.case.head_dim)
+        q, k, v = call.inputs(target)
+        thresholds, clear = call.thresholds(target, q, k)
+        with target.insist():
+            results.append(attend(q, k, v, thresholds, **call.options))
+    (out80, lse80, kept80), (out90, lse90, kept90) = results
+    if clear.float().mean() < 0.9:
+        return
+    assert_same_verdicts(kept90, kept80, clear)
+    rows = clear.repeat_interleave(call.geometry.q_block, 2)[:, :, : q.shape[1]]
+    hidden = ~rows.transpose(1, 2)[..., None]
+    rounding = 2 * torch.finfo(call.dtype).eps
+    out80, out90 = out80.masked_fill(hidden, 0), out90.masked_fill(hidden, 0)
+    assert_close(out90, out80, budget_of(torch.zeros_like(out80), out80, rounding))
+    torch.testing.assert_close(
+        lse90.masked_fill(~rows, 0), lse80.masked_fill(~rows, 0), rtol=2e-5, atol=2e-5
+    )
