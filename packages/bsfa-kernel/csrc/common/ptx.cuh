@@ -1,0 +1,85 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// Inline assembly: what CUDA C++ has no function for, and where CuTe's wrappers take references and these
+// take addresses in shared memory, on which the kernels do arithmetic.
+#pragma once
+
+#include <cstdint>
+
+namespace bsfa::ptx {
+
+// 2^x, to about 2 units in the last place; results below the normal range are 0. [ex2.approx.ftz.f32]
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8x8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8.  [ldmatrix.x4]
+__device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(shared));
+}
+
+// The same, each matrix transposed.  [ldmatrix.x4.trans]
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&matrices)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(shared));
+}
+
+// Starts the copy of 16 bytes from global to shared memory, past L1.  [cp.async.cg]
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" : : "r"(shared), "l"(global) : "memory");
+}
+
+// The same, or 16 bytes of zeros where not `exists`; then `global` is not read.  [cp.async.cg, src-size 0]
+__device__ __forceinline__ void copy_async_or_zero(uint32_t shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :
+               : "r"(shared), "l"(global), "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+// Closes a group of copies.  [cp.async.commit_group]
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" : : : "memory");
+}
+
+// Waits until all of the thread's groups but the last `kPending` have arrived.  [cp.async.wait_group]
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
+}
+
+// In a branch that is seldom taken: keeps the compiler from making predicated instructions of it, each of
+// which would cost an issue slot where the branch is not taken, too.
+__device__ __forceinline__ void keep_branch() {
+  asm volatile("bar.warp.sync 0xffffffff;" : : : "memory");
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// The elected thread writes a byte of shared memory and then arrives at an mbarrier. A branch would cost more
+// than both. [st.shared, mbarrier.arrive]
+__device__ __forceinline__ void store_byte_and_arrive(uint32_t byte_address, uint32_t value,
+                                                      uint32_t barrier_address, bool elected) {
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "setp.ne.u32 elected, %3, 0;\n"
+      "@elected st.shared.u8 [%0], %1;\n"
+      "@elected mbarrier.arrive.shared::cta.b64 _, [%2];\n"
+      "}"
+      :
+      : "r"(byte_address), "r"(value), "r"(barrier_address), "r"(static_cast<uint32_t>(elected))
+      : "memory");
+}
+#endif
+
+}  // namespace bsfa::ptx

@@ -1,0 +1,84 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// Which query tile of which head and sequence a CTA takes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../params.hpp"
+
+namespace bsfa {
+
+// The order of the work. Kv heads are taken in sections whose keys and values stay in the L2 cache; within a
+// section the tiles with the most keys come first, so that the short ones fill the gaps at the end; the query
+// heads of a kv head lie side by side and read the same keys at the same time.
+struct Schedule {
+  int tiles;     // query tiles of a head: of one sequence, or (varlen) of all sequences
+  int kv_heads;  // times the batch, unless varlen
+  int group;     // query heads of a kv head
+  int section;   // kv heads of a section
+
+  // Half of an H100's L2 and most of an A100's; the other half serves the CTAs that have fallen behind.
+  static constexpr int64_t kSectionBytes = int64_t{32} << 20;
+
+  int64_t ctas() const { return int64_t{tiles} * kv_heads * group; }
+};
+
+// `bytes_of_kv_head`: the keys and values of one kv head and sequence.
+inline Schedule make_schedule(int tiles, int kv_heads, int group, int64_t bytes_of_kv_head) {
+  const int64_t fitting = Schedule::kSectionBytes / std::max<int64_t>(bytes_of_kv_head, 1);
+  return {tiles, kv_heads, group, static_cast<int>(std::clamp<int64_t>(fitting, 1, std::max(kv_heads, 1)))};
+}
+
+struct Work {
+  int tile;     // place among Schedule::tiles
+  int kv_head;  // place among Schedule::kv_heads
+  int member;   // place in the group
+};
+
+__device__ __forceinline__ Work find_work(const Schedule& schedule, int cta) {
+  const int ctas_of_section = schedule.section * schedule.group * schedule.tiles;
+  const int first_kv_head = cta / ctas_of_section * schedule.section;
+  const int in_section = cta % ctas_of_section;
+  const int heads = min(schedule.section, schedule.kv_heads - first_kv_head) * schedule.group;
+  const int head = in_section % heads;
+  return {schedule.tiles - 1 - in_section / heads, first_kv_head + head / schedule.group,
+          head % schedule.group};
+}
+
+// One sequence and where it lies in the tensors.
+struct Sequence {
+  int index;    // in the batch
+  int first_q;  // row of its first query in packed tensors, else 0
+  int first_k;
+  int seqlen_q;
+  int seqlen_k;
+};
+
+// Where the tiles (or the blocks of queries) of sequence `index` begin among those of all packed sequences,
+// when each holds `rows` queries. One more place than the sequence can need is set aside.
+__device__ __forceinline__ int packed_place(const int32_t* cu_seqlens, int index, int rows) {
+  return cu_seqlens[index] / rows + index;
+}
+
+// The packed sequence that the tile at place `tile` belongs to.
+__device__ __forceinline__ Sequence find_sequence(const ForwardParams& params, int tile, int tile_rows) {
+  int low = 0;
+  int high = params.batch;  // packed_place(low) <= tile < packed_place(high)
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (packed_place(params.cu_seqlens_q, middle, tile_rows) <= tile) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  const int first_q = params.cu_seqlens_q[low];
+  const int first_k = params.cu_seqlens_k[low];
+  return {low, first_q, first_k, params.cu_seqlens_q[low + 1] - first_q,
+          params.cu_seqlens_k[low + 1] - first_k};
+}
+
+}  // namespace bsfa

@@ -1,0 +1,27 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// The thresholds and the rules that compare with them (docs/semantics.md).
+#pragma once
+
+#include "../params.hpp"
+
+namespace bsfa {
+
+// The row of the thresholds that the block of queries beginning at `first_query` reads: its absolute
+// position.
+__device__ __forceinline__ int threshold_row(int first_query, int seqlen_q, int seqlen_k, int q_block,
+                                             int rows) {
+  return min(max(first_query + seqlen_k - seqlen_q, 0) / q_block, rows - 1);
+}
+
+// What the scaled scores of a row must reach to keep an unforced block, given the largest score `maximum`
+// (not scaled) and the sum of exponentials `sum` of what the row has kept so far.
+__device__ __forceinline__ float row_reference(Rule rule, float scale, float maximum, float sum) {
+  if (rule == Rule::kAbsolute) {
+    return 0.0f;
+  }
+  return scale * maximum + (rule == Rule::kRunningLse ? __logf(sum) : 0.0f);
+}
+
+}  // namespace bsfa

@@ -1,0 +1,214 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// The block maxima kernel of sm_80 and its launch: the scores of the forward kernel, of which only the
+// largest excess of a block over its rows' references is written (docs/semantics.md).
+#pragma once
+
+#include <math_constants.h>
+
+#include <cstdint>
+
+#include "../check.hpp"
+#include "../common/mask.cuh"
+#include "../common/schedule.cuh"
+#include "../common/softmax.cuh"
+#include "../common/threshold.cuh"
+#include "block_maxima.hpp"
+#include "config.cuh"
+#include "tiles.cuh"
+
+namespace bsfa::sm80 {
+
+// The largest x of the warp.
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
+  }
+  return x;
+}
+
+template <class Config>
+class BlockMaxima {
+  using QueryTile = SharedTile<Config::kTileQ, Config::kHeadDim>;
+  using KeyTile = SharedTile<Config::kTileK, Config::kHeadDim>;
+  using Scores = Accumulators<Config::kRowBlocks, Config::kTileK / 8>;
+  static constexpr int kRows = Config::kThreadRows;
+
+ public:
+  __device__ __forceinline__ BlockMaxima(const BlockMaximaParams& params, int batch, int head,
+                                         int first_query, typename Config::SharedStorage& storage)
+      : params_(params),
+        storage_(storage),
+        sees_{params.seqlen_q, params.seqlen_k, params.causal},
+        first_query_(first_query),
+        maxima_(params.maxima + (int64_t{batch} * params.heads + head) * q_blocks() * k_blocks()),
+        keys_(static_cast<const uint16_t*>(params.k) + batch * params.k_strides.batch +
+              head / (params.heads / params.kv_heads) * params.k_strides.heads),
+        queries_(static_cast<const uint16_t*>(params.q) + batch * params.q_strides.batch +
+                 head * params.q_strides.heads) {}
+
+  __device__ __forceinline__ void run() {
+    const KeyBlocks tile_keys = key_blocks(sees_, first_query_, Config::kTileQ);
+    for (int key_block = tile_keys.visible + threadIdx.x; key_block < k_blocks();
+         key_block += Config::kThreads) {
+      for (int half = 0; half < Config::kTileQ / params_.q_block; ++half) {
+        store(half, key_block, -CUDART_INF_F);
+      }
+    }
+    if (tile_keys.visible == 0) {
+      return;
+    }
+    load_tile<Config, QueryTile>(ptx::shared_address(storage_.q), queries_, params_.q_strides.seqlen,
+                                 first_query_, params_.seqlen_q);
+    request_keys(tile_keys.visible - 1);
+    for (int key_block = tile_keys.visible - 1; key_block >= 0; --key_block) {
+      ptx::wait_for_copies<0>();
+      __syncthreads();
+      request_keys(key_block - 1);
+      store_previous(key_block + 1, tile_keys.visible);
+      Scores scores;
+      const uint32_t lane_queries = ptx::shared_address(storage_.q) + QueryTile::lane_of_left() +
+                                    threadIdx.x / 32 * (Config::kWarpRows * QueryTile::kRowBytes);
+      multiply_scores<Config>(scores, lane_queries, keys_address(key_block) + KeyTile::lane_of_right());
+      if (key_block >= tile_keys.full) {
+        ptx::keep_branch();
+        mask(scores, key_block);
+      }
+      const float excess = warp_max(take(scores));
+      if (threadIdx.x % 32 == 0) {
+        storage_.excess[key_block % 2][threadIdx.x / 32] = excess;
+      }
+    }
+    __syncthreads();
+    store_previous(0, tile_keys.visible);
+  }
+
+ private:
+  __device__ __forceinline__ int q_blocks() const {
+    return (params_.seqlen_q + params_.q_block - 1) / params_.q_block;
+  }
+  __device__ __forceinline__ int k_blocks() const { return (params_.seqlen_k + kKeyBlock - 1) / kKeyBlock; }
+
+  __device__ __forceinline__ uint32_t keys_address(int key_block) const {
+    return ptx::shared_address(storage_.k[key_block % Config::kKeyStages]);
+  }
+
+  __device__ __forceinline__ void request_keys(int key_block) const {
+    if (key_block >= 0) {
+      load_tile<Config, KeyTile>(keys_address(key_block), keys_, params_.k_strides.seqlen,
+                                 key_block * Config::kTileK, params_.seqlen_k);
+    }
+    ptx::commit_copies();
+  }
+
+  // -inf for keys that a query does not see, and for rows beyond the end of the queries.
+  __device__ __forceinline__ void mask(Scores& scores, int key_block) const {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const int query = first_query_ + threadIdx.x / 32 * Config::kWarpRows + scores.row_of_warp(row);
+      const int end = sees_.keys(query) - key_block * Config::kTileK - scores.column_of_warp(0);
+#pragma unroll
+      for (int column = 0; column < scores.kColumns; ++column) {
+        if (column / 2 * 8 + column % 2 >= end) {
+          scores(row, column) = -CUDART_INF_F;
+        }
+      }
+    }
+  }
+
+  // The largest excess of the thread's scores over the references of their rows, to which it then adds the
+  // scores.
+  __device__ __forceinline__ float take(Scores& scores) {
+    float excess = -CUDART_INF_F;
+    float maxima[kRows];
+    row_maxima(scores, maxima);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const int query = first_query_ + threadIdx.x / 32 * Config::kWarpRows + scores.row_of_warp(row);
+      const float reference = row_reference(params_.rule, params_.scale, softmax_.maximum[row], totals_[row]);
+      if (maxima[row] > -CUDART_INF_F && query < params_.seqlen_q) {
+        excess = fmaxf(excess, params_.scale * maxima[row] - reference);
+      }
+    }
+    if (params_.rule != Rule::kAbsolute) {
+      ptx::keep_branch();
+      const float scale_log2 = params_.scale * CUDART_L2E_F;
+      float factors[kRows];
+      softmax_.raise(maxima, scale_log2, factors);
+      if (params_.rule == Rule::kRunningLse) {
+        ptx::keep_branch();
+        softmax_.exponentiate(scores, scale_log2);
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+          totals_[row] = quad_sum(softmax_.sum[row]);
+        }
+      }
+    }
+    return excess;
+  }
+
+  // Writes the maxima of a key block that all warps are done with.
+  __device__ __forceinline__ void store_previous(int key_block, int visible) const {
+    const int halves = Config::kTileQ / params_.q_block;
+    if (key_block >= visible || threadIdx.x >= halves) {
+      return;
+    }
+    const int warps = Config::kWarps / halves;
+    float excess = -CUDART_INF_F;
+    for (int warp = 0; warp < warps; ++warp) {
+      excess = fmaxf(excess, storage_.excess[key_block % 2][threadIdx.x * warps + warp]);
+    }
+    store(threadIdx.x, key_block, excess);
+  }
+
+  __device__ __forceinline__ void store(int half, int key_block, float excess) const {
+    const int q_block = first_query_ / params_.q_block + half;
+    if (q_block < q_blocks()) {
+      maxima_[int64_t{q_block} * k_blocks() + key_block] = excess;
+    }
+  }
+
+  const BlockMaximaParams& params_;
+  typename Config::SharedStorage& storage_;
+  const Visibility sees_;
+  const int first_query_;
+  float* const maxima_;            // of the head, [q_blocks, k_blocks]
+  const uint16_t* const keys_;     // [seqlen_k, head_dim] of the kv head
+  const uint16_t* const queries_;  // [seqlen_q, head_dim] of the head
+  Softmax<kRows> softmax_;
+  float totals_[kRows] = {};  // sums of the softmax over whole rows
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
+    block_maxima_kernel(const __grid_constant__ BlockMaximaParams params,
+                        const __grid_constant__ Schedule schedule) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
+  const Work work = find_work(schedule, blockIdx.x);
+  const int head = work.kv_head % params.kv_heads * schedule.group + work.member;
+  BlockMaxima<Config>(params, work.kv_head / params.kv_heads, head, work.tile * Config::kTileQ, storage)
+      .run();
+}
+
+template <class Element, int kHeadDim>
+void block_maxima(const BlockMaximaParams& params, cudaStream_t stream) {
+  using Kernel = BlockMaximaConfig<Element, kHeadDim>;
+  const int tiles = (params.seqlen_q + Kernel::kTileQ - 1) / Kernel::kTileQ;
+  const Schedule schedule =
+      make_schedule(tiles, params.batch * params.kv_heads, params.heads / std::max(params.kv_heads, 1),
+                    int64_t{params.seqlen_k} * kHeadDim * sizeof(Element));
+  if (schedule.ctas() == 0) {
+    return;
+  }
+  constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
+  const auto kernel = block_maxima_kernel<Kernel>;
+  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  kernel<<<static_cast<unsigned>(schedule.ctas()), Kernel::kThreads, kSharedBytes, stream>>>(params,
+                                                                                             schedule);
+  BSFA_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace bsfa::sm80

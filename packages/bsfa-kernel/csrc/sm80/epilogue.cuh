@@ -1,0 +1,82 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// From accumulators to the output and the log-sum-exp.
+#pragma once
+
+#include <math_constants.h>
+
+#include "../common/softmax.cuh"
+#include "config.cuh"
+#include "tiles.cuh"
+#include "work.cuh"
+
+namespace bsfa::sm80 {
+
+// Normalises a warp's rows and stages them in shared memory, where its queries were: no other warp reads
+// those.
+template <class Config, class Output, int kRows>
+__device__ __forceinline__ void stage_output(Output& output, const Softmax<kRows>& softmax, float poison,
+                                             uint8_t* staging) {
+  using StagingTile = SharedTile<Config::kTileQ, Config::kHeadDim>;
+  const int first_row = threadIdx.x / 32 * Config::kWarpRows;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const float sum = quad_sum(softmax.sum[row]) + poison;
+    const float factor = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+#pragma unroll
+    for (int chunk = 0; chunk < Config::kHeadDim / 8; ++chunk) {
+      const int column = chunk * 2;
+      const uint32_t place =
+          StagingTile::offset(first_row + output.row_of_warp(row), chunk) + threadIdx.x % 4 * 4;
+      *reinterpret_cast<uint32_t*>(staging + place) =
+          pack<typename Config::Element>(output(row, column) * factor, output(row, column + 1) * factor);
+    }
+  }
+  __syncwarp();
+}
+
+// Writes a warp's rows, 16 bytes a thread, as far as they exist.
+template <class Config>
+__device__ __forceinline__ void store_output(const ForwardParams& params, const Tile& tile,
+                                             const uint8_t* staging) {
+  using StagingTile = SharedTile<Config::kTileQ, Config::kHeadDim>;
+  constexpr int kThreadsOfRow = Config::kHeadDim / 8;
+  constexpr int kRowsOfStep = 32 / kThreadsOfRow;
+  const Sequence& sequence = tile.sequence;
+  const int lane = threadIdx.x % 32;
+  const int chunk = lane % kThreadsOfRow;
+  const int first_row = threadIdx.x / 32 * Config::kWarpRows + lane / kThreadsOfRow;
+  uint16_t* out = static_cast<uint16_t*>(params.out) + sequence.index * params.out_strides.batch +
+                  (sequence.first_q + tile.first_query + first_row) * params.out_strides.seqlen +
+                  tile.head * params.out_strides.heads + chunk * 8;
+#pragma unroll
+  for (int step = 0; step < Config::kWarpRows; step += kRowsOfStep) {
+    const int row = first_row + step;
+    if (tile.first_query + row < sequence.seqlen_q) {
+      *reinterpret_cast<uint4*>(out) =
+          *reinterpret_cast<const uint4*>(staging + StagingTile::offset(row, chunk));
+    }
+    out += kRowsOfStep * params.out_strides.seqlen;
+  }
+}
+
+template <class Config, int kRows>
+__device__ __forceinline__ void store_lse(const ForwardParams& params, const Tile& tile,
+                                          const Softmax<kRows>& softmax, float poison) {
+  using Output = Accumulators<Config::kRowBlocks, Config::kHeadDim / 8>;
+  const Sequence& sequence = tile.sequence;
+  const int64_t line =
+      params.cu_seqlens_q != nullptr ? tile.head : int64_t{sequence.index} * params.heads + tile.head;
+  float* lse = params.lse + line * params.seqlen_q + sequence.first_q;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const int query = tile.first_query + threadIdx.x / 32 * Config::kWarpRows + Output::row_of_warp(row);
+    const float sum = quad_sum(softmax.sum[row]) + poison;
+    if (threadIdx.x % 4 == 0 && query < sequence.seqlen_q) {
+      lse[query] = sum == 0.0f ? -CUDART_INF_F : params.scale * softmax.maximum[row] + logf(sum);
+    }
+  }
+}
+
+}  // namespace bsfa::sm80

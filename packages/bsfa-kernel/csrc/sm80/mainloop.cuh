@@ -1,0 +1,226 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// The loops over the key blocks. docs/kernel-sm80.md draws their copies and barriers on a time line.
+#pragma once
+
+#include <math_constants.h>
+
+#include "../common/softmax.cuh"
+#include "config.cuh"
+#include "tiles.cuh"
+#include "work.cuh"
+
+namespace bsfa::sm80 {
+
+template <class Config>
+class Mainloop {
+  using QueryTile = SharedTile<Config::kTileQ, Config::kHeadDim>;
+  using KeyTile = SharedTile<Config::kTileK, Config::kHeadDim>;
+  using Scores = Accumulators<Config::kRowBlocks, Config::kTileK / 8>;
+  static constexpr int kRows = Config::kThreadRows;
+
+ public:
+  Accumulators<Config::kRowBlocks, Config::kHeadDim / 8> output;
+  Softmax<kRows> softmax;
+
+  __device__ __forceinline__ Mainloop(const ForwardParams& params, typename Config::SharedStorage& storage,
+                                      int half)
+      : params_(params),
+        storage_(storage),
+        tile_(storage.tile),
+        block_(storage.blocks[half]),
+        keys_(storage.blocks[half].keys),
+        scale_log2_(params.scale * CUDART_L2E_F) {
+    output.clear();
+  }
+
+  __device__ __forceinline__ void request_queries() {
+    const Sequence& sequence = tile_.sequence;
+    load_tile<Config, QueryTile>(
+        ptx::shared_address(storage_.q),
+        first_element(params_.q, params_.q_strides, sequence, sequence.first_q, tile_.head),
+        params_.q_strides.seqlen, tile_.first_query, sequence.seqlen_q);
+  }
+
+  // Takes in the tile's key blocks [0, visible), from the last to the first: all of them, or (kVotes) those
+  // that are forced or voted for, which it counts.
+  template <bool kVotes>
+  __device__ __forceinline__ void run(int visible) {
+    const bool halved = kVotes && params_.q_block < Config::kTileQ;
+    const int undecided = block_.undecided;
+    if constexpr (kVotes) {
+      prepare_votes();
+    }
+    request_keys(visible - 1);
+    request_keys(visible - 2);
+    ptx::wait_for_copies<1>();
+    __syncthreads();
+    for (int key_block = visible - 1; key_block >= 0; --key_block) {
+      Scores scores;
+      float maxima[kRows];
+      bool keeps = !kVotes;
+      if (!kVotes || key_block < keys_.visible) {
+        score(scores, key_block);
+        row_maxima(scores, maxima);
+        if constexpr (kVotes) {
+          keeps = key_block >= undecided || reaches_bounds(maxima);
+        }
+      }
+      if (halved && keeps) {
+        block_.last_kept = key_block;
+      }
+      ptx::wait_for_copies<0>();  // the next block's K, which the barrier makes everybody's
+      if constexpr (kVotes) {
+        if (!__syncthreads_or(keeps)) {
+          request_keys(key_block - 2);
+          continue;
+        }
+      } else {
+        __syncthreads();
+      }
+      request_values(key_block);
+      request_keys(key_block - 2);
+      if (halved) {
+        keeps = block_.last_kept == key_block;
+      }
+      if (!halved || keeps) {
+        if (kVotes && threadIdx.x == block_.first_thread) {
+          ++block_.kept;
+        }
+        exponentiate(scores, maxima);
+        if constexpr (kVotes) {
+          raise_bounds();
+        }
+      }
+      ptx::wait_for_copies<1>();  // V
+      __syncthreads();
+      if (!halved || keeps) {
+        multiply_values<Config>(output, scores, values_address());
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t keys_address(int key_block) const {
+    return ptx::shared_address(storage_.k[key_block % Config::kKeyStages]);
+  }
+  __device__ __forceinline__ uint32_t values_address() const {
+    return ptx::shared_address(storage_.v) + KeyTile::lane_of_left();
+  }
+
+  // A group of copies is closed even where there is nothing to copy, so that the waits count the same.
+  __device__ __forceinline__ void request_keys(int key_block) {
+    if (key_block >= 0) {
+      load_tile<Config, KeyTile>(keys_address(key_block), storage_.keys, params_.k_strides.seqlen,
+                                 key_block * Config::kTileK, tile_.sequence.seqlen_k);
+    }
+    ptx::commit_copies();
+  }
+  __device__ __forceinline__ void request_values(int key_block) {
+    load_tile<Config, KeyTile>(ptx::shared_address(storage_.v), storage_.values, params_.v_strides.seqlen,
+                               key_block * Config::kTileK, tile_.sequence.seqlen_k);
+    ptx::commit_copies();
+  }
+
+  // S = Q K^T, -inf where masked.
+  __device__ __forceinline__ void score(Scores& scores, int key_block) const {
+    const uint32_t lane_queries = ptx::shared_address(storage_.q) + QueryTile::lane_of_left() +
+                                  threadIdx.x / 32 * (Config::kWarpRows * QueryTile::kRowBytes);
+    multiply_scores<Config>(scores, lane_queries, keys_address(key_block) + KeyTile::lane_of_right());
+    if (key_block >= keys_.full) {
+      ptx::keep_branch();
+      mask(scores, key_block);
+    }
+  }
+
+  __device__ __forceinline__ void mask(Scores& scores, int key_block) const {
+    const Visibility sees{tile_.sequence.seqlen_q, tile_.sequence.seqlen_k, params_.causal};
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const int end = sees.keys(query(row)) - key_block * Config::kTileK - scores.column_of_warp(0);
+#pragma unroll
+      for (int column = 0; column < scores.kColumns; ++column) {
+        if (column / 2 * 8 + column % 2 >= end) {
+          scores(row, column) = -CUDART_INF_F;
+        }
+      }
+    }
+  }
+
+  // P = exp(S - m), O *= exp(m_old - m).
+  __device__ __forceinline__ void exponentiate(Scores& scores, const float (&maxima)[kRows]) {
+    float factors[kRows];
+    if (softmax.raise(maxima, scale_log2_, factors)) {
+      ptx::keep_branch();
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+        for (int column = 0; column < output.kColumns; ++column) {
+          output(row, column) *= factors[row];
+        }
+      }
+    }
+    softmax.exponentiate(scores, scale_log2_);
+  }
+
+  // The bounds that the scaled scores of the thread's rows must reach. In shared memory: as registers they
+  // would make others spill.
+  __device__ __forceinline__ float4& bounds() const {
+    static_assert(kRows == 4);
+    return storage_.bounds[threadIdx.x / 4];
+  }
+
+  // The bound is NaN, which no score reaches, for rows beyond the sequence's end and where a threshold of
+  // +inf leaves nothing but the forced blocks.
+  __device__ __forceinline__ void prepare_votes() const {
+    const float first = block_.threshold + (params_.rule == Rule::kAbsolute ? 0.0f : -CUDART_INF_F);
+    float values[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const bool votes = query(row) < tile_.sequence.seqlen_q && block_.threshold != CUDART_INF_F;
+      values[row] = votes ? first : CUDART_NAN_F;
+    }
+    bounds() = make_float4(values[0], values[1], values[2], values[3]);
+  }
+
+  __device__ __forceinline__ bool reaches_bounds(const float (&maxima)[kRows]) const {
+    const float4 values = bounds();
+    const float scale = params_.scale;
+    return (scale * maxima[0] >= values.x) | (scale * maxima[1] >= values.y) |
+           (scale * maxima[2] >= values.z) | (scale * maxima[3] >= values.w);
+  }
+
+  __device__ __forceinline__ void raise_bounds() const {
+    if (params_.rule == Rule::kAbsolute) {
+      return;
+    }
+    float4 values = bounds();
+    raise_bound(values.x, 0);
+    raise_bound(values.y, 1);
+    raise_bound(values.z, 2);
+    raise_bound(values.w, 3);
+    __syncwarp();
+    bounds() = values;
+  }
+
+  __device__ __forceinline__ void raise_bound(float& bound, int row) const {
+    const float reference =
+        row_reference(params_.rule, params_.scale, softmax.maximum[row], quad_sum(softmax.sum[row]));
+    bound = isnan(bound) ? CUDART_NAN_F : block_.threshold + reference;
+  }
+
+  // In its sequence.
+  __device__ __forceinline__ int query(int row) const {
+    return tile_.first_query + threadIdx.x / 32 * Config::kWarpRows + output.row_of_warp(row);
+  }
+
+  const ForwardParams& params_;
+  typename Config::SharedStorage& storage_;
+  const Tile& tile_;
+  QueryBlock& block_;
+  const KeyBlocks& keys_;
+  const float scale_log2_;
+};
+
+}  // namespace bsfa::sm80
