@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments[0] not in (*_COMMANDS, "-h", "--help", "--version"):
         arguments.insert(0, "run")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args([_underscored(argument) for argument in arguments])
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         return int(options.function(options, arguments))
@@ -79,13 +79,16 @@ def parse_k_values(text: str) -> tuple[int, ...]:
     return tuple(sorted(values))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Accepts ``--max-seq-len`` for ``--max_seq_len``, and points to the help on errors."""
+def _underscored(argument: str) -> str:
+    """``--max_seq_len`` for ``--max-seq-len``; anything but an option stays as it is."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
-    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """Add an option under its name with underscores and with dashes."""
-        dashed = [n.replace("_", "-") for n in names if n.startswith("--") and "_" in n]
-        return super().add_argument(*names, *[n for n in dashed if n not in names], **options)
+
+class _Parser(argparse.ArgumentParser):
+    """Points to the help on errors."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and where help is."""
@@ -275,9 +278,12 @@ def _add_run(commands: Any) -> None:
     )
     how.add_argument(
         "--resume",
-        action=argparse.BooleanOptionalAction,
+        action="store_true",
         default=True,
-        help="use the samples that an interrupted run has kept (default: yes)",
+        help="use the samples that an interrupted run has kept (the default)",
+    )
+    how.add_argument(
+        "--no_resume", dest="resume", action="store_false", help="measure every sample again"
     )
     how.add_argument(
         "--keep_samples",
