@@ -12,3 +12,8 @@ bsfa_add_kernel(bsfa forward 90a float16 64 csrc/sm90/instantiations/half_64.cu)
 bsfa_add_kernel(bsfa forward 90a float16 128 csrc/sm90/instantiations/half_128.cu)
 bsfa_add_kernel(bsfa forward 90a bfloat16 64 csrc/sm90/instantiations/bfloat16_64.cu)
 bsfa_add_kernel(bsfa forward 90a bfloat16 128 csrc/sm90/instantiations/bfloat16_128.cu)
+
+bsfa_add_kernel(bsfa block_maxima 80 float16 64 csrc/sm80/instantiations/half_64_maxima.cu)
+bsfa_add_kernel(bsfa block_maxima 80 float16 128 csrc/sm80/instantiations/half_128_maxima.cu)
+bsfa_add_kernel(bsfa block_maxima 80 bfloat16 64 csrc/sm80/instantiations/bfloat16_64_maxima.cu)
+bsfa_add_kernel(bsfa block_maxima 80 bfloat16 128 csrc/sm80/instantiations/bfloat16_128_maxima.cu)
