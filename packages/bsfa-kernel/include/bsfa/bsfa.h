@@ -3,9 +3,10 @@
  *
  * Block-sparse attention for long prompts: the C interface of libbsfa.
  *
- * What the functions compute is written in docs/semantics.md. All pointers in the argument structs are
- * device pointers; strides are in elements; the stride of head_dim is 1. Nothing here allocates device
- * memory or synchronises, so that every call can be captured in a CUDA graph.
+ * What the functions compute is written in docs/semantics.md, how they are called in docs/abi.md. All
+ * pointers in the argument structs are device pointers, those to 16-bit tensors aligned to 16 bytes; strides
+ * are in elements, multiples of 8, and that of head_dim is 1. Nothing here allocates device memory or
+ * synchronises, so that every call can be captured in a CUDA graph.
  */
 #ifndef BSFA_BSFA_H_
 #define BSFA_BSFA_H_
@@ -139,11 +140,12 @@ BSFA_API const char* bsfa_version(void);
 BSFA_API uint32_t bsfa_abi_version(void);
 
 /* A JSON object that describes the build: version, abi_version, cuda (version of the toolkit, or null), and
- * kernels: a list of {"name": "forward" | "block_maxima", "arch", "ptx", "dtype", "head_dim", "geometries"}. */
+ * kernels: a list of {"name": "forward" | "block_maxima", "arch", "ptx", "dtype", "head_dim",
+ * "geometries"}. */
 BSFA_API const char* bsfa_build_info(void);
 
-/* What went wrong in this thread's last call that did not return BSFA_OK; "" if none did. Valid until the next
- * call from this thread. */
+/* What went wrong in this thread's last call that did not return BSFA_OK; "" if none did. Valid until the
+ * next failure in this thread. */
 BSFA_API const char* bsfa_last_error(void);
 
 #ifdef __cplusplus
