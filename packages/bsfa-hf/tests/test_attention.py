@@ -7,14 +7,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import bsfa_hf
 import pytest
 import torch
-from bsfa_hf import Reason
-from bsfa_kernel import RULES
-from tiny import LAYERS, largest_difference, table, tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+
+import bsfa_hf
+from bsfa_hf import Reason
+from bsfa_hf.attention import bsfa_attention
+from bsfa_kernel import RULES
+from tiny import LAYERS, largest_difference, table, tiny_model, tokens
 
 KINDS = ["llama", "qwen2", "qwen3", "phi3", "mistral", "gemma2", "gemma3_text", "gpt_oss"]
 
@@ -123,7 +125,7 @@ def test_padding_between_tokens_is_left_out(model: Any) -> None:
     assert largest_difference(sparse[mask.bool()], dense[mask.bool()]) < 1e-5
 
 
-@pytest.mark.parametrize("size", [128, 256, 384])
+@pytest.mark.parametrize("size", [128, 384])
 @pytest.mark.parametrize("rule", RULES)
 def test_chunked_prefill_gives_the_logits_of_one_prefill(model: Any, rule: str, size: int) -> None:
     ids = tokens(699)
@@ -133,16 +135,18 @@ def test_chunked_prefill_gives_the_logits_of_one_prefill(model: Any, rule: str, 
         stats.reset()
         parts = chunked(model, ids, size, DynamicCache())
         assert largest_difference(parts, whole) < 1e-5
-        assert int(kept.sum()) > int(stats.kept_blocks.sum()) - 40  # a dense first chunk is not counted
+        assert (
+            int(kept.sum()) > int(stats.kept_blocks.sum()) - 40
+        )  # a dense first chunk is not counted
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("length", [641, 700])
 def test_generate_with_a_chunked_prefill_gives_what_it_gives_without(
-    model: Any, length: int, rule: str, cache: str
+    model: Any, rule: str, cache: str
 ) -> None:
-    ids = tokens(length)
+    # The last chunk holds one token and looks like a decode step.
+    ids = tokens(641 if cache == "dynamic" else 385)
     options: dict[str, Any] = {
         "max_new_tokens": 3,
         "do_sample": False,
@@ -188,9 +192,8 @@ def test_decode_steps_after_a_prefill_are_dense_and_counted(model: Any) -> None:
     assert stats.dense_calls == {"decode step": 4 * LAYERS}
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_decode_steps_of_a_padded_batch_are_those_of_the_dense_model(model: Any, side: str) -> None:
-    ids, mask = pad([tokens(300), tokens(150)], side)
+def test_decode_steps_of_a_padded_batch_are_those_of_the_dense_model(model: Any) -> None:
+    ids, mask = pad([tokens(300), tokens(150)], "left")
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
     dense = model.generate(ids, **options)
     with bsfa_hf.enabled(model, table(-math.inf)):
@@ -365,11 +368,17 @@ def test_a_backward_pass_is_refused(model: Any) -> None:
             loss.backward()
 
 
-@pytest.mark.parametrize("shape", [(0, 300), (0, 5)])
-def test_an_empty_batch_gives_an_empty_result(model: Any, shape: tuple[int, int]) -> None:
-    ids = torch.zeros(shape, dtype=torch.long)
-    with bsfa_hf.enabled(model, table()):
-        assert model(ids).logits.shape[:2] == shape
+@pytest.mark.parametrize(("batch", "length"), [(0, 300), (0, 1), (2, 0)])
+def test_an_empty_batch_gives_an_empty_result(model: Any, batch: int, length: int) -> None:
+    # transformers' Llama cannot reshape an empty batch, so the attention function is called itself.
+    q, k = torch.zeros(batch, 4, length, 16), torch.zeros(batch, 2, length, 16)
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    with bsfa_hf.enabled(model, table()) as stats:
+        for argument in (None, mask):
+            out, weights = bsfa_attention(model.model.layers[0].self_attn, q, k, k, argument)
+            assert out.shape == (batch, length, 4, 16)
+            assert weights is None
+    assert stats.calls == 0
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -434,19 +443,19 @@ def test_sixteen_bit_models_run(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-def test_a_patched_model_compiles_without_graph_breaks() -> None:
-    model = tiny_model("llama")
+def test_a_patched_model_compiles_without_graph_breaks(model: Any) -> None:
     ids = tokens(400)
+    name = cache_argument(model)
     with bsfa_hf.enabled(model, table()) as stats:
         expected = model(ids, use_cache=False).logits
         fractions = stats.kept_fraction
+        stats.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        logits = compiled(ids, use_cache=False).logits
+        logits = compiled(ids, **{name: DynamicCache(config=model.config)}).logits
         assert largest_difference(logits, expected) < 1e-5
-        assert stats.sparse_calls == 2 * LAYERS
+        assert stats.sparse_calls == LAYERS
         assert stats.kept_fraction == pytest.approx(fractions)
-        mask = torch.ones_like(ids)
-        mask[:, :100] = 0
-        compiled(ids, attention_mask=mask, use_cache=False)
+        # What a mask holds cannot be read while compiling.
+        compiled(ids, attention_mask=torch.ones_like(ids), use_cache=False)
         assert stats.dense_calls == {str(Reason.TRACED_MASK): LAYERS}
     torch.compiler.reset()

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from bsfa_calib import ThresholdTable
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from bsfa_calib import ThresholdTable
 
 LAYERS, HEADS, KV_HEADS, VOCABULARY = 2, 4, 2, 97
 
 # A threshold for each rule at which the tiny models keep some blocks and skip others.
-HALF = {"absolute": 3.0, "running_max": -1.0, "running_lse": -4.5}
+HALF = {"absolute": 6.5, "running_max": 1.5, "running_lse": -0.7}
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from bsfa_kernel import Geometry, block_sparse_attention
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -18,6 +18,7 @@ from bsfa_hf.dense import dense_attention, packed_mask
 from bsfa_hf.masks import Plan, bsfa_mask, equal_spans, plan_of, window_bites
 from bsfa_hf.reasons import Reason
 from bsfa_hf.state import State, state_of
+from bsfa_kernel import Geometry, block_sparse_attention, build_info
 
 NAME = "bsfa"
 
@@ -80,7 +81,9 @@ def bsfa_attention(
     assert isinstance(layer, int)
     check_layer(state, layer, query)
     if query.shape[0] == 0 or query.shape[2] == 0:
-        return query.new_zeros((*query.shape[:1], query.shape[2], query.shape[1], value.shape[-1])), None
+        return query.new_zeros(
+            (*query.shape[:1], query.shape[2], query.shape[1], value.shape[-1])
+        ), None
 
     reason = _reason_of_layer(module, query, key, value, causal, kwargs)
     if kwargs.get("cu_seq_lens_q") is not None and reason is not Reason.NOT_CAUSAL:
@@ -161,7 +164,18 @@ def _reason_of_layer(
         return Reason.SLIDING_WINDOW
     if value.shape[-1] != key.shape[-1]:
         return Reason.HEAD_DIMS
+    if query.is_cuda:
+        # Without any kernel the call is left to bsfa-kernel, whose error tells why there is none.
+        head_dims = kernel_head_dims()
+        if head_dims and query.shape[-1] not in head_dims:
+            return Reason.NO_KERNEL
     return None
+
+
+@functools.cache
+def kernel_head_dims() -> tuple[int, ...]:
+    """Head dimensions that the native library has kernels for."""
+    return build_info().head_dims
 
 
 def _reason_of_call(
@@ -267,7 +281,7 @@ def _packed(
     starts_q = options["cu_seq_lens_q"]
     starts_k = options.get("cu_seq_lens_k")
     starts_k = starts_q if starts_k is None else starts_k
-    if query.shape[0] != 1 or mask is not None and mask.ndim == 2:
+    if query.shape[0] != 1 or (mask is not None and mask.ndim == 2):
         raise ValueError(
             "packed sequences (cu_seq_lens_q) must lie in one batch row without padding, got "
             f"{query.shape[0]} rows" + (" and a padding mask" if mask is not None else "")
@@ -277,9 +291,7 @@ def _packed(
         if mask is None:
             mask = packed_mask(starts_q, starts_k, query.device)
         state.statistics.count_dense(layer, reason)
-        return dense_attention(
-            module, query, key, value, mask, None, causal=True, options=options
-        )
+        return dense_attention(module, query, key, value, mask, None, causal=True, options=options)
     thresholds = state.layer_thresholds(layer, query.device)
     if all(seqlen_q <= 1 for seqlen_q, _ in lengths):
         reason, thresholds = Reason.DECODE, torch.full_like(thresholds, -math.inf)

@@ -181,4 +181,6 @@ def sparge_attention(
 def _refuse_extras(kwargs: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux", "position_bias", "cu_seq_lens_q"):
         if kwargs.get(name) is not None:
-            raise ValueError(f'mode "sliding_window" cannot honour {name}, which this model asks for')
+            raise ValueError(
+                f'mode "sliding_window" cannot honour {name}, which this model asks for'
+            )

@@ -126,7 +126,9 @@ def stats(model: torch.nn.Module) -> Statistics:
     """
     state = model_state(model)
     if state is None:
-        raise ValueError("this model has not run with block-sparse attention: call bsfa_hf.enable first")
+        raise ValueError(
+            "this model has not run with block-sparse attention: call bsfa_hf.enable first"
+        )
     return state.statistics
 
 

@@ -66,7 +66,9 @@ class Plan:
     prefill: bool = False
     _masks: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    def explicit(self, padding: Tensor, seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
+    def explicit(
+        self, padding: Tensor, seqlen_q: int, seqlen_k: int, device: torch.device
+    ) -> Tensor:
         """The mask as SDPA takes it, bool [batch, 1, seqlen_q, seqlen_k], made once a device."""
         mask = self._masks.get(device)
         if mask is None:
@@ -77,7 +79,7 @@ class Plan:
 
 
 def causal_mask(seqlen_q: int, seqlen_k: int, offset: int, device: torch.device) -> Tensor:
-    """bool [1, 1, seqlen_q, seqlen_k]: key j is seen by query i iff j <= i + offset."""
+    """Bool [1, 1, seqlen_q, seqlen_k]: key j is seen by query i iff j <= i + offset."""
     queries = torch.arange(seqlen_q, device=device) + offset
     return (torch.arange(seqlen_k, device=device) <= queries[:, None])[None, None]
 

@@ -61,7 +61,9 @@ class AttentionConfig:
             _needs(self, "sliding_window_size")
             size = self.sliding_window_size
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"sliding_window_size must be an integer of at least 1, got {size!r}")
+                raise ValueError(
+                    f"sliding_window_size must be an integer of at least 1, got {size!r}"
+                )
 
 
 def _needs(config: AttentionConfig, name: str) -> None:
@@ -161,7 +163,9 @@ def inject_custom_attention(
     setattr(model, _CONFIG, config)
 
 
-def _block_sparse_state(model: torch.nn.Module, config: AttentionConfig, check_model: bool) -> State:
+def _block_sparse_state(
+    model: torch.nn.Module, config: AttentionConfig, check_model: bool
+) -> State:
     assert config.threshold_file is not None
     shape = text_config(model)
     layers, heads = attention_shape(shape)
@@ -236,7 +240,9 @@ def restore_original_attention(model: torch.nn.Module) -> None:
 def _current(model: torch.nn.Module, mode: str | None = None) -> AttentionConfig:
     config = get_current_attention_config(model)
     if config is None:
-        raise ValueError("this model has no custom attention yet: call inject_custom_attention first")
+        raise ValueError(
+            "this model has no custom attention yet: call inject_custom_attention first"
+        )
     if mode is not None and config.mode != mode:
         raise ValueError(
             f"this model is in mode {config.mode!r}, not {mode!r}: use change_attention_config"

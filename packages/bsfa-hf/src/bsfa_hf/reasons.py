@@ -18,7 +18,8 @@ class Reason(str, enum.Enum):
     BIAS = "attention bias"
     NOT_CAUSAL = "not causal"
     OWN_MASK = "the model's own mask"
-    TRACED_MASK = "padding mask or static cache under torch.compile"
+    TRACED_MASK = "mask that torch.compile cannot read"
+    NO_KERNEL = "head_dim without a kernel"
     HEAD_DIMS = "keys and values differ in head_dim"
 
     def __str__(self) -> str:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from bsfa_kernel import Geometry
 from torch import Tensor
 
 from bsfa_hf.statistics import Statistics
+from bsfa_kernel import Geometry
 
 _ATTRIBUTE = "_bsfa_state"
 
@@ -108,7 +108,8 @@ def local_heads(model: torch.nn.Module, heads: int) -> slice:
     if mesh is None or heads % size:
         raise ValueError(
             f"under tensor parallelism the {heads} query heads must be split evenly among the ranks "
-            f"of the model's device mesh, got {size} ranks" + ("" if mesh is not None else " and no mesh")
+            f"of the model's device mesh, got {size} ranks"
+            + ("" if mesh is not None else " and no mesh")
         )
     names: Sequence[str] = mesh.mesh_dim_names or ()
     rank = int(mesh["tp"].get_local_rank() if "tp" in names else mesh.get_local_rank())

@@ -83,7 +83,11 @@ class Statistics:
             self._layers[layer].dense[reason] += 1
 
     def count_sparse(
-        self, layer: int, kept: Sequence[Tensor], lengths: Sequence[tuple[int, int]], block: tuple[int, int]
+        self,
+        layer: int,
+        kept: Sequence[Tensor],
+        lengths: Sequence[tuple[int, int]],
+        block: tuple[int, int],
     ) -> None:
         """Count a call that ran block-sparse.
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from bsfa_calib import ThresholdTable
-from bsfa_kernel import GEOMETRIES, RULES, Geometry
 
+from bsfa_calib import ThresholdTable
 from bsfa_hf.state import State, attention_shape
 from bsfa_hf.statistics import Statistics
+from bsfa_kernel import GEOMETRIES, RULES, Geometry
 
 Table = ThresholdTable | str | os.PathLike[str]
 

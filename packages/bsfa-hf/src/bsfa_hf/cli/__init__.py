@@ -1,0 +1,64 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command ``bsfa``: see block-sparse attention at work, use it, and measure it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from bsfa_hf._version import __version__
+
+_USAGE_ERROR = 2
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if "run" not in arguments:
+        parser.print_help()
+        return _USAGE_ERROR
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("bsfa: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except (ValueError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
+        if os.environ.get("BSFA_TRACEBACK"):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"bsfa: error: {reason}", file=sys.stderr)
+        return _USAGE_ERROR
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; each sets ``run``."""
+    from bsfa_hf.cli import demo, generate, info
+    from bsfa_hf.evaluation import add_subcommands
+
+    parser = argparse.ArgumentParser(
+        prog="bsfa",
+        description="Block-sparse attention for the models of Hugging Face transformers.",
+        epilog="BSFA_TRACEBACK=1 shows where an error comes from.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"bsfa-hf {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND")
+    demo.add_subcommand(subparsers)
+    generate.add_subcommand(subparsers)
+    info.add_subcommand(subparsers)
+    add_subcommands(subparsers)
+    return parser
+
+
+def installed(distribution: str) -> str:
+    """Version of an installed distribution."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,264 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the subcommands share: options, models, tables, and reading a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import inspect
+import io
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bsfa_calib import ThresholdTable
+from bsfa_hf.tables import load_table, model_names, same_model
+
+_MISSING_EXTRA = 'this command needs {}: pip install "bsfa-hf[cli]"'
+
+
+def note(text: str) -> None:
+    """Tell the user what is going on, on stderr."""
+    print(f"bsfa: {text}", file=sys.stderr, flush=True)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options that name a model and how to load it."""
+    parser.add_argument("--model", required=True, help="directory, .gguf file or Hub id")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--offline", action="store_true", help="take nothing from the network")
+
+
+def add_table_options(parser: argparse.ArgumentParser) -> None:
+    """Options that name a table and its operating point."""
+    parser.add_argument(
+        "--thresholds",
+        metavar="FILE",
+        help="threshold table (default: the longest fitting one in ./thresholds/<model>)",
+    )
+    point = parser.add_mutually_exclusive_group()
+    point.add_argument("--k", type=int, help="key blocks kept a query block")
+    point.add_argument("--target-sparsity", type=float, metavar="S", help="share of blocks skipped")
+    point.add_argument("--max-loss", type=float, metavar="L", help="bound on the loss")
+    parser.add_argument(
+        "--any-model",
+        action="store_true",
+        help="take a table that names another model, if its shape fits",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its tokenizer and what the user called it."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+    @property
+    def names(self) -> list[str]:
+        """The names that the model may go by."""
+        return [Path(self.name).stem if self.name.endswith(".gguf") else self.name] + model_names(
+            self.model.config
+        )
+
+
+def load_model(arguments: argparse.Namespace) -> Loaded:
+    """Load the model that the arguments name.
+
+    Raises:
+        ImportError: what loading needs is not installed.
+        ValueError: there is no such model.
+    """
+    try:
+        from bsfa_calib import models
+    except ImportError as error:
+        raise ImportError(_MISSING_EXTRA.format(error.name)) from error
+    started = time.perf_counter()
+    note(f"loading {arguments.model}")
+    # Loading a GGUF file draws a bar that no setting turns off.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        loaded = models.load(
+            arguments.model,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            offline=arguments.offline,
+        )
+    model: Any = loaded.model
+    note(
+        f"loaded in {time.perf_counter() - started:.0f} s: {type(model).__name__}, "
+        f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
+    )
+    return Loaded(model, loaded.tokenizer, os.fspath(arguments.model))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the chatter of transformers off the terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def find_table(loaded: Loaded, tokens: int) -> Path | None:
+    """The shipped table for a model and a prompt: the shortest that is long enough, else the longest.
+
+    Looked for in ``thresholds/<model>`` of the current directory and those above it.
+    """
+    found: list[tuple[ThresholdTable, Path]] = []
+    here = Path.cwd()
+    for root in (here, *here.parents):
+        folder = root / "thresholds"
+        if not folder.is_dir():
+            continue
+        for path in sorted(folder.glob("*/*.safetensors")):
+            if same_model(path.parent.name, loaded.names):
+                table = load_table(path)
+                if table.axis == "k" and table.rule == "absolute":
+                    found.append((table, path))
+        if found:
+            break
+    if not found:
+        return None
+    longest = max(found, key=lambda entry: entry[0].max_seqlen)
+    fitting = [entry for entry in found if entry[0].max_seqlen >= tokens]
+    return min(fitting, key=lambda entry: entry[0].max_seqlen, default=longest)[1]
+
+
+def choose_point(
+    table: ThresholdTable, arguments: argparse.Namespace, tokens: int
+) -> dict[str, Any]:
+    """The operating point that the arguments name, or one that skips something at this length."""
+    named = {
+        "k": arguments.k,
+        "target_sparsity": arguments.target_sparsity,
+        "max_loss": arguments.max_loss,
+    }
+    if any(value is not None for value in named.values()):
+        table.select(**named)  # an unknown point is refused before any work is done
+        return {axis: value for axis, value in named.items() if value is not None}
+    if table.axis == "k":
+        wanted: float = tokens / table.k_block / 3
+    elif table.axis == "target_sparsity":
+        wanted = 0.5
+    else:
+        wanted = float(table.points[len(table.points) // 2])
+    value = min(table.points, key=lambda point: abs(point - wanted))
+    note(f"no operating point given: taking {table.axis}={value}")
+    return {table.axis: value}
+
+
+def cache_name(model: Any) -> str:
+    """What the model calls its cache: transformers 5.24 renamed ``past_key_values``."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+@dataclass
+class Reading:
+    """A prompt that has been read.
+
+    Attributes:
+        logits: float32 [positions, vocabulary], of the last tokens read.
+        cache: the keys and values.
+        seconds: what it took.
+    """
+
+    logits: Tensor
+    cache: Any
+    seconds: float
+
+
+@torch.inference_mode()
+def read(
+    model: Any, ids: list[int], cache: Any = None, *, keep: int = 1, grow: bool = False
+) -> Reading:
+    """Let a model read tokens on top of a cache.
+
+    Args:
+        model: the model.
+        ids: the tokens.
+        cache: what it has read before.
+        keep: of how many tokens the logits are wanted.
+        grow: whether the cache may be changed; else a copy is.
+    """
+    from transformers import DynamicCache
+
+    if cache is None:
+        cache = DynamicCache(config=model.config)
+    elif not grow:
+        cache = copy.deepcopy(cache)
+    options: dict[str, Any] = {cache_name(model): cache, "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = keep
+    synchronize(model.device)
+    started = time.perf_counter()
+    logits = model(input_ids=torch.tensor([ids], device=model.device), **options).logits
+    synchronize(model.device)
+    return Reading(logits[0, -keep:].float(), cache, time.perf_counter() - started)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def answer(model: Any, tokenizer: Any, reading: Reading, tokens: int) -> str:
+    """What the model says next, greedily, up to the end of the line."""
+    ids: list[int] = []
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    for _ in range(tokens):
+        token = int(reading.logits[-1].argmax())
+        if token in ends:
+            break
+        ids.append(token)
+        text: str = tokenizer.decode(ids)
+        if text.strip() and "\n" in text.lstrip():
+            break
+        if len(ids) < tokens:
+            reading = read(model, [token], reading.cache, grow=True)
+    return str(tokenizer.decode(ids)).strip().split("\n")[0]
+
+
+def columns(rows: list[list[str]]) -> str:
+    """Rows as aligned text; the first is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,309 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""``bsfa demo``: questions about a long text, answered dense and block-sparse side by side.
+
+A text holds several needles. Its beginning, up to the last whole query block that all questions share,
+is read once; each question goes on from there, which gives the logits of reading it whole (a chunk
+of a prefill reads the same thresholds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bsfa_calib import ThresholdTable
+from bsfa_hf.cli import common
+from bsfa_hf.cli.generate import gain_note
+from bsfa_hf.evaluation.needle import INTRODUCTION, NEEDLE, QUESTION
+from bsfa_hf.evaluation.text import encode, find_files, read_windows
+from bsfa_hf.integration import enabled
+from bsfa_hf.statistics import Statistics
+from bsfa_hf.tables import load_table
+
+_SHORTEST = 512
+_SCORED = 512
+_ANSWER_TOKENS = 12
+_CALIBRATION_SAMPLES = 2
+_CALIBRATION_K = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+_WORDS = ("anchor", "basket", "candle", "falcon", "garden", "island", "lantern", "marble", "orchid")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+def add_subcommand(subparsers: Any) -> None:
+    """Add ``demo`` to the subcommands of a parser."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="questions about a long text, dense and block-sparse side by side",
+        description="Hide numbers in a long text, ask for them with dense and with block-sparse "
+        "attention, and compare answers, perplexity, kept blocks and time.",
+        allow_abbrev=False,
+    )
+    common.add_model_options(parser)
+    common.add_table_options(parser)
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="make thresholds now, from the first half of the text's files (a short calibration)",
+    )
+    parser.add_argument(
+        "--text", required=True, type=Path, metavar="PATH", help="a text file, or a folder of them"
+    )
+    parser.add_argument(
+        "--tokens", type=common.positive, default=2304, help="of text and needles (default: 2304)"
+    )
+    parser.add_argument(
+        "--questions", type=common.positive, default=4, help=f"1 to {len(_WORDS)} (default: 4)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of needles, their places and the text")
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a needle."""
+
+    word: str
+    number: str
+    ids: list[int]
+
+
+@dataclass
+class Run:
+    """What a model made of the questions."""
+
+    answers: list[str]
+    logits: Tensor
+    seconds: float
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo and print its table."""
+    started = time.perf_counter()
+    if arguments.questions > len(_WORDS):
+        raise ValueError(f"--questions must be at most {len(_WORDS)}, got {arguments.questions}")
+    if arguments.tokens < _SHORTEST:
+        raise ValueError(f"--tokens must be at least {_SHORTEST}, got {arguments.tokens}")
+    find_files(arguments.text)
+    table = load_table(arguments.thresholds) if arguments.thresholds else None
+    loaded = common.load_model(arguments)
+    text = _haystack(arguments, loaded.tokenizer)
+    questions = make_questions(
+        text, loaded.tokenizer, arguments.tokens, arguments.questions, arguments.seed
+    )
+    table = table or _table(arguments, loaded)
+    point = common.choose_point(table, arguments, len(questions[0].ids))
+
+    common.note(f"{len(questions)} questions about {len(questions[0].ids)} tokens: dense")
+    dense = _ask(loaded, questions, table.q_block)
+    common.note(f"dense took {dense.seconds:.1f} s; block-sparse")
+    with enabled(loaded.model, table, **point, check_model=not arguments.any_model) as stats:
+        sparse = _ask(loaded, questions, table.q_block)
+    common.note(f"block-sparse took {sparse.seconds:.1f} s")
+
+    print(_report(loaded, table, point, questions, dense, sparse, stats))
+    gain_note(stats, len(questions[0].ids))
+    if loaded.model.device.type == "cpu":
+        common.note(
+            "on a CPU the block-sparse back end is a reference that shows what is computed, not how "
+            "fast; the speed is that of the CUDA kernels"
+        )
+    common.note(f"done in {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _haystack(arguments: argparse.Namespace, tokenizer: Any) -> str:
+    """Text of one kind, from the second half of its files."""
+    directory = _prose(arguments.text)
+    windows = read_windows(
+        directory, tokenizer, length=arguments.tokens, count=1 + arguments.seed % 8, part=(0.5, 1.0)
+    )
+    window = windows[-1]
+    common.note(f"text: {window.name}")
+    return str(tokenizer.decode(window.ids))
+
+
+def _prose(path: Path) -> Path:
+    """The folder of a collection that reads best: essays, if it has some."""
+    essays = path / "essays"
+    return essays if essays.is_dir() else path
+
+
+def make_questions(
+    text: str, tokenizer: Any, tokens: int, number: int, seed: int
+) -> list[Question]:
+    """Hide needles in a text, at depths that cover it evenly, and ask for each.
+
+    Args:
+        text: the text.
+        tokenizer: of transformers.
+        tokens: of text and needles, about.
+        number: of needles.
+        seed: what words and numbers are drawn with.
+    """
+    draw = random.Random(seed)
+    words = draw.sample(_WORDS, number)
+    numbers = [str(draw.randrange(1_000_000, 10_000_000)) for _ in words]
+    needles = [NEEDLE.format(word=w, number=n) for w, n in zip(words, numbers, strict=True)]
+    sentences = _SENTENCE_END.split(text.strip())
+    added = len(encode(tokenizer, INTRODUCTION + " ".join(needles)))
+    while len(sentences) > 1 and len(encode(tokenizer, " ".join(sentences))) + added > tokens:
+        sentences = sentences[: max(1, len(sentences) - max(1, len(sentences) // 50))]
+    for index in reversed(range(number)):
+        sentences.insert(round((index + 0.5) / number * len(sentences)), needles[index])
+    context = INTRODUCTION + " ".join(sentences)
+    return [
+        Question(word, value, list(encode(tokenizer, context + QUESTION.format(word=word))))
+        for word, value in zip(words, numbers, strict=True)
+    ]
+
+
+def _table(arguments: argparse.Namespace, loaded: common.Loaded) -> ThresholdTable:
+    """The shipped table, or one that is made now."""
+    if not arguments.calibrate:
+        path = common.find_table(loaded, arguments.tokens)
+        if path is not None:
+            common.note(f"thresholds: {path}")
+            return load_table(path)
+        common.note(f"no table for {loaded.name} in ./thresholds: calibrating")
+    from bsfa_calib import models
+    from bsfa_calib.capture import Progress, calibrate
+
+    windows = read_windows(
+        _prose(arguments.text),
+        loaded.tokenizer,
+        length=arguments.tokens,
+        count=_CALIBRATION_SAMPLES,
+        part=(0.0, 0.5),
+    )
+    most = arguments.tokens // 64 - 1
+    name, revision = models.identity(arguments.model, loaded.model)
+
+    def progress(state: Progress) -> None:
+        if state.layer is None:
+            common.note(f"calibrated on {state.sample} of {state.samples} samples")
+
+    with common.quiet():
+        return calibrate(
+            loaded.model,
+            [list(window.ids) for window in windows],
+            k_values=[k for k in _CALIBRATION_K if k < most],
+            model_name=name,
+            revision=revision,
+            provenance={"command": "bsfa demo --calibrate"},
+            progress=progress,
+        )
+
+
+def _ask(loaded: common.Loaded, questions: list[Question], q_block: int) -> Run:
+    """Read the text and answer every question; times are those of reading one whole prompt."""
+    ids = [question.ids for question in questions]
+    shared = _shared(ids, q_block)
+    scored = min(_SCORED, shared - 1)
+    text = common.read(loaded.model, ids[0][:shared], keep=scored + 1)
+    answers, seconds = [], text.seconds
+    for index, tokens in enumerate(ids):
+        reading = common.read(loaded.model, tokens[shared:], text.cache)
+        if index == 0:
+            seconds += reading.seconds
+        answers.append(common.answer(loaded.model, loaded.tokenizer, reading, _ANSWER_TOKENS))
+    return Run(answers, text.logits[:-1].log_softmax(-1), seconds)
+
+
+def _shared(prompts: list[list[int]], q_block: int) -> int:
+    """Tokens in the query blocks that all prompts begin with; one at least is left of each prompt."""
+    shared, most = 0, min(map(len, prompts)) - 1
+    while shared < most and len({tokens[shared] for tokens in prompts}) == 1:
+        shared += 1
+    return shared // q_block * q_block
+
+
+def _report(
+    loaded: common.Loaded,
+    table: ThresholdTable,
+    point: dict[str, Any],
+    questions: list[Question],
+    dense: Run,
+    sparse: Run,
+    stats: Statistics,
+) -> str:
+    """The table, for people."""
+    ((axis, value),) = point.items()
+    length = len(questions[0].ids)
+    rows = [["tokens", "question", "answer", "dense", "", "block-sparse", ""]]
+    for question, first, second in zip(questions, dense.answers, sparse.answers, strict=True):
+        marks = ["hit" if question.number in said else "miss" for said in (first, second)]
+        rows.append(
+            [
+                str(len(question.ids)),
+                f"magic number for {question.word}",
+                question.number,
+                first[:24],
+                marks[0],
+                second[:24],
+                marks[1],
+            ]
+        )
+    hits = [
+        sum(q.number in said for q, said in zip(questions, run.answers, strict=True))
+        for run in (dense, sparse)
+    ]
+    scored, start = _scored_tokens(questions, dense, table.q_block)
+    losses = [-run.logits.gather(1, scored[:, None]).mean().item() for run in (dense, sparse)]
+    divergence = (dense.logits.exp() * (dense.logits - sparse.logits)).sum(-1).mean().item()
+    kept = stats.mean_kept_fraction
+    summary = [
+        ["", "dense", "block-sparse"],
+        ["questions answered", f"{hits[0]} of {len(questions)}", f"{hits[1]} of {len(questions)}"],
+        [
+            f"perplexity (tokens {start} to {start + len(scored)})",
+            f"{math.exp(losses[0]):.3f}",
+            f"{math.exp(losses[1]):.3f}",
+        ],
+        ["KL divergence from dense, nats a token", "0", f"{divergence:.4f}"],
+        [
+            "key blocks kept",
+            "100%",
+            "100%" if math.isnan(kept) else f"{kept:.1%}",
+        ],
+        ["seconds to read one prompt", f"{dense.seconds:.1f}", f"{sparse.seconds:.1f}"],
+    ]
+    return "\n".join(
+        [
+            f"{loaded.name}: {length} tokens, {axis}={value}, rule {table.rule}, blocks of "
+            f"{table.q_block}x{table.k_block}",
+            "",
+            common.columns(rows),
+            "",
+            common.columns(summary),
+            "",
+            "key blocks kept, by layer:",
+            *_by_layer(stats),
+        ]
+    )
+
+
+def _scored_tokens(questions: list[Question], run: Run, q_block: int) -> tuple[Tensor, int]:
+    """The tokens that the logits predict, and the position of the first."""
+    ids = [question.ids for question in questions]
+    shared = _shared(ids, q_block)
+    start = shared - len(run.logits)
+    return torch.tensor(ids[0][start:shared], device=run.logits.device), start
+
+
+def _by_layer(stats: Statistics) -> list[str]:
+    cells = ["dense" if math.isnan(share) else f"{share:.0%}" for share in stats.kept_fraction]
+    lines = []
+    for start in range(0, len(cells), 10):
+        row = "".join(f"{cell:>7}" for cell in cells[start : start + 10])
+        lines.append(f"  {start:>3}-{min(start + 9, len(cells) - 1):<3}{row}")
+    return lines

@@ -1,0 +1,221 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The names of the paper's repository."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import bsfa_hf
+from bsfa_hf import AttentionConfig
+from tiny import largest_difference, table, tiny_model, tokens
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "table.safetensors"
+    table(points=(4, 8)).save(path)
+    return str(path)
+
+
+def test_block_sparse_mode_runs_and_changes_k(model: Any, file: str) -> None:
+    assert bsfa_hf.get_current_attention_config(model) is None
+    bsfa_hf.inject_custom_attention(
+        model, AttentionConfig(mode="block_sparse", threshold_file=file, block_sparse_topk=4)
+    )
+    four = model(tokens(400)).logits
+    bsfa_hf.update_block_sparse_topk(model, 8)
+    config = bsfa_hf.get_current_attention_config(model)
+    assert config is not None
+    assert (config.mode, config.block_sparse_topk) == ("block_sparse", 8)
+    assert not torch.equal(model(tokens(400)).logits, four)
+    with pytest.raises(ValueError, match="no k=5; its points are k = 4, 8"):
+        bsfa_hf.update_block_sparse_topk(model, 5)
+    assert bsfa_hf.get_current_attention_config(model) == config
+
+
+def test_original_attention_is_really_restored(model: Any, file: str) -> None:
+    dense = model(tokens(400)).logits
+    for config in (
+        AttentionConfig(mode="block_sparse", threshold_file=file, block_sparse_topk=8),
+        AttentionConfig(mode="sliding_window", sliding_window_size=64),
+        AttentionConfig(mode="sdpa"),
+    ):
+        bsfa_hf.inject_custom_attention(model, config)
+        model(tokens(400))
+    bsfa_hf.restore_original_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert bsfa_hf.get_current_attention_config(model) is None
+    assert torch.equal(model(tokens(400)).logits, dense)
+
+
+def test_change_needs_an_injected_model_and_the_right_mode(model: Any) -> None:
+    with pytest.raises(ValueError, match="call inject_custom_attention first"):
+        bsfa_hf.change_attention_config(model, AttentionConfig())
+    bsfa_hf.inject_custom_attention(model, AttentionConfig(mode="sdpa"))
+    with pytest.raises(ValueError, match="in mode 'sdpa', not 'block_sparse'"):
+        bsfa_hf.update_block_sparse_topk(model, 8)
+    with pytest.raises(ValueError, match="in mode 'sdpa', not 'sparge_attn'"):
+        bsfa_hf.update_sparge_attn_params(model, topk=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "flash"}, "mode must be one of sdpa, block_sparse, sparge_attn, sliding_window"),
+        ({"mode": "block_sparse"}, "threshold_file must be given"),
+        ({"mode": "block_sparse", "threshold_file": "x"}, "block_sparse_topk must be given"),
+        ({"mode": "sliding_window"}, "sliding_window_size must be given"),
+        ({"mode": "sliding_window", "sliding_window_size": 0}, "at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_an_incomplete_configuration_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AttentionConfig(**options)
+
+
+def test_a_missing_file_is_refused(model: Any) -> None:
+    config = AttentionConfig(mode="block_sparse", threshold_file="no/such", block_sparse_topk=8)
+    with pytest.raises(FileNotFoundError, match="no/such"):
+        bsfa_hf.inject_custom_attention(model, config)
+
+
+def test_files_of_the_papers_repository_are_read(model: Any, file: str, tmp_path: Path) -> None:
+    path = tmp_path / "thresholds.pt"
+    thresholds = torch.from_numpy(table(points=(4, 8)).thresholds.copy())
+    torch.save({"thresholds": thresholds, "k_values": [4, 8]}, path)
+    logits = []
+    for name in (file, str(path)):
+        bsfa_hf.inject_custom_attention(
+            model, AttentionConfig(mode="block_sparse", threshold_file=name, block_sparse_topk=8)
+        )
+        logits.append(model(tokens(400)).logits)
+    assert torch.equal(logits[0], logits[1])
+
+
+def test_environment_variables_are_read(
+    model: Any, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="CUSTOM_ATTENTION_MODE"):
+        bsfa_hf.inject_custom_attention(model)
+    monkeypatch.setenv("CUSTOM_ATTENTION_MODE", "block_sparse")
+    monkeypatch.setenv("CUSTOM_THRESHOLD_FILE", file)
+    with pytest.raises(ValueError, match="block_sparse_topk must be given"):
+        bsfa_hf.inject_custom_attention(model)
+    monkeypatch.setenv("CUSTOM_BLOCK_SPARSE_TOPK", "many")
+    with pytest.raises(ValueError, match="must be a whole number, got 'many'"):
+        bsfa_hf.inject_custom_attention(model)
+    monkeypatch.setenv("CUSTOM_BLOCK_SPARSE_TOPK", "8")
+    bsfa_hf.inject_custom_attention(model)
+    assert bsfa_hf.get_current_attention_config(model) == AttentionConfig(
+        mode="block_sparse", threshold_file=file, block_sparse_topk=8
+    )
+    monkeypatch.setenv("CUSTOM_ATTENTION_MODE", "sliding_window")
+    monkeypatch.setenv("CUSTOM_SLIDING_WINDOW_SIZE", "64")
+    bsfa_hf.inject_custom_attention(model)
+    config = bsfa_hf.get_current_attention_config(model)
+    assert config is not None
+    assert config.sliding_window_size == 64
+    monkeypatch.setenv("CUSTOM_ATTENTION_MODE", "sparge_attn")
+    monkeypatch.setenv("CUSTOM_SPARGE_TOPK", "0.5")
+    assert bsfa_hf.create_attention_config_from_env() == AttentionConfig(
+        mode="sparge_attn",
+        sparge_attn_params={"simthreshd1": -0.1, "topk": 0.5, "pvthreshd": 15},
+    )
+
+
+@pytest.mark.parametrize("window", [64, 200, 1000])
+def test_sliding_window_mode_is_that_of_a_model_with_such_a_window(window: int) -> None:
+    windowed = tiny_model("mistral")
+    windowed.config.sliding_window = window
+    plain = tiny_model("llama")
+    plain.load_state_dict(windowed.state_dict())
+    bsfa_hf.inject_custom_attention(
+        plain, AttentionConfig(mode="sliding_window", sliding_window_size=window)
+    )
+    ids = tokens(400)
+    assert largest_difference(plain(ids).logits, windowed(ids).logits) < 1e-5
+    mask = torch.ones_like(ids)
+    mask[:, :50] = 0
+    expected = windowed(ids, attention_mask=mask).logits
+    logits = plain(ids, attention_mask=mask).logits
+    assert largest_difference(logits[:, 50:], expected[:, 50:]) < 1e-5
+    generated = [
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        for model in (plain, windowed)
+    ]
+    assert torch.equal(*generated)
+
+
+def test_sliding_window_mode_works_in_chunks(model: Any) -> None:
+    bsfa_hf.inject_custom_attention(
+        model, AttentionConfig(mode="sliding_window", sliding_window_size=100)
+    )
+    ids = tokens(300)
+    whole = model.generate(ids, max_new_tokens=3, do_sample=False)
+    parts = model.generate(ids, max_new_tokens=3, do_sample=False, prefill_chunk_size=70)
+    assert torch.equal(whole, parts)
+
+
+def test_sparge_attn_needs_its_package(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "spas_sage_attn", None)
+    with pytest.raises(ImportError, match="install SpargeAttn"):
+        bsfa_hf.inject_custom_attention(model, AttentionConfig(mode="sparge_attn"))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_sparge_attn_is_called_as_its_package_wants(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        calls.append({"shape": tuple(q.shape), "keys": tuple(k.shape), **options})
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=options["scale"])
+
+    package = ModuleType("spas_sage_attn")
+    package.spas_sage_attn_meansim_topk_cuda = kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "spas_sage_attn", package)
+    ids = tokens(300)
+    dense = model(ids).logits
+    bsfa_hf.inject_custom_attention(model, AttentionConfig(mode="sparge_attn"))
+    bsfa_hf.update_sparge_attn_params(model, topk=0.5)
+    assert largest_difference(model(ids).logits, dense) < 1e-5
+    assert calls[0] == {
+        "shape": (1, 4, 300, 16),
+        "keys": (1, 4, 300, 16),
+        "is_causal": True,
+        "scale": 0.25,
+        "tensor_layout": "HND",
+        "output_dtype": torch.float32,
+        "return_sparsity": False,
+        "simthreshd1": -0.1,
+        "topk": 0.5,
+        "pvthreshd": 15,
+    }
+    mask = torch.ones_like(ids)
+    mask[:, :50] = 0
+    padded = model(ids, attention_mask=mask).logits
+    bsfa_hf.restore_original_attention(model)
+    expected = model(ids, attention_mask=mask).logits
+    assert largest_difference(padded[:, 50:], expected[:, 50:]) < 1e-5
+
+
+def test_plus_infinity_thresholds_differ_from_dense(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    table(math.inf).save(path)
+    dense = model(tokens(400)).logits
+    bsfa_hf.inject_custom_attention(
+        model, AttentionConfig(mode="block_sparse", threshold_file=str(path), block_sparse_topk=8)
+    )
+    assert not torch.equal(model(tokens(400)).logits, dense)
