@@ -20,7 +20,7 @@ _OPTIONS: dict[str, dict[str, bool]] = {
     "table": {"file": True, **dict.fromkeys(AXES, False)},
     "scalar": {"rule": True, "threshold": False, "sparsity": False, "geometry": False},
     "sliding_window": {"window": True, "sink": False},
-    "sparge_attn": {"topk": False, "simthreshd1": False, "cdfthreshd": False},
+    "sparge_attn": dict.fromkeys(("topk", "simthreshd1", "cdfthreshd", "pvthreshd"), False),
 }
 KINDS = tuple(_OPTIONS)
 
@@ -71,7 +71,7 @@ def make_configuration(
       is not evaluated on.
     * ``sliding_window``: the last ``window`` keys, and the first ``sink``.
     * ``sparge_attn``: SpargeAttention (arXiv 2502.18137), if it is installed; ``topk``, or
-      ``simthreshd1`` and ``cdfthreshd``.
+      ``cdfthreshd``, and its ``simthreshd1`` and ``pvthreshd``.
 
     Raises:
         ConfigurationError: unknown kind or option, one missing, or a value out of range.
@@ -161,11 +161,11 @@ def _check_values(kind: str, options: Mapping[str, str]) -> str:
                         f"{name} must be at least {least}, got {options[name]}"
                     )
         if kind == "sparge_attn":
-            for name in options:
-                if not 0 < float(options[name]) <= 1:
+            for name in ("topk", "cdfthreshd"):
+                if not 0 < float(options.get(name, 1)) <= 1:
                     raise ConfigurationError(f"{name} must be in (0, 1], got {options[name]}")
-            if "topk" in options and len(options) > 1:
-                raise ConfigurationError("sparge_attn takes topk or thresholds, not both")
+            if "topk" in options and "cdfthreshd" in options:
+                raise ConfigurationError("sparge_attn takes topk or cdfthreshd, not both")
     except (ConfigurationError, FileNotFoundError):
         raise
     except ValueError as error:

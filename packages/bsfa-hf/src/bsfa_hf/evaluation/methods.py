@@ -265,7 +265,7 @@ class SpargeAttention:
             ConfigurationError: the package is not there.
         """
         name = "spas_sage2_attn_meansim_topk_cuda"
-        if options and "topk" not in options:
+        if "cdfthreshd" in options:
             name = "spas_sage2_attn_meansim_cuda"
         try:
             self._attend = getattr(importlib.import_module("spas_sage_attn"), name)
@@ -278,12 +278,17 @@ class SpargeAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
         """See ``Method``."""
-        if abs(scale - q.shape[-1] ** -0.5) > 1e-6 or q.shape[1] != k.shape[1]:
-            raise ConfigurationError("sparge_attn takes whole prompts and the usual scale only")
+        if q.shape[1] != k.shape[1] or q.shape[1] < 128:
+            raise ConfigurationError(
+                "sparge_attn takes whole prompts of at least 128 tokens, got "
+                f"{q.shape[1]} queries and {k.shape[1]} keys"
+            )
         group = q.shape[2] // k.shape[2]
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        out, sparsity = self._attend(q, k, v, is_causal=True, return_sparsity=True, **self._options)
+        out, sparsity = self._attend(
+            q, k, v, is_causal=True, scale=scale, return_sparsity=True, **self._options
+        )
         skipped = q.new_full((q.shape[1],), float(sparsity), dtype=torch.float32)
         return Attended(out.transpose(1, 2), skipped)
 

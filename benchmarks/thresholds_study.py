@@ -1,0 +1,515 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which thresholds lose least at equal sparsity, on a real model and on held-out text.
+
+Every candidate is calibrated on some contexts and run on others at several sparsities: the paper's
+table (absolute thresholds for k blocks), one scalar for the whole model under each rule, and one
+scalar a head or a layer, allotted by the measured effect of the head's error on the predictions
+(``bsfa_hf.evaluation.allotment``), in both geometries. What is compared is the KL divergence of the
+next-token distributions from dense, and how much can be skipped at a given divergence; intervals
+are from a bootstrap over contexts, the same contexts for all.
+
+    python benchmarks/thresholds_study.py --model MODEL --text DIR --length 4096 --contexts 16
+
+Native kernels are used on a GPU where there are some for the model's dtype, and elsewhere an
+emulation in PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bsfa_calib import models
+from bsfa_calib.thresholds import ThresholdTable
+from bsfa_hf.evaluation.allotment import (
+    Profile,
+    allot,
+    profile_all,
+    scalar_for,
+    sensitivity_offsets,
+)
+from bsfa_hf.evaluation.emulation import EmulatedSparse
+from bsfa_hf.evaluation.methods import (
+    Attended,
+    BlockSparse,
+    Method,
+    applied,
+    attention_shape,
+    forced_share,
+)
+from bsfa_hf.evaluation.metrics import LanguageModel, Predictions
+from bsfa_hf.evaluation.text import Window, read_windows
+from bsfa_kernel import Geometry, build_info, reference
+from harness import Budget, environment, progress
+
+SPARSITIES = (0.4, 0.55, 0.7, 0.8)
+PAPER_SPARSITIES = (0.1, 0.2, 0.35, 0.5)  # it reaches the same divergence sooner
+KL_TARGETS = (0.01, 0.03)
+COARSE, FINE = Geometry(128, 64), Geometry(64, 64)
+PAPER, BLASST = "absolute top-k 128x64", "running_max scalar 128x64"
+BOOTSTRAPS = 2000
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to choose thresholds.
+
+    Attributes:
+        name: what the table calls it; the geometry is part of it.
+        rule: one of ``bsfa_kernel.RULES``.
+        geometry: the sparsity block.
+        thresholds: gives float32 [layers, heads, rows] for a sparsity.
+        order: of the blocks; see ``emulation.ORDERS``.
+    """
+
+    name: str
+    rule: str
+    geometry: Geometry
+    thresholds: Callable[[float], npt.NDArray[np.float32]]
+    order: str = "last_first"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate at one sparsity; arrays are [contexts]."""
+
+    asked: float
+    sparsity: Array
+    kl: Array
+    nll: Array
+
+
+def grid(rule: str, step: float) -> tuple[float, ...]:
+    """Thresholds at which heads are profiled."""
+    low, high = (-14.0, 4.0) if rule == "running_max" else (-16.0, 3.0)
+    return tuple(np.arange(low, high + step, step).tolist())
+
+
+def candidates(
+    measured: dict[tuple[str, Geometry, str], Profile],
+    paper: Callable[[float], npt.NDArray[np.float32]],
+) -> Iterator[Candidate]:
+    """All candidates, those that matter most first."""
+
+    def of(values: Callable[[Profile, float], Any], made: Profile) -> Callable[[float], Any]:
+        return lambda target: np.asarray(values(made, target), np.float32)[..., None]
+
+    variants: list[tuple[str, Callable[[Profile, float], Any]]] = [
+        ("scalar", lambda made, target: scalar_for(made, target)),
+        ("head by effect", lambda made, target: allot(made, target)),
+        ("head by effect, half", lambda made, target: allot(made, target, blend=0.5)),
+        ("head offset", lambda made, target: scalar_for(made, target, sensitivity_offsets(made))),
+        (
+            "head offset, half",
+            lambda made, target: scalar_for(made, target, sensitivity_offsets(made, strength=0.5)),
+        ),
+        ("layer by effect", lambda made, target: allot(made, target, group="layer")),
+    ]
+    yield Candidate(PAPER, "absolute", COARSE, paper)
+    done = set()
+    # First what the defaults may become, then the rest.
+    wanted = [
+        ("running_max", COARSE, ["scalar"]),
+        ("running_lse", COARSE, ["scalar"]),
+        ("running_lse", FINE, ["scalar"]),
+        ("running_lse", COARSE, ["head by effect", "head by effect, half", "head offset, half"]),
+        ("running_lse", FINE, ["head by effect", "head by effect, half", "head offset, half"]),
+        ("running_max", FINE, ["scalar"]),
+        ("running_max", COARSE, ["head by effect", "head by effect, half"]),
+        ("running_lse", COARSE, [name for name, _ in variants]),
+        ("running_lse", FINE, [name for name, _ in variants]),
+    ]
+    for rule, geometry, names in wanted:
+        for name, values in variants:
+            key = (rule, geometry, name)
+            made = measured.get((rule, geometry, "last_first"))
+            if name in names and key not in done and made is not None:
+                done.add(key)
+                yield Candidate(f"{rule} {name} {geometry}", rule, geometry, of(values, made))
+    for (rule, geometry, order), made in measured.items():
+        if order != "last_first":
+            for name, values in variants[:2]:
+                title = f"{rule} {name} {geometry}, {order.replace('_', ' ')}"
+                yield Candidate(title, rule, geometry, of(values, made), order)
+
+
+def unforced(length: int) -> npt.NDArray[np.int64]:
+    """Blocks that each query block of the paper's geometry may skip."""
+    return np.asarray((np.arange(0, length, 128) + 1) // 64, np.int64)
+
+
+class _Maxima:
+    """Dense attention that keeps the block maxima, the unforced ones in descending order."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, npt.NDArray[np.float32]] = {}
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float
+    ) -> Attended:
+        maxima = reference.block_maxima(q, k, scale=scale, geometry=COARSE)[0]
+        free = torch.as_tensor(unforced(q.shape[1]), device=q.device)
+        hidden = torch.arange(maxima.shape[-1], device=q.device) >= free[:, None]
+        ordered = maxima.masked_fill(hidden, -torch.inf).sort(-1, descending=True).values
+        self.layers[layer] = ordered.cpu().numpy()
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=True
+        )
+        return Attended(out.transpose(1, 2), q.new_zeros(q.shape[1]))
+
+
+def paper_thresholds(
+    model: Any, contexts: Sequence[Sequence[int]]
+) -> Callable[[float], npt.NDArray[np.float32]]:
+    """The paper's rule: for each query block the threshold that keeps k blocks, mean over contexts.
+
+    The k for a sparsity is the one that would keep that share on average.
+    """
+    length = len(contexts[0])
+    free = unforced(length)
+    language_model = LanguageModel(model)
+    samples = []
+    for ids in contexts:
+        recording = _Maxima()
+        with applied(model, recording):
+            language_model.predict(ids)
+        samples.append(np.stack([recording.layers[i] for i in sorted(recording.layers)]))
+    # [contexts, layers, heads, q_blocks, k_blocks]
+    maxima = np.stack(samples).astype(np.float64)
+    visible = np.arange(128, length + 1, 128) // 64
+
+    def thresholds(target: float) -> npt.NDArray[np.float32]:
+        shares = [(np.maximum(free - k, 0).sum() / visible.sum()) for k in range(1, length // 64)]
+        k = 1 + int(np.argmin(np.abs(np.asarray(shares) - target)))
+        between = (maxima[..., k - 1] + maxima[..., k]) / 2
+        return np.where(free > k, between.mean(0), -np.inf).astype(np.float32)
+
+    return thresholds
+
+
+def run_point(
+    language_model: LanguageModel,
+    method: Method,
+    windows: Sequence[Window],
+    dense: Sequence[tuple[Predictions, float]],
+    asked: float,
+) -> Point:
+    """One candidate at one sparsity on all contexts."""
+    sparsity, kl, nll = [], [], []
+    for window, (expected, dense_nll) in zip(windows, dense, strict=True):
+        with applied(language_model.model, method) as meter:
+            found = language_model.predict(window.ids)
+            sparsity.append(float(np.mean(meter.take())))
+        bands = language_model.compare(found, expected, window.ids)
+        positions = sum(band.positions for band in bands)
+        kl.append(sum(band.kl * band.positions for band in bands) / positions)
+        nll.append(sum(band.nll * band.positions for band in bands) / positions - dense_nll)
+    return Point(asked, np.asarray(sparsity), np.asarray(kl), np.asarray(nll))
+
+
+def sparsity_at(points: Sequence[Point], kl: float, chosen: npt.NDArray[np.int64]) -> float:
+    """Sparsity at which a candidate's mean divergence is ``kl``; NaN beyond its points.
+
+    Between points the logarithm of the divergence is linear in the sparsity.
+    """
+    losses = np.array([point.kl[chosen].mean() for point in points])
+    shares = np.array([point.sparsity[chosen].mean() for point in points])
+    order = np.argsort(losses)
+    losses, shares = np.log(np.maximum(losses[order], 1e-12)), shares[order]
+    if len(losses) == 0:
+        return float("nan")
+    return float(np.interp(np.log(kl), losses, shares, left=np.nan, right=np.nan))
+
+
+def compared(
+    results: dict[str, list[Point]], contexts: int, seed: int = 0
+) -> dict[str, dict[str, list[float]]]:
+    """Sparsity at each KL target, and points gained over the two baselines: [mean, low, high]."""
+    draws = np.random.default_rng(seed).integers(0, contexts, (BOOTSTRAPS, contexts))
+    everything = np.arange(contexts)
+    found: dict[str, dict[str, list[float]]] = {}
+    for target in KL_TARGETS:
+        mean = {name: sparsity_at(p, target, everything) for name, p in results.items()}
+        drawn = {
+            name: np.array([sparsity_at(p, target, draw) for draw in draws])
+            for name, p in results.items()
+        }
+        for name in results:
+            row = found.setdefault(name, {})
+            row[f"sparsity_at_{target:g}"] = _with_interval(mean[name], drawn[name])
+            for baseline, label in ((PAPER, "over_paper"), (BLASST, "over_running_max")):
+                if baseline in results and baseline != name:
+                    row[f"{label}_at_{target:g}"] = _with_interval(
+                        mean[name] - mean[baseline], drawn[name] - drawn[baseline]
+                    )
+    return found
+
+
+def _with_interval(mean: float, drawn: Array) -> list[float]:
+    known = drawn[np.isfinite(drawn)]
+    # Where draws fall off the end of the curve often, an interval would be made up.
+    if len(known) < 0.9 * len(drawn):
+        return [mean, float("nan"), float("nan")]
+    low, high = np.quantile(known, [0.025, 0.975])
+    return [mean, float(low), float(high)]
+
+
+def main() -> int:
+    """Run the study."""
+    arguments = _arguments()
+    budget = Budget(arguments.seconds)
+    loaded = models.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    model = loaded.model
+    language_model = LanguageModel(model)
+    device = language_model.device
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+    native = arguments.backend == "native" or (
+        arguments.backend == "auto"
+        and device.type == "cuda"
+        and next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+        and bool(build_info().kernels)
+    )
+    calibration = read_windows(
+        arguments.calibration_text or arguments.text,
+        loaded.tokenizer,
+        length=arguments.length,
+        count=arguments.calibration_contexts,
+        part=(0.0, 0.5),
+    )
+    windows = read_windows(
+        arguments.text,
+        loaded.tokenizer,
+        length=arguments.length,
+        count=arguments.contexts,
+        part=(0.5, 1.0),
+    )
+    kinds = sorted({window.kind for window in windows})
+    progress(
+        f"{len(calibration)} contexts to calibrate on, {len(windows)} to compare on, of "
+        f"{arguments.length} tokens and kinds {', '.join(kinds)}; "
+        f"{'native kernels' if native else 'emulation'} on {device}; {budget.spent:.0f} s so far"
+    )
+
+    requests = [
+        (rule, geometry, "last_first", grid(rule, arguments.grid_step))
+        for rule in ("running_max", "running_lse")
+        for geometry in (COARSE, FINE)
+    ]
+    if arguments.orders:
+        requests.append(
+            ("running_lse", COARSE, "sink_last_first", grid("running_lse", arguments.grid_step))
+        )
+    calibration_ids = [window.ids for window in calibration]
+    profiles = profile_all(
+        model,
+        calibration_ids,
+        requests,
+        draws=arguments.draws,
+        progress=lambda told: progress(f"{told}; {budget.spent:.0f} s"),
+    )
+    measured = {request[:3]: made for request, made in zip(requests, profiles, strict=True)}
+    paper = paper_thresholds(model, calibration_ids)
+
+    dense = []
+    with applied(model, None):
+        for window in windows:
+            expected = language_model.predict(window.ids)
+            bands = language_model.compare(expected, expected, window.ids)
+            nll = sum(b.nll * b.positions for b in bands) / (len(window.ids) - 1)
+            dense.append((expected, nll))
+    progress(f"dense done; {budget.spent:.0f} s")
+
+    about = {
+        "schema": 1,
+        "kind": "thresholds_study",
+        **environment(device),
+        "model": models.identity(arguments.model, model)[0],
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "backend": "native" if native else "emulation",
+        "seqlen": arguments.length,
+        "calibration_contexts": [window.name for window in calibration],
+        "contexts": [window.name for window in windows],
+        "draws": arguments.draws,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[Point]] = {}
+    longest = 0.0
+    most = 0.98 * (1 - forced_share(arguments.length, COARSE))
+    with arguments.out.open("a", encoding="utf-8") as file:
+        for candidate in candidates(measured, paper):
+            if arguments.only and not any(part in candidate.name for part in arguments.only):
+                continue
+            if not budget.allows(longest):
+                progress(f"time is up: {candidate.name} and what follows are left out")
+                break
+            begin = time.monotonic()
+            of_rule = PAPER_SPARSITIES if candidate.name == PAPER else arguments.sparsities
+            for asked in (share for share in of_rule if share < most):
+                values = torch.tensor(candidate.thresholds(asked), device=device)
+                method: Method
+                if native and candidate.order == "last_first":
+                    method = BlockSparse(values, candidate.rule, candidate.geometry)
+                else:
+                    method = EmulatedSparse(
+                        values, candidate.rule, candidate.geometry, candidate.order
+                    )
+                point = run_point(language_model, method, windows, dense, asked)
+                results.setdefault(candidate.name, []).append(point)
+                record = {
+                    **about,
+                    "candidate": candidate.name,
+                    "rule": candidate.rule,
+                    "geometry": str(candidate.geometry),
+                    "order": candidate.order,
+                    "asked": asked,
+                    "sparsity": point.sparsity.tolist(),
+                    "kl": point.kl.tolist(),
+                    "nll_change": point.nll.tolist(),
+                }
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+                file.flush()
+            longest = max(longest, time.monotonic() - begin)
+            progress(f"{candidate.name}; {budget.spent:.0f} s")
+        summary = compared(results, len(windows))
+        record = {**about, "kind": "thresholds_study_summary", "compared": _plain(summary)}
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+    print(table(results, summary, windows))
+    if arguments.save_table is not None:
+        _save_table(arguments, measured, model, calibration)
+    return 0
+
+
+def table(
+    results: dict[str, list[Point]],
+    summary: dict[str, dict[str, list[float]]],
+    windows: Sequence[Window],
+) -> str:
+    """What came out, as Markdown."""
+    kinds = sorted({window.kind for window in windows})
+    lines = [
+        "| thresholds | sparsity → KL, nats (change of NLL) | "
+        + " | ".join(f"KL of {kind}" for kind in kinds)
+        + " |",
+        "|" + " --- |" * (2 + len(kinds)),
+    ]
+    for name, points in results.items():
+        shown = "; ".join(
+            f"{p.sparsity.mean():.3f} → {p.kl.mean():.4f} ({p.nll.mean():+.4f})" for p in points
+        )
+        of_kind = []
+        for kind in kinds:
+            chosen = np.array([window.kind == kind for window in windows])
+            of_kind.append(
+                "; ".join(
+                    f"{p.sparsity[chosen].mean():.2f} → {p.kl[chosen].mean():.4f}" for p in points
+                )
+            )
+        lines.append(f"| {name} | {shown} | " + " | ".join(of_kind) + " |")
+    titles = ["thresholds"]
+    for target in KL_TARGETS:
+        titles += [
+            f"sparsity at KL {target:g}",
+            f"over the paper's, at {target:g}",
+            f"over running_max, at {target:g}",
+        ]
+    lines += ["", "| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    for name, row in summary.items():
+        cells = []
+        for target in KL_TARGETS:
+            for label in ("sparsity", "over_paper", "over_running_max"):
+                value = row.get(f"{label}_at_{target:g}")
+                cells.append("" if value is None else _interval(value))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _interval(value: Sequence[float]) -> str:
+    mean, low, high = value
+    if np.isnan(mean):
+        return "out of range"
+    return f"{mean:.3f}" if np.isnan(low) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _plain(summary: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float | None]]]:
+    return {
+        name: {key: [None if np.isnan(x) else x for x in value] for key, value in row.items()}
+        for name, row in summary.items()
+    }
+
+
+def _save_table(
+    arguments: argparse.Namespace,
+    measured: dict[tuple[str, Geometry, str], Profile],
+    model: Any,
+    calibration: Sequence[Window],
+) -> None:
+    rule, geometry_text, blend = arguments.save_rule.split(":")
+    geometry = Geometry.parse(geometry_text)
+    made = measured[rule, geometry, "last_first"]
+    values = np.stack([allot(made, s, blend=float(blend)) for s in arguments.sparsities])
+    name, revision = models.identity(arguments.model, model)
+    ThresholdTable(
+        values[..., None].astype(np.float32),
+        tuple(arguments.sparsities),
+        axis="target_sparsity",
+        q_block=geometry.q_block,
+        k_block=geometry.k_block,
+        rule=rule,
+        model=name,
+        revision=revision,
+        max_seqlen=arguments.length,
+        samples=len(calibration),
+        aggregate=f"allotted by effect, blend {blend}",
+        provenance={"text": ", ".join(window.name for window in calibration)},
+    ).save(arguments.save_table)
+    progress(f"wrote {arguments.save_table}, {attention_shape(model)} layers and heads")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", type=Path, required=True, help="a folder a kind")
+    parser.add_argument("--calibration-text", type=Path, help="calibrate on this text instead")
+    parser.add_argument("--length", type=int, default=4096, help="a multiple of 128")
+    parser.add_argument("--contexts", type=int, default=16)
+    parser.add_argument("--calibration-contexts", type=int, default=6)
+    parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--draws", type=int, default=2, help="of tokens, to measure effects with")
+    parser.add_argument("--grid-step", type=float, default=1.0, help="of thresholds profiled")
+    parser.add_argument("--orders", action="store_true", help="try other orders of the blocks too")
+    parser.add_argument("--only", nargs="+", default=[], help="candidates whose name holds this")
+    parser.add_argument("--seconds", type=float, help="leave out what does not fit")
+    parser.add_argument("--backend", choices=("auto", "native", "emulation"), default="auto")
+    parser.add_argument("--dtype", default="float32", help="float32 needs emulation")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--save-table", type=Path, help="save what --save-rule says")
+    parser.add_argument("--save-rule", default="running_lse:128x64:1", help="rule:geometry:blend")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "thresholds_study.jsonl"
+    )
+    arguments = parser.parse_args()
+    if arguments.length % 128:
+        parser.error(f"--length must be a multiple of 128, got {arguments.length}")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())
