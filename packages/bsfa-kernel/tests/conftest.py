@@ -18,7 +18,7 @@ import torch
 import bsfa_kernel
 from bsfa_kernel import _native
 
-hypothesis.settings.register_profile("cpu", max_examples=25, deadline=None)
+hypothesis.settings.register_profile("cpu", max_examples=8, deadline=None)
 hypothesis.settings.register_profile("default", max_examples=200, deadline=None)
 hypothesis.settings.register_profile("nightly", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile(
@@ -54,6 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item
         for item in items
         if "target" in getattr(item, "fixturenames", ())
+        and (torch.cuda.is_available() or "test_properties" not in item.nodeid)
         and rehearsed.search(item.nodeid)
         and zlib.crc32(item.nodeid.rpartition("/")[2].encode()) % 5
     ]

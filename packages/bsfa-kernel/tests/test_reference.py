@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -176,6 +176,7 @@ def small_calls(draw):
     return q, k, v, thresholds, options
 
 
+@settings(max_examples=max(60, settings().max_examples))
 @given(small_calls())
 def test_reference_matches_the_score_by_score_oracle(call):
     q, k, v, thresholds, options = call
@@ -197,6 +198,7 @@ def test_reference_matches_the_score_by_score_oracle(call):
     torch.testing.assert_close(maxima, torch.from_numpy(expected.maxima), rtol=0, atol=1e-12)
 
 
+@settings(max_examples=max(30, settings().max_examples))
 @given(st.integers(0, 400), st.integers(0, 400), st.booleans(), st.sampled_from(GEOMETRIES))
 def test_forced_and_visible_blocks_are_those_that_hold_masked_and_visible_scores(
     seqlen_q, seqlen_k, causal, geometry

@@ -1,0 +1,285 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Random calls in great number against the reference: python fuzz.py --count 10000.
+
+Every call runs on each architecture whose kernels the GPU runs, and all are compared with the
+reference in float64 on the same device. Exits with 1 if one differs, and says which, and how to run
+it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+import bsfa_kernel
+from bsfa_kernel import GEOMETRIES, RULES, Geometry, _native, reference
+
+INF = float("inf")
+MARGIN = 1e-3
+LEVELS = {"absolute": 2.0, "running_max": 0.0, "running_lse": -4.0}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One random call; a function of its seed alone."""
+
+    seed: int
+    batch: int
+    lengths: tuple[tuple[int, int], ...]  # of each sequence if packed, else one pair
+    packed: bool
+    kv_heads: int
+    group: int
+    head_dim: int
+    dtype: torch.dtype
+    causal: bool
+    scale: float | None
+    rule: str
+    geometry: Geometry
+    rows: int
+    level: float
+    layout: str
+
+    @classmethod
+    def random(cls, seed: int, dtypes: list[torch.dtype], head_dims: list[int]) -> Call:
+        """The call of a seed."""
+        rng = random.Random(seed)
+
+        def length() -> int:
+            if rng.random() < 0.5:
+                return max(64 * rng.randint(0, 6) + rng.randint(-1, 1), 1)
+            return rng.randint(1, 400)
+
+        packed = rng.random() < 0.2
+        count = rng.randint(1, 4) if packed else 1
+        lengths = []
+        for _ in range(count):
+            seqlen_q = length()
+            pair = (seqlen_q, seqlen_q if rng.random() < 0.4 else length())
+            lengths.append((0, pair[1]) if packed and rng.random() < 0.1 else pair)
+        if sum(q for q, _ in lengths) == 0:
+            lengths[0] = (1, lengths[0][1])
+        rule = rng.choice(RULES)
+        return cls(
+            seed=seed,
+            batch=1 if packed else rng.randint(1, 3),
+            lengths=tuple(lengths),
+            packed=packed,
+            kv_heads=rng.randint(1, 3),
+            group=rng.choice([1, 1, 2, 3, 4]),
+            head_dim=rng.choice(head_dims),
+            dtype=rng.choice(dtypes),
+            causal=rng.random() < 0.7,
+            scale=rng.choice([None, None, 0.05, 0.2]),
+            rule=rule,
+            geometry=rng.choice(GEOMETRIES),
+            rows=rng.choice([1, 2, 5, 20]),
+            level=LEVELS[rule] + rng.uniform(-2, 2),
+            layout=rng.choice(["plain", "plain", "heads first", "padded", "interleaved"]),
+        )
+
+    def tensor(self, length: int, heads: int, generator: torch.Generator) -> torch.Tensor:
+        """Standard normal [batch, length, heads, head_dim], in the call's layout."""
+        batch, dim, device = self.batch, self.head_dim, generator.device
+        options = {"generator": generator, "device": device}
+        if self.layout == "heads first":
+            x = torch.randn((batch, heads, length, dim), **options).transpose(1, 2)
+        elif self.layout == "padded":
+            x = torch.randn((batch, length, heads, dim + 16), **options)
+            x[..., dim:] = torch.nan
+            return x.to(self.dtype)[..., :dim]
+        elif self.layout == "interleaved":
+            x = torch.randn((batch, length, 2, heads, dim), **options)
+            x[:, :, 1] = torch.nan
+            return x.to(self.dtype)[:, :, 0]
+        else:
+            x = torch.randn((batch, length, heads, dim), **options)
+        return x.to(self.dtype)
+
+
+def arguments(call: Call, device: str) -> tuple[list[torch.Tensor], dict[str, object]]:
+    """q, k, v and thresholds, and the options."""
+    generator = torch.Generator(device).manual_seed(call.seed)
+    total_q, total_k = (sum(lengths) for lengths in zip(*call.lengths, strict=True))
+    heads = call.kv_heads * call.group
+    q = call.tensor(total_q, heads, generator)
+    k = call.tensor(total_k, call.kv_heads, generator)
+    v = call.tensor(total_k, call.kv_heads, generator)
+    thresholds = torch.randn((heads, call.rows), generator=generator, device=device)
+    infinite = torch.rand((heads, call.rows), generator=generator, device=device)
+    thresholds = thresholds * 0.5 + call.level
+    thresholds[infinite < 0.1] = -INF
+    thresholds[infinite > 0.95] = INF
+    options: dict[str, object] = {
+        "causal": call.causal,
+        "scale": call.scale,
+        "rule": call.rule,
+        "geometry": call.geometry,
+    }
+    if call.packed:
+        q, k, v = q[0], k[0], v[0]
+        for name, which in (("cu_seqlens_q", 0), ("cu_seqlens_k", 1)):
+            starts = [0]
+            for lengths in call.lengths:
+                starts.append(starts[-1] + lengths[which])
+            options[name] = torch.tensor(starts, dtype=torch.int32, device=device)
+    return [q, k, v, thresholds], options
+
+
+def rows_of_blocks(call: Call, blocks: torch.Tensor) -> torch.Tensor:
+    """[..., q_blocks] -> [..., queries]: each query has what its block has."""
+    if not call.packed:
+        return blocks.repeat_interleave(call.geometry.q_block, -1)[..., : call.lengths[0][0]]
+    parts, start = [], 0
+    for index, (length, _) in enumerate(call.lengths):
+        first = start // call.geometry.q_block + index
+        count = -(-length // call.geometry.q_block)
+        part = blocks[..., first : first + count]
+        parts.append(part.repeat_interleave(call.geometry.q_block, -1)[..., :length])
+        start += length
+    return torch.cat(parts, -1)
+
+
+def differences(
+    call: Call,
+    found: tuple[torch.Tensor, ...],
+    expected: reference.AttentionResult,
+    largest_value: torch.Tensor,
+) -> torch.Tensor:
+    """What differs, on the device, so that nothing waits: bool [4]: kept, out, rms of out, lse."""
+    out, lse, kept = found
+    clear = expected.margin > MARGIN
+    rows = rows_of_blocks(call, clear)
+    wrong_kept = ((kept != expected.kept) & clear).any()
+
+    # Rounding of the weights and of the output: each eps / 2 of the largest value at most.
+    eps = torch.finfo(call.dtype).eps
+    shown = rows.transpose(-1, -2)[..., None]
+    error = (out.double() - expected.out).abs()
+    wrong_out = ((~(error <= 1.1 * eps * largest_value + 1e-6)) & shown).any()
+    count = shown.sum() * out.shape[-1] + 1e-9
+    rms = ((error.square() * shown).nan_to_num(nan=INF).sum() / count).sqrt()
+    signal = ((expected.out.square() * shown).sum() / count).sqrt()
+    wrong_rms = ~(rms <= eps * signal + 1e-6)
+
+    nothing = expected.lse == -INF
+    lse_error = (lse - expected.lse).abs() / expected.lse.abs().clamp(min=1)
+    right = torch.where(nothing, lse == -INF, lse_error <= 3e-5)
+    wrong_lse = (~right & rows).any()
+    return torch.stack((wrong_kept, wrong_out, wrong_rms, wrong_lse))
+
+
+def attend(call: Call, tensors: list[torch.Tensor], options: dict[str, object]):
+    """The call itself."""
+    return bsfa_kernel.block_sparse_attention(
+        *tensors, return_lse=True, return_kept=True, **options
+    )
+
+
+def targets(device: str) -> list[int]:
+    """The architectures whose kernels run on the device; 0 stands for the CPU's back end."""
+    if device == "cpu":
+        return [0]
+    info = bsfa_kernel.build_info()
+    major = torch.cuda.get_device_capability()[0]
+    found = [arch for arch in info.architectures if arch == 80 or major == arch // 10]
+    if not found:
+        raise SystemExit(f"no kernels for this GPU:\n{info}")
+    return found
+
+
+def main() -> int:
+    """Run, print, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=10_000, help="how many calls")
+    parser.add_argument("--seed", type=int, default=0, help="of the first call")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--arch", type=int, action="append", help="80 or 90; all by default")
+    parser.add_argument("--stop-after", type=int, default=10, help="failures")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device; --device cpu tries the script itself")
+    archs = options.arch or targets(options.device)
+    kernels = [kernel for kernel in bsfa_kernel.build_info().kernels if kernel.name == "forward"]
+    dtypes = [torch.float16, torch.bfloat16]
+    head_dims = [64, 128]
+    if options.device == "cuda":
+        names = [{kernel.dtype for kernel in kernels if kernel.arch == arch} for arch in archs]
+        dtypes = [getattr(torch, name) for name in sorted(set.intersection(*names))]
+        sizes = [{kernel.head_dim for kernel in kernels if kernel.arch == arch} for arch in archs]
+        head_dims = sorted(set.intersection(*sizes))
+    print(
+        f"{options.count} calls from seed {options.seed} on {options.device}, architectures {archs}"
+    )
+
+    start = last = time.monotonic()
+    pending: list[tuple[Call, int, torch.Tensor]] = []
+    failures: list[str] = []
+    clear_blocks, blocks = 0, 0
+    shares: list[torch.Tensor] = []
+
+    def settle() -> None:
+        nonlocal clear_blocks, blocks
+        if not pending:
+            return
+        for (call, arch, _), wrong in zip(
+            pending, torch.stack([flags for *_, flags in pending]).tolist(), strict=True
+        ):
+            if any(wrong):
+                names = ("kept", "out", "rms of out", "lse")
+                what = ", ".join(name for name, bad in zip(names, wrong, strict=True) if bad)
+                failures.append(f"sm_{arch}: {what} differ: {call}")
+        counts = torch.stack(shares).sum(0).tolist()
+        clear_blocks += int(counts[0])
+        blocks += int(counts[1])
+        pending.clear()
+        shares.clear()
+
+    done = 0
+    for seed in range(options.seed, options.seed + options.count):
+        call = Call.random(seed, dtypes, head_dims)
+        tensors, keywords = arguments(call, options.device)
+        expected = reference.attention(*tensors, compute_dtype=torch.float64, **keywords)
+        largest = tensors[2].abs().amax() if tensors[2].numel() else tensors[3].new_zeros(())
+        clear = expected.margin > MARGIN
+        shares.append(
+            torch.stack((clear.sum(), clear.new_tensor(clear.numel(), dtype=torch.int64)))
+        )
+        for arch in archs:
+            with _native.force_arch(arch):
+                found = attend(call, tensors, keywords)
+            pending.append((call, arch, differences(call, found, expected, largest)))
+        done += 1
+        if len(pending) >= 200:
+            settle()
+        if time.monotonic() - last > 10:
+            last = time.monotonic()
+            print(f"  {done} done in {last - start:.0f} s, {len(failures)} failures", flush=True)
+        if len(failures) >= options.stop_after:
+            break
+    settle()
+    seconds = time.monotonic() - start
+    for failure in failures[: options.stop_after]:
+        print(failure)
+    if failures:
+        print("run one again with: python fuzz.py --count 1 --seed SEED")
+    share = clear_blocks / max(blocks, 1)
+    print(
+        f"{done} calls on each of {archs} in {seconds:.1f} s: {len(failures)} failures; "
+        f"{share:.2%} of {blocks} query blocks had clear verdicts and were compared"
+    )
+    if share < 0.9:
+        print("too few clear verdicts: the run proves little")
+        return 1
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
