@@ -361,7 +361,7 @@ def _calibrate(
                 checkpoint=checkpoint,
                 model_name=options.name or name,
                 revision=revision,
-                provenance=_provenance(options, arguments, split),
+                provenance=_provenance(options, arguments, model, split),
                 progress=reporter,
             )
     except (Interrupted, KeyboardInterrupt):
@@ -480,16 +480,22 @@ def _what_is_read(split: Split) -> str:
 
 
 def _provenance(
-    options: argparse.Namespace, arguments: Sequence[str], split: Split
+    options: argparse.Namespace, arguments: Sequence[str], model: Any, split: Split
 ) -> dict[str, str]:
-    versions = []
-    for package in ("bsfa-calib", "bsfa-kernel", "torch", "transformers", "gguf"):
+    import torch
+
+    import bsfa_kernel
+
+    versions = [f"bsfa-calib {__version__}", f"bsfa-kernel {bsfa_kernel.__version__}"]
+    for package in ("torch", "transformers", "gguf"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
+    on_gpu = model.device.type == "cuda"
     facts = {
         "command": shlex.join(["bsfa-calibrate", *arguments]),
         "versions": ", ".join(versions),
-        "dtype": options.dtype,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
     }
     for key, samples in (("data", split.calibration), ("held_out", split.held_out)):
         if samples:

@@ -1,0 +1,60 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The tables of the repository: they load, and the manifest tells the truth about them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from bsfa_calib import ThresholdTable, report
+
+DIRECTORY = Path(__file__).parents[3] / "thresholds"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("manifest", DIRECTORY / "update_manifest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_manifest_is_what_the_tables_say(tool: ModuleType) -> None:
+    assert tool.MANIFEST.read_text(encoding="utf-8") == tool.manifest()
+
+
+def test_a_manifest_that_is_out_of_date_is_noticed(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["update_manifest.py", "--check"])
+    assert tool.main() == 0
+    monkeypatch.setattr(tool, "MANIFEST", tmp_path / "manifest.toml")
+    assert tool.main() == 1
+    tool.MANIFEST.write_text(tool.manifest() + "\n")
+    assert tool.main() == 1
+
+
+def test_shipped_tables_load_are_small_and_keep_what_they_promise(tool: ModuleType) -> None:
+    for path in tool.table_paths():
+        table = ThresholdTable.load(path)
+        assert path.stat().st_size <= 4.6e6
+        assert table.model
+        assert table.revision
+        assert table.samples >= 16
+        assert {"command", "data", "versions"} <= set(table.provenance)
+        assert "/" not in table.provenance["command"].replace(table.model, "")
+        kept = report.model_means(table, "kept")
+        held_out = report.model_means(table, "held_out_kept")
+        assert kept is not None
+        assert held_out is not None
+        reached = ~np.isnan(kept)
+        points = np.array(table.points)[reached]
+        np.testing.assert_allclose(kept[reached], points, rtol=0.05)
+        np.testing.assert_allclose(held_out[reached], points, rtol=0.25)
