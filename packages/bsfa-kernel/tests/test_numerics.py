@@ -270,11 +270,11 @@ def test_long_sequences_are_as_exact_as_short_ones(arch, rule):
         "very long", "", seqlen_q=256, seqlen_k=131072, heads=8, kv_heads=2, head_dim=128
     )
     q, k, v = case.inputs(torch.bfloat16, "cuda")
-    thresholds, clear = cases.separating_thresholds(case, q, k, rule=rule, keep=0.2, tries=12)
+    thresholds, _ = cases.separating_thresholds(case, q, k, rule=rule, keep=0.2, tries=12)
     expected = reference.attention(q, k, v, thresholds, rule=rule, compute_dtype=torch.float64)
     found = block_sparse_attention(
         q, k, v, thresholds, rule=rule, return_lse=True, return_kept=True
     )
     budget = error_budget(q, k, v, expected, causal=True, scale=None, geometry=DEFAULT_GEOMETRY)
-    clear = expected.margin > 1e-5 if rule == "absolute" else clear
+    clear = expected.margin > (1e-5 if rule == "absolute" else 1e-4)
     assert_matches(found, expected, clear, budget, DEFAULT_GEOMETRY)
