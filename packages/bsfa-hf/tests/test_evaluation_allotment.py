@@ -51,6 +51,7 @@ def test_emulation_decides_and_computes_as_the_reference(rule: str, geometry: Ge
     thresholds = centre + torch.randn(3, 4, 512 // geometry.q_block)
     thresholds[0] = -math.inf
     thresholds[1, 2] = math.inf
+    alone = emulate(q, k, v, thresholds[2:], rule=rule, geometry=geometry, scale=0.25)
     found = emulate(q, k, v, thresholds, rule=rule, geometry=geometry, scale=0.25)
     visible = visible_count(512, 512, geometry)
     for point in range(3):
@@ -64,6 +65,7 @@ def test_emulation_decides_and_computes_as_the_reference(rule: str, geometry: Ge
             whole = expected.lse
         lost = 1 - (expected.lse - whole).exp()
         assert torch.allclose(found.lost[point], lost, atol=1e-5)
+    assert torch.allclose(alone.out[0], found.out[2], atol=1e-5)
     assert 0.05 < found.skipped[2].mean() < 0.7
 
 

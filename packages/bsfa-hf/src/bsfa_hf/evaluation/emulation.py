@@ -148,9 +148,9 @@ def _emulate_heads(
     heads, seqlen, head_dim = q.shape
     q_block, k_block = geometry
     q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
-    scores = torch.bmm(q * scale, k.transpose(1, 2))
     positions = torch.arange(seqlen, device=q.device)
-    scores.masked_fill_(positions > positions[:, None], -torch.inf)
+    hidden = torch.where(positions > positions[:, None], -torch.inf, 0.0)
+    scores = torch.baddbmm(hidden, q * scale, k.transpose(1, 2))
     largest = scores.amax(-1)
     weights = scores.sub_(largest[..., None])
     # [k_blocks, heads, q_blocks, q_block]: the scan takes one block of keys at a time.
@@ -169,16 +169,19 @@ def _emulate_heads(
         order,
     )
 
-    # What every block of keys adds, so that a threshold only has to add up those it keeps.
-    blockwise = weights.permute(0, 3, 1, 2, 4).reshape(heads * k_blocks, seqlen, k_block)
-    values = v.reshape(heads * k_blocks, k_block, head_dim)
-    added = torch.bmm(blockwise, values).view(heads, k_blocks, q_blocks, q_block * head_dim)
-    del weights, blockwise, scores
+    points = len(thresholds)
     chosen = kept.permute(1, 2, 0, 3).float()  # [heads, q_blocks, T, k_blocks]
-    numerator = chosen @ added.transpose(1, 2)
     total = masses.permute(1, 2, 0, 3)  # [heads, q_blocks, k_blocks, q_block]
     denominator = chosen @ total
-    points = len(thresholds)
+    if points == 1:
+        weights *= kept[0, :, :, None, :, None]
+        numerator = torch.bmm(weights.view(heads, seqlen, seqlen), v)
+    else:
+        # What every block of keys adds, so that a threshold only has to add up those it keeps.
+        blockwise = weights.permute(0, 3, 1, 2, 4).reshape(heads * k_blocks, seqlen, k_block)
+        values = v.reshape(heads * k_blocks, k_block, head_dim)
+        added = torch.bmm(blockwise, values).view(heads, k_blocks, q_blocks, q_block * head_dim)
+        numerator = chosen @ added.transpose(1, 2)
     out = numerator.view(heads, q_blocks, points, q_block, head_dim) / denominator[..., None]
     out = out.permute(2, 0, 1, 3, 4).reshape(points, heads, seqlen, head_dim)
     share = 1 - denominator / total.sum(2, keepdim=True)
