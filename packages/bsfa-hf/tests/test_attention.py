@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""The attention function in tiny models: exactness, padding, chunks, caches, fall-backs, refusals."""
+"""The attention function in tiny models: exactness, padding, chunks, caches, refusals."""
 
 from __future__ import annotations
 

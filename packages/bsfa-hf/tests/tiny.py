@@ -35,12 +35,18 @@ EXTRAS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(kind: str = "llama", *, seed: int = 0, implementation: str | None = None) -> Any:
+def tiny_model(
+    kind: str = "llama",
+    *,
+    seed: int = 0,
+    implementation: str | None = None,
+    vocabulary: int = VOCABULARY,
+) -> Any:
     """A model with random weights whose attention is neither flat nor one-hot."""
     config = AutoConfig.for_model(
         kind,
         **{
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
             "hidden_size": 64,
             "intermediate_size": 64,
             "num_hidden_layers": LAYERS,
@@ -80,7 +86,7 @@ def table(
     points: tuple[int, ...] = (8,),
     model: str = "",
 ) -> ThresholdTable:
-    """A table with one value, by default one that skips some blocks; rows and heads differ a little."""
+    """A table about one value, by default one that skips some blocks."""
     value = HALF[rule] if value is None else value
     thresholds = np.full((len(points), layers, heads, rows), value, np.float32)
     if np.isfinite(value):

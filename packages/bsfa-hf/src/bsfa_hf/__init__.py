@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Block-sparse attention for the models of transformers.
 
-Importing this package makes ``attn_implementation="bsfa"`` known to transformers. `enable`, `disable`
-and `enabled` switch a model; the names of the paper's repository are here too.
+Importing this package makes ``attn_implementation="bsfa"`` known to transformers. `enable`,
+`disable` and `enabled` switch a model; the names of the paper's repository are here too.
 """
 
 from bsfa_hf import attention as _attention

@@ -57,8 +57,8 @@ def bsfa_attention(
             cu_seq_lens_q, cu_seq_lens_k, output_attentions and more.
 
     Returns:
-        [batch, seqlen_q, heads, head_dim], and None for the attention weights. Padded positions are 0
-        where a call runs block-sparse.
+        [batch, seqlen_q, heads, head_dim], and None for the attention weights. Padded positions
+        are 0 where a call runs block-sparse.
 
     Raises:
         ValueError: something is asked for that cannot be honoured; the message says what.
@@ -118,8 +118,8 @@ def check_supported(module: torch.nn.Module, dropout: float, kwargs: dict[str, A
         )
     if dropout > 0:
         raise ValueError(
-            f"block-sparse attention has no dropout, got dropout={dropout}: call model.eval(), or train "
-            'with attn_implementation="sdpa"'
+            f"block-sparse attention has no dropout, got dropout={dropout}: call model.eval(), or "
+            'train with attn_implementation="sdpa"'
         )
 
 
@@ -131,14 +131,14 @@ def check_layer(state: State, layer: int, query: Tensor) -> None:
     """
     if not 0 <= layer < len(state.thresholds):
         raise ValueError(
-            f"the thresholds of {state.description} are for {len(state.thresholds)} layers, and the "
-            f"model has a layer with index {layer}"
+            f"the thresholds of {state.description} are for {len(state.thresholds)} layers, and "
+            f"the model has a layer with index {layer}"
         )
     heads = state.thresholds[layer].shape[0]
     if query.shape[1] != heads:
         raise ValueError(
-            f"the thresholds of {state.description} are for {heads} query heads, and layer {layer} has "
-            f"{query.shape[1]}"
+            f"the thresholds of {state.description} are for {heads} query heads, and layer {layer} "
+            f"has {query.shape[1]}"
         )
 
 
@@ -328,8 +328,8 @@ def _lengths(
         ends_q
     ) != len(ends_k):
         raise ValueError(
-            f"cu_seq_lens_q must go from 0 to {total_q} and cu_seq_lens_k from 0 to {total_k}, with as "
-            f"many entries, got {ends_q} and {ends_k}"
+            f"cu_seq_lens_q must go from 0 to {total_q} and cu_seq_lens_k from 0 to {total_k}, "
+            f"with as many entries, got {ends_q} and {ends_k}"
         )
     lengths = [
         (ends_q[i + 1] - ends_q[i], ends_k[i + 1] - ends_k[i]) for i in range(len(ends_q) - 1)

@@ -15,12 +15,12 @@ from bsfa_hf.state import State
 from bsfa_hf.tables import load_table, make_state
 
 _HOW = (
-    'attn_implementation="bsfa" needs a threshold table: call bsfa_hf.enable(model, table, k=...), or '
-    "set config.bsfa_thresholds (and config.bsfa_k) or the environment variables BSFA_THRESHOLDS and "
-    "BSFA_K before the first forward pass"
+    'attn_implementation="bsfa" needs a threshold table: call bsfa_hf.enable(model, table, k=...), '
+    "or set config.bsfa_thresholds (and config.bsfa_k) or the environment variables "
+    "BSFA_THRESHOLDS and BSFA_K before the first forward pass"
 )
 
-# By the identity of the configuration, which its model's modules share; configurations have no hash.
+# By the identity of the configuration, which its model's modules share; it has no hash.
 _states: dict[int, State] = {}
 _lock = threading.Lock()
 

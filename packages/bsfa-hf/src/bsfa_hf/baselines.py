@@ -46,8 +46,8 @@ def sparge_function() -> Callable[..., Tensor]:
         module = importlib.import_module("spas_sage_attn")
     except ImportError as error:
         raise ImportError(
-            'mode "sparge_attn" needs the package spas_sage_attn, which is not part of bsfa-hf: install '
-            "SpargeAttn from https://github.com/thu-ml/SpargeAttn"
+            'mode "sparge_attn" needs the package spas_sage_attn, which is not part of bsfa-hf: '
+            "install SpargeAttn from https://github.com/thu-ml/SpargeAttn"
         ) from error
     return module.spas_sage_attn_meansim_topk_cuda  # type: ignore[no-any-return]
 

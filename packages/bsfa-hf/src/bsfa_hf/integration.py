@@ -156,7 +156,7 @@ def switch(model: torch.nn.Module, implementation: str, state: State | None) -> 
         _set_implementations(model, current)
         raise ValueError(
             f"{type(model).__name__} does not take its attention function from transformers' "
-            f"AttentionInterface (it stays {config._attn_implementation!r}), so it cannot be switched"
+            f"AttentionInterface (it stays {config._attn_implementation!r}): it cannot be switched"
         )
     if not hasattr(model, _ORIGINAL):
         setattr(model, _ORIGINAL, current)

@@ -5,7 +5,7 @@
 transformers lets an attention implementation bring its own mask function. Ours returns
 
 * ``None`` where the mask is the causal one and nothing is padded,
-* the 2-D padding mask, with a `Plan` attached, where prompts are padded or the cache is a static one,
+* the 2-D padding mask, with a `Plan` attached, where prompts are padded or the cache is static,
 * what SDPA would get, for everything else, with a `Plan` that says why the layer runs dense.
 """
 
@@ -36,7 +36,7 @@ class Span:
     """The part of a batch row that belongs to its prompt.
 
     Attributes:
-        queries: the rows of the call's queries, a slice, or int64 indices where padding lies between.
+        queries: the rows of the call's queries: a slice, or indices where padding lies between.
         keys: the keys they may see, causal and aligned to their end; likewise.
         seqlen_q: number of queries.
         seqlen_k: number of keys.
@@ -136,7 +136,7 @@ def bsfa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
@@ -254,7 +254,8 @@ def plan_of(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Plan:
     """The plan of a mask: the one attached to it, or, for a user's own mask, what it amounts to.
 
     Args:
-        mask: bool [batch, seqlen_k], or bool or additive [batch or 1, heads or 1, seqlen_q, seqlen_k].
+        mask: bool [batch, seqlen_k]; or bool or additive, [batch or 1, heads or 1, seqlen_q,
+            seqlen_k].
         seqlen_q: queries of the call.
         seqlen_k: keys of the call.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bsfa_hf.statistics import Statistics
-from bsfa_kernel import Geometry
+from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 
 _ATTRIBUTE = "_bsfa_state"
 
@@ -23,7 +23,7 @@ class State:
 
     Attributes:
         statistics: counters of the calls.
-        thresholds: for each layer, float32 [heads, rows] on the layer's device; empty for the baselines.
+        thresholds: for each layer, float32 [heads, rows] on its device; empty for the baselines.
         rule: what scores are compared with.
         geometry: the sparsity block of the thresholds.
         description: the model and operating point that the thresholds are of.
@@ -34,7 +34,7 @@ class State:
     statistics: Statistics
     thresholds: list[Tensor] = field(default_factory=list)
     rule: str = "absolute"
-    geometry: Geometry = Geometry(128, 64)
+    geometry: Geometry = DEFAULT_GEOMETRY
     description: str = ""
     window: int | None = None
     sparge: dict[str, Any] = field(default_factory=dict)
@@ -107,8 +107,8 @@ def local_heads(model: torch.nn.Module, heads: int) -> slice:
     mesh = getattr(model, "_device_mesh", None)
     if mesh is None or heads % size:
         raise ValueError(
-            f"under tensor parallelism the {heads} query heads must be split evenly among the ranks "
-            f"of the model's device mesh, got {size} ranks"
+            f"under tensor parallelism the {heads} query heads must be split evenly among the "
+            f"ranks of the model's device mesh, got {size} ranks"
             + ("" if mesh is not None else " and no mesh")
         )
     names: Sequence[str] = mesh.mesh_dim_names or ()

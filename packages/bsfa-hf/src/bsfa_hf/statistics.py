@@ -103,11 +103,12 @@ class Statistics:
             for total in totals:
                 counters.kept.add_(total)
             for seqlen_q, seqlen_k in lengths:
-                stops = torch.arange(1, (seqlen_q + block[0] - 1) // block[0] + 1) * block[0]
+                query_blocks = (seqlen_q + block[0] - 1) // block[0]
+                stops = torch.arange(1, query_blocks + 1) * block[0]
                 seen = stops.clamp(max=seqlen_q) + (seqlen_k - seqlen_q)
-                visible = ((seen.clamp(min=0) + block[1] - 1) // block[1]).sum()
-                counters.traced[_VISIBLE].add_(visible)
-                counters.traced[_QUERY_BLOCKS].add_((seqlen_q + block[0] - 1) // block[0])
+                blocks = (seen.clamp(min=0) + block[1] - 1) // block[1]
+                counters.traced[_VISIBLE].add_(blocks.sum())
+                counters.traced[_QUERY_BLOCKS].add_(query_blocks)
             counters.traced[_SPARSE].add_(1)
             return
         visible = sum(visible_blocks(*each, *block) for each in lengths)
@@ -175,14 +176,14 @@ class Statistics:
 
     @property
     def kept_fraction_by_head(self) -> Tensor:
-        """float64 [layers, heads]: share of the visible blocks that was kept; NaN where none were."""
+        """float64 [layers, heads]: share of the visible blocks kept; NaN where none were."""
         visible = torch.tensor(self.visible_blocks, dtype=torch.float64)[:, None]
         return self.kept_blocks.double() / visible
 
     @property
     def kept_fraction(self) -> list[float]:
         """For each layer, the share of the visible blocks that was kept; NaN where none were."""
-        return self.kept_fraction_by_head.mean(-1).tolist()  # type: ignore[no-any-return]
+        return self.kept_fraction_by_head.mean(-1).tolist()
 
     @property
     def mean_kept_fraction(self) -> float:
@@ -192,7 +193,7 @@ class Statistics:
 
     @property
     def kept_per_query_block(self) -> list[float]:
-        """For each layer, the mean number of key blocks that a query block kept, forced ones included."""
+        """For each layer, the key blocks that a query block kept on average, forced ones too."""
         numbers = self.kept_blocks.sum(-1).tolist()
         return [
             number / (blocks * self.heads) if blocks else math.nan

@@ -86,8 +86,8 @@ def make_state(
     name = table.model or "a model without a name"
     if (table.layers, table.heads) != (layers, all_heads):
         raise ValueError(
-            f"the thresholds of {name} are for {table.layers} layers and {table.heads} query heads, and "
-            f"this model has {layers} layers and {all_heads} query heads"
+            f"the thresholds of {name} are for {table.layers} layers and {table.heads} query "
+            f"heads, and this model has {layers} layers and {all_heads} query heads"
         )
     geometry = Geometry(table.q_block, table.k_block)
     if geometry not in GEOMETRIES:
@@ -99,8 +99,8 @@ def make_state(
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {table.rule!r}")
     if check_model and not same_model(table.model, model_names(config)):
         raise ValueError(
-            f"the thresholds are of {name}, and this model is {config._name_or_path}; if its weights "
-            "are the same under another name, pass check_model=False"
+            f"the thresholds are of {name}, and this model is {config._name_or_path}; if its "
+            "weights are the same under another name, pass check_model=False"
         )
     thresholds, point = select_point(table, k, target_sparsity, max_loss)
     if heads is not None:

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import inspect
 import io
-import logging
 import os
 import sys
 import time
@@ -78,9 +77,8 @@ class Loaded:
     @property
     def names(self) -> list[str]:
         """The names that the model may go by."""
-        return [Path(self.name).stem if self.name.endswith(".gguf") else self.name] + model_names(
-            self.model.config
-        )
+        given = Path(self.name).stem if self.name.endswith(".gguf") else self.name
+        return [given, *model_names(self.model.config)]
 
 
 def load_model(arguments: argparse.Namespace) -> Loaded:
@@ -117,25 +115,23 @@ def quiet() -> Iterator[None]:
     """Keep the chatter of transformers off the terminal."""
     from transformers.utils import logging as transformers_logging
 
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    untyped: Any = transformers_logging
+    verbosity = untyped.get_verbosity()
+    bars = untyped.is_progress_bar_enabled()
+    untyped.set_verbosity_error()
+    untyped.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(previous)
-        transformers_logging.set_verbosity(verbosity)
+        untyped.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            untyped.enable_progress_bar()
 
 
 def find_table(loaded: Loaded, tokens: int) -> Path | None:
-    """The shipped table for a model and a prompt: the shortest that is long enough, else the longest.
+    """The shipped table for a model and a prompt: the shortest that suffices, else the longest.
 
     Looked for in ``thresholds/<model>`` of the current directory and those above it.
     """

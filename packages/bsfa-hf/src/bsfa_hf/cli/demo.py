@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """``bsfa demo``: questions about a long text, answered dense and block-sparse side by side.
 
-A text holds several needles. Its beginning, up to the last whole query block that all questions share,
-is read once; each question goes on from there, which gives the logits of reading it whole (a chunk
-of a prefill reads the same thresholds).
+A text holds several needles. Its beginning, up to the last whole query block that all questions
+share, is read once; each question goes on from there, which gives the logits of reading it whole (a
+chunk of a prefill reads the same thresholds).
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
     gain_note(stats, len(questions[0].ids))
     if loaded.model.device.type == "cpu":
         common.note(
-            "on a CPU the block-sparse back end is a reference that shows what is computed, not how "
-            "fast; the speed is that of the CUDA kernels"
+            "on a CPU the block-sparse back end is a reference that shows what is computed, not "
+            "how fast; the speed is that of the CUDA kernels"
         )
     common.note(f"done in {time.perf_counter() - started:.0f} s")
     return 0
@@ -220,7 +220,7 @@ def _ask(loaded: common.Loaded, questions: list[Question], q_block: int) -> Run:
 
 
 def _shared(prompts: list[list[int]], q_block: int) -> int:
-    """Tokens in the query blocks that all prompts begin with; one at least is left of each prompt."""
+    """Tokens in the query blocks that all prompts begin with; each has one more at least."""
     shared, most = 0, min(map(len, prompts)) - 1
     while shared < most and len({tokens[shared] for tokens in prompts}) == 1:
         shared += 1

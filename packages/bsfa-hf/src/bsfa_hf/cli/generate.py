@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     point = common.choose_point(table, arguments, length)
     if arguments.prefill_chunk_size and arguments.prefill_chunk_size % table.q_block:
         raise ValueError(
-            f"--prefill-chunk-size must be a multiple of the query block of {table.q_block} tokens, got "
-            f"{arguments.prefill_chunk_size}"
+            f"--prefill-chunk-size must be a multiple of the query block of {table.q_block} "
+            f"tokens, got {arguments.prefill_chunk_size}"
         )
     dense = _generate(loaded, inputs, arguments) if arguments.compare else None
     with enabled(loaded.model, table, **point, check_model=not arguments.any_model) as stats:
@@ -147,6 +147,6 @@ def gain_note(stats: Statistics, length: int) -> None:
     elif stats.mean_kept_fraction > _NO_GAIN:
         common.note(
             f"only {1 - stats.mean_kept_fraction:.1%} of the blocks were skipped: this model gains "
-            f"nothing with a prompt of {length} tokens at this operating point; take a smaller k or a "
-            "longer prompt"
+            f"nothing with a prompt of {length} tokens at this operating point; take a smaller k "
+            "or a longer prompt"
         )

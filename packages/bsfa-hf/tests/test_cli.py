@@ -1,0 +1,234 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command line on a tiny model, and what it says to those who err."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from bsfa_hf import __version__
+from bsfa_hf.cli import main
+from bsfa_hf.cli.demo import make_questions
+from tiny import table, tiny_model
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer that takes a byte for a token."""
+    path = tmp_path_factory.mktemp("models") / "tiny-model"
+    model = tiny_model("llama", vocabulary=260)
+    model.save_pretrained(path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index + 1 for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = ["the", "lake", "is", "calm", "and", "grey", "today", "they", "walk"]
+    sentences = [" ".join(draw.choices(words, k=8)) + "." for _ in range(600)]
+    path.write_text(" ".join(sentences), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def thresholds(tmp_path: Path) -> Path:
+    path = tmp_path / "table.safetensors"
+    table(math.inf, points=(4, 8), model="someone/Tiny-Model").save(path)
+    return path
+
+
+def test_demo_prints_its_table(
+    directory: Path, text: Path, thresholds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["demo", "--model", str(directory), "--text", str(text), "--tokens", "900"]
+    arguments += ["--questions", "2", "--thresholds", str(thresholds), "--k", "8"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    for expected in (
+        "tokens, k=8, rule absolute, blocks of 128x64",
+        "questions answered",
+        "perplexity (tokens",
+        "KL divergence from dense",
+        "key blocks kept, by layer:",
+        "seconds to read one prompt",
+        "magic number for",
+    ):
+        assert expected in out
+    assert "bsfa: loading" in err
+    assert main(arguments) == 0
+    again = capsys.readouterr().out
+    assert out.split("seconds to read")[0] == again.split("seconds to read")[0]
+
+
+def test_demo_calibrates_where_there_is_no_table(
+    directory: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["demo", "--model", str(directory), "--text", str(text), "--tokens", "700"]
+    assert main([*arguments, "--questions", "1", "--k", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert "calibrated on 2 of 2 samples" in err
+    assert "k=4" in out
+
+
+def test_demo_finds_the_shipped_table(
+    directory: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table(points=(4, 8)).save(tmp_path / "thresholds" / "tiny-model" / "4k.safetensors")
+    table(points=(4,)).save(tmp_path / "thresholds" / "other-model" / "4k.safetensors")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    arguments = ["demo", "--model", str(directory), "--text", str(text), "--tokens", "600"]
+    assert main([*arguments, "--questions", "1"]) == 0
+    err = capsys.readouterr().err
+    assert "tiny-model/4k.safetensors" in err
+    assert "no operating point given: taking k=4" in err
+
+
+def test_needles_lie_at_even_depths_and_are_asked_for() -> None:
+    class Bytes:
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": list(text.encode())}
+
+    questions = make_questions("A short sentence. " * 200, Bytes(), 2000, 4, 0)
+    said = [bytes(question.ids).decode() for question in questions]
+    assert len({text.rsplit("\n\n", 1)[0] for text in said}) == 1
+    for question, text in zip(questions, said, strict=True):
+        assert f"for {question.word} is: {question.number}." in text
+        assert text.endswith(f"One of the special magic numbers for {question.word} is:")
+    places = [said[0].index(question.number) for question in questions]
+    assert places == sorted(places)
+    assert len(said[0]) < 2150
+
+
+def test_generate_prints_the_text_and_what_was_kept(
+    directory: Path, text: Path, thresholds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = text.parent / "prompt.txt"
+    prompt.write_text(text.read_text(encoding="utf-8")[:500], encoding="utf-8")
+    arguments = ["generate", "--model", str(directory), "--prompt-file", str(prompt), "--k", "8"]
+    arguments += ["--thresholds", str(thresholds), "--max-new-tokens", "4"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out
+    assert "500 tokens of prompt" in err
+    assert "2 block-sparse calls, kept" in err
+    assert "6 dense calls: decode step" in err
+    assert main([*arguments, "--prefill-chunk-size", "128"]) == 0
+    assert capsys.readouterr().out == out
+    assert main([*arguments, "--compare"]) == 0
+    both = capsys.readouterr().out
+    assert "--- dense (" in both
+    assert "--- block-sparse (" in both
+
+
+def test_a_short_prompt_is_told_that_it_gains_nothing(
+    directory: Path, thresholds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--model", str(directory), "--prompt", "Hello there.", "--k", "8"]
+    assert main([*arguments, "--thresholds", str(thresholds), "--max-new-tokens", "2"]) == 0
+    assert "gains nothing from block-sparse attention" in capsys.readouterr().err
+
+
+def test_info_describes_installation_and_table(
+    thresholds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info"]) == 0
+    assert "transformers" in capsys.readouterr().out
+    assert main(["info", str(thresholds)]) == 0
+    out = capsys.readouterr().out
+    assert "someone/Tiny-Model" in out
+    assert "2 layers, 4 heads, 6 positions" in out
+    assert "4, 8" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--model", "no/such/model", "--text", "TEXT"], "no model at 'no/such/model'"),
+        (["demo", "--model", "MODEL", "--text", "no/text"], "there is no folder or file no/text"),
+        (["demo", "--model", "MODEL", "--text", "TEXT", "--tokens", "9"], "at least 512, got 9"),
+        (["demo", "--model", "MODEL", "--text", "TEXT", "--questions", "99"], "at most 9, got 99"),
+        (["info", "no.safetensors"], "no threshold file no.safetensors"),
+        (["generate", "--model", "MODEL", "--prompt-file", "no.txt"], "no prompt file no.txt"),
+        (
+            ["generate", "--model", "MODEL", "--prompt", "x", "--thresholds", "TABLE", "--k", "5"],
+            "no k=5; its points are k = 4, 8",
+        ),
+        (
+            ["generate", "--model", "MODEL", "--prompt", "x", "--thresholds", "TEXT"],
+            "not a threshold table",
+        ),
+        (
+            ["generate", "--model", "MODEL", "--prompt", "x", "--thresholds", "FOREIGN"],
+            "thresholds are of org/other, and this model is",
+        ),
+        (
+            [
+                "generate",
+                "--model",
+                "MODEL",
+                "--prompt",
+                "x",
+                "--thresholds",
+                "TABLE",
+                "--k",
+                "4",
+                "--prefill-chunk-size",
+                "100",
+            ],
+            "a multiple of the query block of 128 tokens, got 100",
+        ),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line_and_status_two(
+    arguments: list[str],
+    message: str,
+    directory: Path,
+    text: Path,
+    thresholds: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    foreign = tmp_path / "foreign.safetensors"
+    table(points=(4,), model="org/other").save(foreign)
+    names = {"MODEL": directory, "TEXT": text, "TABLE": thresholds, "FOREIGN": foreign}
+    assert main([str(names.get(argument, argument)) for argument in arguments]) == 2
+    last = capsys.readouterr().err.strip().split("\n")[-1]
+    assert last.startswith("bsfa: error: ")
+    assert message in last
+
+
+def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "demo" in capsys.readouterr().out
+
+
+def test_versions_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"bsfa-hf {__version__}\n"
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'\nversion = "{__version__}"\n' in project

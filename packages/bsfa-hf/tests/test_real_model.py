@@ -1,0 +1,102 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The real model: exactness, restoring, padding and chunks on prompts of real text."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import bsfa_hf
+from bsfa_calib import ThresholdTable, models
+from bsfa_hf.cli.common import quiet
+
+pytestmark = pytest.mark.model
+
+# For each rule, a scalar at which this model skips a part of the blocks of such prompts.
+SCALARS = {"absolute": 6.0, "running_max": -5.0, "running_lse": -7.0}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[models.Loaded]:
+    with quiet():
+        yield models.load(os.environ["BSFA_TEST_MODEL"], dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompt(loaded: models.Loaded) -> Tensor:
+    """1,111 tokens of real text."""
+    root = Path(os.environ["BSFA_TEST_TEXT"])
+    files = [root] if root.is_file() else sorted(root.rglob("*.txt"))
+    text = "\n\n".join(file.read_text(encoding="utf-8")[:9000] for file in files[:4])
+    ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :1111]
+    assert ids.shape[1] == 1111
+    return torch.as_tensor(ids)
+
+
+def scalar_table(model: Any, value: float, rule: str = "absolute") -> ThresholdTable:
+    config = model.config
+    shape = (1, config.num_hidden_layers, config.num_attention_heads, 1)
+    return ThresholdTable(
+        thresholds=np.full(shape, value, np.float32),
+        points=(0.5,),
+        axis="target_sparsity",
+        rule=rule,
+    )
+
+
+def relative(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).abs().max() / (expected.max() - expected.min()))
+
+
+def test_minus_infinity_and_restoring_give_the_logits_of_sdpa(
+    loaded: models.Loaded, prompt: Tensor
+) -> None:
+    model = loaded.model
+    dense = model(prompt).logits
+    with bsfa_hf.enabled(model, scalar_table(model, -math.inf)) as stats:
+        sparse = model(prompt).logits
+    assert stats.sparse_calls == model.config.num_hidden_layers
+    assert not stats.dense_calls
+    assert relative(sparse, dense) <= 1e-3
+    assert torch.equal(model(prompt[:, :200]).logits, model(prompt[:, :200]).logits)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("rule", sorted(SCALARS))
+def test_chunks_and_padding_change_nothing(
+    loaded: models.Loaded, prompt: Tensor, rule: str
+) -> None:
+    model = loaded.model
+    short = prompt[:, 100:433]
+    with bsfa_hf.enabled(model, scalar_table(model, SCALARS[rule], rule)) as stats:
+        whole = model(prompt[:, :641], logits_to_keep=1).logits[:, -1]
+        alone = model(short, logits_to_keep=1).logits[:, -1]
+        assert 0.3 < stats.mean_kept_fraction < 0.95
+        chunks = model.generate(
+            prompt[:, :641],
+            max_new_tokens=1,
+            do_sample=False,
+            prefill_chunk_size=256,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        assert relative(chunks.logits[0], whole) <= 1e-3
+        ids = torch.zeros((2, 641), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        ids[0], mask[0] = prompt[0, :641], 1
+        ids[1, -333:], mask[1, -333:] = short[0], 1
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        batch = model(ids, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[
+            :, -1
+        ]
+        assert relative(batch[0], whole[0]) <= 1e-3
+        assert relative(batch[1], alone[0]) <= 1e-3
