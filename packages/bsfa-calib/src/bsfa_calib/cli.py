@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in (*_COMMANDS, "-h", "--help", "--version"):
         arguments.insert(0, "run")
     options = parser.parse_args([_underscored(argument) for argument in arguments])
-    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("bsfa-calibrate: %(levelname)s: %(message)s"))
+    logger = logging.getLogger("bsfa_calib")
+    logger.addHandler(handler)
     try:
         return int(options.function(options, arguments))
     except (ValueError, OSError, NotImplementedError) as error:
@@ -53,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nbsfa-calibrate: interrupted", file=sys.stderr)
         return _INTERRUPTED
+    finally:
+        logger.removeHandler(handler)
 
 
 def parse_k_values(text: str) -> tuple[int, ...]:
