@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -153,8 +152,9 @@ def block_sparse_attention(
     check_number(scale, "scale")
     check_rule(rule)
     check_geometry(geometry)
-    operator = _operator(torch.ops.bsfa.forward, q, k, v)
-    out, lse, kept = operator(
+    out, lse, kept = _call(
+        _forward,
+        q.requires_grad or k.requires_grad or v.requires_grad,
         q,
         k,
         v,
@@ -214,23 +214,30 @@ def block_maxima(
     check_number(scale, "scale")
     check_rule(rule)
     check_geometry(geometry)
-    operator = _operator(torch.ops.bsfa.block_maxima, q, k)
-    maxima: Tensor = operator(q, k, bool(causal), scale, rule, geometry[0], geometry[1])
+    maxima: Tensor = _call(
+        _block_maxima,
+        q.requires_grad or k.requires_grad,
+        q,
+        k,
+        bool(causal),
+        scale,
+        rule,
+        geometry[0],
+        geometry[1],
+    )
     return maxima
 
 
-def _operator(operator: Any, *inputs: Tensor) -> Callable[..., Any]:
-    """The operator, called below autograd where that has nothing to do.
+_forward: Callable[..., Any] = torch.ops.bsfa.forward.default
+_block_maxima: Callable[..., Any] = torch.ops.bsfa.block_maxima.default
 
-    Autograd's step is in Python, and would be half of what a call costs on the host.
+
+def _call(operator: Callable[..., Any], requires_grad: bool, *arguments: object) -> Any:
+    """Call an operator, below autograd where that has nothing to do.
+
+    Autograd's step is in Python, and would be a good part of what a call costs on the host.
     """
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    ):
-        return cast("Callable[..., Any]", operator)
-    return partial(_below_autograd, operator.default)
-
-
-def _below_autograd(operator: Callable[..., Any], *arguments: object) -> Any:
+    if torch.compiler.is_compiling() or (requires_grad and torch.is_grad_enabled()):
+        return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
