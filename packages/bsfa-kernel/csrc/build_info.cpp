@@ -9,18 +9,12 @@
 namespace bsfa {
 namespace {
 
-#if defined(BSFA_SM80_PTX)
-constexpr bool kSm80Ptx = true;
-#else
-constexpr bool kSm80Ptx = false;
-#endif
-
 template <class Params>
 void append_kernels(std::string& text, const char* name,
                     const std::initializer_list<Kernel<Params>>& kernels) {
   for (const Kernel<Params>& kernel : kernels) {
     text += join(text.back() == '[' ? "" : ", ", "{\"name\": \"", name, "\", \"arch\": ", kernel.arch,
-                 ", \"ptx\": ", kernel.arch == 80 && kSm80Ptx ? "true" : "false", ", \"dtype\": \"",
+                 ", \"ptx\": ", kernel.arch == 80 && BSFA_SM80_PTX ? "true" : "false", ", \"dtype\": \"",
                  dtype_name(kernel.dtype), "\", \"head_dim\": ", kernel.head_dim,
                  ", \"geometries\": [\"128x64\", \"64x64\"]}");
   }

@@ -18,6 +18,14 @@ struct bfloat16_t;
 
 namespace bsfa {
 
+#if BSFA_SM80_PTX
+constexpr const char* kSm80Reach = "sm_80 kernels run on 8.0 and newer";
+#elif BSFA_SM80_ON_90
+constexpr const char* kSm80Reach = "sm_80 kernels run on 8.x and 9.0";
+#else
+constexpr const char* kSm80Reach = "sm_80 kernels run on 8.x";
+#endif
+
 const std::initializer_list<Kernel<ForwardParams>> kForwardKernels = {
 #include "forward_kernels.inc"
 };
@@ -31,7 +39,11 @@ const char* dtype_name(int dtype) {
 }
 
 bool runs_on(int arch, int capability) {
-  return arch == 90 ? capability == 90 : capability >= arch;
+  if (arch == 90) {
+    return capability == 90;
+  }
+  const bool compiled = capability / 10 == 8 || (BSFA_SM80_ON_90 && capability == 90);
+  return compiled || (BSFA_SM80_PTX && capability > 80);
 }
 
 namespace {
@@ -85,10 +97,10 @@ const Kernel<Params>& select(const std::initializer_list<Kernel<Params>>& kernel
       best = &kernel;
     }
   }
-  BSFA_CHECK_SUPPORTED(
-      best != nullptr, "this GPU has compute capability ", capability / 10, ".", capability % 10, ", and no ",
-      request.name, " kernel for ", describe(request), " in this libbsfa runs on it ",
-      "(sm_80 kernels need 8.0 or newer, sm_90 kernels exactly 9.0); it has ", list(kernels));
+  BSFA_CHECK_SUPPORTED(best != nullptr, "this GPU has compute capability ", capability / 10, ".",
+                       capability % 10, ", and no ", request.name, " kernel for ", describe(request),
+                       " in this libbsfa runs on it (", kSm80Reach, ", sm_90 kernels on 9.0); it has ",
+                       list(kernels));
   return *best;
 }
 

@@ -32,7 +32,8 @@ extern const std::initializer_list<Kernel<BlockMaximaParams>> kBlockMaximaKernel
 const char* dtype_name(int dtype);
 
 // Whether the GPU can run kernels of `arch`. Those for 90 use instructions that no other architecture has;
-// those for 80 come with PTX for later ones.
+// those for 80 are compiled for 8.x and, where the build's options say so, for 9.0 and to PTX for all later
+// ones.
 bool runs_on(int arch, int capability);
 
 struct Request {
