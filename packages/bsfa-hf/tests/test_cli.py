@@ -17,6 +17,8 @@ from bsfa_hf.cli import main
 from bsfa_hf.cli.demo import make_questions
 from tiny import table, tiny_model
 
+CHUNKS = ("--k", "4", "--prefill-chunk-size", "100")
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -185,19 +187,7 @@ def test_info_describes_installation_and_table(
             "thresholds are of org/other, and this model is",
         ),
         (
-            [
-                "generate",
-                "--model",
-                "MODEL",
-                "--prompt",
-                "x",
-                "--thresholds",
-                "TABLE",
-                "--k",
-                "4",
-                "--prefill-chunk-size",
-                "100",
-            ],
+            ["generate", "--model", "MODEL", "--prompt", "x", "--thresholds", "TABLE", *CHUNKS],
             "a multiple of the query block of 128 tokens, got 100",
         ),
     ],

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
@@ -69,6 +70,15 @@ def test_minus_infinity_and_restoring_give_the_logits_of_sdpa(
     assert relative(sparse, dense) <= 1e-3
     assert torch.equal(model(prompt[:, :200]).logits, model(prompt[:, :200]).logits)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_table_of_another_model_is_refused(loaded: models.Loaded) -> None:
+    fitting = scalar_table(loaded.model, 0.0)
+    with pytest.raises(ValueError, match="thresholds are of someone/another, and this model is"):
+        bsfa_hf.enable(loaded.model, dataclasses.replace(fitting, model="someone/another"))
+    name = models.identity(os.environ["BSFA_TEST_MODEL"], loaded.model)[0]
+    bsfa_hf.enable(loaded.model, dataclasses.replace(fitting, model=f"owner/{name}"))
+    bsfa_hf.disable(loaded.model)
 
 
 @pytest.mark.parametrize("rule", sorted(SCALARS))

@@ -275,7 +275,8 @@ def plan_of(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Plan:
             "an attention mask must be [batch, keys] or [batch, heads, queries, keys], got "
             f"{list(mask.shape)}"
         )
-    _attach(mask, plan)
+    if not mask.is_inference():  # else a change in place would go unseen
+        _attach(mask, plan)
     return plan
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from bsfa_hf.reasons import REASONS, Reason
@@ -36,6 +37,9 @@ class _Layer:
     def __init__(self, heads: int, device: torch.device) -> None:
         self.kept = torch.zeros(heads, dtype=torch.int64, device=device)
         self.traced = torch.zeros(_DENSE + len(REASONS), dtype=torch.int64, device=device)
+        for counter in (self.kept, self.traced):
+            # Compiled code adds to them in place, which CUDA graphs take of fixed addresses only.
+            torch._dynamo.mark_static_address(counter)
         self.visible = 0
         self.query_blocks = 0
         self.sparse = 0
