@@ -215,7 +215,8 @@ def test_nan_scores_are_refused() -> None:
     ("samples", "options", "message"),
     [
         ([], {"k_values": [2]}, "at least one sample"),
-        ([[]], {"k_values": [2]}, "the samples are empty"),
+        ([[5] * 900, []], {"k_values": [2]}, "a sample is empty"),
+        (SAMPLES, {"k_values": [2], "held_out": [[]]}, "a held-out sample is empty"),
         ([[5] * 200], {"k_values": [2, 3]}, "no query block has more than 2 blocks"),
         ([[5] * 100], {"target_sparsities": [0.5]}, "no block may be skipped"),
         (SAMPLES, {}, "either k_values or target_sparsities"),

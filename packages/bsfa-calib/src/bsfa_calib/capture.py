@@ -172,6 +172,8 @@ def calibrate(
         raise ValueError("give either k_values or target_sparsities")
     if not samples:
         raise ValueError("at least one sample is needed")
+    if not all(held_out):
+        raise ValueError("a held-out sample is empty: every sample must have at least one token")
     estimate.parse_aggregate(aggregate)
     points: tuple[float | int, ...]
     if k_values is not None:
@@ -444,9 +446,9 @@ def _fingerprint(model: Any) -> str:
 def _check_lengths(
     samples: Sequence[Sequence[int]], least_k: int, q_block: int, k_block: int
 ) -> None:
+    if not all(samples):
+        raise ValueError("a sample is empty: every sample must have at least one token")
     longest = max(map(len, samples))
-    if longest == 0:
-        raise ValueError("the samples are empty")
     most = int(estimate.unforced_blocks(longest, q_block=q_block, k_block=k_block)[-1])
     if most <= least_k:
         raise ValueError(
