@@ -35,7 +35,8 @@ def plot(
     """Draw a table into an image file. Needs matplotlib (the extra ``plot``).
 
     Each operating point is a row: the threshold of each layer and head (mean over the rows in which
-    it skips anything), the sparsity predicted for it, and the thresholds along the positions.
+    it skips anything), its sparsity on held-out text (or, without such, on the calibration samples),
+    and the thresholds along the positions.
 
     Args:
         table: the table.
@@ -62,9 +63,12 @@ def plot(
         label = f"{table.axis} = {point:g}"
         thresholds = table.thresholds[index]
         _heat_map(row[0], _finite_mean(thresholds), f"threshold, {label}", "viridis", None)
-        sparsity = table.statistics.get("sparsity")
+        # With pooled thresholds, every head skips the same share of the calibration samples.
+        held_out = "held_out_sparsity" in table.statistics
+        sparsity = table.statistics.get("held_out_sparsity" if held_out else "sparsity")
         if sparsity is not None:
-            title = f"predicted sparsity, {label} (mean {np.nanmean(sparsity[index]):.0%})"
+            mean = np.nanmean(sparsity[index])
+            title = f"{'held-out' if held_out else 'predicted'} sparsity, {label} (mean {mean:.0%})"
             _heat_map(row[1], sparsity[index], title, "magma", (0, 1))
         else:
             row[1].set_axis_off()
