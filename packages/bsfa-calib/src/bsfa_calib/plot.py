@@ -35,7 +35,7 @@ def plot(
     """Draw a table into an image file. Needs matplotlib (the extra ``plot``).
 
     Each operating point is a row: the threshold of each layer and head (mean over the rows in which
-    it skips anything), its sparsity on held-out text (or, without such, on the calibration samples),
+    it skips anything), its sparsity on held-out text (or, without any, on the calibration samples),
     and the thresholds along the positions.
 
     Args:
