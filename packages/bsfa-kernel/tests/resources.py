@@ -96,7 +96,7 @@ def _parse_entry(entry: str) -> Resources:
 def _short_name(symbol: str) -> str:
     full = run_well(tool("c++filt"), symbol).strip().removeprefix("void ")
     name = full[: full.rindex(">(") + 1] if ">(" in full else full.partition("(")[0]
-    return name.replace("(int)", "").replace("(bool)", "")
+    return name.replace("(int)", "").replace("(bool)", "").replace("> >", ">>")
 
 
 def read_reviewed(path: Path = REVIEWED) -> tuple[str, list[Resources]]:
