@@ -21,7 +21,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,14 +71,14 @@ class Candidate:
         name: what the table calls it; the geometry is part of it.
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
-        thresholds: gives float32 [layers, heads, rows] for a sparsity.
+        variant: how thresholds are chosen: a key of ``_VARIANTS``, or "paper".
         order: of the blocks; see ``emulation.ORDERS``.
     """
 
     name: str
     rule: str
     geometry: Geometry
-    thresholds: Callable[[float], npt.NDArray[np.float32]]
+    variant: str
     order: str = "last_first"
 
 
@@ -98,52 +98,42 @@ def grid(rule: str, step: float) -> tuple[float, ...]:
     return tuple(np.arange(low, high + step, step).tolist())
 
 
-def candidates(
-    measured: dict[tuple[str, Geometry, str], Profile],
-    paper: Callable[[float], npt.NDArray[np.float32]],
-) -> Iterator[Candidate]:
-    """All candidates, those that matter most first."""
+_VARIANTS: dict[str, Callable[[Profile, float], Array]] = {
+    "scalar": scalar_for,
+    "head by effect": allot,
+    "head by effect, half": lambda made, target: allot(made, target, blend=0.5),
+    "head offset": lambda made, target: scalar_for(made, target, sensitivity_offsets(made)),
+    "head offset, half": lambda made, target: scalar_for(
+        made, target, sensitivity_offsets(made, strength=0.5)
+    ),
+    "layer by effect": lambda made, target: allot(made, target, group="layer"),
+}
 
-    def of(values: Callable[[Profile, float], Any], made: Profile) -> Callable[[float], Any]:
-        return lambda target: np.asarray(values(made, target), np.float32)[..., None]
+# First what the defaults may become, then the rest.
+_LIKELY = ("head by effect", "head by effect, half", "head offset, half")
+_WANTED = (
+    ("running_max", COARSE, ("scalar",)),
+    ("running_lse", COARSE, ("scalar",)),
+    ("running_lse", FINE, ("scalar",)),
+    ("running_lse", COARSE, _LIKELY),
+    ("running_lse", FINE, _LIKELY),
+    ("running_max", FINE, ("scalar",)),
+    ("running_max", COARSE, _LIKELY[:2]),
+    ("running_lse", COARSE, ("head offset", "layer by effect")),
+    ("running_lse", FINE, ("head offset", "layer by effect")),
+)
 
-    variants: list[tuple[str, Callable[[Profile, float], Any]]] = [
-        ("scalar", lambda made, target: scalar_for(made, target)),
-        ("head by effect", lambda made, target: allot(made, target)),
-        ("head by effect, half", lambda made, target: allot(made, target, blend=0.5)),
-        ("head offset", lambda made, target: scalar_for(made, target, sensitivity_offsets(made))),
-        (
-            "head offset, half",
-            lambda made, target: scalar_for(made, target, sensitivity_offsets(made, strength=0.5)),
-        ),
-        ("layer by effect", lambda made, target: allot(made, target, group="layer")),
-    ]
-    yield Candidate(PAPER, "absolute", COARSE, paper)
-    done = set()
-    # First what the defaults may become, then the rest.
-    wanted = [
-        ("running_max", COARSE, ["scalar"]),
-        ("running_lse", COARSE, ["scalar"]),
-        ("running_lse", FINE, ["scalar"]),
-        ("running_lse", COARSE, ["head by effect", "head by effect, half", "head offset, half"]),
-        ("running_lse", FINE, ["head by effect", "head by effect, half", "head offset, half"]),
-        ("running_max", FINE, ["scalar"]),
-        ("running_max", COARSE, ["head by effect", "head by effect, half"]),
-        ("running_lse", COARSE, [name for name, _ in variants]),
-        ("running_lse", FINE, [name for name, _ in variants]),
-    ]
-    for rule, geometry, names in wanted:
-        for name, values in variants:
-            key = (rule, geometry, name)
-            made = measured.get((rule, geometry, "last_first"))
-            if name in names and key not in done and made is not None:
-                done.add(key)
-                yield Candidate(f"{rule} {name} {geometry}", rule, geometry, of(values, made))
-    for (rule, geometry, order), made in measured.items():
-        if order != "last_first":
-            for name, values in variants[:2]:
-                title = f"{rule} {name} {geometry}, {order.replace('_', ' ')}"
-                yield Candidate(title, rule, geometry, of(values, made), order)
+
+def candidates(*, orders: bool, only: Sequence[str]) -> list[Candidate]:
+    """All candidates whose name holds one of ``only``, those that matter most first."""
+    found = [Candidate(PAPER, "absolute", COARSE, "paper")]
+    for rule, geometry, variants in _WANTED:
+        found += [Candidate(f"{rule} {v} {geometry}", rule, geometry, v) for v in variants]
+    for order in ("sink_last_first", "first_last") if orders else ():
+        for variant in ("scalar", "head by effect"):
+            name = f"running_lse {variant} {COARSE}, {order.replace('_', ' ')}"
+            found.append(Candidate(name, "running_lse", COARSE, variant, order))
+    return [c for c in found if not only or any(part in c.name for part in only)]
 
 
 def unforced(length: int) -> npt.NDArray[np.int64]:
@@ -305,15 +295,9 @@ def main() -> int:
         f"{'native kernels' if native else 'emulation'} on {device}; {budget.spent:.0f} s so far"
     )
 
-    requests = [
-        (rule, geometry, "last_first", grid(rule, arguments.grid_step))
-        for rule in ("running_max", "running_lse")
-        for geometry in (COARSE, FINE)
-    ]
-    if arguments.orders:
-        requests.append(
-            ("running_lse", COARSE, "sink_last_first", grid("running_lse", arguments.grid_step))
-        )
+    chosen = candidates(orders=arguments.orders, only=arguments.only)
+    keys = dict.fromkeys((c.rule, c.geometry, c.order) for c in chosen if c.variant != "paper")
+    requests = [(*key, grid(key[0], arguments.grid_step)) for key in keys]
     calibration_ids = [window.ids for window in calibration]
     profiles = profile_all(
         model,
@@ -322,8 +306,15 @@ def main() -> int:
         draws=arguments.draws,
         progress=lambda told: progress(f"{told}; {budget.spent:.0f} s"),
     )
-    measured = {request[:3]: made for request, made in zip(requests, profiles, strict=True)}
+    measured = dict(zip(keys, profiles, strict=True))
     paper = paper_thresholds(model, calibration_ids)
+
+    def thresholds(candidate: Candidate, target: float) -> torch.Tensor:
+        if candidate.variant == "paper":
+            return torch.tensor(paper(target), device=device)
+        made = measured[candidate.rule, candidate.geometry, candidate.order]
+        values = _VARIANTS[candidate.variant](made, target)
+        return torch.tensor(values, dtype=torch.float32, device=device)[..., None]
 
     dense = []
     with applied(model, None):
@@ -351,16 +342,14 @@ def main() -> int:
     longest = 0.0
     most = 0.98 * (1 - forced_share(arguments.length, COARSE))
     with arguments.out.open("a", encoding="utf-8") as file:
-        for candidate in candidates(measured, paper):
-            if arguments.only and not any(part in candidate.name for part in arguments.only):
-                continue
+        for candidate in chosen:
             if not budget.allows(longest):
                 progress(f"time is up: {candidate.name} and what follows are left out")
                 break
             begin = time.monotonic()
             of_rule = PAPER_SPARSITIES if candidate.name == PAPER else arguments.sparsities
             for asked in (share for share in of_rule if share < most):
-                values = torch.tensor(candidate.thresholds(asked), device=device)
+                values = thresholds(candidate, asked)
                 method: Method
                 if native and candidate.order == "last_first":
                     method = BlockSparse(values, candidate.rule, candidate.geometry)
