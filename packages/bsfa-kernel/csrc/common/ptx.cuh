@@ -58,6 +58,13 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
 }
 
+// x, about which the compiler forgets what it knew: what follows from it is computed again where it is
+// needed, and is not kept in registers through a loop that has none to spare.
+__device__ __forceinline__ int forget(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // In a branch that is seldom taken: keeps the compiler from making predicated instructions of it, each of
 // which would cost an issue slot where the branch is not taken, too.
 __device__ __forceinline__ void keep_branch() {

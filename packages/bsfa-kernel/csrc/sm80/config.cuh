@@ -55,7 +55,7 @@ struct ForwardConfig : Config<Element_, kHeadDim_> {
   };
 
   // Two CTAs take turns on the tensor cores: while one exponentiates, the other multiplies.
-  static constexpr int kCtasPerSm = 2;
+  static constexpr int kCtasPerSm = Base::kHeadDim == 64 ? 3 : 2;
 };
 
 template <class Element_, int kHeadDim_>
@@ -68,7 +68,7 @@ struct BlockMaximaConfig : Config<Element_, kHeadDim_> {
     float excess[2][Base::kWarps];  // of the warps' rows, in this key block and in the one before
   };
 
-  static constexpr int kCtasPerSm = 2;
+  static constexpr int kCtasPerSm = Base::kHeadDim == 64 ? 3 : 2;
 };
 
 }  // namespace bsfa::sm80

@@ -48,7 +48,6 @@ class Mainloop {
   template <bool kVotes>
   __device__ __forceinline__ void run(int visible) {
     const bool halved = kVotes && params_.q_block < Config::kTileQ;
-    const int undecided = block_.undecided;
     if constexpr (kVotes) {
       prepare_votes();
     }
@@ -64,7 +63,7 @@ class Mainloop {
         score(scores, key_block);
         row_maxima(scores, maxima);
         if constexpr (kVotes) {
-          keeps = key_block >= undecided || reaches_bounds(maxima);
+          keeps = (key_block >= block_.undecided) | reaches_bounds(maxima);
         }
       }
       if (halved && keeps) {
@@ -126,7 +125,7 @@ class Mainloop {
   // S = Q K^T, -inf where masked.
   __device__ __forceinline__ void score(Scores& scores, int key_block) const {
     const uint32_t lane_queries = ptx::shared_address(storage_.q) + QueryTile::lane_of_left() +
-                                  threadIdx.x / 32 * (Config::kWarpRows * QueryTile::kRowBytes);
+                                  ptx::forget(threadIdx.x) / 32 * (Config::kWarpRows * QueryTile::kRowBytes);
     multiply_scores<Config>(scores, lane_queries, keys_address(key_block) + KeyTile::lane_of_right());
     if (key_block >= keys_.full) {
       ptx::keep_branch();

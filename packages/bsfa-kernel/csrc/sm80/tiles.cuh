@@ -111,7 +111,7 @@ __device__ __forceinline__ void multiply_scores(Scores& scores, uint32_t lane_qu
   using QueryTile = SharedTile<Config::kTileQ, Config::kHeadDim>;
   using KeyTile = SharedTile<Config::kTileK, Config::kHeadDim>;
   scores.clear();
-#pragma unroll
+#pragma unroll 4
   for (int step = 0; step < Config::kHeadDim / 16; ++step) {
     uint32_t queries[Config::kRowBlocks][4];
 #pragma unroll
@@ -170,8 +170,9 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const uint16_t* matri
   constexpr int kThreadsOfRow = Config::kHeadDim / 8;
   constexpr int kRowsOfStep = Config::kThreads / kThreadsOfRow;
   static_assert(kRowsOfStep % 8 == 0);  // a thread stays at one place of the permutation
-  const int row = threadIdx.x / kThreadsOfRow;
-  const int chunk = threadIdx.x % kThreadsOfRow;
+  const int thread = ptx::forget(threadIdx.x);
+  const int row = thread / kThreadsOfRow;
+  const int chunk = thread % kThreadsOfRow;
   const uint32_t target = shared + Tile::offset(row, chunk);
   const uint16_t* source = matrix + (first + row) * stride + chunk * 8;
   if (first + Tile::kRows <= end) {

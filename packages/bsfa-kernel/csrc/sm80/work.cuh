@@ -69,7 +69,7 @@ __device__ __forceinline__ QueryBlock find_query_block(const ForwardParams& para
 }
 
 // The element (first row, 0) of a sequence's rows of a head.
-__device__ const __forceinline__ uint16_t* first_element(const void* tensor, const Strides& strides,
+const __device__ __forceinline__ uint16_t* first_element(const void* tensor, const Strides& strides,
                                                          const Sequence& sequence, int row, int head) {
   return static_cast<const uint16_t*>(tensor) + sequence.index * strides.batch + row * strides.seqlen +
          head * strides.heads;
