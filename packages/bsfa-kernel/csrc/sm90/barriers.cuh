@@ -9,21 +9,20 @@
 #include <cstdint>
 
 #include "config.cuh"
+#include "ptx.cuh"
 
 namespace bsfa::sm90 {
 
 // A place in a ring of stages. The phase changes with every round.
 template <int kStages>
 struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
+  static_assert((kStages & (kStages - 1)) == 0, "a place is found by masking");
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
+  uint32_t count = 0;
+
+  __device__ __forceinline__ int stage() const { return count % kStages; }
+  __device__ __forceinline__ uint32_t phase() const { return count / kStages % 2; }
+  __device__ __forceinline__ void advance() { ++count; }
 };
 
 // The hardware barriers of the consumers, after those that CUTLASS keeps.
@@ -42,6 +41,15 @@ __device__ __forceinline__ void arrive(NamedBarrier barrier, int offset, int thr
   cutlass::arch::NamedBarrier::arrive(threads, static_cast<uint32_t>(barrier) + offset);
 }
 
+// The consumers take turns to issue their products: while one multiplies, the other votes or exponentiates.
+__device__ __forceinline__ void take_turn(int warpgroup) {
+  sync(NamedBarrier::kTurn0, warpgroup, 256);
+}
+
+__device__ __forceinline__ void pass_turn(int warpgroup) {
+  arrive(NamedBarrier::kTurn0, 1 - warpgroup, 256);
+}
+
 // Waits until the phase of an mbarrier is over. Debug builds stop a kernel that would wait for ever.
 template <class Barrier>
 __device__ __forceinline__ void wait(const Barrier& barrier, uint32_t phase) {
@@ -56,6 +64,14 @@ __device__ __forceinline__ void wait(const Barrier& barrier, uint32_t phase) {
 #endif
 }
 
+// The same where it has been found out before, while there was time, whether the phase is over.
+template <class Barrier>
+__device__ __forceinline__ void wait_unless(bool over, const Barrier& barrier, uint32_t phase) {
+  if (!over) {
+    wait(barrier, phase);
+  }
+}
+
 // Called by one thread, before anything else happens in the CTA.
 template <class Config>
 __device__ __forceinline__ void initialize_barriers(typename Config::SharedStorage& storage) {
@@ -66,7 +82,8 @@ __device__ __forceinline__ void initialize_barriers(typename Config::SharedStora
     storage.k_full[stage].init(1);
     // The loader of V counts too: it gives the stage back when it has read the verdict.
     storage.k_empty[stage].init(kReaders + 1);
-    storage.verdict_full[stage].init(kReaders);
+    storage.votes_full[stage].init(kReaders);
+    storage.votes[stage] = 0;
   }
   for (int stage = 0; stage < Config::kValueStages; ++stage) {
     storage.v_full[stage].init(1);
@@ -81,24 +98,43 @@ struct Verdict {
   bool load;  // some warpgroup does, so that V takes a stage of its ring
 };
 
+// A consumer warp's vote is a byte: bit 0 says whether it keeps the block, bit 1 changes with every round of
+// the ring and says that the vote is there. So the consumers need no barrier to hear each other, only a look.
+inline constexpr uint32_t kKeepBits = 0x01010101;
+inline constexpr uint32_t kRoundBits = 0x02020202;
+
+template <int kStages>
+__device__ __forceinline__ uint32_t round_bits(const Ring<kStages>& place) {
+  return place.phase() == 0 ? kRoundBits : 0;  // shared memory begins with 0
+}
+
 // One consumer warp's part of the verdict. All lanes must come.
 template <class Config>
 __device__ __forceinline__ void publish(typename Config::SharedStorage& storage,
                                         const Ring<Config::kKeyStages>& place, int warp, bool keeps) {
-  const bool warp_keeps = __any_sync(0xffffffff, keeps);
-  if (threadIdx.x % 32 == 0) {
-    // volatile: must stay before the arrival, which the compiler takes for no access to memory.
-    reinterpret_cast<volatile uint8_t*>(&storage.verdicts[place.stage])[warp] = warp_keeps;
-    storage.verdict_full[place.stage].arrive();
-  }
+  const uint32_t warp_keeps = __any_sync(0xffffffff, keeps) ? kKeepBits : 0;
+  const uint32_t votes = cute::cast_smem_ptr_to_uint(&storage.votes[place.stage()]);
+  const uint32_t barrier = cute::cast_smem_ptr_to_uint(&storage.votes_full[place.stage()]);
+  ptx::store_and_arrive(votes + warp, warp_keeps | round_bits(place), barrier, threadIdx.x % 32 == 0);
 }
 
-// The bytes of all consumer warps, those of consumer 0 in the low half.
+// The votes of all consumer warps, those of consumer 0 in x, of consumer 1 in y.
 template <class Config>
-__device__ __forceinline__ uint64_t await_verdicts(typename Config::SharedStorage& storage,
-                                                   const Ring<Config::kKeyStages>& place) {
-  wait(storage.verdict_full[place.stage], place.phase);
-  return *static_cast<volatile uint64_t*>(&storage.verdicts[place.stage]);
+__device__ __forceinline__ uint2 read_votes(typename Config::SharedStorage& storage,
+                                            const Ring<Config::kKeyStages>& place) {
+  const uint64_t votes = *static_cast<volatile uint64_t*>(&storage.votes[place.stage()]);
+  return {static_cast<uint32_t>(votes), static_cast<uint32_t>(votes >> 32)};
+}
+
+template <class Config>
+__device__ __forceinline__ uint2 await_votes(typename Config::SharedStorage& storage,
+                                             const Ring<Config::kKeyStages>& place) {
+  const uint32_t awaited = round_bits(place);
+  uint2 votes;
+  do {
+    votes = read_votes<Config>(storage, place);
+  } while ((((votes.x ^ awaited) | (votes.y ^ awaited)) & kRoundBits) != 0);
+  return votes;
 }
 
 }  // namespace bsfa::sm90

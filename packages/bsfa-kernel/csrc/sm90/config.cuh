@@ -29,14 +29,11 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = 240;
 
   // Keys and values travel in blocks of 64 keys, through rings of their own, since V is loaded for kept
-  // blocks only. The ring of keys is even, so that two neighbours can serve as one block of 128 (dense
-  // tiles).
-  static constexpr int kKeyStages = kHeadDim == 128 ? 6 : 8;
+  // blocks only. Two neighbours of the ring of keys can serve as one block of 128 (dense tiles). The
+  // consumers are less than two blocks apart, and one of them may pass a V block by without waiting for it:
+  // hence four at least.
+  static constexpr int kKeyStages = kHeadDim == 128 ? 4 : 8;
   static constexpr int kValueStages = kHeadDim == 128 ? 4 : 8;
-  static_assert(kKeyStages % 2 == 0);
-  // The consumers are less than two blocks apart, and one of them may pass a V block by without waiting for
-  // it.
-  static_assert(kValueStages >= 4);
 
   // The copy engine moves boxes of 64 rows x 64 columns: 128 bytes a row, the width of the swizzle.
   static constexpr int kBoxColumns = 64;
@@ -80,7 +77,7 @@ struct ForwardConfig {
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<cute::_64, cute::_64, cute::Int<kHeadDim>>>()));
   using PairScoresMma = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float,
+      cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<cute::_64, cute::_128, cute::Int<kHeadDim>>>()));
   // O += P V, with P in registers.
   using ValuesMma = decltype(cute::make_tiled_mma(
@@ -101,11 +98,11 @@ struct ForwardConfig {
     cutlass::arch::ClusterTransactionBarrier v_full[kValueStages];
     cutlass::arch::ClusterBarrier v_empty[kValueStages];
 
-    // The verdicts on key blocks, one byte from each consumer warp. As many as there are stages of K: a place
-    // is used again only after its K block's stage has been given back, also by the loader of V, who reads
-    // it.
-    cutlass::arch::ClusterBarrier verdict_full[kKeyStages];
-    uint64_t verdicts[kKeyStages];
+    // The votes on a key block, a byte from each consumer warp, for the consumers and (behind a barrier) for
+    // the loader of V. As many places as K has stages: a place is used again only when its K block's stage
+    // has been given back, also by the loader of V.
+    cutlass::arch::ClusterBarrier votes_full[kKeyStages];
+    uint64_t votes[kKeyStages];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

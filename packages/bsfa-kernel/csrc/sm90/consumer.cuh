@@ -90,7 +90,7 @@ __device__ __forceinline__ void mask_scores(Matrix& scores, const ConsumerThread
 template <class Config>
 struct ConsumerRings {
   Ring<Config::kKeyStages> keys;
-  Ring<Config::kKeyStages> verdicts;  // moves with sparse tiles only
+  Ring<Config::kKeyStages> ballots;  // moves with sparse tiles only
   Ring<Config::kValueStages> values;
   Ring<1> queries;
 };
@@ -142,5 +142,24 @@ struct TileContext {
     }
   }
 };
+
+// The warpgroup's queries as the left operand of Q K^T, in registers. Gives their place in shared memory
+// back.
+template <class Config, class Mma>
+__device__ __forceinline__ auto load_queries(const TileContext<Config>& context, const Mma& mma) {
+  using namespace cute;
+  using Element = typename Config::Element;
+  const auto smem_q =
+      make_tensor(make_smem_ptr(context.storage.q), typename Config::SmemQ{})(_, _, context.who.warpgroup);
+  auto queries = mma.get_slice(context.who.thread).partition_fragment_A(smem_q);  // (MMA, 1, MMA_K)
+  const auto copy_q = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma);
+  const auto copy_slice = copy_q.get_thread_slice(context.who.thread);
+  auto to = copy_slice.retile_D(queries);
+  wait(context.storage.q_full, context.rings.queries.phase());
+  copy(copy_q, copy_slice.partition_S(smem_q), to);
+  context.release(context.storage.q_empty);
+  context.rings.queries.advance();
+  return queries;
+}
 
 }  // namespace bsfa::sm90

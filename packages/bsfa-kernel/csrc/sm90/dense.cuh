@@ -27,9 +27,9 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
   const auto smem_q = make_tensor(make_smem_ptr(storage.q), typename Config::SmemQ{});
   const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemKPair{});
   const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
-  const auto tSrQ = scores_slice.partition_fragment_A(smem_q(_, _, who.warpgroup));  // (MMA, 1, MMA_K)
-  const auto tSrK = scores_slice.partition_fragment_B(smem_k);                       // (MMA, 1, MMA_K, pair)
-  const auto tOrV = values_slice.partition_fragment_B(smem_v);                       // (MMA, 1, MMA_K, stage)
+  auto tSrQ = load_queries<Config>(context, scores_mma);
+  const auto tSrK = scores_slice.partition_fragment_B(smem_k);  // (MMA, 1, MMA_K, pair)
+  const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
   auto scores = partition_fragment_C(scores_mma, Shape<_64, _128>{});
   // Of the pair's first (upper) and second block.
   const auto half_layout =
@@ -43,50 +43,63 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
   context.visible_keys(visible);
 
   // Steps.
+  bool keys_are_there = false;
+  bool values_are_there = false;
+  // Finds out about the pairs after those in use.
+  const auto look_ahead = [&]() BSFA_INLINE_LAMBDA {
+    const Ring<Config::kKeyStages> key_place{rings.keys.count + 2};
+    const Ring<Config::kValueStages> value_place{rings.values.count + 2};
+    const Ring<Config::kValueStages> other_place{rings.values.count + 3};
+    keys_are_there = storage.k_full[key_place.stage()].test_wait(key_place.phase()) &
+                     storage.k_full[key_place.stage() + 1].test_wait(key_place.phase());
+    values_are_there = storage.v_full[value_place.stage()].test_wait(value_place.phase()) &
+                       storage.v_full[other_place.stage()].test_wait(other_place.phase());
+  };
   const auto await_keys = [&]() BSFA_INLINE_LAMBDA {
-    wait(storage.k_full[rings.keys.stage], rings.keys.phase);
-    wait(storage.k_full[rings.keys.stage + 1], rings.keys.phase);
+    wait_unless(keys_are_there, storage.k_full[rings.keys.stage()], rings.keys.phase());
+    wait_unless(keys_are_there, storage.k_full[rings.keys.stage() + 1], rings.keys.phase());
+  };
+  const auto await_values = [&]() BSFA_INLINE_LAMBDA {
+    const Ring<Config::kValueStages> other{rings.values.count + 1};
+    wait_unless(values_are_there, storage.v_full[rings.values.stage()], rings.values.phase());
+    wait_unless(values_are_there, storage.v_full[other.stage()], other.phase());
   };
   const auto start_scores = [&]() BSFA_INLINE_LAMBDA {
-    start_product<false>(scores_mma, tSrQ, tSrK(_, _, _, rings.keys.stage / 2), scores);
+    start_product<false>(scores_mma, tSrQ, tSrK(_, _, _, rings.keys.stage() / 2), scores);
   };
   const auto release_keys = [&]() BSFA_INLINE_LAMBDA {
     for (int i = 0; i < 2; ++i) {
-      context.release(storage.k_empty[rings.keys.stage]);
+      context.release(storage.k_empty[rings.keys.stage()]);
       rings.keys.advance();
     }
   };
-  // Both blocks of V make one product: the ring may wrap between them.
+  // One product for each block: the ring may wrap between them.
   const auto start_values = [&]() BSFA_INLINE_LAMBDA {
-    auto place = rings.values;
-    wait(storage.v_full[place.stage], place.phase);
-    start_product<true>(values_mma, probabilities0, tOrV(_, _, _, place.stage), output);
-    place.advance();
-    wait(storage.v_full[place.stage], place.phase);
-    start_product<true>(values_mma, probabilities1, tOrV(_, _, _, place.stage), output);
+    const Ring<Config::kValueStages> other{rings.values.count + 1};
+    start_product<true>(values_mma, probabilities0, tOrV(_, _, _, rings.values.stage()), output);
+    start_product<true>(values_mma, probabilities1, tOrV(_, _, _, other.stage()), output);
   };
   const auto release_values = [&]() BSFA_INLINE_LAMBDA {
     for (int i = 0; i < 2; ++i) {
-      context.release(storage.v_empty[rings.values.stage]);
+      context.release(storage.v_empty[rings.values.stage()]);
       rings.values.advance();
     }
   };
-  // P = exp(S - m); returns whether O must be multiplied by `factors`, as long as P V is under way.
-  const auto exponentiate = [&](int key_block, bool masked, float (&factors)[kThreadRows])
-                                BSFA_INLINE_LAMBDA {
-                                  auto matrix = accumulator_matrix(scores);
-                                  if (masked) {
-                                    auto upper = accumulator_matrix(scores0);
-                                    auto lower = accumulator_matrix(scores1);
-                                    mask_scores(upper, who, visible, key_block * kKeyBlock);
-                                    mask_scores(lower, who, visible, (key_block - 1) * kKeyBlock);
-                                  }
-                                  float maxima[kThreadRows];
-                                  row_maxima(matrix, maxima);
-                                  const bool raised = softmax.raise(maxima, scale_log2, factors);
-                                  softmax.exponentiate(matrix, scale_log2);
-                                  return raised;
-                                };
+  const auto mask = [&](int key_block) BSFA_INLINE_LAMBDA {
+    auto upper = accumulator_matrix(scores0);
+    auto lower = accumulator_matrix(scores1);
+    mask_scores(upper, who, visible, key_block * kKeyBlock);
+    mask_scores(lower, who, visible, (key_block - 1) * kKeyBlock);
+  };
+  // P = exp(S - m), in place; returns whether O must be multiplied by `factors`.
+  const auto exponentiate = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
+    auto matrix = accumulator_matrix(scores);
+    float maxima[kThreadRows];
+    row_maxima(matrix, maxima);
+    const bool raised = softmax.raise(maxima, scale_log2, factors);
+    softmax.exponentiate(matrix, scale_log2);
+    return raised;
+  };
   const auto round_probabilities = [&]() BSFA_INLINE_LAMBDA {
     round_to(probabilities0, scores0);
     round_to(probabilities1, scores1);
@@ -95,13 +108,19 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
   const auto step = [&](int key_block, auto masked) BSFA_INLINE_LAMBDA {
     float factors[kThreadRows];
     await_keys();
-    sync(NamedBarrier::kTurn0, who.warpgroup, Config::kConsumers * 128);
+    take_turn(who.warpgroup);
     start_scores();
+    await_values();
     start_values();
-    arrive(NamedBarrier::kTurn0, 1 - who.warpgroup, Config::kConsumers * 128);
+    pass_turn(who.warpgroup);
+    look_ahead();
     finish_product<2>(scores);
     release_keys();
-    const bool raised = exponentiate(key_block, masked, factors);
+    if constexpr (decltype(masked)::value) {
+      mask(key_block);
+    }
+    const bool raised = exponentiate(factors);
+    warpgroup_fence_operand(scores);  // or the compiler would put this behind the wait
     finish_product<0>(output);
     release_values();
     if (raised) {
@@ -110,20 +129,19 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
     round_probabilities();
   };
 
-  wait(storage.q_full, rings.queries.phase);
   int key_block = tile.key_blocks - 1;
   await_keys();
   start_scores();
   finish_product<0>(scores);
   release_keys();
+  mask(key_block);
   float factors[kThreadRows];
-  exponentiate(key_block, true, factors);
+  exponentiate(factors);
   round_probabilities();
-  auto place = rings.values;
+  await_values();
   for (int i = 0; i < 2; ++i) {
-    wait(storage.v_full[place.stage], place.phase);
-    context.clear_foreign_values(place.stage, key_block - i);
-    place.advance();
+    const Ring<Config::kValueStages> place{rings.values.count + i};
+    context.clear_foreign_values(place.stage(), key_block - i);
   }
   key_block -= 2;
   for (; key_block >= tile.full; key_block -= 2) {
@@ -132,8 +150,7 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
   for (; key_block >= 0; key_block -= 2) {
     step(key_block, false_type{});
   }
-  context.release(storage.q_empty);
-  rings.queries.advance();
+  await_values();
   start_values();
   finish_product<0>(output);
   release_values();

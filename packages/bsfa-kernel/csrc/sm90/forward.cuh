@@ -30,8 +30,10 @@ __device__ __forceinline__ void consume_tile(const TileContext<Config>& context)
   if (context.tile.key_blocks > 0) {
     if (context.tile.dense) {
       attend_dense<Config>(context, output, softmax);
+    } else if (context.params.rule == Rule::kAbsolute) {
+      kept = attend_sparse<Config, false>(context, output, softmax);
     } else {
-      kept = attend_sparse<Config>(context, output, softmax);
+      kept = attend_sparse<Config, true>(context, output, softmax);
     }
   }
   store_output<Config>(context, output, softmax);
@@ -47,7 +49,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, typename Con
                                         const ConsumerThread& who) {
   ConsumerRings<Config> rings;
   if (who.warpgroup == 1) {
-    arrive(NamedBarrier::kTurn0, 0, Config::kConsumers * 128);  // consumer 0 has the first turn
+    pass_turn(1);  // consumer 0 has the first turn
   }
   for_each_tile<Config>(params, [&](const Tile& tile) BSFA_INLINE_LAMBDA {
     const QueryBlock block = tile.block_of(who.warpgroup);

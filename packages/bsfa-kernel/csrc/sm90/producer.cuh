@@ -30,7 +30,7 @@ struct Producer {
         return;
       }
       const int batch = tile.batch_coordinate(params.forward);
-      wait(storage.q_empty, queries.phase ^ 1);
+      wait(storage.q_empty, queries.phase() ^ 1);
       storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
       const int first_query = tile.sequence.first_q + tile.first_query;
       for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
@@ -41,13 +41,15 @@ struct Producer {
         }
       }
       queries.advance();
+#pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
-        wait(storage.k_empty[keys.stage], keys.phase ^ 1);
-        storage.k_full[keys.stage].arrive_and_expect_tx(Config::kBlockBytes);
+        const int place = keys.stage();
+        wait(storage.k_empty[place], keys.phase() ^ 1);
+        storage.k_full[place].arrive_and_expect_tx(Config::kBlockBytes);
         Element* stage =
-            storage.k + keys.stage / 2 * 2 * Config::kBlockElements + keys.stage % 2 * Config::kBoxElements;
+            storage.k + place / 2 * 2 * Config::kBlockElements + place % 2 * Config::kBoxElements;
         for (int box = 0; box < Config::kBoxes; ++box) {
-          load(params.k, storage.k_full[keys.stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+          load(params.k, storage.k_full[place], cute::TMA::CacheHintSm90::EVICT_LAST,
                stage + 2 * box * Config::kBoxElements, box, tile.sequence.first_k + key_block * kKeyBlock,
                tile.kv_head, batch);
         }
@@ -59,28 +61,32 @@ struct Producer {
   // One thread. Follows the verdicts, except where everything is kept anyway.
   __device__ __forceinline__ void load_values() const {
     Ring<Config::kKeyStages> keys;
-    Ring<Config::kKeyStages> verdicts;
+    Ring<Config::kKeyStages> ballots;
     Ring<Config::kValueStages> values;
     for_each_tile<Config>(params, [&](const Tile& tile) BSFA_INLINE_LAMBDA {
       const int batch = tile.batch_coordinate(params.forward);
+#pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
         bool load_block = true;
         if (!tile.dense) {
-          load_block = await_verdicts<Config>(storage, verdicts) != 0;
-          verdicts.advance();
+          wait(storage.votes_full[ballots.stage()], ballots.phase());
+          const uint2 votes = read_votes<Config>(storage, ballots);
+          load_block = ((votes.x | votes.y) & kKeepBits) != 0;
+          ballots.advance();
         }
         if (load_block) {
-          wait(storage.v_empty[values.stage], values.phase ^ 1);
-          storage.v_full[values.stage].arrive_and_expect_tx(Config::kBlockBytes);
-          Element* stage = storage.v + values.stage * Config::kBlockElements;
+          const int place = values.stage();
+          wait(storage.v_empty[place], values.phase() ^ 1);
+          storage.v_full[place].arrive_and_expect_tx(Config::kBlockBytes);
+          Element* stage = storage.v + place * Config::kBlockElements;
           for (int box = 0; box < Config::kBoxes; ++box) {
-            load(params.v, storage.v_full[values.stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+            load(params.v, storage.v_full[place], cute::TMA::CacheHintSm90::EVICT_LAST,
                  stage + box * Config::kBoxElements, box, tile.sequence.first_k + key_block * kKeyBlock,
                  tile.kv_head, batch);
           }
           values.advance();
         }
-        storage.k_empty[keys.stage].arrive();
+        storage.k_empty[keys.stage()].arrive();
         keys.advance();
       }
     });

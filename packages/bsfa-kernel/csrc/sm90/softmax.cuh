@@ -34,16 +34,23 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// The largest score of each of the thread's rows among the thread's columns.
+// The largest score of each of the thread's rows among the thread's columns. Four chains a row: the warp has
+// nothing else to do while it waits for one.
 template <class Matrix>
 __device__ __forceinline__ void row_maxima(const Matrix& scores, float (&maxima)[kThreadRows]) {
+  constexpr int kChains = 4;
+  float chains[kThreadRows][kChains];
+  CUTE_UNROLL
+  for (int column = 0; column < cute::size<1>(scores); ++column) {
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      float& chain = chains[row][column % kChains];
+      chain = column < kChains ? scores(row, column) : fmaxf(chain, scores(row, column));
+    }
+  }
   CUTE_UNROLL
   for (int row = 0; row < kThreadRows; ++row) {
-    maxima[row] = scores(row, 0);
-    CUTE_UNROLL
-    for (int column = 1; column < cute::size<1>(scores); ++column) {
-      maxima[row] = fmaxf(maxima[row], scores(row, column));
-    }
+    maxima[row] = fmaxf(fmaxf(chains[row][0], chains[row][1]), fmaxf(chains[row][2], chains[row][3]));
   }
 }
 

@@ -110,13 +110,11 @@ __device__ __forceinline__ Tile find_tile(const ForwardParams& params, const Sch
 template <class Config, class Body>
 __device__ __forceinline__ void for_each_tile(const KernelParams& params, Body&& body) {
   const int tiles = params.schedule.tiles * params.schedule.kv_heads * params.schedule.group;
-  const int ctas = gridDim.x;
-  const int forth = blockIdx.x;
-  const int back = ctas - 1 - forth;
-  int turn = 0;
-  for (int first = 0; first < tiles; first += ctas) {
-    const int index = first + (turn == 0 ? forth : back);
-    turn ^= 1;
+  const int rounds = (tiles + gridDim.x - 1) / gridDim.x;
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const int index = round * gridDim.x + place;
     if (index < tiles) {
       body(find_tile(params.forward, params.schedule, index, Config::kTileQ));
     }
