@@ -262,6 +262,7 @@ def main() -> int:
     """Run the study."""
     arguments = _arguments()
     budget = Budget(arguments.seconds)
+    torch.set_flush_denormal(True)  # a CPU is slow at weights that are almost 0
     loaded = models.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     model = loaded.model
     language_model = LanguageModel(model)

@@ -60,21 +60,21 @@ class Meter:
     """
 
     dense: dict[str, int] = field(default_factory=dict)
-    _skipped: dict[int, Tensor] = field(default_factory=dict)
+    _skipped: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def add(self, layer: int, skipped: Tensor) -> None:
         """Note a layer's skipped shares."""
-        self._skipped[layer] = skipped
+        self._skipped.setdefault(layer, []).append(skipped)
 
     def count_dense(self, reason: str) -> None:
         """Note a call that ran dense."""
         self.dense[reason] = self.dense.get(reason, 0) + 1
 
     def take(self) -> list[list[float]]:
-        """Skipped share of the last prompt, [layers][heads]; forgets it."""
-        taken = [self._skipped[layer].tolist() for layer in sorted(self._skipped)]
+        """Mean skipped share of the prompts since the last call, [layers][heads]; forgets them."""
+        means = [torch.stack(self._skipped[layer]).mean(0) for layer in sorted(self._skipped)]
         self._skipped = {}
-        return [[round(share, 4) for share in heads] for heads in taken]
+        return [[round(share, 4) for share in mean.tolist()] for mean in means]
 
 
 @dataclass(frozen=True)
