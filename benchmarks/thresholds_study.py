@@ -11,8 +11,8 @@ are from a bootstrap over contexts, the same contexts for all.
 
     python benchmarks/thresholds_study.py --model MODEL --text DIR --length 4096 --contexts 16
 
-Native kernels are used on a GPU where there are some for the model's dtype, and elsewhere an
-emulation in PyTorch.
+Native kernels are used on a GPU where the installation has them, and elsewhere an emulation in
+PyTorch.
 """
 
 from __future__ import annotations
@@ -263,18 +263,17 @@ def main() -> int:
     arguments = _arguments()
     budget = Budget(arguments.seconds)
     torch.set_flush_denormal(True)  # a CPU is slow at weights that are almost 0
-    loaded = models.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    # Heads are profiled in float32, whatever the candidates are compared in: gradients are small.
+    loaded = models.load(arguments.model, dtype="float32", device=arguments.device)
     model = loaded.model
     language_model = LanguageModel(model)
     device = language_model.device
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
     native = arguments.backend == "native" or (
-        arguments.backend == "auto"
-        and device.type == "cuda"
-        and next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-        and bool(build_info().kernels)
+        arguments.backend == "auto" and device.type == "cuda" and bool(build_info().kernels)
     )
+    dtype = arguments.dtype or ("float16" if native else "float32")
     calibration = read_windows(
         arguments.calibration_text or arguments.text,
         loaded.tokenizer,
@@ -317,6 +316,7 @@ def main() -> int:
         values = _VARIANTS[candidate.variant](made, target)
         return torch.tensor(values, dtype=torch.float32, device=device)[..., None]
 
+    model.to(getattr(torch, dtype))
     dense = []
     with applied(model, None):
         for window in windows:
@@ -331,7 +331,7 @@ def main() -> int:
         "kind": "thresholds_study",
         **environment(device),
         "model": models.identity(arguments.model, model)[0],
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": dtype,
         "backend": "native" if native else "emulation",
         "seqlen": arguments.length,
         "calibration_contexts": [window.name for window in calibration],
@@ -488,7 +488,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="candidates whose name holds this")
     parser.add_argument("--seconds", type=float, help="leave out what does not fit")
     parser.add_argument("--backend", choices=("auto", "native", "emulation"), default="auto")
-    parser.add_argument("--dtype", default="float32", help="float32 needs emulation")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="to compare in; by default float16 with native kernels, float32 without",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--save-table", type=Path, help="save what --save-rule says")
     parser.add_argument("--save-rule", default="running_lse:128x64:1", help="rule:geometry:blend")

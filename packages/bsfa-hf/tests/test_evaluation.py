@@ -529,6 +529,32 @@ def test_a_bounded_loss_is_kept_to_and_written_into_the_table(
     assert float(found.table.provenance["expected_kl"]) == pytest.approx(found.kl, abs=1e-6)
 
 
+def test_a_bounded_loss_is_found_from_the_command_line(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    table, out = a_table(tmp_path / "table", 2.0), tmp_path / "limited"
+    arguments = [
+        *("limit-loss", "--model", str(tmp_path / "model"), "--thresholds", str(table)),
+        *("--max-loss", "0.05", "--text", str(text), "--length", "512", "--samples", "1"),
+        *("--device", "cpu", "--out", str(out)),
+    ]
+    assert cli.main(arguments) == 0
+    assert "thresholds shifted by" in capsys.readouterr().out
+    assert ThresholdTable.load(out).points == (0.05,)
+
+
+def test_a_table_of_another_model_is_not_shifted(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    table = ThresholdTable.load(a_table(tmp_path / "table", 2.0, layers=3))
+    with pytest.raises(TuningError, match="for 3 layers of 4 heads, and the model has 2 of 4"):
+        limit_loss(model, table, [[0] * 64], max_loss=1.0)
+
+
 # ---------------------------------------------------------------------------- advice, command line
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""``bsfa evaluate`` and ``bsfa plot``."""
+"""``bsfa evaluate``, ``bsfa plot`` and ``bsfa limit-loss``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ several GPUs: accelerate launch --num_processes 8 -m bsfa_hf evaluate ...
 
 
 def add_subcommands(subparsers: Any) -> None:
-    """Add ``evaluate`` and ``plot`` to the subcommands of a parser.
+    """Add ``evaluate``, ``plot`` and ``limit-loss`` to the subcommands of a parser.
 
     Each sets ``run``, a function that takes the parsed arguments and returns an exit status.
     """
@@ -101,6 +101,27 @@ def add_subcommands(subparsers: Any) -> None:
     plot.add_argument("--out", type=Path, default=Path("plots"), metavar="DIR")
     plot.set_defaults(run=_reporting(_plot))
 
+    limit = subparsers.add_parser(
+        "limit-loss",
+        help="the most sparsity of a table whose loss stays within a bound",
+        description="Shift all thresholds of a table by one number, found by bisection, so that "
+        "the mean KL divergence of the next-token distributions from dense stays within a bound on "
+        "your text; the new table has one point, on the axis max_loss.",
+    )
+    limit.add_argument("--model", required=True, help="directory, .gguf file or Hub id")
+    limit.add_argument("--thresholds", type=Path, required=True, metavar="FILE")
+    limit.add_argument("--max-loss", type=float, required=True, help="KL divergence, in nats")
+    limit.add_argument("--text", type=Path, required=True, metavar="DIR")
+    limit.add_argument("--text-part", default="0:0.5", metavar="A:B", help="of each file")
+    limit.add_argument("--length", type=int, default=4096, help="tokens in a sample")
+    limit.add_argument("--samples", type=int, default=4)
+    limit.add_argument("--out", type=Path, required=True, metavar="FILE")
+    limit.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    limit.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    limit.add_argument("--backend", choices=("auto", "reference"), default="auto")
+    limit.add_argument("--offline", action="store_true", help="take nothing from the network")
+    limit.set_defaults(run=_reporting(_limit_loss))
+
 
 def configurations(arguments: argparse.Namespace) -> tuple[Configuration, ...]:
     """The configurations that the arguments name.
@@ -149,9 +170,7 @@ def _reporting(
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     chosen = configurations(arguments)
-    part = tuple(float(edge) for edge in arguments.text_part.split(":"))
-    if len(part) != 2:
-        raise ValueError(f"--text-part is A:B, as 0.5:1, got {arguments.text_part!r}")
+    part = _part(arguments.text_part)
 
     from bsfa_calib import models
     from bsfa_hf.evaluation.run import Evaluation, Plan, distributed, rank_path
@@ -207,6 +226,50 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _limit_loss(arguments: argparse.Namespace) -> int:
+    part = _part(arguments.text_part)
+
+    from bsfa_calib import models
+    from bsfa_calib.thresholds import ThresholdTable
+    from bsfa_hf.evaluation.text import read_windows
+    from bsfa_hf.evaluation.tuning import limit_loss
+
+    table = ThresholdTable.load(arguments.thresholds)
+    _progress(f"loading {arguments.model}")
+    loaded = models.load(
+        arguments.model, dtype=arguments.dtype, device=arguments.device, offline=arguments.offline
+    )
+    windows = read_windows(
+        arguments.text,
+        loaded.tokenizer,
+        length=arguments.length,
+        count=arguments.samples,
+        part=part,
+    )
+    found = limit_loss(
+        loaded.model,
+        table,
+        [window.ids for window in windows],
+        max_loss=arguments.max_loss,
+        backend=arguments.backend,
+        progress=_progress,
+    )
+    found.table.save(arguments.out)
+    print(
+        f"{arguments.out}: thresholds shifted by {found.shift:+.3f} skip {found.sparsity:.3f} of "
+        f"the blocks at a KL divergence of {found.kl:.5f} nats, on {len(windows)} samples of "
+        f"{arguments.length} tokens"
+    )
+    return 0
+
+
+def _part(text: str) -> tuple[float, float]:
+    edges = [float(edge) for edge in text.split(":")]
+    if len(edges) != 2:
+        raise ValueError(f"--text-part is A:B, as 0.5:1, got {text!r}")
+    return edges[0], edges[1]
+
+
 def _plot(arguments: argparse.Namespace) -> int:
     from bsfa_hf.evaluation.plot import plot_results
 
@@ -220,7 +283,7 @@ def _progress(message: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``evaluate`` and ``plot`` as a command of their own."""
+    """These subcommands as a command of their own."""
     parser = argparse.ArgumentParser(prog="bsfa")
     add_subcommands(parser.add_subparsers(required=True, metavar="command"))
     arguments = parser.parse_args(argv)

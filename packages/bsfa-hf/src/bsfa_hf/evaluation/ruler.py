@@ -49,8 +49,7 @@ class Harness:
             huggingface = importlib.import_module("lm_eval.models.huggingface")
         except ImportError as error:
             raise HarnessError(
-                "this task needs lm-evaluation-harness: "
-                f"pip install 'lm-eval[ruler]' wonderwords nltk ({error})"
+                f"this task needs lm-evaluation-harness: pip install 'bsfa-hf[harness]' ({error})"
             ) from error
         self._tokenizer = tokenizer
         self._model = huggingface.HFLM(

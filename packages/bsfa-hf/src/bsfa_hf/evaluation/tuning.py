@@ -133,6 +133,11 @@ def limit_loss(
         raise TuningError("at least one sample is needed")
     if not max_loss > 0 or not math.isfinite(max_loss):
         raise TuningError(f"max_loss must be finite and above 0, got {max_loss}")
+    if (table.layers, table.heads) != attention_shape(model):
+        raise TuningError(
+            f"the table is for {table.layers} layers of {table.heads} heads, and the model has "
+            "{} of {}; calibrate thresholds for this model".format(*attention_shape(model))
+        )
     language_model = LanguageModel(model)
     with applied(model, None):
         dense = [language_model.predict(ids) for ids in samples]
