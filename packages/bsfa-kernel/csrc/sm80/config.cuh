@@ -54,6 +54,8 @@ struct ForwardConfig : Config<Element_, kHeadDim_> {
     float4 bounds[Base::kThreads / 4];  // of the four rows that a quad of threads shares
   };
 
+  static_assert(kHeadDim_ != 128 || 2 * (sizeof(SharedStorage) + 1024) <= 164 * 1024);
+
   // Two CTAs take turns on the tensor cores: while one exponentiates, the other multiplies.
   static constexpr int kCtasPerSm = Base::kHeadDim == 64 ? 3 : 2;
 };
