@@ -151,7 +151,7 @@ def _families(rows: Sequence[Row], content: Mapping[str, Any]) -> dict[str, list
             continue
         options = known.get(row.digest, {}).get("options", {})
         fixed = [
-            Path(value).stem if name == "file" else value
+            {"file": Path(value).stem, "sink": f"sink {value}"}.get(name, value)
             for name, value in options.items()
             if name not in amounts
         ]
@@ -236,12 +236,12 @@ def _plot_needles(plt: Any, content: Mapping[str, Any], out: Path) -> list[Path]
                 share = float(np.mean([record["hit"] for record in found]))
                 place = depths.index(depth), lengths.index(length)
                 grid[place] = share
-                colour = "black" if share > 0.3 else "white"
+                colour = "black" if share > 0.6 else "white"
                 text = f"{share:.0%}"
                 axis.text(
                     place[1], place[0], text, ha="center", va="center", fontsize=7, color=colour
                 )
-            image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
             axis.set_title(known.get(digest, {}).get("name", digest), fontsize=8)
             axis.set_xticks(range(len(lengths)), [str(length) for length in lengths], fontsize=7)
             axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
