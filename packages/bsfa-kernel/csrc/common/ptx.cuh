@@ -71,9 +71,8 @@ __device__ __forceinline__ void keep_branch() {
   asm volatile("bar.warp.sync 0xffffffff;" : : : "memory");
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 // The elected thread writes a byte of shared memory and then arrives at an mbarrier. A branch would cost more
-// than both. [st.shared, mbarrier.arrive]
+// than both. For sm_90.  [st.shared.u8, mbarrier.arrive]
 __device__ __forceinline__ void store_byte_and_arrive(uint32_t byte_address, uint32_t value,
                                                       uint32_t barrier_address, bool elected) {
   asm volatile(
@@ -87,6 +86,5 @@ __device__ __forceinline__ void store_byte_and_arrive(uint32_t byte_address, uin
       : "r"(byte_address), "r"(value), "r"(barrier_address), "r"(static_cast<uint32_t>(elected))
       : "memory");
 }
-#endif
 
 }  // namespace bsfa::ptx

@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
+#include "../common/ptx.cuh"
 #include "config.cuh"
-#include "ptx.cuh"
 
 namespace bsfa::sm90 {
 
@@ -115,7 +115,7 @@ __device__ __forceinline__ void publish(typename Config::SharedStorage& storage,
   const uint32_t warp_keeps = __any_sync(0xffffffff, keeps) ? kKeepBits : 0;
   const uint32_t votes = cute::cast_smem_ptr_to_uint(&storage.votes[place.stage()]);
   const uint32_t barrier = cute::cast_smem_ptr_to_uint(&storage.votes_full[place.stage()]);
-  ptx::store_and_arrive(votes + warp, warp_keeps | round_bits(place), barrier, threadIdx.x % 32 == 0);
+  ptx::store_byte_and_arrive(votes + warp, warp_keeps | round_bits(place), barrier, threadIdx.x % 32 == 0);
 }
 
 // The votes of all consumer warps, those of consumer 0 in x, of consumer 1 in y.
@@ -126,14 +126,15 @@ __device__ __forceinline__ uint2 read_votes(typename Config::SharedStorage& stor
   return {static_cast<uint32_t>(votes), static_cast<uint32_t>(votes >> 32)};
 }
 
+// All lanes must come.
 template <class Config>
 __device__ __forceinline__ uint2 await_votes(typename Config::SharedStorage& storage,
                                              const Ring<Config::kKeyStages>& place) {
   const uint32_t awaited = round_bits(place);
-  uint2 votes;
-  do {
+  uint2 votes = read_votes<Config>(storage, place);
+  while (!__all_sync(0xffffffff, (((votes.x ^ awaited) | (votes.y ^ awaited)) & kRoundBits) == 0)) {
     votes = read_votes<Config>(storage, place);
-  } while ((((votes.x ^ awaited) | (votes.y ^ awaited)) & kRoundBits) != 0);
+  }
   return votes;
 }
 

@@ -10,6 +10,8 @@
 
 #include "../params.hpp"
 
+// A step of a pass that is called from several places: as a function of its own it would pass accumulators
+// through memory.
 #define BSFA_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace bsfa::sm90 {
@@ -70,9 +72,8 @@ struct ForwardConfig {
       cute::Shape<cute::Int<kHeadDim>, cute::Int<kKeyBlock>, cute::Int<kValueStages>>{},
       cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
-  // S = Q K^T. 64 keys at a time Q must come from registers: from shared memory it would take as many bytes a
-  // cycle as shared memory has. 128 keys at a time, it need not.
-  static constexpr auto kRowMajor = cute::GMMA::Major::K;
+  // S = Q K^T, with Q in registers: from shared memory, 64 keys at a time, the operands would take all the
+  // bytes that shared memory gives in a cycle.
   using ScoresMma = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<cute::_64, cute::_64, cute::Int<kHeadDim>>>()));

@@ -31,23 +31,28 @@ __device__ __forceinline__ void round_to(Probabilities& probabilities, const Acc
   }
 }
 
-// Starts accumulators (+)= left right. Left: registers or descriptors (MMA, M, K); right: descriptors (MMA,
-// N, K).
+// Issues accumulators (+)= left right. Left: registers (MMA, M, K); right: descriptors (MMA, N, K).
 template <bool kAccumulate, class Mma, class Left, class Right, class Accumulators>
-__device__ __forceinline__ void start_product(Mma& mma, Left& left, const Right& right,
-                                              Accumulators& accumulators) {
+__device__ __forceinline__ void multiply(Mma& mma, const Left& left, const Right& right,
+                                         Accumulators& accumulators) {
   using namespace cute;
-  if constexpr (!is_base_of<GMMA::DescriptorIterator, typename Mma::FrgTypeA>::value) {
-    warpgroup_fence_operand(left);
-  }
-  warpgroup_fence_operand(accumulators);
-  warpgroup_arrive();
   mma.accumulate_ = kAccumulate ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
   CUTE_UNROLL
   for (int k = 0; k < size<2>(left); ++k) {
     gemm(mma, left(_, _, k), right(_, _, k), accumulators);
     mma.accumulate_ = GMMA::ScaleOut::One;
   }
+}
+
+// Starts that product, which then runs beside what follows.
+template <bool kAccumulate, class Mma, class Left, class Right, class Accumulators>
+__device__ __forceinline__ void start_product(Mma& mma, Left& left, const Right& right,
+                                              Accumulators& accumulators) {
+  using namespace cute;
+  warpgroup_fence_operand(left);
+  warpgroup_fence_operand(accumulators);
+  warpgroup_arrive();
+  multiply<kAccumulate>(mma, left, right, accumulators);
   warpgroup_commit_batch();
   warpgroup_fence_operand(accumulators);
 }
@@ -57,6 +62,15 @@ template <int kPending, class Accumulators>
 __device__ __forceinline__ void finish_product(Accumulators& accumulators) {
   cute::warpgroup_wait<kPending>();
   cute::warpgroup_fence_operand(accumulators);
+}
+
+// A value that is the same in all lanes, in a form in which the compiler sees that it is: branches on it then
+// need no care for threads that part.
+__device__ __forceinline__ int uniform(int value) {
+  return __shfl_sync(0xffffffff, value, 0);
+}
+__device__ __forceinline__ bool uniform(bool value) {
+  return __any_sync(0xffffffff, value);
 }
 
 // Who a thread is among the consumers, and which rows and columns of its warpgroup's tile it has.

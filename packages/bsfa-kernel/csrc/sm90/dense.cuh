@@ -24,7 +24,6 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
   typename Config::ValuesMma values_mma;
   const auto scores_slice = scores_mma.get_slice(who.thread);
   const auto values_slice = values_mma.get_slice(who.thread);
-  const auto smem_q = make_tensor(make_smem_ptr(storage.q), typename Config::SmemQ{});
   const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemKPair{});
   const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
   auto tSrQ = load_queries<Config>(context, scores_mma);
@@ -50,10 +49,10 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
     const Ring<Config::kKeyStages> key_place{rings.keys.count + 2};
     const Ring<Config::kValueStages> value_place{rings.values.count + 2};
     const Ring<Config::kValueStages> other_place{rings.values.count + 3};
-    keys_are_there = storage.k_full[key_place.stage()].test_wait(key_place.phase()) &
-                     storage.k_full[key_place.stage() + 1].test_wait(key_place.phase());
-    values_are_there = storage.v_full[value_place.stage()].test_wait(value_place.phase()) &
-                       storage.v_full[other_place.stage()].test_wait(other_place.phase());
+    keys_are_there = uniform(storage.k_full[key_place.stage()].test_wait(key_place.phase()) &
+                             storage.k_full[key_place.stage() + 1].test_wait(key_place.phase()));
+    values_are_there = uniform(storage.v_full[value_place.stage()].test_wait(value_place.phase()) &
+                               storage.v_full[other_place.stage()].test_wait(other_place.phase()));
   };
   const auto await_keys = [&]() BSFA_INLINE_LAMBDA {
     wait_unless(keys_are_there, storage.k_full[rings.keys.stage()], rings.keys.phase());
@@ -73,11 +72,17 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
       rings.keys.advance();
     }
   };
-  // One product for each block: the ring may wrap between them.
+  // In two halves: the ring may wrap between them.
   const auto start_values = [&]() BSFA_INLINE_LAMBDA {
     const Ring<Config::kValueStages> other{rings.values.count + 1};
-    start_product<true>(values_mma, probabilities0, tOrV(_, _, _, rings.values.stage()), output);
-    start_product<true>(values_mma, probabilities1, tOrV(_, _, _, other.stage()), output);
+    warpgroup_fence_operand(probabilities0);
+    warpgroup_fence_operand(probabilities1);
+    warpgroup_fence_operand(output);
+    warpgroup_arrive();
+    multiply<true>(values_mma, probabilities0, tOrV(_, _, _, rings.values.stage()), output);
+    multiply<true>(values_mma, probabilities1, tOrV(_, _, _, other.stage()), output);
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(output);
   };
   const auto release_values = [&]() BSFA_INLINE_LAMBDA {
     for (int i = 0; i < 2; ++i) {
@@ -91,22 +96,19 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
     mask_scores(upper, who, visible, key_block * kKeyBlock);
     mask_scores(lower, who, visible, (key_block - 1) * kKeyBlock);
   };
-  // P = exp(S - m), in place; returns whether O must be multiplied by `factors`.
-  const auto exponentiate = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
-    auto matrix = accumulator_matrix(scores);
+  const auto raise_maxima = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
     float maxima[kThreadRows];
-    row_maxima(matrix, maxima);
-    const bool raised = softmax.raise(maxima, scale_log2, factors);
+    row_maxima(accumulator_matrix(scores), maxima);
+    return softmax.raise(maxima, scale_log2, factors);
+  };
+  // P = exp(S - m) of half the pair, in place.
+  const auto exponentiate = [&](auto& half) BSFA_INLINE_LAMBDA {
+    auto matrix = accumulator_matrix(half);
     softmax.exponentiate(matrix, scale_log2);
-    return raised;
   };
-  const auto round_probabilities = [&]() BSFA_INLINE_LAMBDA {
-    round_to(probabilities0, scores0);
-    round_to(probabilities1, scores1);
-  };
-  // The consumers take turns, so that one multiplies while the other exponentiates.
+  // The consumers take turns, so that one multiplies while the other exponentiates. P V of the last pair is
+  // done before half of this pair is exponentiated; from then on rounding hides between the exponentials.
   const auto step = [&](int key_block, auto masked) BSFA_INLINE_LAMBDA {
-    float factors[kThreadRows];
     await_keys();
     take_turn(who.warpgroup);
     start_scores();
@@ -114,19 +116,23 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
     start_values();
     pass_turn(who.warpgroup);
     look_ahead();
-    finish_product<2>(scores);
+    finish_product<1>(scores);
     release_keys();
     if constexpr (decltype(masked)::value) {
       mask(key_block);
     }
-    const bool raised = exponentiate(factors);
-    warpgroup_fence_operand(scores);  // or the compiler would put this behind the wait
+    float factors[kThreadRows];
+    const bool raised = raise_maxima(factors);
+    exponentiate(scores0);
+    warpgroup_fence_operand(scores0);  // or the compiler would put this behind the wait
     finish_product<0>(output);
     release_values();
+    round_to(probabilities0, scores0);
+    exponentiate(scores1);
+    round_to(probabilities1, scores1);
     if (raised) {
       scale_rows(output, factors);
     }
-    round_probabilities();
   };
 
   int key_block = tile.key_blocks - 1;
@@ -136,8 +142,11 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
   release_keys();
   mask(key_block);
   float factors[kThreadRows];
-  exponentiate(factors);
-  round_probabilities();
+  raise_maxima(factors);
+  exponentiate(scores0);
+  round_to(probabilities0, scores0);
+  exponentiate(scores1);
+  round_to(probabilities1, scores1);
   await_values();
   for (int i = 0; i < 2; ++i) {
     const Ring<Config::kValueStages> place{rings.values.count + i};

@@ -51,7 +51,11 @@ __device__ __forceinline__ void consume(const KernelParams& params, typename Con
   if (who.warpgroup == 1) {
     pass_turn(1);  // consumer 0 has the first turn
   }
-  for_each_tile<Config>(params, [&](const Tile& tile) BSFA_INLINE_LAMBDA {
+  for_each_tile<Config>(params, [&](const Tile& found) BSFA_INLINE_LAMBDA {
+    Tile tile = found;
+    tile.key_blocks = uniform(tile.key_blocks);
+    tile.full = uniform(tile.full);
+    tile.dense = uniform(tile.dense);
     const QueryBlock block = tile.block_of(who.warpgroup);
     if (params.forward.cu_seqlens_q != nullptr && params.forward.kept != nullptr &&
         who.warp() + who.thread == 0) {
@@ -121,12 +125,23 @@ KernelParams make_kernel_params(const ForwardParams& params) {
 template <class Element, int kHeadDim>
 void forward(const ForwardParams& params, cudaStream_t stream) {
   using Config = ForwardConfig<Element, kHeadDim>;
-  if (params.batch == 0 || params.heads == 0 || params.seqlen_q == 0) {
+  if (params.batch == 0 || params.heads == 0) {
     return;
   }
+  const bool packed = params.cu_seqlens_q != nullptr;
+  if (params.seqlen_q == 0) {
+    // Sequences without queries have a column each, when packed.
+    if (packed && params.kept != nullptr) {
+      BSFA_CUDA_CHECK(cudaMemsetAsync(params.kept, 0, sizeof(int32_t) * params.heads * params.batch, stream));
+    }
+    return;
+  }
+  const auto divides = [](int extent, int64_t stride) { return extent <= 1 || stride % 8 == 0; };
   BSFA_CHECK_SUPPORTED(
-      reinterpret_cast<uintptr_t>(params.out) % 16 == 0 && params.out_strides.seqlen % 8 == 0 &&
-          params.out_strides.heads % 8 == 0 && params.out_strides.batch % 8 == 0,
+      reinterpret_cast<uintptr_t>(params.out) % 16 == 0 &&
+          divides(params.seqlen_q, params.out_strides.seqlen) &&
+          divides(params.heads, params.out_strides.heads) &&
+          divides(packed ? 1 : params.batch, params.out_strides.batch),
       "the sm_90 kernel needs out aligned to 16 bytes and strides that are multiples of 8 elements");
   const KernelParams kernel_params = make_kernel_params<Config>(params);
   int device = 0;

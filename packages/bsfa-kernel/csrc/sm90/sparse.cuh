@@ -67,7 +67,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // Steps.
   bool keys_are_there = false;
   const auto look_for_keys = [&]() BSFA_INLINE_LAMBDA {
-    keys_are_there = storage.k_full[rings.keys.stage()].test_wait(rings.keys.phase());
+    keys_are_there = uniform(storage.k_full[rings.keys.stage()].test_wait(rings.keys.phase()));
   };
   const auto start_scores = [&](auto& scores) BSFA_INLINE_LAMBDA {
     wait_unless(keys_are_there, storage.k_full[rings.keys.stage()], rings.keys.phase());
@@ -101,7 +101,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // On the block that was voted on last.
   const auto hear_verdict = [&]() BSFA_INLINE_LAMBDA {
     const uint2 votes = await_votes<Config>(storage, {rings.ballots.count - 1});
-    verdict = {((votes.x & listens0) | (votes.y & listens1)) != 0, ((votes.x | votes.y) & kKeepBits) != 0};
+    verdict = {uniform(((votes.x & listens0) | (votes.y & listens1)) != 0),
+               uniform(((votes.x | votes.y) & kKeepBits) != 0)};
     kept += verdict.keep;
   };
   // P = exp(S - m), O *= exp(m_old - m), and the bounds that follow.
