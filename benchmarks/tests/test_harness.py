@@ -109,7 +109,7 @@ def test_a_budget_allows_what_fits() -> None:
     assert not harness.Budget(100.0).allows(101.0)
 
 
-@pytest.mark.parametrize("out", [["--out", "/tmp/a.jsonl"], ["--out=/tmp/a.jsonl"]])
+@pytest.mark.parametrize("out", [["--out", "/home/user/a.jsonl"], ["--out=/home/user/a.jsonl"]])
 def test_a_record_says_how_to_run_it_again_but_not_where(
     monkeypatch: pytest.MonkeyPatch, out: list[str]
 ) -> None:
