@@ -3,25 +3,28 @@
 """Which thresholds lose least at equal sparsity, on a real model and on held-out text.
 
 Every candidate is calibrated on some contexts and run on others at several sparsities: the paper's
-table (absolute thresholds for k blocks), one scalar for the whole model under each rule, and one
+table (absolute thresholds for k blocks), one scalar for the whole model under each rule, one
 scalar a head or a layer, allotted by the measured effect of the head's error on the predictions
-(``bsfa_hf.evaluation.allotment``), in both geometries. What is compared is the KL divergence of the
+(``bsfa_hf.evaluation.allotment``), and thresholds learned by gradient
+(``bsfa_hf.evaluation.learning``), in both geometries. What is compared is the KL divergence of the
 next-token distributions from dense, and how much can be skipped at a given divergence; intervals
 are from a bootstrap over contexts, the same contexts for all.
 
     python benchmarks/thresholds_study.py --model MODEL --text DIR --length 4096 --contexts 16
 
 Native kernels are used on a GPU where the installation has them, and elsewhere an emulation in
-PyTorch.
+PyTorch. Results are written as they come; thresholds that were learned are kept in the folder
+--learned, and a command that is given again reads them from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,6 @@ import numpy.typing as npt
 import torch
 
 from bsfa_calib import models
-from bsfa_calib.thresholds import ThresholdTable
 from bsfa_hf.evaluation.allotment import (
     Profile,
     allot,
@@ -40,6 +42,7 @@ from bsfa_hf.evaluation.allotment import (
     sensitivity_offsets,
 )
 from bsfa_hf.evaluation.emulation import EmulatedSparse
+from bsfa_hf.evaluation.learning import Learned, Settings, learn
 from bsfa_hf.evaluation.methods import (
     Attended,
     BlockSparse,
@@ -50,11 +53,14 @@ from bsfa_hf.evaluation.methods import (
 )
 from bsfa_hf.evaluation.metrics import LanguageModel, Predictions
 from bsfa_hf.evaluation.text import Window, read_windows
-from bsfa_kernel import Geometry, build_info, reference
+from bsfa_hf.evaluation.tuning import find_scalar
+from bsfa_kernel import Geometry, block_maxima, build_info, reference
 from harness import Budget, environment, progress
 
-SPARSITIES = (0.4, 0.55, 0.7, 0.8)
-PAPER_SPARSITIES = (0.1, 0.2, 0.35, 0.5)  # it reaches the same divergence sooner
+SPARSITIES = (0.45, 0.55, 0.65, 0.75, 0.85)
+LEARNED_SPARSITIES = (0.6, 0.75, 0.85)
+PAPER_SPARSITIES = (0.1, 0.2, 0.35, 0.5, 0.65)  # it reaches the same divergence sooner
+PAPER_SAMPLES = 16
 KL_TARGETS = (0.01, 0.03)
 COARSE, FINE = Geometry(128, 64), Geometry(64, 64)
 PAPER, BLASST = "absolute top-k 128x64", "running_max scalar 128x64"
@@ -71,7 +77,8 @@ class Candidate:
         name: what the table calls it; the geometry is part of it.
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
-        variant: how thresholds are chosen: a key of ``_VARIANTS``, or "paper".
+        variant: how thresholds are chosen: a key of ``_VARIANTS`` or ``_LEARNED``, "scalar", or
+            "paper".
         order: of the blocks; see ``emulation.ORDERS``.
     """
 
@@ -80,6 +87,10 @@ class Candidate:
     geometry: Geometry
     variant: str
     order: str = "last_first"
+
+
+# Of ``Learned``, in the order in which files hold them.
+_FIELDS = ("target", "thresholds", "sparsity", "kl")
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,6 @@ def grid(rule: str, step: float) -> tuple[float, ...]:
 
 
 _VARIANTS: dict[str, Callable[[Profile, float], Array]] = {
-    "scalar": scalar_for,
     "head by effect": allot,
     "head by effect, half": lambda made, target: allot(made, target, blend=0.5),
     "head offset": lambda made, target: scalar_for(made, target, sensitivity_offsets(made)),
@@ -108,19 +118,25 @@ _VARIANTS: dict[str, Callable[[Profile, float], Array]] = {
     ),
     "layer by effect": lambda made, target: allot(made, target, group="layer"),
 }
+_LEARNED: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "learned, at most 0": {"ceiling": 0.0},
+    "learned, 4 knots": {"knots": 4},
+    "learned from effect": {},
+}
 
 # First what the defaults may become, then the rest.
-_LIKELY = ("head by effect", "head by effect, half", "head offset, half")
 _WANTED = (
     ("running_max", COARSE, ("scalar",)),
-    ("running_lse", COARSE, ("scalar",)),
-    ("running_lse", FINE, ("scalar",)),
-    ("running_lse", COARSE, _LIKELY),
-    ("running_lse", FINE, _LIKELY),
+    ("running_lse", COARSE, ("scalar", "learned", "head by effect", "learned, 4 knots")),
+    ("running_lse", COARSE, ("learned from effect", "learned, at most 0")),
+    ("running_max", COARSE, ("learned",)),
+    ("running_lse", FINE, ("scalar", "learned")),
+    ("running_lse", COARSE, ("head by effect, half", "head offset, half", "layer by effect")),
     ("running_max", FINE, ("scalar",)),
-    ("running_max", COARSE, _LIKELY[:2]),
-    ("running_lse", COARSE, ("head offset", "layer by effect")),
-    ("running_lse", FINE, ("head offset", "layer by effect")),
+    ("running_max", COARSE, ("head by effect",)),
+    ("absolute", COARSE, ("learned, 4 knots",)),
+    ("running_lse", COARSE, ("head offset",)),
 )
 
 
@@ -130,7 +146,7 @@ def candidates(*, orders: bool, only: Sequence[str]) -> list[Candidate]:
     for rule, geometry, variants in _WANTED:
         found += [Candidate(f"{rule} {v} {geometry}", rule, geometry, v) for v in variants]
     for order in ("sink_last_first", "first_last") if orders else ():
-        for variant in ("scalar", "head by effect"):
+        for variant in ("head by effect",):
             name = f"running_lse {variant} {COARSE}, {order.replace('_', ' ')}"
             found.append(Candidate(name, "running_lse", COARSE, variant, order))
     return [c for c in found if not only or any(part in c.name for part in only)]
@@ -150,7 +166,9 @@ class _Maxima:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float
     ) -> Attended:
-        maxima = reference.block_maxima(q, k, scale=scale, geometry=COARSE)[0]
+        native = q.device.type == "cuda" and q.dtype != torch.float32
+        measure = block_maxima if native else reference.block_maxima
+        maxima = measure(q, k, scale=scale, geometry=COARSE)[0]
         free = torch.as_tensor(unforced(q.shape[1]), device=q.device)
         hidden = torch.arange(maxima.shape[-1], device=q.device) >= free[:, None]
         ordered = maxima.masked_fill(hidden, -torch.inf).sort(-1, descending=True).values
@@ -189,6 +207,124 @@ def paper_thresholds(
         return np.where(free > k, between.mean(0), -np.inf).astype(np.float32)
 
     return thresholds
+
+
+class Thresholds:
+    """Makes the thresholds of candidates, and keeps what several of them need."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        model: Any,
+        contexts: Sequence[Sequence[int]],
+        budget: Budget,
+        native: bool,
+    ) -> None:
+        """Keep what they are made from; the model is still in float32."""
+        self.arguments, self.model, self.contexts = arguments, model, contexts
+        self.budget, self.native = budget, native
+        self.device = next(model.parameters()).device
+        self.dtype = torch.float32
+        self._profiles: dict[tuple[str, Geometry, str], Profile] = {}
+        self._paper: Callable[[float], npt.NDArray[np.float32]] | None = None
+
+    def reduced(self, dtype: str) -> None:
+        """From now on, candidates are compared in a dtype; thresholds are made in float32."""
+        self.dtype = getattr(torch, dtype)
+        self.model.to(self.dtype)
+
+    def of(
+        self, candidate: Candidate, targets: Sequence[float]
+    ) -> Iterator[tuple[float, torch.Tensor]]:
+        """Targets, and thresholds float32 [layers, heads, rows] for each."""
+        for target, values in self._of(candidate, targets):
+            yield target, torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def _of(self, candidate: Candidate, targets: Sequence[float]) -> Iterator[tuple[float, Any]]:
+        rule, geometry = candidate.rule, candidate.geometry
+        if candidate.variant == "paper":
+            if self._paper is None:
+                self._paper = paper_thresholds(self.model, self.contexts[:PAPER_SAMPLES])
+            yield from ((target, self._paper(target)) for target in targets)
+        elif candidate.variant == "scalar":
+            for target in targets:
+                found = find_scalar(
+                    self.model,
+                    self.contexts[:3],
+                    rule=rule,
+                    target_sparsity=target,
+                    geometry=geometry,
+                    backend="auto" if self.native else "reference",
+                )
+                yield target, np.full((*attention_shape(self.model), 1), found.threshold)
+        elif candidate.variant in _LEARNED:
+            yield from ((one.target, one.thresholds) for one in self._learned(candidate, targets))
+        else:
+            made = self._profile(rule, geometry, candidate.order)
+            for target in targets:
+                yield target, _VARIANTS[candidate.variant](made, target)[..., None]
+
+    def _profile(self, rule: str, geometry: Geometry, order: str) -> Profile:
+        key = (rule, geometry, order)
+        if key not in self._profiles:
+            with self._in_float32():
+                (self._profiles[key],) = profile_all(
+                    self.model,
+                    self.contexts[: self.arguments.profiled],
+                    [(*key, grid(rule, self.arguments.grid_step))],
+                    draws=self.arguments.draws,
+                    progress=lambda told: progress(f"  {told}; {self.budget.spent:.0f} s"),
+                )
+        return self._profiles[key]
+
+    def _learned(self, candidate: Candidate, targets: Sequence[float]) -> list[Learned]:
+        folder = self.arguments.learned
+        name = candidate.name.replace(" ", "_").replace(",", "")
+        path = None if folder is None else folder / f"{name}_{len(self.contexts[0])}.npz"
+        if path is not None and path.exists():
+            with np.load(path) as file:
+                return [
+                    Learned(float(t), values, float(s), float(kl))
+                    for t, values, s, kl in zip(*(file[n] for n in _FIELDS), strict=True)
+                ]
+        settings = Settings(
+            steps=self.arguments.steps,
+            further_steps=self.arguments.further_steps,
+            rate=self.arguments.rate,
+            **_LEARNED[candidate.variant],
+        )
+        start = None
+        if candidate.variant == "learned from effect":
+            profiled = self._profile(candidate.rule, candidate.geometry, candidate.order)
+            start = allot(profiled, targets[0])
+        made: list[Learned] = []
+
+        def keep(one: Learned) -> None:
+            made.append(one)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(path, **{n: np.stack([getattr(x, n) for x in made]) for n in _FIELDS})
+
+        with self._in_float32():
+            return learn(
+                self.model,
+                self.contexts,
+                targets,
+                rule=candidate.rule,
+                geometry=candidate.geometry,
+                settings=settings,
+                start=start,
+                found=keep,
+                progress=lambda told: progress(f"  {told}; {self.budget.spent:.0f} s"),
+            )
+
+    @contextlib.contextmanager
+    def _in_float32(self) -> Iterator[None]:
+        self.model.to(torch.float32)
+        try:
+            yield
+        finally:
+            self.model.to(self.dtype)
 
 
 def run_point(
@@ -296,27 +432,10 @@ def main() -> int:
     )
 
     chosen = candidates(orders=arguments.orders, only=arguments.only)
-    keys = dict.fromkeys((c.rule, c.geometry, c.order) for c in chosen if c.variant != "paper")
-    requests = [(*key, grid(key[0], arguments.grid_step)) for key in keys]
     calibration_ids = [window.ids for window in calibration]
-    profiles = profile_all(
-        model,
-        calibration_ids,
-        requests,
-        draws=arguments.draws,
-        progress=lambda told: progress(f"{told}; {budget.spent:.0f} s"),
-    )
-    measured = dict(zip(keys, profiles, strict=True))
-    paper = paper_thresholds(model, calibration_ids)
+    source = Thresholds(arguments, model, calibration_ids, budget, native)
 
-    def thresholds(candidate: Candidate, target: float) -> torch.Tensor:
-        if candidate.variant == "paper":
-            return torch.tensor(paper(target), device=device)
-        made = measured[candidate.rule, candidate.geometry, candidate.order]
-        values = _VARIANTS[candidate.variant](made, target)
-        return torch.tensor(values, dtype=torch.float32, device=device)[..., None]
-
-    model.to(getattr(torch, dtype))
+    source.reduced(dtype)
     dense = []
     with applied(model, None):
         for window in windows:
@@ -337,6 +456,7 @@ def main() -> int:
         "calibration_contexts": [window.name for window in calibration],
         "contexts": [window.name for window in windows],
         "draws": arguments.draws,
+        "steps": [arguments.steps, arguments.further_steps],
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[Point]] = {}
@@ -348,9 +468,13 @@ def main() -> int:
                 progress(f"time is up: {candidate.name} and what follows are left out")
                 break
             begin = time.monotonic()
-            of_rule = PAPER_SPARSITIES if candidate.name == PAPER else arguments.sparsities
-            for asked in (share for share in of_rule if share < most):
-                values = thresholds(candidate, asked)
+            of_rule = arguments.sparsities
+            if candidate.variant == "paper":
+                of_rule = PAPER_SPARSITIES
+            elif candidate.variant in _LEARNED:
+                of_rule = arguments.learned_sparsities
+            asked_for = [share for share in of_rule if share < most]
+            for asked, values in source.of(candidate, asked_for):
                 method: Method
                 if native and candidate.order == "last_first":
                     method = BlockSparse(values, candidate.rule, candidate.geometry)
@@ -379,8 +503,6 @@ def main() -> int:
         record = {**about, "kind": "thresholds_study_summary", "compared": _plain(summary)}
         file.write(json.dumps(record, allow_nan=False) + "\n")
     print(table(results, summary, windows))
-    if arguments.save_table is not None:
-        _save_table(arguments, measured, model, calibration)
     return 0
 
 
@@ -442,34 +564,6 @@ def _plain(summary: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, li
     }
 
 
-def _save_table(
-    arguments: argparse.Namespace,
-    measured: dict[tuple[str, Geometry, str], Profile],
-    model: Any,
-    calibration: Sequence[Window],
-) -> None:
-    rule, geometry_text, blend = arguments.save_rule.split(":")
-    geometry = Geometry.parse(geometry_text)
-    made = measured[rule, geometry, "last_first"]
-    values = np.stack([allot(made, s, blend=float(blend)) for s in arguments.sparsities])
-    name, revision = models.identity(arguments.model, model)
-    ThresholdTable(
-        values[..., None].astype(np.float32),
-        tuple(arguments.sparsities),
-        axis="target_sparsity",
-        q_block=geometry.q_block,
-        k_block=geometry.k_block,
-        rule=rule,
-        model=name,
-        revision=revision,
-        max_seqlen=arguments.length,
-        samples=len(calibration),
-        aggregate=f"allotted by effect, blend {blend}",
-        provenance={"text": ", ".join(window.name for window in calibration)},
-    ).save(arguments.save_table)
-    progress(f"wrote {arguments.save_table}, {attention_shape(model)} layers and heads")
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
@@ -480,8 +574,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-text", type=Path, help="calibrate on this text instead")
     parser.add_argument("--length", type=int, default=4096, help="a multiple of 128")
     parser.add_argument("--contexts", type=int, default=16)
-    parser.add_argument("--calibration-contexts", type=int, default=6)
+    parser.add_argument("--calibration-contexts", type=int, default=24)
+    parser.add_argument("--profiled", type=int, default=6, help="of them, to measure effects on")
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument(
+        "--learned-sparsities", type=float, nargs="+", default=list(LEARNED_SPARSITIES)
+    )
     parser.add_argument("--draws", type=int, default=2, help="of tokens, to measure effects with")
     parser.add_argument("--grid-step", type=float, default=1.0, help="of thresholds profiled")
     parser.add_argument("--orders", action="store_true", help="try other orders of the blocks too")
@@ -494,8 +592,10 @@ def _arguments() -> argparse.Namespace:
         help="to compare in; by default float16 with native kernels, float32 without",
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--save-table", type=Path, help="save what --save-rule says")
-    parser.add_argument("--save-rule", default="running_lse:128x64:1", help="rule:geometry:blend")
+    parser.add_argument("--steps", type=int, default=80, help="to learn the first sparsity with")
+    parser.add_argument("--further-steps", type=int, default=40, help="for every other sparsity")
+    parser.add_argument("--rate", type=float, default=0.3, help="of learning, at first")
+    parser.add_argument("--learned", type=Path, metavar="DIR", help="keep learned thresholds here")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "thresholds_study.jsonl"
     )

@@ -1,0 +1,255 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Block-sparse attention with gradients, at q, k, v and at the thresholds.
+
+The forward pass is that of docs/semantics.md. A verdict is a step, whose derivative is nothing
+almost everywhere; the backward pass puts the derivative of a logistic function of (excess -
+threshold) / width in its place. What a verdict is worth, the derivative of the loss with respect to
+a factor of all the block's weights, is exact, so that the gradient of a threshold is the mean worth
+of the blocks near it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsfa_hf.evaluation.methods import visible_count
+from bsfa_kernel import RULES, Geometry
+
+_SCORES_AT_A_TIME_CPU = 1 << 24
+_SCORES_AT_A_TIME_GPU = 1 << 26
+
+
+class Gated(NamedTuple):
+    """What attention with gradients gives.
+
+    Attributes:
+        out: float32 [seqlen, heads, head_dim].
+        skipped: float32 [heads]: share of the visible blocks, without a gradient.
+        slope: float32 [heads, q_blocks]: its derivative with respect to the thresholds, the
+            logistic function standing for the verdicts again.
+    """
+
+    out: Tensor
+    skipped: Tensor
+    slope: Tensor
+
+
+def gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    thresholds: Tensor,
+    *,
+    rule: str,
+    geometry: Geometry,
+    scale: float,
+    width: float = 0.5,
+) -> Gated:
+    """Causal block-sparse attention of one whole prompt.
+
+    Args:
+        q: [seqlen, heads, head_dim]; seqlen is a multiple of both sides of a block.
+        k: [seqlen, kv_heads, head_dim].
+        v: as k.
+        thresholds: float32 [heads, q_blocks].
+        rule: one of ``bsfa_kernel.RULES``.
+        geometry: the sparsity block.
+        scale: factor of the scores.
+        width: of the logistic function, in units of scaled scores.
+
+    Raises:
+        ValueError: an argument breaks a rule.
+    """
+    seqlen, heads, _ = q.shape
+    q_block, k_block = geometry
+    if seqlen % q_block or q_block % k_block or k.shape[0] != seqlen:
+        raise ValueError(f"lengths must be equal and multiples of {geometry}, got {seqlen} queries")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
+    if thresholds.shape != (heads, seqlen // q_block):
+        raise ValueError(
+            f"thresholds must be [{heads}, {seqlen // q_block}], got {list(thresholds.shape)}"
+        )
+    if not width > 0:
+        raise ValueError(f"width must be above 0, got {width}")
+    by_head = (x.transpose(0, 1).float() for x in (q, k, v))
+    out, skipped, slope = _GatedAttention.apply(*by_head, thresholds, rule, geometry, scale, width)
+    return Gated(out.transpose(0, 1), skipped, slope)
+
+
+class _Part(NamedTuple):
+    """Scores of the queries from ``start`` to ``stop`` with all keys before ``stop``."""
+
+    start: int
+    stop: int
+    blocks: slice
+
+
+class _GatedAttention(torch.autograd.Function):
+    """Of q [heads, seqlen, head_dim], k and v [kv_heads, ...] and thresholds [heads, q_blocks]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        thresholds: Tensor,
+        rule: str,
+        geometry: Geometry,
+        scale: float,
+        width: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads, seqlen, _ = q.shape
+        q_block, k_block = geometry
+        group = heads // k.shape[0]
+        out = torch.empty_like(q)
+        lse = q.new_empty((heads, seqlen, 1))
+        q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
+        kept = torch.zeros((heads, q_blocks, k_blocks), dtype=torch.bool, device=q.device)
+        slope = q.new_zeros((heads, q_blocks, k_blocks))
+        for part in _parts(q, geometry):
+            weights = _scores(q, k, part, group, scale)
+            rows, columns = part.blocks.stop - part.blocks.start, part.stop // k_block
+            by_block = weights.view(heads, rows, q_block, columns, k_block)
+            row_maxima = by_block.amax(-1)
+            largest = row_maxima.amax(-1, keepdim=True)
+            row_maxima = row_maxima - largest
+            by_block = by_block.sub_(largest[..., None]).exp_()
+            masses = by_block.sum(-1)
+            index = torch.arange(part.blocks.start, part.blocks.stop, device=q.device)
+            full = (index * q_block + 1) // k_block
+            chosen = thresholds[:, part.blocks]
+            verdict, excess = _verdicts(row_maxima, masses, largest, chosen, full, rule)
+            share = torch.sigmoid((excess - chosen[..., None]) / width)
+            free = torch.arange(columns, device=q.device) < full[:, None]
+            kept[:, part.blocks, :columns] = verdict
+            slope[:, part.blocks, :columns] = share * (1 - share) / width * free
+            denominator = (masses * verdict[:, :, None]).sum(-1)
+            by_block *= verdict[:, :, None, :, None]
+            numerator = weights @ _repeated(v[:, : part.stop], group)
+            here = slice(part.start, part.stop)
+            denominator = denominator.view(heads, -1, 1)
+            out[:, here] = numerator / denominator
+            lse[:, here] = denominator.log() + largest.view(heads, -1, 1)
+        ctx.save_for_backward(q, k, v, out, lse, kept, slope)
+        ctx.options = (geometry, scale)
+        index = torch.arange(q_blocks, device=q.device)
+        seen = torch.arange(k_blocks, device=q.device) * k_block < (index[:, None] + 1) * q_block
+        visible = visible_count(seqlen, seqlen, geometry)
+        skipped = 1 - (kept & seen).sum((1, 2)).float() / visible
+        of_row = slope.sum(-1) / visible
+        ctx.mark_non_differentiable(skipped, of_row)
+        return out, skipped, of_row
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        out_gradient = gradients[0]
+        q, k, v, out, lse, kept, slope = ctx.saved_tensors
+        geometry, scale = ctx.options
+        heads, seqlen, head_dim = q.shape
+        q_block, k_block = geometry
+        kv_heads = k.shape[0]
+        group = heads // kv_heads
+        out_gradient = out_gradient.contiguous()
+        q_gradient = torch.empty_like(q)
+        k_gradient, v_gradient = torch.zeros_like(k), torch.zeros_like(v)
+        threshold_gradient = q.new_zeros((heads, seqlen // q_block))
+        for part in _parts(q, geometry):
+            here, before = slice(part.start, part.stop), slice(0, part.stop)
+            weights = _scores(q, k, part, group, scale).sub_(lse[:, here]).exp_()
+            given = out_gradient[:, here]
+            worth = given @ _repeated(v[:, before], group).transpose(1, 2)
+            worth -= (given * out[:, here]).sum(-1, keepdim=True)
+            worth *= weights
+            shape = (heads, part.blocks.stop - part.blocks.start, q_block, -1, k_block)
+            verdict = kept[:, part.blocks, None, : part.stop // k_block, None]
+            by_block = worth.view(shape)
+            of_block = by_block.sum((2, 4)) * slope[:, part.blocks, : part.stop // k_block]
+            threshold_gradient[:, part.blocks] = -of_block.sum(-1)
+            by_block *= verdict
+            weights.view(shape).mul_(verdict)
+            q_gradient[:, here] = worth @ _repeated(k[:, before], group) * scale
+            added = worth.transpose(1, 2) @ q[:, here] * scale
+            k_gradient[:, before] += added.view(kv_heads, group, -1, head_dim).sum(1)
+            added = weights.transpose(1, 2) @ given
+            v_gradient[:, before] += added.view(kv_heads, group, -1, head_dim).sum(1)
+        return q_gradient, k_gradient, v_gradient, threshold_gradient, None, None, None, None
+
+
+def _parts(q: Tensor, geometry: Geometry) -> Iterator[_Part]:
+    """Stretches of queries that are computed together."""
+    heads, seqlen, _ = q.shape
+    budget = _SCORES_AT_A_TIME_CPU if q.device.type == "cpu" else _SCORES_AT_A_TIME_GPU
+    start = 0
+    while start < seqlen:
+        # The largest number of rows with rows * (start + rows) scores a head within the budget.
+        rows = int((start * start / 4 + budget / heads) ** 0.5 - start / 2)
+        rows = max(rows // geometry.q_block, 1) * geometry.q_block
+        stop = min(start + rows, seqlen)
+        yield _Part(start, stop, slice(start // geometry.q_block, stop // geometry.q_block))
+        start = stop
+
+
+def _repeated(x: Tensor, group: int) -> Tensor:
+    """[kv_heads, ...] for every query head."""
+    return x.repeat_interleave(group, 0)
+
+
+def _scores(q: Tensor, k: Tensor, part: _Part, group: int, scale: float) -> Tensor:
+    """[heads, rows, stop], -inf where a key is not seen."""
+    queries = torch.arange(part.start, part.stop, device=q.device)
+    keys = torch.arange(part.stop, device=q.device)
+    hidden = torch.where(keys > queries[:, None], -torch.inf, 0.0)
+    some = q[:, part.start : part.stop] * scale
+    return torch.baddbmm(hidden, some, _repeated(k[:, : part.stop], group).transpose(1, 2))
+
+
+def _verdicts(
+    row_maxima: Tensor, masses: Tensor, largest: Tensor, thresholds: Tensor, full: Tensor, rule: str
+) -> tuple[Tensor, Tensor]:
+    """Which blocks are kept, and what was compared.
+
+    Args:
+        row_maxima: [heads, rows, q_block, columns], relative to ``largest``.
+        masses: as row_maxima: sums of exp(score - largest).
+        largest: [heads, rows, q_block, 1], the largest score of each query.
+        thresholds: [heads, rows].
+        full: [rows], number of unforced blocks.
+        rule: one of ``bsfa_kernel.RULES``.
+
+    Returns:
+        bool and float32 [heads, rows, columns]; forced blocks, and those beyond, are kept.
+    """
+    columns = torch.arange(row_maxima.shape[-1], device=full.device)
+    forced = columns >= full[:, None]
+    if rule == "absolute":
+        excess = (row_maxima + largest).amax(2)
+        return forced | (excess >= thresholds[..., None]), excess
+    # A verdict depends on those of the later blocks: from the last block on, one more verdict is
+    # final after every round, and far fewer rounds than blocks are needed until none changes.
+    row_maxima, masses = row_maxima.flip(-1), masses.flip(-1)
+    always = forced.flip(-1).expand(*thresholds.shape, -1)
+    kept = always
+    while True:
+        if rule == "running_max":
+            reached = row_maxima.masked_fill(~kept[:, :, None], -torch.inf)
+            reference = _shifted(reached, -torch.inf).cummax(-1).values
+        else:
+            reference = _shifted(masses * kept[:, :, None], 0.0).cumsum(-1).log()
+        # A forced block's excess is of no interest, and NaN where nothing was seen before it.
+        excess = (row_maxima - reference).amax(2).masked_fill(always, torch.inf)
+        found = always | (excess >= thresholds[..., None])
+        if torch.equal(found, kept):
+            return found.flip(-1), excess.flip(-1)
+        kept = found
+
+
+def _shifted(x: Tensor, first: float) -> Tensor:
+    """Each column in the place of the next one."""
+    return torch.nn.functional.pad(x[..., :-1], (1, 0), value=first)

@@ -1,0 +1,305 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Thresholds learned by gradient: the least divergence from dense at a given sparsity.
+
+Every head gets a scalar, or a few knots over the position. The mean KL divergence of the model's
+next-token distributions from dense is measured with all heads skipping at once, and each
+threshold's gradient is what the blocks near it are worth to it (``gated``). Thresholds move until a
+block skipped costs the same everywhere, while one shift of all of them holds the sparsity. Unlike
+an allotment by measured effects (``allotment``), this sees how errors of different heads, layers
+and positions add up or cancel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bsfa_hf.evaluation.gated import gated_attention
+from bsfa_hf.evaluation.methods import Attended, applied, attention_shape
+from bsfa_hf.evaluation.metrics import LanguageModel
+from bsfa_kernel import Geometry
+
+Float32Array = npt.NDArray[np.float32]
+
+# Where thresholds start, in units of scaled scores: a moderate sparsity under each rule.
+START = {"absolute": 4.0, "running_max": -3.0, "running_lse": -5.0}
+
+_BETAS = (0.9, 0.95)
+_POSITIONS_AT_A_TIME = 512
+# Of the way to the target sparsity, made up after every step; and the most of it, in scores.
+_STEER, _MOST_STEER = 0.3, 0.5
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Thresholds for one sparsity.
+
+    Attributes:
+        target: share of blocks that was asked for.
+        thresholds: float32 [layers, heads, rows]; one row, or one for each query block of the
+            samples.
+        sparsity: mean share of blocks skipped over the last half of the steps.
+        kl: mean KL divergence from dense over the same, in nats.
+    """
+
+    target: float
+    thresholds: Float32Array
+    sparsity: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How thresholds are learned.
+
+    Attributes:
+        steps: for the first target; each reads one sample.
+        further_steps: for every further target, which starts from the one before.
+        rate: how far a step moves a threshold at most, in units of scaled scores, at first.
+        width: see ``gated_attention``.
+        knots: thresholds of a head: 1, or several at positions that double.
+        ceiling: the most that a threshold may be. At 0, running_lse keeps whatever block holds
+            a score above all that a query has kept so far put together.
+        seed: what the order of the samples is drawn with.
+    """
+
+    steps: int = 80
+    further_steps: int = 40
+    rate: float = 0.3
+    width: float = 0.5
+    knots: int = 1
+    ceiling: float = math.inf
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: one is out of its range.
+        """
+        if min(self.steps, self.further_steps, self.knots) < 1:
+            raise ValueError(
+                f"steps and knots must be at least 1, got {self.steps}, {self.further_steps} and "
+                f"{self.knots}"
+            )
+        if not (self.rate > 0 and self.width > 0):
+            raise ValueError(
+                f"rate and width must be above 0, got {self.rate:g} and {self.width:g}"
+            )
+
+
+def learn(
+    model: Any,
+    samples: Sequence[Sequence[int]],
+    targets: Sequence[float],
+    *,
+    rule: str,
+    geometry: Geometry,
+    settings: Settings | None = None,
+    start: npt.ArrayLike | None = None,
+    found: Callable[[Learned], None] = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Learned]:
+    """Learn thresholds for several sparsities, one after the other.
+
+    Args:
+        model: a decoder of transformers; its parameters' ``requires_grad`` is switched off.
+        samples: tokens of each, all of one length, a multiple of the sides of a block.
+        targets: shares of the visible blocks to skip, in the order in which they are learned.
+        rule: one of ``bsfa_kernel.RULES``.
+        geometry: the sparsity block.
+        settings: how.
+        start: thresholds to start from, broadcast to [layers, heads]; by default one scalar.
+        found: told of each target's thresholds as soon as they are there.
+        progress: told of every tenth step.
+
+    Raises:
+        ValueError: there are no samples, or their lengths differ.
+    """
+    if len({len(ids) for ids in samples}) != 1:
+        raise ValueError("at least one sample is needed, and all of the same length")
+    learner = _Learner(model, samples, rule, geometry, settings or Settings(), start, progress)
+    results = []
+    with _tensor_float32():
+        for number, target in enumerate(targets):
+            steps = learner.settings.further_steps if number else learner.settings.steps
+            results.append(learner.learn(target, steps))
+            found(results[-1])
+    return results
+
+
+def knot_weights(rows: int, knots: int) -> Float32Array:
+    """Weights [knots, rows] of knots in the threshold of each query block.
+
+    Between knots, thresholds are linear in the logarithm of the position.
+    """
+    position = np.log2(np.arange(rows) + 1.0)
+    if knots == 1 or rows == 1:
+        return np.ones((1, rows), np.float32)
+    places = np.linspace(0.0, position[-1], knots)
+    identity = np.eye(knots)
+    return np.stack([np.interp(position, places, one) for one in identity]).astype(np.float32)
+
+
+class _Learner:
+    """Thresholds under way, and the moments of their gradients."""
+
+    def __init__(
+        self,
+        model: Any,
+        samples: Sequence[Sequence[int]],
+        rule: str,
+        geometry: Geometry,
+        settings: Settings,
+        start: npt.ArrayLike | None,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.language_model = LanguageModel(model)
+        self.samples, self.rule, self.geometry = samples, rule, geometry
+        self.settings, self.progress = settings, progress
+        model.requires_grad_(False)
+        device = self.language_model.device
+        self.weights = torch.tensor(
+            knot_weights(len(samples[0]) // geometry.q_block, settings.knots), device=device
+        )
+        shape = attention_shape(model)
+        first = np.broadcast_to(START[rule] if start is None else np.asarray(start), shape)
+        first = np.repeat(first[..., None], len(self.weights), -1)
+        self.knots = torch.tensor(first, dtype=torch.float32, device=device)
+        self.moments = [torch.zeros_like(self.knots) for _ in range(2)]
+        self.taken = 0
+        # Sums over all thresholds of the gradients of divergence and sparsity, decayed.
+        self.totals = [0.0, 0.0]
+        self.dense: dict[int, Tensor] = {}
+        self.order: list[int] = []
+        self.random = np.random.default_rng(settings.seed)
+        layers, heads = shape
+        rows = self.weights.shape[1]
+        self.slopes = torch.zeros((layers, heads, rows), device=device)
+        self.skipped = torch.zeros((layers, heads), device=device)
+
+    def learn(self, target: float, steps: int) -> Learned:
+        average = torch.zeros_like(self.knots)
+        seen: list[tuple[float, float]] = []
+        averaged = 0
+        for step in range(steps):
+            # From the full rate down to a tenth of it.
+            rate = self.settings.rate * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+            kl, sparsity = self._step(target, rate)
+            seen.append((kl, sparsity))
+            if step >= steps // 2:
+                average += self.knots
+                averaged += 1
+            if step % 10 == 9 or step + 1 == steps:
+                recent = np.mean(seen[-10:], axis=0)
+                self.progress(
+                    f"target {target:g}, step {step + 1} of {steps}: KL {recent[0]:.5f}, "
+                    f"sparsity {recent[1]:.3f}"
+                )
+        average /= averaged
+        kl, sparsity = np.mean(seen[steps // 2 :], axis=0)
+        with torch.no_grad():
+            rows = average if self.settings.knots == 1 else average @ self.weights
+        return Learned(target, rows.cpu().numpy(), float(sparsity), float(kl))
+
+    def _step(self, target: float, rate: float) -> tuple[float, float]:
+        kl, gradient = self._gradient()
+        sparsity = float(self.skipped.mean())
+        # All heads have as many blocks, so that the mean over heads is the share of all blocks.
+        slopes = self.slopes / self.skipped.numel() @ self.weights.T
+        fast, slow = _BETAS
+        whole = float(slopes.sum())
+        for index, total in enumerate((float(gradient.sum()), whole)):
+            self.totals[index] = fast * self.totals[index] + (1 - fast) * total
+        price = max(self.totals[0], 0.0) / max(self.totals[1], 1e-12)
+        descent = gradient - price * slopes
+        self.taken += 1
+        first, second = self.moments
+        first.mul_(fast).add_(descent, alpha=1 - fast)
+        second.mul_(slow).add_(descent.square(), alpha=1 - slow)
+        root = (second / (1 - slow**self.taken)).sqrt()
+        # Heads with hardly a block near the threshold give next to no gradient: leave them alone.
+        floor = 0.1 * root.median() + 1e-30
+        self.knots -= rate * first / (1 - fast**self.taken) / (root + floor)
+        shift = _STEER * (target - sparsity) / max(whole, 1e-3)
+        self.knots += min(max(shift, -_MOST_STEER), _MOST_STEER)
+        self.knots.clamp_(max=self.settings.ceiling)
+        return kl, sparsity
+
+    def _gradient(self) -> tuple[float, Tensor]:
+        """Divergence on the next sample and its gradient; slopes and shares are left in self."""
+        if not self.order:
+            self.order = list(self.random.permutation(len(self.samples)))
+        index = int(self.order.pop())
+        ids = self.samples[index]
+        model = self.language_model.model
+        if index not in self.dense:
+            with applied(model, None):
+                self.dense[index] = self.language_model.predict(ids).hidden.clone()
+        knots = self.knots.clone().requires_grad_()
+        tokens = torch.tensor([list(ids)], device=self.language_model.device)
+        with torch.enable_grad():
+            rows = knots @ self.weights
+            with applied(model, _Training(self, rows)):
+                hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            kl, upstream = self._divergence(hidden[0].detach(), self.dense[index])
+            (gradient,) = torch.autograd.grad(hidden, knots, upstream[None])
+        return kl, gradient
+
+    def _divergence(self, hidden: Tensor, dense: Tensor) -> tuple[float, Tensor]:
+        """Mean KL divergence from dense, and its gradient at the hidden states [seqlen, width]."""
+        total = 0.0
+        gradient = torch.empty_like(hidden)
+        for start in range(0, len(hidden), _POSITIONS_AT_A_TIME):
+            here = slice(start, start + _POSITIONS_AT_A_TIME)
+            with torch.no_grad():
+                expected = self.language_model.logits(dense[here]).log_softmax(-1)
+            part = hidden[here].clone().requires_grad_()
+            actual = self.language_model.logits(part).log_softmax(-1)
+            kl = torch.nn.functional.kl_div(actual, expected, log_target=True, reduction="sum")
+            kl = kl / len(hidden)
+            (gradient[here],) = torch.autograd.grad(kl, part)
+            total += float(kl.detach())
+        return total, gradient
+
+
+@dataclass
+class _Training:
+    """A method (see ``methods.Method``) that notes what its thresholds did."""
+
+    learner: _Learner
+    rows: Tensor
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
+        """See ``methods.Method``."""
+        learner = self.learner
+        found = gated_attention(
+            *(q[0], k[0], v[0], self.rows[layer]),
+            rule=learner.rule,
+            geometry=learner.geometry,
+            scale=scale,
+            width=learner.settings.width,
+        )
+        learner.skipped[layer] = found.skipped
+        learner.slopes[layer] = found.slope
+        return Attended(found.out[None].to(q.dtype), found.skipped)
+
+
+@contextlib.contextmanager
+def _tensor_float32() -> Iterator[None]:
+    """Products in TF32 where the GPU has it: gradients are noisier than that."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
