@@ -107,7 +107,7 @@ def test_pooled_thresholds_keep_k_blocks_on_average(
     ks = [1, 2, 5, 9]
     result = estimate.estimate_thresholds(samples, ks, q_block=q_block, k_block=k_block)
     assert result.inexact == 0
-    count = estimate.KeptCount.zeros(ks, (3,))
+    count = estimate.KeptCount(ks)
     for length, sample in zip(lengths, samples, strict=True):
         count.add(sample, result.thresholds, seqlen=length, q_block=q_block, k_block=k_block)
     most = estimate.unforced_blocks(max(lengths), q_block=q_block, k_block=k_block)[-1]
@@ -124,7 +124,7 @@ def test_kept_counts_and_sparsity_are_those_of_the_attention() -> None:
     recorder = Recorder("absolute", 128, 64, lambda layer, values: None)
     top = top_maxima(maxima, recorder, seqlen, 100).numpy()
     result = estimate.estimate_thresholds([top], [2, 5], q_block=128, k_block=64)
-    count = estimate.KeptCount.zeros([2, 5], (heads,))
+    count = estimate.KeptCount([2, 5])
     count.add(top, result.thresholds, seqlen=seqlen, q_block=128, k_block=64)
     visible = estimate.visible_blocks(seqlen, q_block=128, k_block=64)
     for point in range(2):
@@ -147,7 +147,7 @@ def test_a_tie_keeps_its_blocks_and_a_hair_of_a_gap_is_respected() -> None:
     top[0, 1, :2] = [1, 1]
     top[0, 2, :4] = [above, 1, 1, 1]
     result = estimate.estimate_thresholds([top], [1], q_block=128, k_block=64)
-    assert estimate.kept_blocks(top, result.thresholds[0]).tolist() == [[0, 2, 1]]
+    assert estimate.kept_blocks(top, result.thresholds)[..., 0].tolist() == [[0, 2, 1]]
 
 
 def test_pooling_cut_samples_is_exact_or_says_that_it_is_not() -> None:

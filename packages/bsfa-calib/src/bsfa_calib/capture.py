@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -29,6 +29,9 @@ from bsfa_calib.store import Measured, SampleStore
 from bsfa_calib.thresholds import FloatArray, ThresholdTable
 
 ATTENTION_NAME = "bsfa_capture"
+
+# Maxima of all samples that thresholds are estimated from at a time.
+_MAXIMA_AT_A_TIME = 1 << 25
 
 _logger = logging.getLogger(__name__)
 
@@ -138,9 +141,10 @@ def calibrate(
     k unforced blocks are kept. With ``target_sparsities`` there is one scalar for the whole model,
     at which that share of all visible blocks is skipped.
 
-    Memory: a sample's measurements are held while the model reads it, then lie in a file. They take
+    Memory: a sample's measurements are held while the model reads it, on its device, and
+    then until all are there, or in a file if those of all samples exceed 1 GiB. They take
     4 · layers · heads · (tokens / q_block) · keep_maxima bytes with ``k_values`` (1.1 GB for 128K
-    tokens and 1024 heads in all, at the default of 256 for k = 64), and 64 KiB a head with
+    tokens and 1024 heads in all, at the default of 256 for k = 64), and 32 KiB a head with
     ``target_sparsities``. All samples' measurements of one layer are in memory at a time.
 
     Args:
@@ -189,39 +193,41 @@ def calibrate(
         points = tuple(sorted(set(target_sparsities)))
         keep = 0
         _check_lengths(samples, 0, q_block, k_block)
-    measure = top_maxima if keep else histogram
     settings = {
-        "model": _fingerprint(model),
+        "model": "" if checkpoint is None else _fingerprint(model),
         "rule": rule,
         "block": [q_block, k_block],
         "keep": keep,
     }
     shape = _Shape(model)
-    with contextlib.ExitStack() as stack:
-        if checkpoint is None:
-            checkpoint = stack.enter_context(tempfile.TemporaryDirectory(prefix="bsfa-calib-"))
-        store = SampleStore(checkpoint, settings)
-        every = [*samples, *held_out]
-        dense: dict[int, str] = {}
-        for index, tokens in enumerate(every):
-            state = Progress(index, len(every), len(tokens), 0, shape.layers)
-            measured = store.find(tokens)
-            found = True
-            if measured is None:
-                recorder = Recorder(rule, q_block, k_block, lambda layer, maxima: None)
-                measured = _measure(model, tokens, recorder, store, measure, keep, state, progress)
-                found = False
-            dense.update(measured.dense)
-            if progress is not None:
-                state = dataclasses.replace(state, sample=index + 1, layer=None, resumed=found)
-                progress(state)
+    every = [*samples, *held_out]
+    dense: dict[int, str] = {}
+    with SampleStore(checkpoint, settings) as store:
+        keys = [store.key(tokens) for tokens in every]
+        recorder = Recorder(rule, q_block, k_block, lambda layer, maxima: None)
+        with capturing(model, recorder):
+            for index, (key, tokens) in enumerate(zip(keys, every, strict=True)):
+                state = Progress(index, len(every), len(tokens), 0, shape.layers)
+                measured = store.find(key)
+                found = measured is not None
+                if measured is None:
+                    measured, layers = _measure(model, tokens, recorder, keep, state, progress)
+                    store.write(key, measured, layers)
+                dense.update(measured.dense)
+                if progress is not None:
+                    state = dataclasses.replace(state, sample=index + 1, layer=None, resumed=found)
+                    progress(state)
         captured = [layer for layer in range(shape.layers) if layer not in dense]
         if not captured:
             raise CaptureError(f"no layer of this model can be measured: {_reasons(dense)}")
         if dense:
             _logger.warning("layers left dense: %s", _reasons(dense))
 
-        assemble = _Assembly(store, samples, held_out, captured, shape, q_block, k_block)
+        lengths = [(key, len(tokens)) for key, tokens in zip(keys, every, strict=True)]
+        groups = {"": lengths[: len(samples)]}
+        if held_out:
+            groups["held_out_"] = lengths[len(samples) :]
+        assemble = _Assembly(store, groups, captured, shape, q_block, k_block)
         if keep:
             thresholds, statistics = assemble.per_position([int(p) for p in points], aggregate)
         else:
@@ -260,73 +266,116 @@ def top_maxima(maxima: Tensor, recorder: Recorder, seqlen: int, keep: int) -> Te
         float32 ``[heads, q_blocks, min(keep, k_blocks)]``, descending; −inf where there are no
         more.
     """
-    unforced = _unforced_mask(maxima, recorder, seqlen)
-    hidden = maxima.masked_fill(~unforced, float("-inf"))
-    return hidden.topk(min(keep, maxima.shape[-1]), dim=-1).values
+    hidden = maxima.masked_fill(_forced_mask(maxima, recorder, seqlen), float("-inf"))
+    if keep >= maxima.shape[-1]:
+        return hidden.sort(dim=-1, descending=True).values
+    return hidden.topk(keep, dim=-1).values
 
 
-def histogram(maxima: Tensor, recorder: Recorder, seqlen: int, keep: int = 0) -> Tensor:
+def histogram(maxima: Tensor, recorder: Recorder, seqlen: int) -> Tensor:
     """Histogram of the unforced block maxima.
 
     Args:
         maxima: float32 ``[heads, q_blocks, k_blocks]``.
         recorder: names the geometry.
         seqlen: tokens of the sample.
-        keep: unused.
 
     Returns:
-        int64 ``[heads, HISTOGRAM_BINS]``, as `bsfa_calib.estimate.scalar_thresholds` takes it.
+        int32 ``[heads, HISTOGRAM_BINS]``, as `bsfa_calib.estimate.scalar_thresholds` takes it.
     """
-    values = maxima[:, _unforced_mask(maxima, recorder, seqlen)].double()
-    bins = ((values + estimate.HISTOGRAM_REACH) * estimate.BINS_PER_UNIT).floor()
-    bins = bins.clamp(-1, estimate.HISTOGRAM_BINS - 2).long() + 1
-    heads = torch.arange(len(bins), device=bins.device)[:, None]
-    flat = (bins + heads * estimate.HISTOGRAM_BINS).flatten()
-    counts = torch.bincount(flat, minlength=len(bins) * estimate.HISTOGRAM_BINS)
-    return counts.view(len(bins), estimate.HISTOGRAM_BINS)
+    heads = len(maxima)
+    blocks = _unforced_indices(maxima.shape[-1], recorder, seqlen, maxima.device)
+    values = maxima.flatten(1).index_select(1, blocks)
+    bins = values.add_(estimate.HISTOGRAM_REACH).mul_(estimate.BINS_PER_UNIT).floor_()
+    bins = bins.nan_to_num_(nan=-1).clamp_(-1, estimate.HISTOGRAM_BINS - 2).long().add_(1)
+    counts = torch.zeros((heads, estimate.HISTOGRAM_BINS), dtype=torch.int32, device=maxima.device)
+    return counts.scatter_add_(1, bins, counts.new_ones(()).expand(bins.shape))
 
 
-def _unforced_mask(maxima: Tensor, recorder: Recorder, seqlen: int) -> Tensor:
-    """The blocks that may be skipped, bool ``[q_blocks, k_blocks]``."""
-    counts = estimate.unforced_blocks(seqlen, q_block=recorder.q_block, k_block=recorder.k_block)
-    columns = torch.arange(maxima.shape[-1], device=maxima.device)
-    return columns < torch.from_numpy(counts).to(maxima.device)[:, None]
+def _forced_mask(maxima: Tensor, recorder: Recorder, seqlen: int) -> Tensor:
+    """The blocks that may not be skipped, bool ``[q_blocks, k_blocks]``."""
+    return _forced(seqlen, recorder.q_block, recorder.k_block, maxima.shape[-1], str(maxima.device))
+
+
+# Samples are mostly of one length, and nothing should be copied to the device for each layer.
+@functools.lru_cache(maxsize=2)
+def _forced(seqlen: int, q_block: int, k_block: int, k_blocks: int, device: str) -> Tensor:
+    counts = estimate.unforced_blocks(seqlen, q_block=q_block, k_block=k_block)
+    return torch.from_numpy(np.arange(k_blocks) >= counts[:, None]).to(device)
+
+
+def _unforced_indices(
+    k_blocks: int, recorder: Recorder, seqlen: int, device: torch.device
+) -> Tensor:
+    """Where the blocks that may be skipped lie in ``[q_blocks * k_blocks]``, int64."""
+    return _unforced(seqlen, recorder.q_block, recorder.k_block, k_blocks, str(device))
+
+
+@functools.lru_cache(maxsize=2)
+def _unforced(seqlen: int, q_block: int, k_block: int, k_blocks: int, device: str) -> Tensor:
+    counts = estimate.unforced_blocks(seqlen, q_block=q_block, k_block=k_block)
+    return torch.from_numpy(np.flatnonzero(np.arange(k_blocks) < counts[:, None])).to(device)
 
 
 def _measure(
     model: Any,
     tokens: Sequence[int],
     recorder: Recorder,
-    store: SampleStore,
-    measure: Callable[[Tensor, Recorder, int, int], Tensor],
     keep: int,
     state: Progress,
     progress: Callable[[Progress], None] | None,
-) -> Measured:
-    """Let the model read one sample, and store what was measured."""
-    layers: dict[int, Any] = {}
+) -> tuple[Measured, dict[int, Tensor]]:
+    """Let the model read one sample. The host waits for the device once, at the end."""
+    layers: dict[int, Tensor] = {}
+    sound: dict[int, Tensor] = {}
+    pace = _Pace(model.device)
 
     def sink(layer: int, maxima: Tensor) -> None:
-        reduced = measure(maxima, recorder, len(tokens), keep)
-        if bool(maxima.isnan().any()):
-            raise CaptureError(f"layer {layer} gives NaN scores; try another dtype")
-        layers[layer] = reduced.cpu().numpy()
+        # A kernel's maxima over scores that are NaN may be −inf.
+        forced = _forced_mask(maxima, recorder, len(tokens))
+        sound[layer] = ((maxima > float("-inf")) | forced).all()
+        layers[layer] = (
+            top_maxima(maxima, recorder, len(tokens), keep)
+            if keep
+            else histogram(maxima, recorder, len(tokens))
+        )
         if progress is not None:
+            pace.wait_for_the_layer_before()
             progress(dataclasses.replace(state, layer=len(layers)))
 
     recorder.sink = sink
+    recorder.dense = {}
     options: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
-    with capturing(model, recorder), torch.inference_mode():
+    with torch.inference_mode():
         model(input_ids=torch.tensor([list(tokens)], device=model.device), **options)
+        if sound:
+            for layer, good in zip(sound, torch.stack(list(sound.values())).tolist(), strict=True):
+                if not good:
+                    raise CaptureError(f"layer {layer} gives NaN scores; try another dtype")
     dense = dict(recorder.dense)
     for layer in range(state.layers):
         if layer not in layers and layer not in dense:
             dense[layer] = "it has no causal softmax attention of its own"
-    measured = Measured(len(tokens), dense)
-    store.write(tokens, measured, {i: a for i, a in layers.items() if i not in dense})
-    return measured
+    kept = {layer: tensor for layer, tensor in layers.items() if layer not in dense}
+    return Measured(len(tokens), dense), kept
+
+
+class _Pace:
+    """Keeps the host at most one layer ahead of a GPU, so that what it reports is so."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._event: torch.cuda.Event | None = None
+
+    def wait_for_the_layer_before(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            if self._event is not None:
+                self._event.synchronize()
+            self._event = event
 
 
 class _Shape:
@@ -343,8 +392,7 @@ class _Assembly:
     """Makes a table's arrays out of what was measured."""
 
     store: SampleStore
-    samples: Sequence[Sequence[int]]
-    held_out: Sequence[Sequence[int]]
+    groups: dict[str, list[tuple[str, int]]]  # prefix of the statistics -> samples: key, tokens
     captured: list[int]
     shape: _Shape
     q_block: int
@@ -354,24 +402,29 @@ class _Assembly:
         self, ks: list[int], aggregate: str
     ) -> tuple[FloatArray, dict[str, FloatArray]]:
         """Thresholds ``[points, layers, heads, rows]`` and statistics."""
-        rows = -(-max(map(len, self.samples)) // self.q_block)
+        samples = self.groups[""]
+        rows = -(-max(length for _, length in samples) // self.q_block)
         leading = (len(ks), self.shape.layers, self.shape.heads)
         thresholds = np.full((*leading, rows), -np.inf, np.float32)
         statistics = self._empty_statistics(leading)
         geometry = {"q_block": self.q_block, "k_block": self.k_block}
         inexact = 0
-        for layer in self.captured:
-            tops = [self._read(tokens, layer) for tokens in self.samples]
-            result = estimate.estimate_thresholds(tops, ks, aggregate=aggregate, **geometry)
+        for layers in self._layers_at_a_time():
+            tops = {
+                key: self._read(key, layers) for group in self.groups.values() for key, _ in group
+            }
+            result = estimate.estimate_thresholds(
+                [tops[key] for key, _ in samples], ks, aggregate=aggregate, **geometry
+            )
             inexact += result.inexact
-            thresholds[:, layer] = result.thresholds
-            for prefix, group in self._groups():
-                count = estimate.KeptCount.zeros(ks, (self.shape.heads,))
-                for tokens in group:
-                    top = self._read(tokens, layer)
-                    count.add(top, result.thresholds, seqlen=len(tokens), **geometry)
-                statistics[f"{prefix}kept"][:, layer] = count.mean_kept()
-                statistics[f"{prefix}sparsity"][:, layer] = count.sparsity()
+            thresholds[:, layers] = result.thresholds
+            found = torch.from_numpy(result.thresholds).to(tops[samples[0][0]].device)
+            for prefix, group in self.groups.items():
+                count = estimate.KeptCount(ks)
+                for key, length in group:
+                    count.add(tops[key], found, seqlen=length, **geometry)
+                statistics[f"{prefix}kept"][:, layers] = count.mean_kept()
+                statistics[f"{prefix}sparsity"][:, layers] = count.sparsity()
         if inexact:
             _logger.warning(
                 "%d of %d thresholds may be too low: more block maxima a query block should be "
@@ -387,17 +440,16 @@ class _Assembly:
         statistics = self._empty_statistics(leading)
         thresholds = np.full((*leading, 1), -np.inf, np.float32)
         values = None
-        for prefix, group in self._groups():
-            counts = np.stack(
-                [sum(self._read(tokens, layer) for tokens in group) for layer in self.captured]
-            )
+        for prefix, group in self.groups.items():
+            total: Tensor | int = 0
             visible, query_blocks = 0, 0
-            for tokens in group:
-                blocks = estimate.visible_blocks(
-                    len(tokens), q_block=self.q_block, k_block=self.k_block
-                )
+            for key, length in group:
+                total = total + self._read(key, self.captured).long()
+                blocks = estimate.visible_blocks(length, q_block=self.q_block, k_block=self.k_block)
                 visible += int(blocks.sum())
                 query_blocks += len(blocks)
+            assert isinstance(total, Tensor)
+            counts = total.cpu().numpy()
             if values is None:
                 heads = counts.shape[0] * counts.shape[1]
                 values = estimate.scalar_thresholds(counts, visible * heads, targets)
@@ -410,36 +462,45 @@ class _Assembly:
             ) / query_blocks
         return thresholds, statistics
 
-    def _groups(self) -> list[tuple[str, Sequence[Sequence[int]]]]:
-        groups = [("", self.samples)]
-        if self.held_out:
-            groups.append(("held_out_", self.held_out))
-        return groups
+    def _layers_at_a_time(self) -> Iterator[list[int]]:
+        """The layers, in groups of which all samples' maxima take little memory."""
+        some = self.store.read(self.groups[""][0][0], self.captured[0])
+        samples = sum(len(group) for group in self.groups.values())
+        step = max(1, _MAXIMA_AT_A_TIME // (samples * some.numel()))
+        for start in range(0, len(self.captured), step):
+            yield self.captured[start : start + step]
 
     def _empty_statistics(self, shape: tuple[int, ...]) -> dict[str, FloatArray]:
         return {
             prefix + name: np.full(shape, np.nan, np.float32)
-            for prefix, _ in self._groups()
+            for prefix in self.groups
             for name in ("kept", "sparsity")
         }
 
-    def _read(self, tokens: Sequence[int], layer: int) -> Any:
-        array = self.store.read(tokens, layer)
-        if len(array) != self.shape.heads:
-            raise CaptureError(
-                f"layer {layer} has {len(array)} heads, but the model {self.shape.heads}; tables "
-                "need as many in every layer"
-            )
-        return array
+    def _read(self, key: str, layers: Sequence[int]) -> Tensor:
+        """The measurements of some layers of a sample, ``[layers, heads, ...]``."""
+        tensors = [self.store.read(key, layer) for layer in layers]
+        for layer, tensor in zip(layers, tensors, strict=True):
+            if len(tensor) != self.shape.heads:
+                raise CaptureError(
+                    f"layer {layer} has {len(tensor)} heads, but the model {self.shape.heads}; "
+                    "tables need as many in every layer"
+                )
+        return torch.stack(tensors)
 
 
 def _fingerprint(model: Any) -> str:
     """Digest by which a model's measurements are told from those of another."""
     digest = hashlib.sha256()
+    starts = []
     for name, parameter in sorted(model.named_parameters()):
-        start = parameter.detach().flatten()[:64].float().cpu().numpy()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(start.tobytes())
+        starts.append(parameter.detach().flatten()[:64].float())
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for start in starts:
+        by_device.setdefault(start.device, []).append(start)
+    for group in by_device.values():
+        digest.update(torch.cat(group).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

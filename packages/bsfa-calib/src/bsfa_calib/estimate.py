@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""From block maxima to thresholds, in numpy and without knowledge of any model.
+"""From block maxima to thresholds, without knowledge of any model.
 
-All functions speak of causal prefill from an empty cache: the unforced blocks of query block i are
-the key blocks ``0 .. unforced_blocks()[i] - 1``. Arrays may have any leading dimensions, written
-``...`` below and usually the heads of one layer.
+What has a value for each query block is computed by torch, where the maxima are, and what has few
+values by numpy. All functions speak of causal prefill from an empty cache: the unforced blocks of
+query block i are the key blocks ``0 .. unforced_blocks()[i] - 1``. Arrays may have any leading
+dimensions, written ``...`` below and usually the heads of some layers.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from bsfa_calib.thresholds import FloatArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Maxima: TypeAlias = "FloatArray | Tensor"
 
 IntArray = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
@@ -60,7 +66,7 @@ class Estimate:
 
 
 def estimate_thresholds(
-    samples: Sequence[FloatArray],
+    samples: Sequence[Maxima],
     k_values: Sequence[int],
     *,
     q_block: int,
@@ -78,8 +84,8 @@ def estimate_thresholds(
 
     Args:
         samples: for each sample float32 ``[..., q_blocks, kept]`` as
-            `bsfa_calib.capture.top_maxima` gives them. Samples may differ in q_blocks and kept; a
-            position is estimated from the samples that reach it.
+            `bsfa_calib.capture.top_maxima` gives them, tensors of one device or arrays. Samples may
+            differ in q_blocks and kept; a position is estimated from the samples that reach it.
         k_values: blocks to keep a query block, each at least 1.
         q_block: queries in a sparsity block.
         k_block: keys in a sparsity block.
@@ -102,14 +108,15 @@ def estimate_thresholds(
         kept, there = sample.shape[-1], int(unforced[sample.shape[-2] - 1])
         if kept < min(needed, there):
             raise ValueError(f"k={ks.max()} needs {needed} maxima a query block, got {kept}")
+    tensors = [_as_tensor(sample) for sample in samples]
     if combine is None:
-        return _pooled(samples, ks, unforced)
+        return _pooled(tensors, ks, unforced)
 
     padded = np.full(
         (len(samples), len(ks), *samples[0].shape[:-2], rows), np.nan, dtype=np.float32
     )
-    for index, sample in enumerate(samples):
-        padded[index, ..., : sample.shape[-2]] = _sample_thresholds(sample, ks)
+    for index, sample in enumerate(tensors):
+        padded[index, ..., : sample.shape[-2]] = _sample_thresholds(sample, ks).cpu().numpy()
     more_than_k = unforced > _against_rows(ks, padded.ndim - 1)
     reached = np.where(more_than_k, padded, np.float32(0))
     thresholds = np.where(more_than_k, combine(reached), np.float32(-np.inf))
@@ -137,75 +144,67 @@ def parse_aggregate(
     raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
 
 
-def kept_blocks(sample: FloatArray, thresholds: FloatArray) -> IntArray:
+def kept_blocks(sample: Maxima, thresholds: Maxima) -> Tensor:
     """Unforced blocks that each query block of a sample keeps under the thresholds.
 
     Args:
         sample: float32 ``[..., q_blocks, kept]`` as `bsfa_calib.capture.top_maxima` gives them.
-        thresholds: float32 ``[..., rows]`` of one point; the last row serves later blocks.
+        thresholds: float32 ``[points, ..., rows]``; the last row serves later blocks.
 
     Returns:
-        int64 ``[..., q_blocks]``; no more than the number of maxima kept.
+        int64 ``[..., q_blocks, points]``; no more than the number of maxima kept.
     """
-    q_blocks = sample.shape[-2]
-    row = np.minimum(np.arange(q_blocks), thresholds.shape[-1] - 1)
+    import torch
+
+    sample = _as_tensor(sample)
+    thresholds = _as_tensor(thresholds).to(sample.device)
+    row = torch.arange(sample.shape[-2], device=sample.device).clamp(max=thresholds.shape[-1] - 1)
     # A maximum of −inf stands for no block, and a threshold of −inf must not count it.
-    bound = np.maximum(thresholds[..., row], np.finfo(np.float32).min)
-    return np.asarray(np.count_nonzero(sample >= bound[..., None], axis=-1), dtype=np.int64)
+    bounds = thresholds[..., row].movedim(0, -1).clamp(min=torch.finfo(torch.float32).min)
+    ascending = sample.flip(-1).contiguous()
+    return sample.shape[-1] - torch.searchsorted(ascending, bounds.contiguous())
 
 
-@dataclass
 class KeptCount:
-    """Sums over samples from which the mean blocks kept and the sparsity of each k follow.
+    """Sums over samples from which the mean blocks kept and the sparsity of each k follow."""
 
-    Attributes:
-        k_values: the points, int64 ``[points]``.
-        kept: unforced blocks kept where there are more than k, ``[points, ...]``.
-        blocks: number of query blocks that these come from, ``[points]``.
-        skipped: blocks skipped anywhere, ``[points, ...]``.
-        visible: blocks visible.
-    """
+    def __init__(self, k_values: Sequence[int]) -> None:
+        """Nothing counted yet.
 
-    k_values: IntArray
-    kept: IntArray
-    blocks: IntArray
-    skipped: IntArray
-    visible: int = 0
-
-    @classmethod
-    def zeros(cls, k_values: Sequence[int], leading: tuple[int, ...]) -> KeptCount:
-        """Nothing counted yet, for arrays with the given leading dimensions."""
-        ks = np.asarray(k_values, dtype=np.int64)
-        shape = (len(ks), *leading)
-        return cls(
-            ks,
-            np.zeros(shape, np.int64),
-            np.zeros(len(ks), np.int64),
-            np.zeros(shape, np.int64),
-        )
+        Args:
+            k_values: the points of the thresholds.
+        """
+        self._ks = np.asarray(k_values, dtype=np.int64)
+        self._blocks = np.zeros(len(self._ks), np.int64)  # query blocks with more than k
+        self._unforced = np.zeros(len(self._ks), np.int64)  # unforced blocks of these
+        self._visible = 0
+        self._kept: Any = 0  # unforced blocks that these keep, int64 tensor [..., points]
 
     def add(
-        self, sample: FloatArray, thresholds: FloatArray, *, seqlen: int, q_block: int, k_block: int
+        self, sample: Maxima, thresholds: Maxima, *, seqlen: int, q_block: int, k_block: int
     ) -> None:
         """Count one sample ``[..., q_blocks, kept]`` under thresholds ``[points, ..., rows]``."""
         unforced = unforced_blocks(seqlen, q_block=q_block, k_block=k_block)
-        self.visible += int(visible_blocks(seqlen, q_block=q_block, k_block=k_block).sum())
-        for point, k in enumerate(self.k_values):
-            kept = kept_blocks(sample, thresholds[point])
-            chosen = unforced > k
-            self.kept[point] += kept[..., chosen].sum(axis=-1)
-            self.blocks[point] += int(np.count_nonzero(chosen))
-            self.skipped[point] += (unforced[chosen] - kept[..., chosen]).sum(axis=-1)
+        chosen = unforced[:, None] > self._ks
+        kept = kept_blocks(sample, thresholds)
+        self._kept = self._kept + (kept * _as_tensor(chosen).to(kept.device)).sum(-2)
+        self._blocks += chosen.sum(axis=0)
+        self._unforced += (unforced[:, None] * chosen).sum(axis=0)
+        self._visible += int(visible_blocks(seqlen, q_block=q_block, k_block=k_block).sum())
 
     def mean_kept(self) -> FloatArray:
         """Mean unforced blocks kept where there are more than k, ``[points, ...]``, or NaN."""
-        blocks = self.blocks.reshape(-1, *[1] * (self.kept.ndim - 1))
         with np.errstate(invalid="ignore"):
-            return (self.kept / np.where(blocks, blocks, np.nan)).astype(np.float32)
+            mean = self._sums() / np.where(self._blocks, self._blocks, np.nan)
+        return np.moveaxis(mean, -1, 0).astype(np.float32)
 
     def sparsity(self) -> FloatArray:
         """Share of the visible blocks that is skipped, ``[points, ...]``."""
-        return (self.skipped / max(self.visible, 1)).astype(np.float32)
+        skipped = self._unforced - self._sums()
+        return np.moveaxis(skipped / max(self._visible, 1), -1, 0).astype(np.float32)
+
+    def _sums(self) -> IntArray:
+        return np.asarray(self._kept.cpu().numpy())
 
 
 def scalar_thresholds(
@@ -267,58 +266,69 @@ def skipped_share(
     return np.asarray(np.moveaxis(skipped, -1, 0) / np.asarray(visible), dtype=np.float64)
 
 
+def _as_tensor(array: Any) -> Tensor:
+    import torch
+
+    return (
+        array if isinstance(array, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+    )
+
+
 def _against_rows(ks: IntArray, ndim: int) -> IntArray:
     return ks.reshape(-1, *[1] * (ndim - 1))
 
 
-def _midpoint(upper: FloatArray, lower: FloatArray) -> FloatArray:
+def _midpoint(upper: Tensor, lower: Tensor) -> Tensor:
     """Midpoint of two maxima; never the lower one, which would keep its block."""
-    with np.errstate(invalid="ignore"):
-        middle = lower + (upper - lower) / 2
-    return np.where(middle > lower, middle, upper)
+    import torch
+
+    middle = lower + (upper - lower) / 2
+    return torch.where(middle > lower, middle, upper)
 
 
-def _sample_thresholds(sample: FloatArray, ks: IntArray) -> FloatArray:
+def _sample_thresholds(sample: Tensor, ks: IntArray) -> Tensor:
     """float32 ``[points, ..., q_blocks]``; unused where there are no more than k blocks."""
     last = sample.shape[-1] - 1
-    upper = sample[..., np.minimum(ks - 1, last)]
-    lower = sample[..., np.minimum(ks, last)]
-    return np.moveaxis(_midpoint(upper, lower), -1, 0)
+    upper = sample[..., _as_tensor(np.minimum(ks - 1, last)).to(sample.device)]
+    lower = sample[..., _as_tensor(np.minimum(ks, last)).to(sample.device)]
+    return _midpoint(upper, lower).movedim(-1, 0)
 
 
-def _pooled(samples: Sequence[FloatArray], ks: IntArray, unforced: IntArray) -> Estimate:
+def _pooled(samples: Sequence[Tensor], ks: IntArray, unforced: IntArray) -> Estimate:
+    import torch
+
     rows = len(unforced)
     leading = samples[0].shape[:-2]
+    device = samples[0].device
     lengths = np.array([sample.shape[-2] for sample in samples])
     reaching = (lengths[:, None] > np.arange(rows)).sum(axis=0)
     flat = [sample.reshape(-1, *sample.shape[-2:]) for sample in samples]
     heads = flat[0].shape[0]
     width = sum(sample.shape[-1] for sample in flat)
-    thresholds = np.empty((len(ks), heads, rows), np.float32)
-    inexact = 0
+    rank = np.minimum(reaching[:, None] * ks, width - 1)
+    ranks, more_than_k = (_as_tensor(array).to(device) for array in (rank, unforced[:, None] > ks))
+    thresholds = torch.empty((len(ks), heads, rows), device=device)
+    inexact = torch.zeros((), dtype=torch.int64, device=device)
     step = max(1, _POOL_ELEMENTS // max(1, heads * width))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        size = part.stop - part.start
-        pool = np.full((heads, size, width), -np.inf, np.float32)
+        pool = torch.full((heads, part.stop - start, width), -torch.inf, device=device)
         # What a sample may have left out is no larger than the smallest that it kept.
-        left_out = np.full((heads, size), -np.inf, np.float32)
+        left_out = torch.full(pool.shape[:2], -torch.inf, device=device)
         column = 0
         for sample in flat:
             there = sample[:, part]
-            kept = sample.shape[-1]
-            pool[:, : there.shape[1], column : column + kept] = there
-            cut = unforced[part][: there.shape[1]] > kept
-            bound = np.where(cut, there[..., -1], np.float32(-np.inf))
-            left_out[:, : there.shape[1]] = np.maximum(left_out[:, : there.shape[1]], bound)
+            kept, length = sample.shape[-1], there.shape[1]
+            pool[:, :length, column : column + kept] = there
+            cut = _as_tensor(unforced[part][:length] > kept).to(device)
+            bound = there[..., -1].masked_fill(~cut, -torch.inf)
+            torch.maximum(left_out[:, :length], bound, out=left_out[:, :length])
             column += kept
-        pool = -np.sort(-pool, axis=-1)
-        rank = np.minimum(reaching[part] * ks[:, None], width - 1)
-        index = np.broadcast_to(rank.T, (heads, size, len(ks)))
-        upper = np.take_along_axis(pool, np.maximum(index - 1, 0), axis=-1)
-        lower = np.take_along_axis(pool, index, axis=-1)
-        more_than_k = unforced[part][:, None] > ks
-        inexact += int(np.count_nonzero((lower < left_out[..., None]) & more_than_k))
-        middle = np.where(more_than_k, _midpoint(upper, lower), np.float32(-np.inf))
-        thresholds[:, :, part] = np.moveaxis(middle, -1, 0)
-    return Estimate(thresholds.reshape(len(ks), *leading, rows), inexact)
+        pool = pool.sort(dim=-1, descending=True).values
+        index = ranks[part].expand(heads, -1, -1)
+        upper = pool.gather(-1, (index - 1).clamp(min=0))
+        lower = pool.gather(-1, index)
+        inexact += ((lower < left_out[..., None]) & more_than_k[part]).sum()
+        middle = _midpoint(upper, lower).masked_fill(~more_than_k[part], -torch.inf)
+        thresholds[:, :, part] = middle.movedim(-1, 0)
+    return Estimate(thresholds.reshape(len(ks), *leading, rows).cpu().numpy(), int(inexact))
