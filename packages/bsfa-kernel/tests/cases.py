@@ -182,6 +182,31 @@ def rows_of(case: Case, geometry: Geometry) -> int:
     return max(-(-max(case.seqlen_q, case.seqlen_k) // geometry.q_block), 1)
 
 
+def rough_thresholds(
+    case: Case, q: Tensor, k: Tensor, *, rule: str, geometry: Geometry, keep: float
+) -> Tensor:
+    """Thresholds that keep about a share of the blocks, float32 [heads, rows].
+
+    They may be near to a block's value: for comparisons of a kernel with itself.
+    """
+    maxima = bsfa_kernel.block_maxima(
+        q, k, causal=case.causal, scale=case.scale, rule=rule, geometry=geometry
+    )
+    middle, spread = _level(maxima.double(), keep)
+    generator = torch.Generator().manual_seed(case.seed)
+    values = torch.randn((case.heads, rows_of(case, geometry)), generator=generator)
+    return (middle + spread * values).to(q.device)
+
+
+def _level(maxima: Tensor, keep: float) -> tuple[float, float]:
+    """About where thresholds that keep a share of the blocks lie, and how far they may spread."""
+    finite = maxima[maxima.isfinite()]
+    if finite.numel() == 0:
+        finite = maxima.new_zeros(1)
+    middle = finite.quantile(1 - keep) if finite.numel() < 2**24 else finite.median()
+    return middle.item(), 0.2 * finite.std(correction=0).item() + 0.01
+
+
 def separating_thresholds(
     case: Case,
     q: Tensor,
@@ -203,11 +228,7 @@ def separating_thresholds(
     options = {"causal": case.causal, "scale": case.scale, "rule": rule, "geometry": geometry}
     generator = torch.Generator().manual_seed(case.seed)
     maxima = reference.block_maxima(q, k, compute_dtype=torch.float64, **options)
-    finite = maxima[maxima.isfinite()]
-    if finite.numel() == 0:
-        finite = maxima.new_zeros(1)
-    middle = finite.quantile(1 - keep).item() if finite.numel() < 2**24 else finite.median().item()
-    spread = 0.2 * finite.std(correction=0).item() + 0.01
+    middle, spread = _level(maxima, keep)
     positions = torch.tensor(
         [
             bsfa_kernel.threshold_row(
@@ -234,5 +255,7 @@ def separating_thresholds(
         better = by_row > best
         best = torch.where(better, by_row, best)
         thresholds = torch.where(better, candidate, thresholds)
+        if (best > VERDICT_MARGIN).all():
+            break
     clear &= (best > VERDICT_MARGIN)[:, positions]
     return thresholds, clear

@@ -63,6 +63,15 @@ class Call:
             clear = expected.margin > cases.VERDICT_MARGIN
         return thresholds, clear
 
+    def rough_thresholds(self, target: Target, q, k):
+        """Some that serve to compare a kernel with itself, with some infinite."""
+        thresholds = cases.rough_thresholds(
+            self.case, q, k, rule=self.rule, geometry=self.geometry, keep=self.keep
+        )
+        if self.case.seed % 3 == 0:
+            thresholds[0, 0] = -INF if self.case.seed % 2 else INF
+        return thresholds
+
 
 @st.composite
 def calls(draw, **fixed):
@@ -138,7 +147,7 @@ def test_block_maxima_match_the_reference(target, call):
 def test_nothing_is_written_outside_the_outputs_and_all_inside(target, call):
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
-    thresholds, _ = call.thresholds(target, q, k)
+    thresholds = call.rough_thresholds(target, q, k)
     expected = attend(q, k, v, thresholds, **call.options)
     outputs = guarded.forward(q, k, v, thresholds, **call.options)
     for name, output, wanted in zip(("out", "lse", "kept"), outputs, expected, strict=True):
@@ -161,7 +170,7 @@ def test_block_maxima_write_nothing_outside_and_all_inside(target, call):
 def test_order_of_batch_and_heads_does_not_matter(target, call):
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
-    thresholds, _ = call.thresholds(target, q, k)
+    thresholds = call.rough_thresholds(target, q, k)
     out, lse, kept = attend(q, k, v, thresholds, **call.options)
     turned = attend(
         *(x.flip(0).flip(2).contiguous() for x in (q, k, v)), thresholds.flip(0), **call.options
@@ -175,7 +184,7 @@ def test_order_of_batch_and_heads_does_not_matter(target, call):
 def test_each_sequence_of_a_batch_is_computed_alone(target, call):
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
-    thresholds, _ = call.thresholds(target, q, k)
+    thresholds = call.rough_thresholds(target, q, k)
     out, lse, kept = attend(q, k, v, thresholds, **call.options)
     for index in range(call.case.batch):
         one = slice(index, index + 1)
@@ -188,7 +197,7 @@ def test_each_sequence_of_a_batch_is_computed_alone(target, call):
 def test_grouped_heads_give_what_repeated_keys_give(target, call):
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
-    thresholds, _ = call.thresholds(target, q, k)
+    thresholds = call.rough_thresholds(target, q, k)
     group = call.case.heads // call.case.kv_heads
     repeated = (x.repeat_interleave(group, 2) for x in (k, v))
     assert_same(
@@ -203,7 +212,7 @@ def test_grouped_heads_give_what_repeated_keys_give(target, call):
 def test_strided_inputs_give_what_contiguous_ones_give(target, call):
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
-    thresholds, _ = call.thresholds(target, q, k)
+    thresholds = call.rough_thresholds(target, q, k)
     expected = attend(q, k, v, thresholds, **call.options)
     heads_first = q.transpose(1, 2).contiguous().transpose(1, 2)
     padded = torch.nn.functional.pad(k, (0, 24), value=math.nan)[..., : call.case.head_dim]
@@ -211,6 +220,28 @@ def test_strided_inputs_give_what_contiguous_ones_give(target, call):
     sparse[:, ::2] = v
     found = attend(heads_first, padded, sparse[:, ::2], thresholds, **call.options)
     assert_same(found, expected, target)
+
+
+@any_target
+@given(call=calls(), over=st.sets(st.sampled_from([0, 1, 2]), min_size=1))
+def test_expanded_tensors_give_what_their_copies_give(target, call, over):
+    # A stride of 0, over the batch, the sequence or the heads: of q, of k and of v.
+    target.require("forward", call.dtype, call.case.head_dim)
+
+    def expanded(x):
+        one = [slice(0, 1) if axis in over else slice(None) for axis in range(3)]
+        return x[tuple(one)].expand(x.shape)
+
+    q, k, v = call.inputs(target)
+    thresholds = call.rough_thresholds(target, expanded(q), expanded(k))
+    for views in ((expanded(q), k, v), (q, expanded(k), v), (q, k, expanded(v))):
+        copies = [view.contiguous() for view in views]
+        found = attend(*views, thresholds, **call.options)
+        assert_same(found, attend(*copies, thresholds, **call.options), target)
+    target.require("block_maxima", call.dtype, call.case.head_dim)
+    views = expanded(q), expanded(k)
+    copies = [view.contiguous() for view in views]
+    assert torch.equal(block_maxima(*views, **call.options), block_maxima(*copies, **call.options))
 
 
 @any_target
@@ -256,7 +287,7 @@ def test_chunks_of_whole_query_blocks_give_what_the_whole_gives(target, call, bl
     q, k, v = call.inputs(target)
     length = min(call.case.seqlen_q, call.case.seqlen_k)
     q, k, v = q[:, :length], k[:, :length], v[:, :length]
-    thresholds, _ = call.thresholds(target, q, k)
+    thresholds = call.rough_thresholds(target, q, k)
     out, lse, kept = attend(q, k, v, thresholds, **call.options)
     step = blocks * call.geometry.q_block
     for start in range(0, length, step):

@@ -235,3 +235,34 @@ def test_kernels_compile_and_export(arch):
     torch.testing.assert_close(program.module()(*call), Attention()(*call), rtol=1e-2, atol=1e-2)
     options = (None, None, True, None, "absolute", 128, 64, True, True)
     torch.library.opcheck(torch.ops.bsfa.forward.default, (q, k, v, thresholds, *options))
+
+
+@pytest.mark.gpu
+def test_the_short_way_to_the_kernel_gives_what_the_operator_gives():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 300, heads, 64, generator=generator).to("cuda", torch.bfloat16)
+        for heads in (4, 2, 2)
+    )
+    thresholds = torch.full((4, 3), 2.0, device="cuda")
+    options = (None, None, True, 0.2, "running_lse", 64, 64, True, True)
+    expected = torch.ops.bsfa.forward(q, k, v, thresholds, *options)
+
+    def call():
+        return block_sparse_attention(
+            q,
+            k,
+            v,
+            thresholds,
+            scale=0.2,
+            rule="running_lse",
+            geometry=GEOMETRIES[1],
+            return_lse=True,
+            return_kept=True,
+        )
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        watched = call()
+    assert "bsfa::forward" in {event.key for event in profile.key_averages()}
+    for found in (call(), watched, torch.compile(call, fullgraph=True)()):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

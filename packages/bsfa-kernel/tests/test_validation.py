@@ -17,6 +17,7 @@ from bsfa_kernel import (
     DEFAULT_GEOMETRY,
     GEOMETRIES,
     Geometry,
+    _checks,
     _native,
     _torch_op,
     block_maxima,
@@ -443,10 +444,7 @@ def fake_library(monkeypatch):
     fake = FakeLibrary()
     monkeypatch.setattr(_native, "library", lambda: fake)
 
-    class Stream:
-        cuda_stream = 0x5EED
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    monkeypatch.setattr(_torch_op, "_current_stream", lambda device: 0x5EED)
     real = _native.forward, _native.block_maxima
     monkeypatch.setattr(_native, "forward", lambda device, *rest: real[0](3, *rest))
     monkeypatch.setattr(_native, "block_maxima", lambda device, *rest: real[1](3, *rest))
@@ -571,6 +569,30 @@ def test_a_status_becomes_an_exception_with_the_library_s_message(fake_library, 
     q = torch.zeros(1, 10, 4, 80, dtype=torch.float16)
     with pytest.raises(error, match="head_dim must be 64 or 128, got 80"):
         _torch_op._block_maxima_cuda(q, q, True, None, "absolute", 128, 64)
+
+
+# Values of CUDA thresholds are not looked at, and only CUDA tensors come by.
+@pytest.mark.parametrize("name", sorted(REFUSED.keys() - {"a NaN threshold", "another device"}))
+def test_nothing_that_is_refused_passes_for_plainly_right(name):
+    call = REFUSED[name][0]
+    tensors = [call[key] for key in ("q", "k", "v", "thresholds")]
+    if not all(isinstance(x, torch.Tensor) for x in tensors) or "cu_seqlens_q" in call:
+        return  # not asked about these
+    # In the dtype of the kernels, so that it is not that which is refused.
+    if all(x.dtype == torch.float32 for x in tensors[:3]):
+        tensors[:3] = [x.half() for x in tensors[:3]]
+    options = (call.get("scale"), call.get("rule", "absolute"), call.get("geometry", (128, 64)))
+    assert not _checks.is_plainly_right(*tensors, *options)
+
+
+def test_a_right_call_passes_for_plainly_right():
+    q, k, v, thresholds = arguments().values()
+    half = q.half(), k.half(), v.half(), thresholds
+    options = (0.5, "running_max", GEOMETRIES[1])
+    assert _checks.is_plainly_right(*half, *options)
+    assert not _checks.is_plainly_right(q, k, v, thresholds, *options)
+    gaps = torch.zeros(2, 12, 2, 16, dtype=torch.float16)[..., ::2]
+    assert not _checks.is_plainly_right(half[0], half[1], gaps, thresholds, *options)
 
 
 def test_rules_have_the_numbers_of_the_c_interface():

@@ -117,6 +117,50 @@ def check_forward(
             )
 
 
+def is_plainly_right(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    thresholds: Tensor,
+    scale: float | None,
+    rule: object,
+    geometry: object,
+) -> bool:
+    """Whether CUDA tensors pass check_forward and check_kernel_tensor, by as few steps as can be.
+
+    Those take longer than a launch. False says nothing: the arguments are to be checked.
+    """
+    shape, key_shape, threshold_shape, dtype = q.shape, k.shape, thresholds.shape, q.dtype
+    if len(shape) != 4 or len(key_shape) != 4 or len(threshold_shape) != 2:
+        return False
+    batch, _, heads, head_dim = shape
+    key_batch, _, kv_heads, key_head_dim = key_shape
+    device = q.get_device()
+    return (
+        v.shape == key_shape
+        and batch == key_batch
+        and head_dim == key_head_dim > 0
+        and kv_heads > 0
+        and heads > 0
+        and heads % kv_heads == 0
+        and threshold_shape[0] == heads
+        and threshold_shape[1] > 0
+        and dtype in _KERNEL_FLOATS
+        and k.dtype == dtype
+        and v.dtype == dtype
+        and thresholds.dtype == torch.float32
+        and k.get_device() == device
+        and v.get_device() == device
+        and thresholds.get_device() == device
+        and q.stride(3) == 1
+        and k.stride(3) == 1
+        and v.stride(3) == 1
+        and (scale is None or (type(scale) is float and 0.0 < scale < float("inf")))
+        and rule in RULES
+        and geometry in GEOMETRIES
+    )
+
+
 def check_block_maxima(
     q: Tensor,
     k: Tensor,

@@ -47,8 +47,8 @@ def _allocate(
     lse_dtype: torch.dtype,
     return_lse: bool,
     return_kept: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs, unwritten; empty where not asked for."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The outputs, unwritten; None where not asked for."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = kept = None
     if cu_seqlens_q is None:
@@ -65,11 +65,25 @@ def _allocate(
             columns = total_q // q_block + cu_seqlens_q.shape[0] - 1
             # Zeros, as some columns belong to no query block.
             kept = q.new_zeros((heads, columns), dtype=torch.int32)
-    if lse is None:
-        lse = thresholds.new_empty(0)
-    if kept is None:
-        kept = thresholds.new_empty(0)
     return out, lse, kept
+
+
+def _all_three(
+    outputs: tuple[Tensor, Tensor | None, Tensor | None], thresholds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs as the operator has them: empty where not asked for."""
+    out, lse, kept = outputs
+    return (
+        out,
+        thresholds.new_empty(0) if lse is None else lse,
+        thresholds.new_empty(0) if kept is None else kept,
+    )
+
+
+def _current_stream(device: int) -> int:
+    """The caller's stream; the public function makes an object of it, at ten times the cost."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
 
 
 @torch.library.impl(_library, "forward", "CPU")
@@ -102,9 +116,9 @@ def _forward_cpu(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
-    lse = result.lse if return_lse else thresholds.new_empty(0)
-    kept = result.kept if return_kept else thresholds.new_empty(0)
-    return result.out, lse, kept
+    lse = result.lse if return_lse else None
+    kept = result.kept if return_kept else None
+    return _all_three((result.out, lse, kept), thresholds)
 
 
 @torch.library.impl(_library, "forward", "CUDA")
@@ -128,22 +142,61 @@ def _forward_cuda(
     check_kernel_tensor(q, "q")
     check_kernel_tensor(k, "k")
     check_kernel_tensor(v, "v")
+    outputs = launch_forward(
+        q,
+        k,
+        v,
+        thresholds,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        causal,
+        scale,
+        rule,
+        q_block,
+        k_block,
+        return_lse,
+        return_kept,
+    )
+    return _all_three(outputs, thresholds)
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    thresholds: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    rule: str,
+    q_block: int,
+    k_block: int,
+    return_lse: bool,
+    return_kept: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Run the kernel on arguments that have been checked; lse and kept are None if not asked for.
+
+    Raises:
+        ValueError: the library refuses the arguments; its message names rule and value.
+        NotImplementedError: no native library, or valid but unsupported by it or by the GPU.
+        RuntimeError: a CUDA call failed.
+    """
     out, lse, kept = _allocate(
         q, thresholds, cu_seqlens_q, q_block, torch.float32, return_lse, return_kept
     )
-    if out.numel() == 0:
-        kept.zero_()
-        return out, lse, kept
-    if k.numel() == 0:
+    if out.numel() == 0 or k.numel() == 0:
         out.zero_()
-        lse.fill_(-float("inf"))
-        kept.zero_()
+        if lse is not None:
+            lse.fill_(-float("inf"))
+        if kept is not None:
+            kept.zero_()
         return out, lse, kept
     if not thresholds.is_contiguous():
         thresholds = thresholds.contiguous()
     if cu_seqlens_q is None or cu_seqlens_k is None:
         batch, seqlen_q, heads, head_dim = q.shape
-        seqlen_k, kv_heads = k.shape[1], k.shape[2]
+        _, seqlen_k, kv_heads, _ = k.shape
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
         starts_q = starts_k = 0
     else:
@@ -158,11 +211,11 @@ def _forward_cuda(
         )
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         starts_q, starts_k = cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr()
-    device = q.device
+    device = q.get_device()
     _native.forward(
-        device.index,
+        device,
         _native.insisted_arch(),
-        torch.cuda.current_stream(device).cuda_stream,
+        _current_stream(device),
         _DTYPE_CODES[q.dtype],
         RULE_CODES[rule],
         causal,
@@ -184,8 +237,8 @@ def _forward_cuda(
         thresholds.shape[1],
         starts_q,
         starts_k,
-        lse.data_ptr() if return_lse else 0,
-        kept.data_ptr() if return_kept else 0,
+        0 if lse is None else lse.data_ptr(),
+        0 if kept is None else kept.data_ptr(),
     )
     return out, lse, kept
 
@@ -208,7 +261,8 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_forward(q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, scale, rule, (q_block, k_block))
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _allocate(q, thresholds, cu_seqlens_q, q_block, lse_dtype, return_lse, return_kept)
+    outputs = _allocate(q, thresholds, cu_seqlens_q, q_block, lse_dtype, return_lse, return_kept)
+    return _all_three(outputs, thresholds)
 
 
 @torch.library.impl(_library, "block_maxima", "CPU")
@@ -244,11 +298,11 @@ def _block_maxima_cuda(
     if maxima.numel() == 0:
         return maxima
     batch, seqlen_q, heads, head_dim = q.shape
-    device = q.device
+    device = q.get_device()
     _native.block_maxima(
-        device.index,
+        device,
         _native.insisted_arch(),
-        torch.cuda.current_stream(device).cuda_stream,
+        _current_stream(device),
         _DTYPE_CODES[q.dtype],
         RULE_CODES[rule],
         causal,
