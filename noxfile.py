@@ -69,6 +69,7 @@ def kernel(session: nox.Session) -> None:
     """Test bsfa-kernel without a GPU: reference, operators, C interface, build and wheel."""
     cuda = "ci" if shutil.which("nvcc") else "off"
     install(session, "bsfa-kernel", wheels=[build_wheel(session, "bsfa-kernel", cuda=cuda)])
+    install_cutlass(session)
     check_types(session, "bsfa-kernel")
     run_pytest(session, "packages/bsfa-kernel/tests", "-m", "not gpu")
 
@@ -101,6 +102,7 @@ def kernel_gpu(session: nox.Session) -> None:
     """Test the CUDA kernels; fails, not skips, where there is no GPU."""
     require_gpu(session)
     install(session, "bsfa-kernel", wheels=[build_wheel(session, "bsfa-kernel", cuda="release")])
+    install_cutlass(session)
     run_pytest(session, "packages/bsfa-kernel/tests", env={"BSFA_REQUIRE_GPU": "1"})
 
 
@@ -239,6 +241,13 @@ def install(session: nox.Session, package: str, *, wheels: list[Path], tests: bo
     session.install(*requirements, *constraints)
     # The same version built anew is no upgrade to pip, so the wheels are put in once more by force.
     session.install("--no-deps", "--force-reinstall", *map(str, wheels))
+
+
+def install_cutlass(session: nox.Session) -> None:
+    """Install the CUTLASS headers that the kernel is built with, without what they ask for."""
+    project = nox.project.load_toml(ROOT / "packages" / "bsfa-kernel" / "pyproject.toml")
+    requirements = project["build-system"]["requires"]
+    session.install("--no-deps", *(name for name in requirements if "cutlass" in name))
 
 
 def check_types(session: nox.Session, package: str) -> None:

@@ -81,11 +81,11 @@ _AMPERE = tuple(name for name in kernels.NAMES if name != "bsfa_sm90")
 # In each, the most important comes first, so that a budget cuts the rest.
 PRESETS: dict[str, tuple[Sweep, ...]] = {
     "quick": (Sweep((16 * _K,), (DENSE, "0.5", "0.9"), geometries=_BOTH[:1]),),
-    "issue3": (
+    "sm80": (
         Sweep((64 * _K,), kernels=_AMPERE),
         Sweep((64 * _K,), dtypes=(_FP16,), kernels=_AMPERE, geometries=_BOTH[:1]),
     ),
-    "issue4": (
+    "sm90": (
         Sweep(_LONG[:1], kernels=_HOPPER),
         Sweep(_LONG[1:], kernels=_HOPPER),
         Sweep(_LONG[:1], dtypes=(_FP16,), kernels=_HOPPER),

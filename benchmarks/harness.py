@@ -144,7 +144,7 @@ class Results:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a result file, checked.
+    """The records of a result file, checked; those of other programs' kinds are passed over.
 
     Raises:
         ValueError: a line is no record; the message names the file and line.
@@ -155,6 +155,9 @@ def read_records(path: Path) -> Iterator[Record]:
                 continue
             try:
                 record = json.loads(line)
+                kind = record.get("kind") if isinstance(record, dict) else None
+                if isinstance(kind, str) and kind not in FIELDS:
+                    continue
                 check_record(record)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error

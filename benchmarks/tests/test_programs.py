@@ -47,7 +47,7 @@ def test_a_wrong_kernel_is_not_timed(
 
 
 def test_the_judged_settings_are_in_the_presets() -> None:
-    for preset, kernel in (("issue3", "bsfa_sm80"), ("issue4", "bsfa_sm90")):
+    for preset, kernel in (("sm80", "bsfa_sm80"), ("sm90", "bsfa_sm90")):
         chosen = list(attention.cases(attention.PRESETS[preset]))
         main = [
             case
@@ -61,7 +61,7 @@ def test_the_judged_settings_are_in_the_presets() -> None:
 
 
 def test_options_replace_what_a_preset_says(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--preset", "issue4", "--seqlens", "2K", "--sparsities", "0.5", "--list"]
+    arguments = ["--preset", "sm90", "--seqlens", "2K", "--sparsities", "0.5", "--list"]
     assert attention.main([*arguments, "--dtypes", "float16", "--head-dims", "64"]) == 0
     listed = capsys.readouterr().out
     assert "2048 tokens, float16, head_dim 64" in listed
