@@ -13,8 +13,8 @@ are from a bootstrap over contexts, the same contexts for all.
     python benchmarks/thresholds_study.py --model MODEL --text DIR --length 4096 --contexts 16
 
 Native kernels are used on a GPU where the installation has them, and elsewhere an emulation in
-PyTorch. Results are written as they come; thresholds that were learned are kept in the folder
---learned, and a command that is given again reads them from there.
+PyTorch. Results are written as they come; what --out holds of the same contexts is not run again,
+and thresholds that were learned are kept in the folder --learned.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import numpy.typing as npt
 import torch
 
 from bsfa_calib import models
+from bsfa_calib.thresholds import ThresholdTable
 from bsfa_hf.evaluation.allotment import (
     Profile,
     allot,
@@ -41,8 +42,9 @@ from bsfa_hf.evaluation.allotment import (
     scalar_for,
     sensitivity_offsets,
 )
+from bsfa_hf.evaluation.calibration import LADDER, learn_path
 from bsfa_hf.evaluation.emulation import EmulatedSparse
-from bsfa_hf.evaluation.learning import Learned, Settings, learn
+from bsfa_hf.evaluation.learning import Learned, Settings
 from bsfa_hf.evaluation.methods import (
     Attended,
     BlockSparse,
@@ -58,7 +60,6 @@ from bsfa_kernel import Geometry, block_maxima, build_info, reference
 from harness import Budget, environment, progress
 
 SPARSITIES = (0.45, 0.55, 0.65, 0.75, 0.85)
-LEARNED_SPARSITIES = (0.6, 0.75, 0.85)
 PAPER_SPARSITIES = (0.1, 0.2, 0.35, 0.5, 0.65)  # it reaches the same divergence sooner
 PAPER_SAMPLES = 16
 KL_TARGETS = (0.01, 0.03)
@@ -77,8 +78,8 @@ class Candidate:
         name: what the table calls it; the geometry is part of it.
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
-        variant: how thresholds are chosen: a key of ``_VARIANTS`` or ``_LEARNED``, "scalar", or
-            "paper".
+        variant: how thresholds are chosen: a key of ``_VARIANTS`` or ``_LEARNED``, "scalar",
+            "paper", or "table", whose file the name is.
         order: of the blocks; see ``emulation.ORDERS``.
     """
 
@@ -87,10 +88,6 @@ class Candidate:
     geometry: Geometry
     variant: str
     order: str = "last_first"
-
-
-# Of ``Learned``, in the order in which files hold them.
-_FIELDS = ("target", "thresholds", "sparsity", "kl")
 
 
 @dataclass(frozen=True)
@@ -150,6 +147,12 @@ def candidates(*, orders: bool, only: Sequence[str]) -> list[Candidate]:
             name = f"running_lse {variant} {COARSE}, {order.replace('_', ' ')}"
             found.append(Candidate(name, "running_lse", COARSE, variant, order))
     return [c for c in found if not only or any(part in c.name for part in only)]
+
+
+def table_candidate(path: Path) -> Candidate:
+    """A table that was calibrated before, at all its points."""
+    table = ThresholdTable.load(path)
+    return Candidate(str(path), table.rule, Geometry(table.q_block, table.k_block), "table")
 
 
 def unforced(length: int) -> npt.NDArray[np.int64]:
@@ -242,7 +245,11 @@ class Thresholds:
 
     def _of(self, candidate: Candidate, targets: Sequence[float]) -> Iterator[tuple[float, Any]]:
         rule, geometry = candidate.rule, candidate.geometry
-        if candidate.variant == "paper":
+        if candidate.variant == "table":
+            table = ThresholdTable.load(candidate.name)
+            for target in targets:
+                yield target, table.thresholds[table.points.index(target)]
+        elif candidate.variant == "paper":
             if self._paper is None:
                 self._paper = paper_thresholds(self.model, self.contexts[:PAPER_SAMPLES])
             yield from ((target, self._paper(target)) for target in targets)
@@ -258,7 +265,7 @@ class Thresholds:
                 )
                 yield target, np.full((*attention_shape(self.model), 1), found.threshold)
         elif candidate.variant in _LEARNED:
-            yield from ((one.target, one.thresholds) for one in self._learned(candidate, targets))
+            yield from ((one.target, one.thresholds) for one in self._learned(candidate))
         else:
             made = self._profile(rule, geometry, candidate.order)
             for target in targets:
@@ -277,44 +284,29 @@ class Thresholds:
                 )
         return self._profiles[key]
 
-    def _learned(self, candidate: Candidate, targets: Sequence[float]) -> list[Learned]:
-        folder = self.arguments.learned
-        name = candidate.name.replace(" ", "_").replace(",", "")
-        path = None if folder is None else folder / f"{name}_{len(self.contexts[0])}.npz"
-        if path is not None and path.exists():
-            with np.load(path) as file:
-                return [
-                    Learned(float(t), values, float(s), float(kl))
-                    for t, values, s, kl in zip(*(file[n] for n in _FIELDS), strict=True)
-                ]
-        settings = Settings(
-            steps=self.arguments.steps,
-            further_steps=self.arguments.further_steps,
-            rate=self.arguments.rate,
-            **_LEARNED[candidate.variant],
-        )
+    def _learned(self, candidate: Candidate) -> list[Learned]:
+        checkpoint = None
+        if self.arguments.learned is not None:
+            name = candidate.name.replace(" ", "_").replace(",", "")
+            checkpoint = self.arguments.learned / f"{name}_{len(self.contexts[0])}.npz"
         start = None
         if candidate.variant == "learned from effect":
             profiled = self._profile(candidate.rule, candidate.geometry, candidate.order)
-            start = allot(profiled, targets[0])
-        made: list[Learned] = []
-
-        def keep(one: Learned) -> None:
-            made.append(one)
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.savez(path, **{n: np.stack([getattr(x, n) for x in made]) for n in _FIELDS})
-
+            start = allot(profiled, LADDER[0]).astype(np.float32)
         with self._in_float32():
-            return learn(
+            return learn_path(
                 self.model,
                 self.contexts,
-                targets,
+                target_sparsities=self.arguments.learned_sparsities,
                 rule=candidate.rule,
                 geometry=candidate.geometry,
-                settings=settings,
+                settings=Settings(
+                    steps=self.arguments.steps,
+                    further_steps=self.arguments.further_steps,
+                    **_LEARNED[candidate.variant],
+                ),
                 start=start,
-                found=keep,
+                checkpoint=checkpoint,
                 progress=lambda told: progress(f"  {told}; {self.budget.spent:.0f} s"),
             )
 
@@ -345,6 +337,21 @@ def run_point(
         kl.append(sum(band.kl * band.positions for band in bands) / positions)
         nll.append(sum(band.nll * band.positions for band in bands) / positions - dense_nll)
     return Point(asked, np.asarray(sparsity), np.asarray(kl), np.asarray(nll))
+
+
+def earlier(path: Path, about: dict[str, Any]) -> dict[str, list[Point]]:
+    """Points by candidate that a file holds of the same model and the same contexts."""
+    results: dict[str, list[Point]] = {}
+    if not path.exists():
+        return results
+    same = ("kind", "model", "dtype", "seqlen", "contexts", "calibration_contexts", "backend")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if all(record.get(name) == about[name] for name in same):
+            arrays = (np.asarray(record[name]) for name in ("sparsity", "kl", "nll_change"))
+            point = Point(record["asked"], *arrays)
+            results.setdefault(record["candidate"], []).append(point)
+    return results
 
 
 def sparsity_at(points: Sequence[Point], kl: float, chosen: npt.NDArray[np.int64]) -> float:
@@ -431,7 +438,9 @@ def main() -> int:
         f"{'native kernels' if native else 'emulation'} on {device}; {budget.spent:.0f} s so far"
     )
 
-    chosen = candidates(orders=arguments.orders, only=arguments.only)
+    chosen = [table_candidate(path) for path in arguments.tables]
+    if arguments.only != ["tables"]:
+        chosen = [*candidates(orders=arguments.orders, only=arguments.only), *chosen]
     calibration_ids = [window.ids for window in calibration]
     source = Thresholds(arguments, model, calibration_ids, budget, native)
 
@@ -459,7 +468,7 @@ def main() -> int:
         "steps": [arguments.steps, arguments.further_steps],
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[Point]] = {}
+    results = earlier(arguments.out, about)
     longest = 0.0
     most = 0.98 * (1 - forced_share(arguments.length, COARSE))
     with arguments.out.open("a", encoding="utf-8") as file:
@@ -471,9 +480,10 @@ def main() -> int:
             of_rule = arguments.sparsities
             if candidate.variant == "paper":
                 of_rule = PAPER_SPARSITIES
-            elif candidate.variant in _LEARNED:
-                of_rule = arguments.learned_sparsities
-            asked_for = [share for share in of_rule if share < most]
+            elif candidate.variant == "table":
+                of_rule = ThresholdTable.load(candidate.name).points
+            known = {point.asked for point in results.get(candidate.name, [])}
+            asked_for = [share for share in of_rule if share < most and share not in known]
             for asked, values in source.of(candidate, asked_for):
                 method: Method
                 if native and candidate.order == "last_first":
@@ -578,12 +588,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--profiled", type=int, default=6, help="of them, to measure effects on")
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument(
-        "--learned-sparsities", type=float, nargs="+", default=list(LEARNED_SPARSITIES)
+        "--learned-sparsities",
+        type=float,
+        nargs="+",
+        default=list(LADDER[:3]),
+        help="learn on the ladder between the least and the most of these",
     )
     parser.add_argument("--draws", type=int, default=2, help="of tokens, to measure effects with")
     parser.add_argument("--grid-step", type=float, default=1.0, help="of thresholds profiled")
     parser.add_argument("--orders", action="store_true", help="try other orders of the blocks too")
-    parser.add_argument("--only", nargs="+", default=[], help="candidates whose name holds this")
+    parser.add_argument("--tables", type=Path, nargs="+", default=[], help="compare these too")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        help="candidates whose name holds this; tables: none but those",
+    )
     parser.add_argument("--seconds", type=float, help="leave out what does not fit")
     parser.add_argument("--backend", choices=("auto", "native", "emulation"), default="auto")
     parser.add_argument(
@@ -594,7 +614,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=80, help="to learn the first sparsity with")
     parser.add_argument("--further-steps", type=int, default=40, help="for every other sparsity")
-    parser.add_argument("--rate", type=float, default=0.3, help="of learning, at first")
     parser.add_argument("--learned", type=Path, metavar="DIR", help="keep learned thresholds here")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "thresholds_study.jsonl"

@@ -1,11 +1,14 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""``bsfa evaluate``, ``bsfa plot`` and ``bsfa limit-loss``."""
+"""``bsfa calibrate``, ``bsfa evaluate``, ``bsfa plot`` and ``bsfa limit-loss``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +35,16 @@ several GPUs: accelerate launch --num_processes 8 -m bsfa_hf evaluate ...
 """
 
 
+# Points of a table that is calibrated without saying which.
+_TARGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+
+
 def add_subcommands(subparsers: Any) -> None:
-    """Add ``evaluate``, ``plot`` and ``limit-loss`` to the subcommands of a parser.
+    """Add ``calibrate``, ``evaluate``, ``plot`` and ``limit-loss`` to the subcommands of a parser.
 
     Each sets ``run``, a function that takes the parsed arguments and returns an exit status.
     """
+    _add_calibrate(subparsers)
     evaluate = subparsers.add_parser(
         "evaluate",
         help="accuracy of a model under several attention configurations, paired with dense",
@@ -121,6 +129,56 @@ def add_subcommands(subparsers: Any) -> None:
     limit.add_argument("--backend", choices=("auto", "reference"), default="auto")
     limit.add_argument("--offline", action="store_true", help="take nothing from the network")
     limit.set_defaults(run=_reporting(_limit_loss))
+
+
+def _add_calibrate(subparsers: Any) -> None:
+    calibrate = subparsers.add_parser(
+        "calibrate",
+        help="learn thresholds for a model: the least loss at each sparsity",
+        description="Learn one threshold a head by gradient, so that the next-token distributions "
+        "move least from dense at a given sparsity, and write a table of a few kilobytes with the "
+        "points asked for. What to expect of each is measured on further samples. The same command "
+        "goes on where it was stopped.",
+    )
+    add = calibrate.add_argument
+    add("--model", required=True, help="directory, .gguf file or Hub id")
+    add("--text", type=Path, required=True, metavar="DIR", help="text files, a folder a kind")
+    add("--text-part", default="0:0.5", metavar="A:B", help="of each file (default: %(default)s)")
+    add("--length", type=int, default=4096, help="tokens in a sample, a multiple of 128")
+    add("--samples", type=int, default=24, help="to learn from (default: %(default)s)")
+    add("--holdout", type=int, default=6, help="more, to measure on (default: %(default)s)")
+    points = calibrate.add_mutually_exclusive_group()
+    points.add_argument(
+        "--target-sparsity",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help=f"shares of blocks to skip (default: {' '.join(map(str, _TARGETS))}, as far as they "
+        "can be reached at the length)",
+    )
+    points.add_argument(
+        "--max-loss",
+        type=float,
+        nargs="+",
+        metavar="KL",
+        help="instead: the most that can be skipped within these divergences from dense, in nats",
+    )
+    add("--rule", choices=("running_lse", "running_max", "absolute"), default="running_lse")
+    add("--geometry", default="128x64", help="128x64 or 64x64")
+    add("--start", type=Path, metavar="TABLE", help="start from these thresholds; fewer steps do")
+    add("--steps", type=int, default=60, help="of a sample each, for the first sparsity learned")
+    add("--further-steps", type=int, default=30, help="for each of the others")
+    add("--knots", type=int, default=1, help="thresholds a head, over the position")
+    add("--ceiling", type=float, default=math.inf, help="the most a threshold may be")
+    add("--seed", type=int, default=0)
+    add("--learned", type=Path, metavar="FILE", help="keep what was learned here, for other points")
+    add("--out", type=Path, default=Path("thresholds.safetensors"), metavar="FILE")
+    add("--name", help="name of the model in the table")
+    add("--dtype", default="auto", help="of the use: auto, float32, bfloat16 or float16")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--backend", choices=("auto", "reference"), default="auto")
+    add("--offline", action="store_true", help="take nothing from the network")
+    calibrate.set_defaults(run=_reporting(_calibrate))
 
 
 def configurations(arguments: argparse.Namespace) -> tuple[Configuration, ...]:
@@ -223,6 +281,123 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 evaluation.results.merge(load(path)["records"])
                 path.unlink()
     print(markdown({"header": evaluation.results.header, "records": evaluation.results.records}))
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    part = _part(arguments.text_part)
+
+    import torch
+
+    from bsfa_calib import models
+    from bsfa_calib.thresholds import ThresholdTable
+    from bsfa_hf.evaluation import calibration
+    from bsfa_hf.evaluation.learning import Settings
+    from bsfa_hf.evaluation.methods import attention_shape, forced_share
+    from bsfa_hf.evaluation.run import environment
+    from bsfa_hf.evaluation.text import read_windows
+    from bsfa_kernel import Geometry
+
+    settings = Settings(
+        steps=arguments.steps,
+        further_steps=arguments.further_steps,
+        knots=arguments.knots,
+        ceiling=arguments.ceiling,
+        seed=arguments.seed,
+    )
+    geometry = Geometry.parse(arguments.geometry)
+    if arguments.length % geometry.q_block:
+        raise ValueError(
+            f"--length must be a multiple of {geometry.q_block}, got {arguments.length}"
+        )
+    if arguments.holdout < 1:
+        raise ValueError(f"--holdout must be at least 1, got {arguments.holdout}")
+    targets, losses = arguments.target_sparsity or (), arguments.max_loss or ()
+    if not targets and not losses:
+        most = 1 - forced_share(arguments.length, geometry)
+        targets = [target for target in _TARGETS if target < 0.97 * most]
+        if not targets:
+            raise ValueError(
+                f"nothing to gain: of prompts of {arguments.length} tokens only {most:.0%} of the "
+                "blocks could be skipped at all; calibrate for longer ones, or leave them dense"
+            )
+    start = None if arguments.start is None else ThresholdTable.load(arguments.start)
+    _progress(f"loading {arguments.model}")
+    # Gradients are small: thresholds are learned in float32, and measured in the dtype of the use.
+    model, tokenizer = models.load(
+        arguments.model, dtype="float32", device=arguments.device, offline=arguments.offline
+    )
+    if start is not None and (start.layers, start.heads) != attention_shape(model):
+        raise ValueError(
+            f"{arguments.start} is for {start.layers} layers of {start.heads} heads, and the model "
+            "has {} of {}".format(*attention_shape(model))
+        )
+    windows = read_windows(
+        arguments.text,
+        tokenizer,
+        length=arguments.length,
+        count=arguments.samples + arguments.holdout,
+        part=part,
+    )
+    used, held_out = windows[: arguments.samples], windows[arguments.samples :]
+    checkpoint = arguments.learned or arguments.out.with_suffix(".learned.npz")
+    learned = calibration.learn_path(
+        model,
+        [window.ids for window in used],
+        target_sparsities=targets,
+        max_losses=losses,
+        rule=arguments.rule,
+        geometry=geometry,
+        settings=settings,
+        start=None if start is None else start.thresholds[0],
+        checkpoint=checkpoint,
+        progress=_progress,
+    )
+    dtype = arguments.dtype
+    if dtype == "auto":
+        dtype = "float32" if model.device.type == "cpu" else "bfloat16"
+    model.to(getattr(torch, dtype))
+    name, revision = models.identity(arguments.model, model)
+    facts = environment(model, arguments.backend)
+    found = calibration.calibrate(
+        model,
+        calibration.ThresholdPath(learned),
+        [window.ids for window in held_out],
+        target_sparsities=targets,
+        max_losses=losses,
+        rule=arguments.rule,
+        geometry=geometry,
+        backend=arguments.backend,
+        progress=_progress,
+    )
+    table = dataclasses.replace(
+        found.table,
+        model=arguments.name or name,
+        revision=revision,
+        samples=len(used),
+        provenance={
+            **found.table.provenance,
+            "command": shlex.join(["bsfa", *sys.argv[1:]]),
+            "versions": ", ".join(
+                f"{package} {facts[package]}"
+                for package in ("bsfa-hf", "bsfa-kernel", "torch", "transformers")
+            ),
+            "device": facts["device"],
+            "dtype": dtype,
+            "data": "; ".join(window.name for window in used),
+            "held_out": "; ".join(window.name for window in held_out),
+        },
+    )
+    table.save(arguments.out)
+    if arguments.learned is None:
+        checkpoint.unlink(missing_ok=True)
+    print(f"{table.axis:>15}  {'sparsity':>8}  {'KL, nats':>9}  change of NLL")
+    for point, expected in zip(table.points, found.expected, strict=True):
+        print(f"{point:15g}  {expected.sparsity:8.3f}  {expected.kl:9.5f}  {expected.nll:+.5f}")
+    print(f"measured on {len(held_out)} samples of {arguments.length} tokens not learned from")
+    for sentence in calibration.verdict(found.expected):
+        print(sentence)
+    print(f"wrote {arguments.out} ({arguments.out.stat().st_size / 1000:.1f} kB)")
     return 0
 
 

@@ -78,7 +78,9 @@ def gated_attention(
     if not width > 0:
         raise ValueError(f"width must be above 0, got {width}")
     by_head = (x.transpose(0, 1).float() for x in (q, k, v))
-    out, skipped, slope = _GatedAttention.apply(*by_head, thresholds, rule, geometry, scale, width)
+    out, skipped, slope = _GatedAttention.apply(  # type: ignore[no-untyped-call]
+        *by_head, thresholds, rule, geometry, scale, width
+    )
     return Gated(out.transpose(0, 1), skipped, slope)
 
 
@@ -203,11 +205,12 @@ def _repeated(x: Tensor, group: int) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, part: _Part, group: int, scale: float) -> Tensor:
     """[heads, rows, stop], -inf where a key is not seen."""
-    queries = torch.arange(part.start, part.stop, device=q.device)
-    keys = torch.arange(part.stop, device=q.device)
-    hidden = torch.where(keys > queries[:, None], -torch.inf, 0.0)
     some = q[:, part.start : part.stop] * scale
-    return torch.baddbmm(hidden, some, _repeated(k[:, : part.stop], group).transpose(1, 2))
+    scores = torch.bmm(some, _repeated(k[:, : part.stop], group).transpose(1, 2))
+    own = part.stop - part.start  # of earlier keys, each query sees all
+    hidden = torch.ones((own, own), dtype=torch.bool, device=q.device).triu_(1)
+    scores[:, :, part.start :].masked_fill_(hidden, -torch.inf)
+    return scores
 
 
 def _verdicts(

@@ -106,7 +106,6 @@ def learn(
     geometry: Geometry,
     settings: Settings | None = None,
     start: npt.ArrayLike | None = None,
-    found: Callable[[Learned], None] = lambda _: None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Learned]:
     """Learn thresholds for several sparsities, one after the other.
@@ -118,8 +117,8 @@ def learn(
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
         settings: how.
-        start: thresholds to start from, broadcast to [layers, heads]; by default one scalar.
-        found: told of each target's thresholds as soon as they are there.
+        start: thresholds to start from: [layers, heads], or [layers, heads, rows] with one row, or
+            one for each query block of the samples; by default one scalar.
         progress: told of every tenth step.
 
     Raises:
@@ -133,7 +132,6 @@ def learn(
         for number, target in enumerate(targets):
             steps = learner.settings.further_steps if number else learner.settings.steps
             results.append(learner.learn(target, steps))
-            found(results[-1])
     return results
 
 
@@ -172,8 +170,18 @@ class _Learner:
             knot_weights(len(samples[0]) // geometry.q_block, settings.knots), device=device
         )
         shape = attention_shape(model)
-        first = np.broadcast_to(START[rule] if start is None else np.asarray(start), shape)
-        first = np.repeat(first[..., None], len(self.weights), -1)
+        first = np.asarray(START[rule] if start is None else start, np.float64)
+        first = first if first.ndim == 3 else first[..., None]
+        rows = self.weights.shape[1]
+        if first.shape[-1] not in (1, rows):
+            raise ValueError(
+                f"thresholds to start from need 1 or {rows} rows, got {first.shape[-1]}"
+            )
+        first = np.broadcast_to(first, (*shape, rows))
+        if settings.knots == 1:
+            first = first.mean(-1, keepdims=True)
+        else:
+            first = first @ np.linalg.pinv(self.weights.cpu().numpy())
         self.knots = torch.tensor(first, dtype=torch.float32, device=device)
         self.moments = [torch.zeros_like(self.knots) for _ in range(2)]
         self.taken = 0
@@ -182,10 +190,8 @@ class _Learner:
         self.dense: dict[int, Tensor] = {}
         self.order: list[int] = []
         self.random = np.random.default_rng(settings.seed)
-        layers, heads = shape
-        rows = self.weights.shape[1]
-        self.slopes = torch.zeros((layers, heads, rows), device=device)
-        self.skipped = torch.zeros((layers, heads), device=device)
+        self.slopes = torch.zeros((*shape, rows), device=device)
+        self.skipped = torch.zeros(shape, device=device)
 
     def learn(self, target: float, steps: int) -> Learned:
         average = torch.zeros_like(self.knots)

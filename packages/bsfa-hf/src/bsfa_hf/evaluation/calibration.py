@@ -1,0 +1,362 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""From a model and a text to a table of thresholds, and what it is expected to do.
+
+Thresholds are learned (``learning``) at a few sparsities. Between these they are interpolated, so
+that there is one path from dense to sparse; the points of the table lie on it where, on samples
+that nothing was learned from, the sparsity or the loss is what was asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bsfa_calib.thresholds import ThresholdTable
+from bsfa_hf.evaluation.learning import Float32Array, Learned, Settings, learn
+from bsfa_hf.evaluation.methods import BlockSparse, applied, forced_share
+from bsfa_hf.evaluation.metrics import LanguageModel
+from bsfa_hf.evaluation.tuning import TuningError
+from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
+
+# Sparsities that thresholds are learned at, one after the other, as far as they are needed.
+LADDER = (0.6, 0.75, 0.85, 0.92)
+
+# Beyond the learned thresholds the path goes on by shifting all alike, by so much for each unit.
+_BEYOND = 4.0
+_BISECTIONS = 9
+_CLOSE_SPARSITY, _CLOSE_LOSS = 0.002, 0.03
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What thresholds do on samples that they were not learned from.
+
+    Attributes:
+        sparsity: mean share of the blocks skipped.
+        kl: mean KL divergence from dense, in nats.
+        nll: mean change of the negative log-likelihood of the next token, in nats.
+    """
+
+    sparsity: float
+    kl: float
+    nll: float
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A table and what to expect of each of its points."""
+
+    table: ThresholdTable
+    expected: tuple[Expected, ...]
+
+
+class ThresholdPath:
+    """Thresholds from dense to sparse: learned ones, and what lies between and beyond them."""
+
+    def __init__(self, learned: Sequence[Learned]) -> None:
+        """Go through thresholds learned at ascending sparsities.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not learned:
+            raise ValueError("at least one learned point is needed")
+        self._points = np.stack([one.thresholds for one in learned])
+
+    @property
+    def last(self) -> float:
+        """Place of the last learned point; the first lies at 0."""
+        return len(self._points) - 1.0
+
+    def at(self, place: float) -> Float32Array:
+        """Thresholds [layers, heads, rows] at a place."""
+        if place <= 0:
+            found = self._points[0] + _BEYOND * place
+        elif place >= self.last:
+            found = self._points[-1] + _BEYOND * (place - self.last)
+        else:
+            index = int(place)
+            share = place - index
+            found = (1 - share) * self._points[index] + share * self._points[index + 1]
+        return np.asarray(found, np.float32)
+
+
+def learn_path(
+    model: Any,
+    samples: Sequence[Sequence[int]],
+    *,
+    target_sparsities: Sequence[float] = (),
+    max_losses: Sequence[float] = (),
+    rule: str = "running_lse",
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    settings: Settings | None = None,
+    start: Float32Array | None = None,
+    checkpoint: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Learned]:
+    """Learn thresholds at the sparsities of ``LADDER`` that the points asked for lie between.
+
+    Args:
+        model: a decoder of transformers.
+        samples: tokens of each, all of one length, a multiple of the sides of a block.
+        target_sparsities: shares of blocks to be skipped.
+        max_losses: or KL divergences to be kept within: the ladder is climbed until one rung is
+            beyond all of them.
+        rule: one of ``bsfa_kernel.RULES``.
+        geometry: the sparsity block.
+        settings: how to learn.
+        start: thresholds [layers, heads] to start from.
+        checkpoint: file that keeps what is learned; what a run with the same arguments left there
+            is used.
+        progress: told of every tenth step.
+
+    Raises:
+        TuningError: a target cannot be reached at this length, or neither or both are given.
+    """
+    if bool(target_sparsities) == bool(max_losses):
+        raise TuningError("give either target sparsities or bounds on the loss")
+    settings = settings or Settings()
+    most = 1 - forced_share(len(samples[0]), geometry)
+    for target in target_sparsities:
+        if not 0 < target < most:
+            raise TuningError(
+                f"a sparsity must be above 0 and, for {len(samples[0])} tokens, of which the "
+                f"forced blocks are {1 - most:.3f}, below {most:.3f}, got {target:g}"
+            )
+    if any(not 0 < loss < math.inf for loss in max_losses):
+        raise TuningError(f"a bound on the loss must be above 0, got {min(max_losses):g}")
+    ladder = _rungs(target_sparsities, 0.97 * most)
+    key = _digest(samples, rule, geometry, settings, start)
+    made = _load(checkpoint, key)
+    for learned in made:
+        progress(f"target {learned.target:g} was learned before")
+    while len(made) < len(ladder):
+        if made and max_losses and made[-1].kl > 1.2 * max(max_losses):
+            break
+        begin = made[-1].thresholds if made else start
+        steps = settings.further_steps if made else settings.steps
+        made += learn(
+            model,
+            samples,
+            [ladder[len(made)]],
+            rule=rule,
+            geometry=geometry,
+            settings=replace(settings, steps=steps),
+            start=begin,
+            progress=progress,
+        )
+        _save(checkpoint, key, made)
+    return made
+
+
+def calibrate(
+    model: Any,
+    path: ThresholdPath,
+    samples: Sequence[Sequence[int]],
+    *,
+    target_sparsities: Sequence[float] = (),
+    max_losses: Sequence[float] = (),
+    rule: str = "running_lse",
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    backend: str = "auto",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Calibrated:
+    """Find the points asked for on a path of thresholds.
+
+    Args:
+        model: a decoder of transformers, in the dtype that it is to be used in.
+        path: of thresholds.
+        samples: tokens of each, better not those that were learned from.
+        target_sparsities: shares of blocks to be skipped.
+        max_losses: or bounds on the mean KL divergence from dense, in nats; each is kept on the
+            samples.
+        rule: that of the path.
+        geometry: that of the path.
+        backend: see ``make_method``.
+        progress: told of each point.
+
+    Returns:
+        A table that does not name the model yet, and what to expect of it.
+
+    Raises:
+        TuningError: a bound on the loss cannot be kept, or neither or both kinds are given.
+    """
+    if bool(target_sparsities) == bool(max_losses):
+        raise TuningError("give either target sparsities or bounds on the loss")
+    measure = _Measure(model, path, samples, rule, geometry, backend)
+    axis = "target_sparsity" if target_sparsities else "max_loss"
+    points = tuple(sorted(set(target_sparsities or max_losses)))
+    thresholds, expected = [], []
+    for point in points:
+        place, found = _find(measure, axis, point, path.last)
+        thresholds.append(path.at(place))
+        expected.append(found)
+        progress(
+            f"{axis} {point:g}: skips {found.sparsity:.3f} at a KL divergence of {found.kl:.5f}"
+        )
+    provenance = {}
+    for name in ("sparsity", "kl", "nll"):
+        values = [getattr(one, name) for one in expected]
+        provenance[f"expected_{name}"] = ", ".join(f"{value:.6g}" for value in values)
+    table = ThresholdTable(
+        np.stack(thresholds),
+        points,
+        axis=axis,
+        q_block=geometry.q_block,
+        k_block=geometry.k_block,
+        rule=rule,
+        max_seqlen=len(samples[0]),
+        aggregate="learned",
+        provenance=provenance,
+    )
+    return Calibrated(table, tuple(expected))
+
+
+def verdict(expected: Sequence[Expected]) -> list[str]:
+    """What the points mean, in sentences; says so where nothing is gained."""
+    cheap = [one.sparsity for one in expected if one.kl <= 0.03]
+    if not cheap:
+        least = min(expected, key=lambda one: one.kl)
+        return [
+            f"Nothing to gain: even {least.sparsity:.0%} of the blocks cost a KL divergence of "
+            f"{least.kl:.3g} nats. Leave this model dense at this length, or ask for less."
+        ]
+    most = max(cheap)
+    if most < 0.3:
+        return [
+            f"Little to gain: within a KL divergence of 0.03 nats {most:.0%} of the blocks can be "
+            "skipped, and below about 30% attention is hardly faster. Prompts may be too short."
+        ]
+    return [
+        f"Up to {most:.0%} of the blocks can be skipped within a KL divergence of 0.03 nats; the "
+        f"limit of attention's speed-up is then {1 / (1 - most / 2):.2f}x."
+    ]
+
+
+class _Measure:
+    """Sparsity and loss by place, remembered."""
+
+    def __init__(
+        self,
+        model: Any,
+        path: ThresholdPath,
+        samples: Sequence[Sequence[int]],
+        rule: str,
+        geometry: Geometry,
+        backend: str,
+    ) -> None:
+        if not samples:
+            raise TuningError("at least one sample is needed to measure on")
+        self._language_model = LanguageModel(model)
+        self._path, self._samples = path, samples
+        self._rule, self._geometry, self._backend = rule, geometry, backend
+        with applied(model, None):
+            self._dense = [self._language_model.predict(ids) for ids in samples]
+        self._nll = [
+            self._compare(d, d, ids)[1] for d, ids in zip(self._dense, samples, strict=True)
+        ]
+        self._known: dict[float, Expected] = {}
+
+    def __call__(self, place: float) -> Expected:
+        if place not in self._known:
+            model = self._language_model
+            values = torch.tensor(self._path.at(place), device=model.device)
+            method = BlockSparse(values, self._rule, self._geometry, self._backend)
+            rows = []
+            for ids, dense, nll in zip(self._samples, self._dense, self._nll, strict=True):
+                with applied(model.model, method) as meter:
+                    found = model.predict(ids)
+                    skipped = float(np.mean(meter.take()))
+                kl, own = self._compare(found, dense, ids)
+                rows.append((skipped, kl, own - nll))
+            self._known[place] = Expected(*(float(x) for x in np.mean(rows, axis=0)))
+        return self._known[place]
+
+    def _compare(self, found: Any, dense: Any, ids: Sequence[int]) -> tuple[float, float]:
+        bands = self._language_model.compare(found, dense, ids)
+        count = sum(band.positions for band in bands)
+        kl = sum(band.kl * band.positions for band in bands) / count
+        return kl, sum(band.nll * band.positions for band in bands) / count
+
+
+def _find(measure: _Measure, axis: str, point: float, last: float) -> tuple[float, Expected]:
+    """The place of a point: the closest sparsity, or the sparsest place within a loss."""
+    low, high = -2.0, last + 1.5
+    best: tuple[float, Expected] | None = None
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        found = measure(middle)
+        if axis == "target_sparsity":
+            rising, close = found.sparsity, abs(found.sparsity - point) <= _CLOSE_SPARSITY
+            better = best is None or abs(rising - point) < abs(best[1].sparsity - point)
+        else:
+            rising = found.kl
+            better = rising <= point and (best is None or found.sparsity > best[1].sparsity)
+            close = better and rising >= (1 - _CLOSE_LOSS) * point
+        if better:
+            best = (middle, found)
+        if close:
+            break
+        low, high = (middle, high) if rising < point else (low, middle)
+    if best is None:
+        raise TuningError(
+            f"a KL divergence of {point:g} is exceeded however low the thresholds; in 16-bit types "
+            "rounding alone may do that: allow more"
+        )
+    return best
+
+
+def _rungs(target_sparsities: Sequence[float], most: float) -> tuple[float, ...]:
+    """The part of the ladder that some sparsities need; all of it that can be had without any."""
+    ladder = [rung for rung in LADDER if rung < most] or [most / 2]
+    if not target_sparsities:
+        return tuple(ladder)
+    below = [rung for rung in ladder if rung <= min(target_sparsities)]
+    above = [rung for rung in ladder if rung >= max(target_sparsities)]
+    first = below[-1] if below else ladder[0]
+    last = above[0] if above else ladder[-1]
+    return tuple(rung for rung in ladder if first <= rung <= last)
+
+
+def _digest(
+    samples: Sequence[Sequence[int]],
+    rule: str,
+    geometry: Geometry,
+    settings: Settings,
+    start: Float32Array | None,
+) -> str:
+    digest = hashlib.sha256(json.dumps([list(ids) for ids in samples]).encode())
+    digest.update(f"{rule} {geometry} {settings}".encode())
+    if start is not None:
+        digest.update(np.ascontiguousarray(start).tobytes())
+    return digest.hexdigest()
+
+
+def _load(checkpoint: Path | None, key: str) -> list[Learned]:
+    if checkpoint is None or not checkpoint.exists():
+        return []
+    with np.load(checkpoint) as file:
+        if str(file["key"]) != key:
+            return []
+        fields = (file["target"], file["thresholds"], file["sparsity"], file["kl"])
+        return [
+            Learned(float(t), x, float(s), float(kl)) for t, x, s, kl in zip(*fields, strict=True)
+        ]
+
+
+def _save(checkpoint: Path | None, key: str, made: Sequence[Learned]) -> None:
+    if checkpoint is None:
+        return
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    names = ("target", "thresholds", "sparsity", "kl")
+    arrays: dict[str, Any] = {name: np.stack([getattr(x, name) for x in made]) for name in names}
+    np.savez(checkpoint, key=np.asarray(key), **arrays)
