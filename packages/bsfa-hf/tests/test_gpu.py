@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bsfa_hf
-from tiny import HALF, HEADS, LAYERS, VOCABULARY, table, tokens
+from bsfa_calib.capture import calibrate
+from tiny import HEADS, LAYERS, VOCABULARY, table, tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -58,19 +59,22 @@ def test_a_model_that_skips_nothing_gives_the_logits_of_sdpa(models: tuple[Any, 
     with bsfa_hf.enabled(model, table(-math.inf)) as stats:
         found = model(prompt).logits.float()
     assert stats.sparse_calls == LAYERS
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.03 * float(expected.std()))
+    # Both round to bfloat16, at other places.
+    assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
 @pytest.mark.parametrize("rule", ["absolute", "running_max", "running_lse"])
 def test_a_sparse_model_keeps_the_blocks_that_the_reference_keeps(
     models: tuple[Any, Any], rule: str
 ) -> None:
+    samples = [tokens(1000)[0].tolist()]
+    thresholds = calibrate(models[0], samples, k_values=[4], rule=rule)
     kept = []
     for model in models:
-        with bsfa_hf.enabled(model, table(HALF[rule], rule=rule)) as stats:
+        with bsfa_hf.enabled(model, thresholds, k=4) as stats:
             model(tokens(1000).to(model.device))
-        kept.append(stats.kept_fraction)
-    assert 0.2 < kept[1] < 1
+        kept.append(stats.mean_kept_fraction)
+    assert 0.2 < kept[1] < 0.95
     assert kept[1] == pytest.approx(kept[0], abs=0.02)
 
 

@@ -189,10 +189,10 @@ def rough_thresholds(
 
     They may be near to a block's value: for comparisons of a kernel with itself.
     """
-    maxima = bsfa_kernel.block_maxima(
+    maxima = reference.block_maxima(
         q, k, causal=case.causal, scale=case.scale, rule=rule, geometry=geometry
     )
-    middle, spread = _level(maxima.double(), keep)
+    middle, spread = _level(maxima, keep)
     generator = torch.Generator().manual_seed(case.seed)
     values = torch.randn((case.heads, rows_of(case, geometry)), generator=generator)
     return (middle + spread * values).to(q.device)
