@@ -43,7 +43,7 @@ _GROUP = ("gpu", "dtype", "head_dim", "heads", "kv_heads", "batch", "causal", "i
 _KEYS = {
     "attention": (*_GROUP, "kernel", "seqlen", "asked", "rule", "geometry"),
     "prefill": ("gpu", "model", "implementation", "seqlen", "asked", "rule", "geometry"),
-    "calibration": ("gpu", "model", "seqlen", "samples", "rule", "geometry"),
+    "calibration": ("gpu", "model", "seqlen", "samples", "rule", "geometry", "points"),
 }
 # a cell says which sparsity it has where that is further from the one asked for
 _LIMIT = "FLOP limit, at its rate"
@@ -248,8 +248,8 @@ def calibration_tables(records: Sequence[Record]) -> str:
         return ""
     for record in chosen:
         _refuse_self_test(record, "calibration")
-    header = ["model", "tokens", "samples", "rule", "blocks", "dense passes, s", "calibration, s"]
-    header += ["ratio", "peak GiB"]
+    header = ["model", "tokens", "samples", "rule", "blocks", "points", "dense passes, s"]
+    header += ["calibration, s", "ratio", "peak GiB"]
     body = [
         [
             record["model"],
@@ -257,6 +257,7 @@ def calibration_tables(records: Sequence[Record]) -> str:
             str(record["samples"]),
             record["rule"],
             record["geometry"],
+            record.get("points", ""),
             f"{record['dense_seconds']:.2f}",
             f"{record['calibration_seconds']:.2f}",
             f"{record['ratio']:.2f}",

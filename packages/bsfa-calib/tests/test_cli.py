@@ -32,6 +32,7 @@ def calibrate(model: Path, text: Path, output: Path, *more: str) -> int:
     return main(
         [
             *("--model", str(model), "--text", str(text), "--max_seq_len", "1024"),
+            *("--device", "cpu"),  # its heads are smaller than the kernels'
             *("--num_examples", "2", "--thresholds_save_path", str(output), *more),
         ]
     )
@@ -66,6 +67,7 @@ def test_the_papers_command_line_works(
         *("--q_block_size", "128", "--k_block_size", "64", "--max_seq_len", "1024"),
         *("--num_layers", "2", "--num_heads", "4", "--k_values", "2,4,8"),
         *("--num_examples", "2", "--thresholds_save_path", str(output.with_suffix(".pt"))),
+        *("--device", "cpu"),
     ]
     assert main(command) == 0
     assert ThresholdTable.load(output).samples == 4
@@ -226,7 +228,7 @@ def test_ctrl_c_keeps_the_samples_and_the_same_command_goes_on(
     command = [
         *(sys.executable, "-m", "bsfa_calib.cli", "--model", str(model_directory)),
         *("--text", str(text_directory), "--max_seq_len", "1024", "--num_examples", "3"),
-        *("--k_values", "2-4", "--thresholds_save_path", str(output)),
+        *("--k_values", "2-4", "--thresholds_save_path", str(output), "--device", "cpu"),
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

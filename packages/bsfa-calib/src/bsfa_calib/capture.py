@@ -286,10 +286,12 @@ def histogram(maxima: Tensor, recorder: Recorder, seqlen: int) -> Tensor:
     heads = len(maxima)
     blocks = _unforced_indices(maxima.shape[-1], recorder, seqlen, maxima.device)
     values = maxima.flatten(1).index_select(1, blocks)
-    bins = values.add_(estimate.HISTOGRAM_REACH).mul_(estimate.BINS_PER_UNIT).floor_()
-    bins = bins.nan_to_num_(nan=-1).clamp_(-1, estimate.HISTOGRAM_BINS - 2).long().add_(1)
+    # The first bin takes all that is below the reach; integers are cut towards 0.
+    first = estimate.HISTOGRAM_REACH * estimate.BINS_PER_UNIT + 1
+    bins = values.mul_(estimate.BINS_PER_UNIT).add_(first).long()
+    bins.clamp_(0, estimate.HISTOGRAM_BINS - 1)
     counts = torch.zeros((heads, estimate.HISTOGRAM_BINS), dtype=torch.int32, device=maxima.device)
-    return counts.scatter_add_(1, bins, counts.new_ones(()).expand(bins.shape))
+    return counts.scatter_(1, bins, 1, reduce="add")
 
 
 def _forced_mask(maxima: Tensor, recorder: Recorder, seqlen: int) -> Tensor:
@@ -327,13 +329,11 @@ def _measure(
 ) -> tuple[Measured, dict[int, Tensor]]:
     """Let the model read one sample. The host waits for the device once, at the end."""
     layers: dict[int, Tensor] = {}
-    sound: dict[int, Tensor] = {}
+    highest: dict[int, Tensor] = {}
     pace = _Pace(model.device)
 
     def sink(layer: int, maxima: Tensor) -> None:
-        # A kernel's maxima over scores that are NaN may be −inf.
-        forced = _forced_mask(maxima, recorder, len(tokens))
-        sound[layer] = ((maxima > float("-inf")) | forced).all()
+        highest[layer] = maxima.amax(-1)
         layers[layer] = (
             top_maxima(maxima, recorder, len(tokens), keep)
             if keep
@@ -350,9 +350,11 @@ def _measure(
         options["logits_to_keep"] = 1
     with torch.inference_mode():
         model(input_ids=torch.tensor([list(tokens)], device=model.device), **options)
-        if sound:
-            for layer, good in zip(sound, torch.stack(list(sound.values())).tolist(), strict=True):
-                if not good:
+        if highest:
+            # Every query block sees some score. Over those that are NaN a kernel's maxima are −inf.
+            found = torch.stack(list(highest.values())) > float("-inf")
+            for layer, sound in zip(highest, found.flatten(1).all(1).tolist(), strict=True):
+                if not sound:
                     raise CaptureError(f"layer {layer} gives NaN scores; try another dtype")
     dense = dict(recorder.dense)
     for layer in range(state.layers):
@@ -449,13 +451,13 @@ class _Assembly:
                 visible += int(blocks.sum())
                 query_blocks += len(blocks)
             assert isinstance(total, Tensor)
-            counts = total.cpu().numpy()
             if values is None:
-                heads = counts.shape[0] * counts.shape[1]
-                values = estimate.scalar_thresholds(counts, visible * heads, targets)
+                everywhere = total.sum((0, 1)).cpu().numpy()
+                heads = total.shape[0] * total.shape[1]
+                values = estimate.scalar_thresholds(everywhere, visible * heads, targets)
                 thresholds[:, self.captured] = values.astype(np.float32)[:, None, None, None]
-            skipped = estimate.skipped_share(counts, visible, values)
-            unforced = counts.sum(axis=-1)
+            skipped = estimate.skipped_share(total, visible, values)
+            unforced = total.sum(-1).cpu().numpy()
             statistics[f"{prefix}sparsity"][:, self.captured] = skipped
             statistics[f"{prefix}kept"][:, self.captured] = (
                 unforced - skipped * visible

@@ -245,24 +245,27 @@ def scalar_thresholds(
 
 
 def skipped_share(
-    counts: IntArray, visible: npt.ArrayLike, thresholds: Float64Array
+    counts: IntArray | Tensor, visible: npt.ArrayLike, thresholds: Float64Array
 ) -> Float64Array:
     """Share of the visible blocks that lies below each of some scalar thresholds.
 
     Args:
-        counts: int64 ``[..., HISTOGRAM_BINS]``.
+        counts: int64 ``[..., HISTOGRAM_BINS]``, a tensor or an array.
         visible: visible blocks of each head, forced ones included; broadcasts against ``...``.
         thresholds: float64 ``[targets]``.
 
     Returns:
         float64 ``[targets, ...]``.
     """
-    below = np.concatenate([np.zeros_like(counts[..., :1]), np.cumsum(counts, axis=-1)], axis=-1)
     position = (np.asarray(thresholds) + HISTOGRAM_REACH) * BINS_PER_UNIT + 1
     position = np.clip(position, 0, HISTOGRAM_BINS)
     left = np.minimum(position.astype(np.int64), HISTOGRAM_BINS - 1)
     part = position - left
-    skipped = below[..., left] * (1 - part) + below[..., left + 1] * part
+    # Of the running sums, few are wanted; the one before the first bin is 0.
+    totals = _as_tensor(counts).cumsum(-1)
+    edges = _as_tensor(np.stack([left, left + 1])).to(totals.device)
+    below = (totals[..., (edges - 1).clamp(min=0)] * (edges > 0)).cpu().numpy()
+    skipped = below[..., 0, :] * (1 - part) + below[..., 1, :] * part
     return np.asarray(np.moveaxis(skipped, -1, 0) / np.asarray(visible), dtype=np.float64)
 
 
