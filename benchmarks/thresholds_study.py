@@ -59,8 +59,8 @@ from bsfa_hf.evaluation.tuning import find_scalar
 from bsfa_kernel import Geometry, block_maxima, build_info, reference
 from harness import Budget, environment, progress
 
-SPARSITIES = (0.45, 0.55, 0.65, 0.75, 0.85)
-PAPER_SPARSITIES = (0.1, 0.2, 0.35, 0.5, 0.65)  # it reaches the same divergence sooner
+SPARSITIES = (0.45, 0.55, 0.65, 0.75, 0.85, 0.9)
+PAPER_SPARSITIES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.75)  # it reaches the same divergence sooner
 PAPER_SAMPLES = 16
 KL_TARGETS = (0.01, 0.03)
 COARSE, FINE = Geometry(128, 64), Geometry(64, 64)

@@ -120,7 +120,8 @@ def learn_path(
         progress: told of every tenth step.
 
     Raises:
-        TuningError: a target cannot be reached at this length, or neither or both are given.
+        TuningError: a target cannot be reached at this length, so short that next to nothing can,
+            or neither or both kinds are given.
     """
     if bool(target_sparsities) == bool(max_losses):
         raise TuningError("give either target sparsities or bounds on the loss")
@@ -134,7 +135,7 @@ def learn_path(
             )
     if any(not 0 < loss < math.inf for loss in max_losses):
         raise TuningError(f"a bound on the loss must be above 0, got {min(max_losses):g}")
-    ladder = _rungs(target_sparsities, 0.97 * most)
+    ladder = _rungs(target_sparsities, reachable(len(samples[0]), geometry))
     key = _digest(samples, rule, geometry, settings, start)
     made = _load(checkpoint, key)
     for learned in made:
@@ -315,11 +316,21 @@ def _find(measure: _Measure, axis: str, point: float, last: float) -> tuple[floa
     return best
 
 
-def _rungs(target_sparsities: Sequence[float], most: float) -> tuple[float, ...]:
-    """The part of the ladder that some sparsities need; all of it that can be had without any."""
-    ladder = [rung for rung in LADDER if rung < most] or [most / 2]
+def reachable(length: int, geometry: Geometry) -> tuple[float, ...]:
+    """The rungs of the ladder that prompts of a length leave room for; the forced blocks do not."""
+    most = 0.97 * (1 - forced_share(length, geometry))
+    return tuple(rung for rung in LADDER if rung < most)
+
+
+def _rungs(target_sparsities: Sequence[float], ladder: tuple[float, ...]) -> tuple[float, ...]:
+    """The part of the ladder that some sparsities need; without any, the whole."""
+    if not ladder:
+        raise TuningError(
+            f"prompts are too short: not even {LADDER[0]:g} of the blocks can be skipped; "
+            "calibrate for longer ones, or leave them dense"
+        )
     if not target_sparsities:
-        return tuple(ladder)
+        return ladder
     below = [rung for rung in ladder if rung <= min(target_sparsities)]
     above = [rung for rung in ladder if rung >= max(target_sparsities)]
     first = below[-1] if below else ladder[0]

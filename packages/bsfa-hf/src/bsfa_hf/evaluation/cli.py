@@ -293,7 +293,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from bsfa_calib.thresholds import ThresholdTable
     from bsfa_hf.evaluation import calibration
     from bsfa_hf.evaluation.learning import Settings
-    from bsfa_hf.evaluation.methods import attention_shape, forced_share
+    from bsfa_hf.evaluation.methods import attention_shape
     from bsfa_hf.evaluation.run import environment
     from bsfa_hf.evaluation.text import read_windows
     from bsfa_kernel import Geometry
@@ -314,12 +314,12 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--holdout must be at least 1, got {arguments.holdout}")
     targets, losses = arguments.target_sparsity or (), arguments.max_loss or ()
     if not targets and not losses:
-        most = 1 - forced_share(arguments.length, geometry)
-        targets = [target for target in _TARGETS if target < 0.97 * most]
+        rungs = calibration.reachable(arguments.length, geometry)
+        targets = [target for target in _TARGETS if rungs and target <= rungs[-1]]
         if not targets:
             raise ValueError(
-                f"nothing to gain: of prompts of {arguments.length} tokens only {most:.0%} of the "
-                "blocks could be skipped at all; calibrate for longer ones, or leave them dense"
+                f"nothing to gain: of prompts of {arguments.length} tokens hardly a block can be "
+                "skipped at all; calibrate for longer ones, or leave them dense"
             )
     start = None if arguments.start is None else ThresholdTable.load(arguments.start)
     _progress(f"loading {arguments.model}")

@@ -1,0 +1,420 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Attention with gradients, thresholds learned by them, and ``bsfa calibrate``."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bsfa_calib.thresholds import ThresholdTable
+from bsfa_hf.evaluation import calibration, cli, gated
+from bsfa_hf.evaluation.calibration import Expected, ThresholdPath, calibrate, learn_path
+from bsfa_hf.evaluation.emulation import EmulatedSparse
+from bsfa_hf.evaluation.gated import gated_attention
+from bsfa_hf.evaluation.learning import Learned, Settings, knot_weights, learn
+from bsfa_hf.evaluation.methods import applied
+from bsfa_hf.evaluation.metrics import LanguageModel
+from bsfa_hf.evaluation.tuning import TuningError, find_scalar
+from bsfa_kernel import RULES, Geometry, reference
+
+LENGTH = 1024
+GEOMETRY = Geometry(128, 64)
+
+
+class Case(NamedTuple):
+    """Inputs whose blocks differ, and thresholds that skip some of them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    thresholds: Tensor
+
+
+def a_case(rule: str, geometry: Geometry) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    q = 2 * torch.randn(512, 4, 16, generator=generator)
+    k, v = torch.randn(2, 512, 2, 16, generator=generator)
+    centre = {"absolute": 9.0, "running_max": 2.5, "running_lse": 0.0}[rule]
+    noise = torch.randn(4, 512 // geometry.q_block, generator=generator)
+    return Case(q, k, v, centre + noise)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        attn_implementation="sdpa",
+        initializer_range=0.15,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[list[int]]:
+    return np.random.default_rng(1).integers(0, 256, (3, LENGTH)).tolist()
+
+
+# ------------------------------------------------------------------------ attention with gradients
+
+
+@pytest.mark.parametrize("scores_at_a_time", [1 << 24, 1 << 18])
+@pytest.mark.parametrize("geometry", [Geometry(128, 64), Geometry(64, 64)], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_attention_with_gradients_is_that_of_the_reference(
+    rule: str, geometry: Geometry, scores_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gated, "_SCORES_AT_A_TIME_CPU", scores_at_a_time)
+    case = a_case(rule, geometry)
+    found = gated_attention(*case, rule=rule, geometry=geometry, scale=0.25)
+    expected = reference.attention(
+        *(x[None] for x in case[:3]), case.thresholds, scale=0.25, rule=rule, geometry=geometry
+    )
+    assert torch.allclose(found.out, expected.out[0], atol=1e-5)
+    seen = reference.visible_blocks(512, 512, geometry=geometry)
+    skipped = 1 - expected.kept[0].sum(-1) / seen.sum()
+    assert torch.allclose(found.skipped, skipped, atol=1e-6)
+    assert 0.02 < found.skipped.mean() < 0.7
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_are_those_of_attention_to_the_blocks_that_were_kept(rule: str) -> None:
+    case = a_case(rule, GEOMETRY)
+    own = Case(*(x.clone().requires_grad_() for x in case))
+    with torch.enable_grad():
+        found = gated_attention(*own, rule=rule, geometry=GEOMETRY, scale=0.25, width=0.25)
+        upstream = torch.randn(found.out.shape, generator=torch.Generator().manual_seed(1))
+        found.out.backward(upstream)
+    mask = reference.attention(
+        *(x[None] for x in case[:3]), case.thresholds, scale=0.25, rule=rule, geometry=GEOMETRY
+    ).mask[0]
+    gates = mask.float().requires_grad_()
+    plain = [x.clone().requires_grad_() for x in case[:3]]
+    with torch.enable_grad():
+        q, k, v = plain
+        scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * 0.25
+        scores = scores.masked_fill(torch.ones(512, 512).triu(1).bool(), -math.inf)
+        weights = scores.exp() * gates.repeat_interleave(128, 1).repeat_interleave(64, 2)
+        weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(2, 1))
+        out.backward(upstream)
+    for mine, theirs in zip(own[:3], plain, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-4)
+    # A threshold's gradient is made of what its blocks' gates are worth.
+    assert own.thresholds.grad is not None
+    assert gates.grad is not None
+    maxima = reference.block_maxima(
+        *(x[None] for x in case[:2]), scale=0.25, rule=rule, geometry=GEOMETRY
+    )[0]
+    if rule == "absolute":  # the references of the relative rules depend on what was kept
+        share = torch.sigmoid((maxima - case.thresholds[..., None]) / 0.25)
+        free = torch.arange(8) < ((torch.arange(4) * 128 + 1) // 64)[:, None]
+        worth = gates.grad * share * (1 - share) / 0.25 * free
+        worth = torch.where(free, worth, 0.0)
+        assert torch.allclose(own.thresholds.grad, -worth.sum(-1), atol=1e-4)
+
+
+def test_the_slope_is_what_a_shift_of_thresholds_does_to_the_sparsity() -> None:
+    case = a_case("absolute", GEOMETRY)
+    options = {"rule": "absolute", "geometry": GEOMETRY, "scale": 0.25, "width": 0.5}
+    shifts = torch.linspace(-3, 3, 61)
+    shares = [
+        gated_attention(*case[:3], case.thresholds + shift, **options).skipped for shift in shifts
+    ]
+    slopes = torch.stack(
+        [
+            gated_attention(*case[:3], case.thresholds + shift, **options).slope.sum(-1)
+            for shift in shifts
+        ]
+    )
+    # Over a stretch much longer than the logistic function is wide, both add up to the same.
+    risen = shares[-1] - shares[0]
+    assert torch.allclose(slopes.sum(0) * 0.1, risen, rtol=0.35, atol=0.03)
+
+
+def test_what_attention_with_gradients_cannot_take_is_refused() -> None:
+    case = a_case("absolute", GEOMETRY)
+    options = {"rule": "absolute", "geometry": GEOMETRY, "scale": 0.25}
+    with pytest.raises(ValueError, match=r"thresholds must be \[4, 4\], got \[4, 1\]"):
+        gated_attention(*case[:3], case.thresholds[:, :1], **options)
+    with pytest.raises(ValueError, match="multiples of 128x64, got 500"):
+        gated_attention(*(x[:500] for x in case[:3]), case.thresholds, **options)
+    with pytest.raises(ValueError, match="width must be above 0, got 0"):
+        gated_attention(*case, **options, width=0)
+    with pytest.raises(ValueError, match="rule must be one of"):
+        gated_attention(*case, **{**options, "rule": "none"})
+
+
+# --------------------------------------------------------------------------------------- learning
+
+
+def divergence(model: LlamaForCausalLM, thresholds: np.ndarray, ids: list[int]) -> float:
+    language_model = LanguageModel(model)
+    with applied(model, None):
+        dense = language_model.predict(ids)
+    values = torch.tensor(thresholds, dtype=torch.float32)
+    with applied(model, EmulatedSparse(values, "running_lse", GEOMETRY)):
+        found = language_model.predict(ids)
+    bands = language_model.compare(found, dense, ids)
+    return sum(band.kl * band.positions for band in bands) / (len(ids) - 1)
+
+
+def test_learned_thresholds_lose_less_than_one_scalar_at_the_same_sparsity(
+    model: LlamaForCausalLM, samples: list[list[int]]
+) -> None:
+    (learned,) = learn(
+        model,
+        samples[:2],
+        [0.4],
+        rule="running_lse",
+        geometry=GEOMETRY,
+        settings=Settings(steps=40),
+        start=np.full((2, 4), -1.0),
+    )
+    assert learned.thresholds.shape == (2, 4, 1)
+    assert learned.sparsity == pytest.approx(0.4, abs=0.05)
+    scalar = find_scalar(
+        model,
+        samples[2:],
+        rule="running_lse",
+        target_sparsity=learned.sparsity,
+        geometry=GEOMETRY,
+    )
+    one = np.full((2, 4, 1), scalar.threshold)
+    assert divergence(model, learned.thresholds, samples[2]) < 0.8 * divergence(
+        model, one, samples[2]
+    )
+
+
+def test_thresholds_stay_below_a_ceiling_and_follow_the_position(
+    model: LlamaForCausalLM, samples: list[list[int]]
+) -> None:
+    settings = Settings(steps=3, knots=3, ceiling=-2.0)
+    start = np.linspace(-9, -2, 8) * np.ones((2, 4, 1))
+    (learned,) = learn(
+        model,
+        samples,
+        [0.5],
+        rule="running_lse",
+        geometry=GEOMETRY,
+        settings=settings,
+        start=start,
+    )
+    assert learned.thresholds.shape == (2, 4, 8)
+    assert learned.thresholds.max() <= -2.0 + 1e-5
+    assert np.all(learned.thresholds[..., 0] < learned.thresholds[..., -1])
+
+
+def test_knots_share_out_every_position() -> None:
+    weights = knot_weights(32, 4)
+    assert weights.shape == (4, 32)
+    assert np.allclose(weights.sum(0), 1)
+    assert weights[0, 0] == weights[-1, -1] == 1
+    assert np.array_equal(knot_weights(32, 1), np.ones((1, 32)))
+
+
+def test_samples_of_different_lengths_and_odd_settings_are_refused(
+    model: LlamaForCausalLM, samples: list[list[int]]
+) -> None:
+    with pytest.raises(ValueError, match="all of the same length"):
+        learn(
+            model,
+            [samples[0], samples[1][:512]],
+            [0.4],
+            rule="running_lse",
+            geometry=GEOMETRY,
+        )
+    with pytest.raises(ValueError, match="need 1 or 8 rows, got 5"):
+        learn(
+            model,
+            samples,
+            [0.4],
+            rule="running_lse",
+            geometry=GEOMETRY,
+            start=np.zeros((2, 4, 5)),
+        )
+    with pytest.raises(ValueError, match="steps and knots must be at least 1"):
+        Settings(steps=0)
+    with pytest.raises(ValueError, match="rate and width must be above 0"):
+        Settings(rate=0.0)
+
+
+# ------------------------------------------------------------------------------------ calibration
+
+
+def a_path() -> ThresholdPath:
+    low, high = np.full((2, 4, 1), -3.0, np.float32), np.full((2, 4, 1), 1.0, np.float32)
+    return ThresholdPath([Learned(0.6, low, 0.6, 0.01), Learned(0.75, high, 0.75, 0.1)])
+
+
+def test_a_path_goes_through_what_was_learned_and_on_beyond() -> None:
+    path = a_path()
+    found = [float(path.at(place)[0, 0, 0]) for place in (-0.5, 0, 0.25, 1, 1.5)]
+    assert found == pytest.approx([-5, -3, -2, 1, 3])
+    with pytest.raises(ValueError, match="at least one"):
+        ThresholdPath([])
+
+
+def test_points_are_found_by_sparsity_and_by_loss(
+    model: LlamaForCausalLM, samples: list[list[int]]
+) -> None:
+    by_sparsity = calibrate(model, a_path(), samples[:1], target_sparsities=(0.5, 0.3))
+    assert by_sparsity.table.points == (0.3, 0.5)
+    for target, expected in zip((0.3, 0.5), by_sparsity.expected, strict=True):
+        assert expected.sparsity == pytest.approx(target, abs=0.03)
+    by_loss = calibrate(model, a_path(), samples[:1], max_losses=(0.02,))
+    assert by_loss.table.axis == "max_loss"
+    assert 0 < by_loss.expected[0].kl <= 0.02
+    with pytest.raises(TuningError, match="either"):
+        calibrate(model, a_path(), samples[:1])
+    with pytest.raises(TuningError, match="is exceeded however low"):
+        calibrate(model, a_path(), samples[:1], max_losses=(1e-12,))
+
+
+def test_the_ladder_is_climbed_as_far_as_it_is_needed(
+    model: LlamaForCausalLM, samples: list[list[int]], tmp_path: Path
+) -> None:
+    settings = Settings(steps=2, further_steps=1)
+    checkpoint = tmp_path / "learned.npz"
+    options = {"settings": settings, "checkpoint": checkpoint}
+    made = learn_path(model, samples, target_sparsities=(0.5,), **options)
+    assert [learned.target for learned in made] == [0.6]
+    told: list[str] = []
+    made = learn_path(model, samples, target_sparsities=(0.5, 0.7), progress=told.append, **options)
+    assert [learned.target for learned in made] == [0.6, 0.75]
+    assert told[0] == "target 0.6 was learned before"
+    start = np.zeros((2, 4), np.float32)
+    made = learn_path(model, samples, max_losses=(1e-6,), start=start, **options)
+    assert [learned.target for learned in made] == [0.6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_sparsities": (0.99,)}, "below 0.778, got 0.99"),
+        ({"max_losses": (0.0,)}, "must be above 0, got 0"),
+        ({}, "give either"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(
+    model: LlamaForCausalLM,
+    samples: list[list[int]],
+    arguments: dict[str, tuple[float, ...]],
+    message: str,
+) -> None:
+    with pytest.raises(TuningError, match=message):
+        learn_path(model, samples, **arguments)
+
+
+def test_a_prompt_too_short_is_told_so(model: LlamaForCausalLM, samples: list[list[int]]) -> None:
+    with pytest.raises(TuningError, match="too short"):
+        learn_path(model, [samples[0][:256]], max_losses=(0.01,))
+    assert calibration.reachable(256, GEOMETRY) == ()
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        (Expected(0.5, 0.2, 0.1), "Nothing to gain: even 50%"),
+        (Expected(0.2, 0.02, 0.01), "Little to gain: within a KL divergence of 0.03 nats 20%"),
+        (Expected(0.75, 0.02, 0.01), r"Up to 75% .* 1.60x"),
+    ],
+)
+def test_the_verdict_says_what_is_gained(expected: Expected, message: str) -> None:
+    (sentence,) = calibration.verdict([expected])
+    assert re.search(message, sentence)
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, model: LlamaForCausalLM) -> Path:
+    """A folder with a model, and a text of two kinds."""
+    directory = tmp_path_factory.mktemp("saved")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    model.save_pretrained(directory / "model")
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(directory / "model")
+    rng = np.random.default_rng(0)
+    words = ["sun", "river", "stone", "walks", "under", "old", "the", "green", "slowly", "house"]
+    for kind in ("novels", "code"):
+        (directory / "text" / kind).mkdir(parents=True)
+        sentences = (" ".join(rng.choice(words, 8)) + ". " for _ in range(300))
+        (directory / "text" / kind / "0.txt").write_text("".join(sentences))
+    return directory
+
+
+def test_a_model_and_a_text_give_a_table_and_what_to_expect_of_it(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "table.safetensors"
+    status = cli.main(
+        [
+            *("calibrate", "--model", str(saved / "model"), "--text", str(saved / "text")),
+            *("--length", "1024", "--samples", "2", "--holdout", "1", "--steps", "3"),
+            *("--further-steps", "2", "--device", "cpu", "--out", str(out)),
+        ]
+    )
+    assert status == 0
+    table = ThresholdTable.load(out)
+    assert (table.axis, table.rule, table.rows) == ("target_sparsity", "running_lse", 1)
+    assert table.points == (0.5, 0.6, 0.7, 0.75)
+    assert (table.model, table.samples, table.max_seqlen) == ("model", 2, 1024)
+    assert len(table.provenance["expected_kl"].split(", ")) == 4
+    assert out.stat().st_size < 10_000
+    assert not list(tmp_path.glob("*.npz"))
+    printed = capsys.readouterr().out
+    assert "measured on 1 samples of 1024 tokens not learned from" in printed
+    assert "wrote" in printed
+
+    again = tmp_path / "again.safetensors"
+    status = cli.main(
+        [
+            *("calibrate", "--model", str(saved / "model"), "--text", str(saved / "text")),
+            *("--length", "1024", "--samples", "2", "--holdout", "1", "--steps", "2"),
+            *("--start", str(out), "--max-loss", "0.5", "--device", "cpu", "--out", str(again)),
+            *("--learned", str(tmp_path / "kept.npz"), "--further-steps", "1"),
+        ]
+    )
+    assert status == 0
+    assert ThresholdTable.load(again).points == (0.5,)
+    assert (tmp_path / "kept.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length", "1000"], "must be a multiple of 128, got 1000"),
+        (["--length", "128"], "nothing to gain"),
+        (["--holdout", "0"], "at least 1, got 0"),
+        (["--start", "missing.safetensors"], "missing.safetensors"),
+    ],
+)
+def test_calibrate_says_what_is_wrong_before_it_loads_a_model(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["calibrate", "--model", "none", "--text", "none", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "loading" not in printed
