@@ -56,6 +56,9 @@ def entry(path: Path) -> str:
     for key in ("command", "versions", "device", "dtype", "data", "held_out", "dense_layers"):
         if key in table.provenance:
             fields[key] = table.provenance[key]
+    for key in ("expected_sparsity", "expected_kl", "expected_nll"):
+        if key in table.provenance:
+            fields[key] = [float(value) for value in table.provenance[key].split(", ")]
     for name in ("sparsity", "kept", "held_out_sparsity", "held_out_kept"):
         means = report.model_means(table, name)
         if means is not None:

@@ -130,10 +130,11 @@ def quiet() -> Iterator[None]:
             untyped.enable_progress_bar()
 
 
-def find_table(loaded: Loaded, tokens: int) -> Path | None:
+def find_table(loaded: Loaded, tokens: int, axis: str | None = None) -> Path | None:
     """The shipped table for a model and a prompt: the shortest that suffices, else the longest.
 
-    Looked for in ``thresholds/<model>`` of the current directory and those above it.
+    Looked for in ``thresholds/<model>`` of the current directory and those above it. Tables of
+    learned thresholds come before those for k blocks, unless ``axis`` says what is wanted.
     """
     found: list[tuple[ThresholdTable, Path]] = []
     here = Path.cwd()
@@ -144,15 +145,25 @@ def find_table(loaded: Loaded, tokens: int) -> Path | None:
         for path in sorted(folder.glob("*/*.safetensors")):
             if same_model(path.parent.name, loaded.names):
                 table = load_table(path)
-                if table.axis == "k" and table.rule == "absolute":
+                if axis in (None, table.axis):
                     found.append((table, path))
         if found:
             break
     if not found:
         return None
+    learned = [entry for entry in found if entry[0].axis == "target_sparsity"]
+    found = learned or found
     longest = max(found, key=lambda entry: entry[0].max_seqlen)
     fitting = [entry for entry in found if entry[0].max_seqlen >= tokens]
     return min(fitting, key=lambda entry: entry[0].max_seqlen, default=longest)[1]
+
+
+def wanted_axis(arguments: argparse.Namespace) -> str | None:
+    """The axis of the operating point that the arguments name, if they name one."""
+    for axis in ("k", "target_sparsity", "max_loss"):
+        if getattr(arguments, axis) is not None:
+            return axis
+    return None
 
 
 def choose_point(
@@ -170,7 +181,7 @@ def choose_point(
     if table.axis == "k":
         wanted: float = tokens / table.k_block / 3
     elif table.axis == "target_sparsity":
-        wanted = 0.5
+        wanted = 0.7
     else:
         wanted = float(table.points[len(table.points) // 2])
     value = min(table.points, key=lambda point: abs(point - wanted))
