@@ -404,6 +404,12 @@ def _with_interval(mean: float, drawn: Array) -> list[float]:
 def main() -> int:
     """Run the study."""
     arguments = _arguments()
+    if arguments.report:
+        for path in arguments.report:
+            print(report(path))
+            if arguments.plot is not None:
+                plot(path, arguments.plot / f"{path.stem}.png")
+        return 0
     budget = Budget(arguments.seconds)
     torch.set_flush_denormal(True)  # a CPU is slow at weights that are almost 0
     # Heads are profiled in float32, whatever the candidates are compared in: gradients are small.
@@ -512,17 +518,58 @@ def main() -> int:
         summary = compared(results, len(windows))
         record = {**about, "kind": "thresholds_study_summary", "compared": _plain(summary)}
         file.write(json.dumps(record, allow_nan=False) + "\n")
-    print(table(results, summary, windows))
+    print(table(results, summary, [window.kind for window in windows]))
     return 0
+
+
+def report(path: Path) -> str:
+    """What a file of results says; one run's contexts, or several runs' on the same ones."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    about = next(record for record in records if record["kind"] == "thresholds_study")
+    results = earlier(path, about)
+    kinds = [name.split("/")[0] for name in about["contexts"]]
+    heading = (
+        f"{about['model']}, {about['seqlen']} tokens, {about['dtype']}, {about['backend']} on "
+        f"{about['gpu']}; {len(kinds)} contexts, {len(about['calibration_contexts'])} others to "
+        "calibrate on"
+    )
+    return f"{heading}\n\n{table(results, compared(results, len(kinds)), kinds)}\n"
+
+
+def plot(path: Path, picture: Path) -> None:
+    """Draw divergence against sparsity for every candidate of a file of results."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    about = next(record for record in records if record["kind"] == "thresholds_study")
+    figure, axes = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
+    markers = "osD^vP*X<>"
+    for index, (name, points) in enumerate(earlier(path, about).items()):
+        shares = [point.sparsity.mean() for point in points]
+        losses = [point.kl.mean() for point in points]
+        axes.semilogy(shares, losses, marker=markers[index % len(markers)], label=name)
+    for target in KL_TARGETS:
+        axes.axhline(target, color="grey", linewidth=0.6, linestyle=":")
+    axes.set_xlabel("share of the visible blocks skipped")
+    axes.set_ylabel("KL divergence from dense, nats")
+    axes.set_title(f"{about['model']}, {about['seqlen']} tokens", fontsize="medium")
+    axes.legend(fontsize="small")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
+    progress(f"wrote {picture}")
 
 
 def table(
     results: dict[str, list[Point]],
     summary: dict[str, dict[str, list[float]]],
-    windows: Sequence[Window],
+    of_contexts: Sequence[str],
 ) -> str:
-    """What came out, as Markdown."""
-    kinds = sorted({window.kind for window in windows})
+    """What came out, as Markdown, given the kind of each context."""
+    kinds = sorted(set(of_contexts))
     lines = [
         "| thresholds | sparsity → KL, nats (change of NLL) | "
         + " | ".join(f"KL of {kind}" for kind in kinds)
@@ -535,7 +582,7 @@ def table(
         )
         of_kind = []
         for kind in kinds:
-            chosen = np.array([window.kind == kind for window in windows])
+            chosen = np.array([each == kind for each in of_contexts])
             of_kind.append(
                 "; ".join(
                     f"{p.sparsity[chosen].mean():.2f} → {p.kl[chosen].mean():.4f}" for p in points
@@ -579,9 +626,11 @@ def _arguments() -> argparse.Namespace:
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", type=Path, required=True, help="a folder a kind")
+    parser.add_argument("--model")
+    parser.add_argument("--text", type=Path, help="a folder a kind")
+    parser.add_argument("--report", type=Path, nargs="+", help="only print what these files hold")
     parser.add_argument("--calibration-text", type=Path, help="calibrate on this text instead")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="with --report: pictures too")
     parser.add_argument("--length", type=int, default=4096, help="a multiple of 128")
     parser.add_argument("--contexts", type=int, default=16)
     parser.add_argument("--calibration-contexts", type=int, default=24)
@@ -619,6 +668,8 @@ def _arguments() -> argparse.Namespace:
         "--out", type=Path, default=Path(__file__).parent / "results" / "thresholds_study.jsonl"
     )
     arguments = parser.parse_args()
+    if not arguments.report and (arguments.model is None or arguments.text is None):
+        parser.error("--model and --text are needed")
     if arguments.length % 128:
         parser.error(f"--length must be a multiple of 128, got {arguments.length}")
     return arguments
