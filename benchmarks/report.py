@@ -308,6 +308,8 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
                     sorted((r["sparsity"], r["speedup"][baseline]) for r in compared if test(r))
                     for test in (_is_dense, lambda r: not _is_dense(r))
                 )
+                if not points:  # this baseline was not in the line's run
+                    continue
                 rule = f", {line[0]['rule']}" if line[0]["rule"] not in (None, "absolute") else ""
                 label = f"{_row_name(line[0])}{rule}, {_length(line[0]['seqlen'])}"
                 (drawn,) = axis.plot(

@@ -80,10 +80,12 @@ __device__ __forceinline__ void initialize_barriers(typename Config::SharedStora
   storage.q_empty.init(kReaders);
   for (int stage = 0; stage < Config::kKeyStages; ++stage) {
     storage.k_full[stage].init(1);
-    // The loader of V counts too: it gives the stage back when it has read the verdict.
-    storage.k_empty[stage].init(kReaders + 1);
-    storage.votes_full[stage].init(kReaders);
-    storage.votes[stage] = 0;
+    storage.k_empty[stage].init(kReaders);
+  }
+  for (int place = 0; place < Config::kVotePlaces; ++place) {
+    storage.votes_full[place].init(kReaders);
+    storage.votes_empty[place].init(1);
+    storage.votes[place] = 0;
   }
   for (int stage = 0; stage < Config::kValueStages; ++stage) {
     storage.v_full[stage].init(1);
@@ -111,7 +113,7 @@ __device__ __forceinline__ uint32_t round_bits(const Ring<kStages>& place) {
 // One consumer warp's part of the verdict. All lanes must come.
 template <class Config>
 __device__ __forceinline__ void publish(typename Config::SharedStorage& storage,
-                                        const Ring<Config::kKeyStages>& place, int warp, bool keeps) {
+                                        const Ring<Config::kVotePlaces>& place, int warp, bool keeps) {
   const uint32_t warp_keeps = __any_sync(0xffffffff, keeps) ? kKeepBits : 0;
   const uint32_t votes = cute::cast_smem_ptr_to_uint(&storage.votes[place.stage()]);
   const uint32_t barrier = cute::cast_smem_ptr_to_uint(&storage.votes_full[place.stage()]);
@@ -121,18 +123,24 @@ __device__ __forceinline__ void publish(typename Config::SharedStorage& storage,
 // The votes of all consumer warps, those of consumer 0 in x, of consumer 1 in y.
 template <class Config>
 __device__ __forceinline__ uint2 read_votes(typename Config::SharedStorage& storage,
-                                            const Ring<Config::kKeyStages>& place) {
+                                            const Ring<Config::kVotePlaces>& place) {
   const uint64_t votes = *static_cast<volatile uint64_t*>(&storage.votes[place.stage()]);
   return {static_cast<uint32_t>(votes), static_cast<uint32_t>(votes >> 32)};
 }
 
 // All lanes must come.
+template <int kStages>
+__device__ __forceinline__ bool are_votes_there(const uint2& votes, const Ring<kStages>& place) {
+  const uint32_t awaited = round_bits(place);
+  return __all_sync(0xffffffff, (((votes.x ^ awaited) | (votes.y ^ awaited)) & kRoundBits) == 0);
+}
+
+// All lanes must come.
 template <class Config>
 __device__ __forceinline__ uint2 await_votes(typename Config::SharedStorage& storage,
-                                             const Ring<Config::kKeyStages>& place) {
-  const uint32_t awaited = round_bits(place);
+                                             const Ring<Config::kVotePlaces>& place) {
   uint2 votes = read_votes<Config>(storage, place);
-  while (!__all_sync(0xffffffff, (((votes.x ^ awaited) | (votes.y ^ awaited)) & kRoundBits) == 0)) {
+  while (!are_votes_there(votes, place)) {
     votes = read_votes<Config>(storage, place);
   }
   return votes;

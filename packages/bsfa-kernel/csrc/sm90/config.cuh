@@ -32,10 +32,12 @@ struct ForwardConfig {
 
   // Keys and values travel in blocks of 64 keys, through rings of their own, since V is loaded for kept
   // blocks only. Two neighbours of the ring of keys can serve as one block of 128 (dense tiles). The
-  // consumers are less than two blocks apart, and one of them may pass a V block by without waiting for it:
-  // hence four at least.
+  // consumers are few blocks apart, and one of them may pass a V block by without waiting for it: hence four
+  // at least.
   static constexpr int kKeyStages = kHeadDim == 128 ? 4 : 8;
   static constexpr int kValueStages = kHeadDim == 128 ? 4 : 8;
+  // The loader of V may be so many blocks behind the consumers' votes.
+  static constexpr int kVotePlaces = 8;
 
   // The copy engine moves boxes of 64 rows x 64 columns: 128 bytes a row, the width of the swizzle.
   static constexpr int kBoxColumns = 64;
@@ -100,10 +102,10 @@ struct ForwardConfig {
     cutlass::arch::ClusterBarrier v_empty[kValueStages];
 
     // The votes on a key block, a byte from each consumer warp, for the consumers and (behind a barrier) for
-    // the loader of V. As many places as K has stages: a place is used again only when its K block's stage
-    // has been given back, also by the loader of V.
-    cutlass::arch::ClusterBarrier votes_full[kKeyStages];
-    uint64_t votes[kKeyStages];
+    // the loader of V.
+    cutlass::arch::ClusterBarrier votes_full[kVotePlaces];
+    cutlass::arch::ClusterBarrier votes_empty[kVotePlaces];
+    uint64_t votes[kVotePlaces];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

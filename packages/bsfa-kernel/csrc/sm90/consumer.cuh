@@ -104,7 +104,7 @@ __device__ __forceinline__ void mask_scores(Matrix& scores, const ConsumerThread
 template <class Config>
 struct ConsumerRings {
   Ring<Config::kKeyStages> keys;
-  Ring<Config::kKeyStages> ballots;  // moves with sparse tiles only
+  Ring<Config::kVotePlaces> ballots;  // moves with sparse tiles only
   Ring<Config::kValueStages> values;
   Ring<1> queries;
 };

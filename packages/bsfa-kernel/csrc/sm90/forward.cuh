@@ -19,50 +19,57 @@
 
 namespace bsfa::sm90 {
 
-template <class Config>
-__device__ __forceinline__ void consume_tile(const TileContext<Config>& context) {
-  using namespace cute;
-  typename Config::ValuesMma values_mma;
-  auto output = partition_fragment_C(values_mma, Shape<_64, Int<Config::kHeadDim>>{});
-  clear(output);
-  Softmax softmax;
-  int kept = context.block.keys.visible;
-  if (context.tile.key_blocks > 0) {
-    if (context.tile.dense) {
-      attend_dense<Config>(context, output, softmax);
-    } else if (context.params.rule == Rule::kAbsolute) {
-      kept = attend_sparse<Config, false>(context, output, softmax);
-    } else {
-      kept = attend_sparse<Config, true>(context, output, softmax);
-    }
+// Returns the number of blocks kept.
+template <class Config, class Output>
+__device__ __forceinline__ int attend(const TileContext<Config>& context, Output& output, Softmax& softmax) {
+  if (context.tile.dense) {
+    attend_dense<Config>(context, output, softmax);
+    return context.block.keys.visible;
   }
-  store_output<Config>(context, output, softmax);
-  const bool speaks =
-      context.who.thread == 0 && (context.who.warpgroup == 0 || context.params.q_block < Config::kTileQ);
-  if (context.params.kept != nullptr && speaks && context.block.exists) {
-    *kept_of_block(context.params, context.tile, context.block.index) = kept;
+  if (context.params.rule == Rule::kAbsolute) {
+    return attend_sparse<Config, false>(context, output, softmax);
   }
+  return attend_sparse<Config, true>(context, output, softmax);
 }
 
 template <class Config>
 __device__ __forceinline__ void consume(const KernelParams& params, typename Config::SharedStorage& storage,
                                         const ConsumerThread& who) {
+  using namespace cute;
   ConsumerRings<Config> rings;
   if (who.warpgroup == 1) {
     pass_turn(1);  // consumer 0 has the first turn
   }
-  for_each_tile<Config>(params, [&](const Tile& found) BSFA_INLINE_LAMBDA {
-    Tile tile = found;
-    tile.key_blocks = uniform(tile.key_blocks);
-    tile.full = uniform(tile.full);
-    tile.dense = uniform(tile.dense);
-    const QueryBlock block = tile.block_of(who.warpgroup);
-    if (params.forward.cu_seqlens_q != nullptr && params.forward.kept != nullptr &&
-        who.warp() + who.thread == 0) {
-      clear_spare_kept(params.forward, tile, Config::kTileQ);
+  for_each_tile<Config>(params, [&](int index) BSFA_INLINE_LAMBDA {
+    const ForwardParams& forward = params.forward;
+    typename Config::ValuesMma values_mma;
+    auto output = partition_fragment_C(values_mma, Shape<_64, Int<Config::kHeadDim>>{});
+    clear(output);
+    Softmax softmax;
+    int kept = 0;
+    {
+      Tile tile = find_tile(forward, params.schedule, index, Config::kTileQ);
+      tile.key_blocks = uniform(tile.key_blocks);
+      tile.full = uniform(tile.full);
+      tile.dense = uniform(tile.dense);
+      const QueryBlock block = tile.block_of(who.warpgroup);
+      if (tile.key_blocks > 0) {
+        kept = attend<Config>({storage, rings, forward, tile, block, who}, output, softmax);
+      }
     }
-    if (tile.exists()) {
-      consume_tile<Config>({storage, rings, params.forward, tile, block, who});
+    // Once more: the passes have no registers for what the epilogue needs to know.
+    const Tile tile = find_tile(forward, params.schedule, ptx::forget(index), Config::kTileQ);
+    const QueryBlock block = tile.block_of(who.warpgroup);
+    const bool reports = forward.kept != nullptr && who.thread == 0;
+    if (reports && forward.cu_seqlens_q != nullptr && who.warpgroup == 0) {
+      clear_spare_kept(forward, tile, Config::kTileQ);
+    }
+    if (!tile.exists()) {
+      return;
+    }
+    store_output<Config>({storage, rings, forward, tile, block, who}, output, softmax);
+    if (reports && block.exists && (who.warpgroup == 0 || forward.q_block < Config::kTileQ)) {
+      *kept_of_block(forward, tile, block.index) = kept;
     }
   });
 }
@@ -116,6 +123,7 @@ KernelParams make_kernel_params(const ForwardParams& params) {
   kernel_params.schedule = make_schedule(tiles, packed ? params.kv_heads : params.batch * params.kv_heads,
                                          params.heads / params.kv_heads,
                                          keys_of_sequence * 2 * Config::kHeadDim * sizeof(Element));
+  kernel_params.tiles = static_cast<int>(kernel_params.schedule.ctas());
   kernel_params.q = map("q", params.q, queries, params.q_strides);
   kernel_params.k = map("k", no_keys ? params.q : params.k, keys, params.k_strides);
   kernel_params.v = map("v", no_keys ? params.q : params.v, keys, params.v_strides);

@@ -24,8 +24,10 @@ struct Producer {
   // One thread. Runs ahead as far as the ring of K allows, into the next tiles too.
   __device__ __forceinline__ void load_queries_and_keys() const {
     Ring<Config::kKeyStages> keys;
+    Ring<Config::kVotePlaces> ballots;
     Ring<1> queries;
-    for_each_tile<Config>(params, [&](const Tile& tile) BSFA_INLINE_LAMBDA {
+    for_each_tile<Config>(params, [&](int index) BSFA_INLINE_LAMBDA {
+      const Tile tile = find_tile(params.forward, params.schedule, index, Config::kTileQ);
       if (tile.key_blocks == 0) {
         return;
       }
@@ -45,6 +47,11 @@ struct Producer {
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
         const int place = keys.stage();
         wait(storage.k_empty[place], keys.phase() ^ 1);
+        // A block can be voted on as soon as its keys are there.
+        if (!tile.dense) {
+          wait(storage.votes_empty[ballots.stage()], ballots.phase() ^ 1);
+          ballots.advance();
+        }
         storage.k_full[place].arrive_and_expect_tx(Config::kBlockBytes);
         Element* stage =
             storage.k + place / 2 * 2 * Config::kBlockElements + place % 2 * Config::kBoxElements;
@@ -60,10 +67,10 @@ struct Producer {
 
   // One thread. Follows the verdicts, except where everything is kept anyway.
   __device__ __forceinline__ void load_values() const {
-    Ring<Config::kKeyStages> keys;
-    Ring<Config::kKeyStages> ballots;
+    Ring<Config::kVotePlaces> ballots;
     Ring<Config::kValueStages> values;
-    for_each_tile<Config>(params, [&](const Tile& tile) BSFA_INLINE_LAMBDA {
+    for_each_tile<Config>(params, [&](int index) BSFA_INLINE_LAMBDA {
+      const Tile tile = find_tile(params.forward, params.schedule, index, Config::kTileQ);
       const int batch = tile.batch_coordinate(params.forward);
 #pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
@@ -72,6 +79,7 @@ struct Producer {
           wait(storage.votes_full[ballots.stage()], ballots.phase());
           const uint2 votes = read_votes<Config>(storage, ballots);
           load_block = ((votes.x | votes.y) & kKeepBits) != 0;
+          storage.votes_empty[ballots.stage()].arrive();
           ballots.advance();
         }
         if (load_block) {
@@ -86,8 +94,6 @@ struct Producer {
           }
           values.advance();
         }
-        storage.k_empty[keys.stage()].arrive();
-        keys.advance();
       }
     });
   }

@@ -109,6 +109,28 @@ struct Softmax {
     }
   }
 
+  // probabilities = exp(scale * (scores - maximum)) in 16 bits, of the accumulators [kFrom, kTo), and takes
+  // them into the sums.
+  template <int kFrom, int kTo, class Scores, class Probabilities>
+  __device__ __forceinline__ void exponentiate_and_round(Scores& scores, Probabilities& probabilities,
+                                                         float scale_log2) {
+    using Element = typename Probabilities::value_type;
+    CUTE_UNROLL
+    for (int i = kFrom; i < kTo; i += 2) {  // both of one row
+      const int row = i / 2 % kThreadRows;
+      const float shift = finite_maximum(row) * scale_log2;
+      cutlass::Array<float, 2> pair;
+      CUTE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        pair[j] = ptx::exp2_approx(fmaf(scores(i + j), scale_log2, -shift));
+      }
+      sum[row] += pair[0] + pair[1];
+      const auto rounded = cutlass::NumericArrayConverter<Element, float, 2>{}(pair);
+      probabilities(i) = rounded[0];
+      probabilities(i + 1) = rounded[1];
+    }
+  }
+
   // A row that has seen nothing has maximum -inf, and -inf - -inf would be NaN.
   __device__ __forceinline__ float finite_maximum(int row) const {
     return maximum[row] == -CUDART_INF_F ? 0.0f : maximum[row];

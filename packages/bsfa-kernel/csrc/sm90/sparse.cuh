@@ -9,13 +9,6 @@
 
 namespace bsfa::sm90 {
 
-// The scores of a key block, and their maxima over the thread's columns.
-template <class Accumulators>
-struct BlockScores {
-  Accumulators accumulators;
-  float maxima[kThreadRows];
-};
-
 // kRelative: the bounds depend on what has been kept so far, so that a block can be voted on only when the
 // verdict on the one before it is known. Otherwise the vote comes as soon as the scores are there.
 // Returns the number of blocks kept.
@@ -44,8 +37,9 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   const auto tSrK = scores_slice.partition_fragment_B(smem_k);  // (MMA, 1, MMA_K, stage)
   const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
   using Accumulators = decltype(partition_fragment_C(scores_mma, Shape<_64, _64>{}));
-  BlockScores<Accumulators> scores0;
-  BlockScores<Accumulators> scores1;
+  Accumulators scores0;
+  Accumulators scores1;
+  Accumulators scores2;
   auto probabilities = make_tensor<Element>(
       values_slice.partition_fragment_A(make_tensor<Element>(Shape<_64, _64>{})).layout());
 
@@ -58,6 +52,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     bounds[row] = votes ? threshold + (kRelative ? -CUDART_INF_F : 0.0f) : CUDART_NAN_F;
   }
   int kept = 0;
+  uint32_t heard = rings.ballots.count;  // verdicts
   Verdict verdict{};
 
   // Which warps' votes make this warpgroup keep a block.
@@ -67,53 +62,89 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // Steps.
   bool keys_are_there = false;
   const auto look_for_keys = [&]() BSFA_INLINE_LAMBDA {
-    keys_are_there = uniform(storage.k_full[rings.keys.stage()].test_wait(rings.keys.phase()));
+    rings.keys.advance();
+    return storage.k_full[rings.keys.stage()].test_wait(rings.keys.phase());
   };
   const auto start_scores = [&](auto& scores) BSFA_INLINE_LAMBDA {
     wait_unless(keys_are_there, storage.k_full[rings.keys.stage()], rings.keys.phase());
-    start_product<false>(scores_mma, tSrQ, tSrK(_, _, _, rings.keys.stage()), scores.accumulators);
-  };
-  const auto start_values = [&]() BSFA_INLINE_LAMBDA {
-    wait(storage.v_full[rings.values.stage()], rings.values.phase());
-    start_product<true>(values_mma, probabilities, tOrV(_, _, _, rings.values.stage()), output);
+    start_product<false>(scores_mma, tSrQ, tSrK(_, _, _, rings.keys.stage()), scores);
   };
   const auto release_values = [&]() BSFA_INLINE_LAMBDA {
     context.release(storage.v_empty[rings.values.stage()]);
     rings.values.advance();
   };
-  const auto passes = [&](auto& scores) BSFA_INLINE_LAMBDA {
-    row_maxima(accumulator_matrix(scores.accumulators), scores.maxima);
+  // Whether a row passes; `lifts`: whether the block, if kept, raises a row's maximum.
+  const auto passes = [&](auto& scores, bool& lifts) BSFA_INLINE_LAMBDA {
+    float maxima[kThreadRows];
+    row_maxima(accumulator_matrix(scores), maxima);
     bool keeps = false;
+    lifts = false;
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
-      keeps |= params.scale * scores.maxima[row] >= bounds[row];
+      keeps |= params.scale * maxima[row] >= bounds[row];
+      lifts |= maxima[row] > softmax.maximum[row];
     }
     return keeps;
   };
-  const auto release_keys = [&]() BSFA_INLINE_LAMBDA {
-    const Ring<Config::kKeyStages> place{rings.keys.count - 1};  // of the block started last
+  // Of the block that was started before `after` others.
+  const auto release_keys = [&](int after) BSFA_INLINE_LAMBDA {
+    const Ring<Config::kKeyStages> place{rings.keys.count - 1 - after};
     context.release(storage.k_empty[place.stage()]);
   };
   const auto cast_vote = [&](bool keeps) BSFA_INLINE_LAMBDA {
     publish<Config>(storage, rings.ballots, who.warp(), keeps);
     rings.ballots.advance();
   };
-  // On the block that was voted on last.
+  // Reads ahead what will mostly be there: the votes on the next block.
+  uint2 early_votes{};
+  const auto look_for_votes = [&]() BSFA_INLINE_LAMBDA {
+    if constexpr (!kRelative) {
+      early_votes = read_votes<Config>(storage, {heard});
+    }
+  };
+  // On the next block.
   const auto hear_verdict = [&]() BSFA_INLINE_LAMBDA {
-    const uint2 votes = await_votes<Config>(storage, {rings.ballots.count - 1});
+    const Ring<Config::kVotePlaces> place{heard};
+    uint2 votes = early_votes;
+    if (kRelative || !are_votes_there(votes, place)) {
+      votes = await_votes<Config>(storage, place);
+    }
+    ++heard;
     verdict = {uniform(((votes.x & listens0) | (votes.y & listens1)) != 0),
                uniform(((votes.x | votes.y) & kKeepBits) != 0)};
     kept += verdict.keep;
   };
-  // P = exp(S - m), O *= exp(m_old - m), and the bounds that follow.
-  const auto absorb = [&](auto& scores) BSFA_INLINE_LAMBDA {
-    float factors[kThreadRows];
-    if (softmax.raise(scores.maxima, scale_log2, factors)) {
-      scale_rows(output, factors);
+  // O *= exp(m_old - m)
+  const auto raise_maxima = [&](auto& scores, bool lifts) BSFA_INLINE_LAMBDA {
+    if (uniform(lifts)) {
+      float maxima[kThreadRows];
+      row_maxima(accumulator_matrix(scores), maxima);  // once more: there are no registers to keep them in
+      float factors[kThreadRows];
+      if (softmax.raise(maxima, scale_log2, factors)) {
+        scale_rows(output, factors);
+      }
     }
-    auto matrix = accumulator_matrix(scores.accumulators);
-    softmax.exponentiate(matrix, scale_log2);
-    round_to(probabilities, scores.accumulators);
+  };
+  // P = exp(S - m), starts O += P V, and the bounds that follow. Each slice of 16 keys is multiplied as soon
+  // as it is exponentiated.
+  const auto absorb_slice = [&](auto& scores, auto slice) BSFA_INLINE_LAMBDA {
+    constexpr int kFrom = 8 * decltype(slice)::value;
+    softmax.template exponentiate_and_round<kFrom, kFrom + 8>(scores, probabilities, scale_log2);
+    auto part = probabilities(_, _, slice);
+    warpgroup_fence_operand(part);
+    warpgroup_fence_operand(output);
+    warpgroup_arrive();
+    values_mma.accumulate_ = GMMA::ScaleOut::One;
+    gemm(values_mma, part, tOrV(_, _, slice, rings.values.stage()), output);
+  };
+  const auto absorb = [&](auto& scores) BSFA_INLINE_LAMBDA {
+    static_assert(kKeyBlock == 4 * 16);
+    absorb_slice(scores, _0{});
+    absorb_slice(scores, _1{});
+    absorb_slice(scores, _2{});
+    absorb_slice(scores, _3{});
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(output);
     if constexpr (kRelative) {
       CUTE_UNROLL
       for (int row = 0; row < kThreadRows; ++row) {
@@ -123,6 +154,9 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       }
     }
   };
+  const auto await_values = [&]() BSFA_INLINE_LAMBDA {
+    wait(storage.v_full[rings.values.stage()], rings.values.phase());
+  };
   // A block that only the other warpgroup keeps takes a stage of V all the same.
   const auto pass_values_by = [&]() BSFA_INLINE_LAMBDA {
     if (verdict.load && who.thread % 32 == 0) {
@@ -131,8 +165,12 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     rings.values.count += verdict.load;
   };
 
+  bool lifts0 = false;
+  bool lifts1 = false;
+  bool lifts2 = false;
+
   // The blocks with masked scores, one by one; and the rest too where there is nothing to overlap.
-  const int overlapped = tile.full >= 2 ? tile.full : 0;
+  const int overlapped = tile.full / 3 * 3;
   int visible[kThreadRows];
   context.visible_keys(visible);
   for (int key_block = tile.key_blocks - 1; key_block >= overlapped; --key_block) {
@@ -140,18 +178,19 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     const bool forced = participates && key_block >= block.undecided;
     start_scores(scores0);
     rings.keys.advance();
-    finish_product<0>(scores0.accumulators);
-    release_keys();
-    auto matrix = accumulator_matrix(scores0.accumulators);
+    finish_product<0>(scores0);
+    release_keys(0);
+    auto matrix = accumulator_matrix(scores0);
     mask_scores(matrix, who, visible, key_block * kKeyBlock);
-    const bool passed = passes(scores0);
+    const bool passed = passes(scores0, lifts0);
     cast_vote(forced || (participates && passed));
+    look_for_votes();
     hear_verdict();
     if (verdict.keep) {
-      absorb(scores0);
-      wait(storage.v_full[rings.values.stage()], rings.values.phase());
+      raise_maxima(scores0, lifts0);
+      await_values();
       context.clear_foreign_values(rings.values.stage(), key_block);
-      start_values();
+      absorb(scores0);
       finish_product<0>(output);
       release_values();
     } else {
@@ -162,99 +201,103 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     return kept;
   }
 
-  // From here on a step computes the scores of one block while the verdict on the block before arrives. At
-  // its start `current` has the scores of a block whose verdict is known, `next` those of the block after it,
-  // which has been voted on unless the rule is relative, and nothing is under way. Both arms are straight
-  // lines: a product under way across a branch would make the compiler serialise all of them. The consumers
-  // take turns, so that one computes scores while the other votes or exponentiates.
-  const auto step = [&](auto& current, auto& next) BSFA_INLINE_LAMBDA {
-    if (verdict.keep) {
-      absorb(current);
-      take_turn(who.warpgroup);
-      start_scores(current);
-      start_values();
-      pass_turn(who.warpgroup);
-      rings.keys.advance();
-      look_for_keys();
+  // From here on a step decides on one block while the scores of later ones are computed. At its start
+  // `current` has been voted on, `next` too unless the rule is relative, and the product of `last` is under
+  // way; at its end, that of the block after those, in the registers of `current`. So the tensor cores have
+  // work while the consumers exchange votes and exponentiate.
+  const auto step = [&](auto& current, bool& current_lifts, auto& next, bool& next_lifts, auto& last,
+                        bool& last_lifts) BSFA_INLINE_LAMBDA {
+    const auto vote = [&]() BSFA_INLINE_LAMBDA {
       if constexpr (kRelative) {
-        cast_vote(passes(next));
+        cast_vote(passes(next, next_lifts));
+      } else {
+        cast_vote(passes(last, last_lifts));
       }
-      hear_verdict();
-      finish_product<1>(current.accumulators);
-      release_keys();
-      if constexpr (!kRelative) {
-        cast_vote(passes(current));
-      }
+    };
+    if (verdict.keep) {
+      raise_maxima(current, current_lifts);
+      await_values();
+      absorb(current);
+      start_scores(current);
+      const bool keys_seen = look_for_keys();
+      look_for_votes();
+      finish_product<2>(last);
+      release_keys(1);
+      vote();
+      keys_are_there = uniform(keys_seen);
+      finish_product<1>(output);
+      release_values();
+    } else {
+      start_scores(current);
+      const bool keys_seen = look_for_keys();
+      look_for_votes();
+      pass_values_by();
+      finish_product<1>(last);
+      release_keys(1);
+      vote();
+      keys_are_there = uniform(keys_seen);
+    }
+    hear_verdict();
+  };
+  const auto finish = [&](auto& scores, bool lifts) BSFA_INLINE_LAMBDA {
+    if (verdict.keep) {
+      raise_maxima(scores, lifts);
+      await_values();
+      absorb(scores);
       finish_product<0>(output);
       release_values();
     } else {
       pass_values_by();
-      take_turn(who.warpgroup);
-      start_scores(current);
-      pass_turn(who.warpgroup);
-      rings.keys.advance();
-      look_for_keys();
-      if constexpr (kRelative) {
-        cast_vote(passes(next));
-      }
-      hear_verdict();
-      finish_product<0>(current.accumulators);
-      release_keys();
-      if constexpr (!kRelative) {
-        cast_vote(passes(current));
-      }
     }
   };
+
   start_scores(scores0);
   rings.keys.advance();
-  finish_product<0>(scores0.accumulators);
-  release_keys();
+  finish_product<0>(scores0);
   start_scores(scores1);
   rings.keys.advance();
-  cast_vote(passes(scores0));
-  hear_verdict();
-  finish_product<0>(scores1.accumulators);
-  release_keys();
+  release_keys(1);
+  cast_vote(passes(scores0, lifts0));
+  finish_product<0>(scores1);
+  start_scores(scores2);
+  keys_are_there = uniform(look_for_keys());
+  release_keys(1);
   if constexpr (!kRelative) {
-    cast_vote(passes(scores1));
+    cast_vote(passes(scores1, lifts1));
   }
-  int steps = overlapped - 2;
-  for (; steps >= 2; steps -= 2) {
-    step(scores0, scores1);
-    step(scores1, scores0);
+  look_for_votes();
+  hear_verdict();
+  finish_product<0>(scores2);
+#pragma unroll 1
+  for (int steps = overlapped - 3; steps > 0; steps -= 3) {
+    // The compiler follows products under way through branches, but not around the loop.
+    finish_product<0>(scores2);
+    step(scores0, lifts0, scores1, lifts1, scores2, lifts2);
+    step(scores1, lifts1, scores2, lifts2, scores0, lifts0);
+    step(scores2, lifts2, scores0, lifts0, scores1, lifts1);
   }
-  if (steps == 1) {
-    step(scores0, scores1);
-    const auto scores = scores0;
-    scores0 = scores1;
-    scores1 = scores;
-  }
+  finish_product<0>(scores2);
 
-  // The last two blocks.
-  if (verdict.keep) {
-    absorb(scores0);
-    start_values();
-    if constexpr (kRelative) {
-      cast_vote(passes(scores1));
-    }
+  // The last three blocks.
+  const auto hear = [&]() BSFA_INLINE_LAMBDA {
+    look_for_votes();
     hear_verdict();
-    finish_product<0>(output);
-    release_values();
+  };
+  release_keys(0);
+  if constexpr (kRelative) {
+    finish(scores0, lifts0);
+    cast_vote(passes(scores1, lifts1));
+    hear();
+    finish(scores1, lifts1);
+    cast_vote(passes(scores2, lifts2));
   } else {
-    pass_values_by();
-    if constexpr (kRelative) {
-      cast_vote(passes(scores1));
-    }
-    hear_verdict();
+    cast_vote(passes(scores2, lifts2));
+    finish(scores0, lifts0);
+    hear();
+    finish(scores1, lifts1);
   }
-  if (verdict.keep) {
-    absorb(scores1);
-    start_values();
-    finish_product<0>(output);
-    release_values();
-  } else {
-    pass_values_by();
-  }
+  hear();
+  finish(scores2, lifts2);
   return kept;
 }
 

@@ -18,6 +18,7 @@ struct KernelParams {
   CUtensorMap q, k, v;  // (column, row, head, batch)
   ForwardParams forward;
   Schedule schedule;
+  int tiles;  // of all heads and sequences
 };
 
 // The block of queries that a consumer warpgroup belongs to.
@@ -105,18 +106,17 @@ __device__ __forceinline__ Tile find_tile(const ForwardParams& params, const Sch
   return tile;
 }
 
-// Runs `body` for each tile of this CTA, longer ones first. Every other round goes backwards through the
-// CTAs, so that none of them gets the longest tile of every round.
+// Runs `body` for the index of each tile of this CTA, longer ones first. Every other round goes backwards
+// through the CTAs, so that none of them gets the longest tile of every round.
 template <class Config, class Body>
 __device__ __forceinline__ void for_each_tile(const KernelParams& params, Body&& body) {
-  const int tiles = params.schedule.tiles * params.schedule.kv_heads * params.schedule.group;
-  const int rounds = (tiles + gridDim.x - 1) / gridDim.x;
+  const int rounds = (params.tiles + gridDim.x - 1) / gridDim.x;
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
     const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const int index = round * gridDim.x + place;
-    if (index < tiles) {
-      body(find_tile(params.forward, params.schedule, index, Config::kTileQ));
+    if (index < params.tiles) {
+      body(index);
     }
   }
 }
