@@ -113,6 +113,17 @@ def test_writing_twice_leaves_one_copy_and_all_else_as_it_was(
     assert all(f"(images/{picture})" in once for picture in pictures)
 
 
+def test_a_line_has_no_place_beside_a_baseline_that_was_not_in_its_run(
+    records: Records, tmp_path: Path
+) -> None:
+    shorter = [
+        attention_record(seqlen=4096, asked=asked, sparsity=sparsity, speedup={"fa3": 1.1})
+        for asked, sparsity in (("dense", 0.0), ("0.5", 0.5), ("0.9", 0.9))
+    ]
+    (picture,) = report.plot_attention([*records, *shorter], tmp_path)
+    assert picture.stat().st_size > 0
+
+
 def test_a_section_with_one_marker_is_refused() -> None:
     with pytest.raises(ValueError, match="markers"):
         report.replace_section("<!-- end benchmark: a -->", "a", "new")

@@ -45,7 +45,9 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from the sdist, in an build directory of its own."""
     folder = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "source", filter="data")
+        # As an attribute: Python before 3.11.4 has neither the argument nor the filter.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(folder / "source")
     (source,) = (folder / "source").iterdir()
     return build("wheel", source, folder / "dist", OFF)
 
