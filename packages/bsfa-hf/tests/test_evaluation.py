@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bsfa_calib.thresholds import ThresholdTable
 from bsfa_hf.evaluation import cli, parse_configuration
@@ -38,6 +38,7 @@ from bsfa_hf.evaluation.summary import advice, markdown, summarise
 from bsfa_hf.evaluation.text import read_windows
 from bsfa_hf.evaluation.tuning import TuningError, find_scalar, limit_loss
 from bsfa_kernel import DEFAULT_GEOMETRY, Geometry, reference
+from tiny import small_llama
 
 LENGTH = 512
 LAYERS, HEADS = 2, 4
@@ -45,19 +46,7 @@ LAYERS, HEADS = 2, 4
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        attn_implementation="sdpa",
-        initializer_range=0.15,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bsfa_calib.thresholds import ThresholdTable
 from bsfa_hf.evaluation import calibration, cli, gated
@@ -26,6 +27,7 @@ from bsfa_hf.evaluation.methods import applied
 from bsfa_hf.evaluation.metrics import LanguageModel
 from bsfa_hf.evaluation.tuning import TuningError, find_scalar
 from bsfa_kernel import RULES, Geometry, reference
+from tiny import small_llama
 
 LENGTH = 1024
 GEOMETRY = Geometry(128, 64)
@@ -51,19 +53,7 @@ def a_case(rule: str, geometry: Geometry) -> Case:
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        attn_implementation="sdpa",
-        initializer_range=0.15,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama()
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +294,53 @@ def test_the_ladder_is_climbed_as_far_as_it_is_needed(
     start = np.zeros((2, 4), np.float32)
     made = learn_path(model, samples, max_losses=(1e-6,), start=start, **options)
     assert [learned.target for learned in made] == [0.6]
+
+
+def test_what_was_learned_is_used_for_the_same_model_and_rungs_only(
+    model: LlamaForCausalLM, samples: list[list[int]], tmp_path: Path
+) -> None:
+    options = {"settings": Settings(steps=1, further_steps=1), "checkpoint": tmp_path / "l.npz"}
+    told: list[str] = []
+
+    def run(one: LlamaForCausalLM, target: float) -> list[float]:
+        told.clear()
+        made = learn_path(
+            one, samples, target_sparsities=(target,), progress=told.append, **options
+        )
+        return [learned.target for learned in made]
+
+    assert run(model, 0.75) == [0.75]
+    assert run(model, 0.5) == [0.6]  # not the 0.75 that lies there
+    assert run(model, 0.5) == [0.6]
+    assert told == ["target 0.6 was learned before"]
+    other = LlamaForCausalLM(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    assert run(other, 0.5) == [0.6]
+    assert not any("before" in line for line in told)
+
+
+def test_a_file_that_holds_nothing_learned_is_left_as_it_is(
+    model: LlamaForCausalLM, samples: list[list[int]], tmp_path: Path
+) -> None:
+    settings = Settings(steps=1, further_steps=1)
+    array = io.BytesIO()
+    np.save(array, np.zeros(3))
+    cases = (
+        ("array.npz", array.getvalue()),
+        ("notes.txt", b"mine\n"),
+        ("empty.npz", b""),
+        ("cut.npz", b"PK\3\4cut"),
+    )
+    for name, data in cases:
+        checkpoint = tmp_path / name
+        checkpoint.write_bytes(data)
+        with pytest.raises(TuningError, match=f"{name} holds no learned thresholds"):
+            learn_path(
+                model, samples, target_sparsities=(0.5,), settings=settings, checkpoint=checkpoint
+            )
+        assert checkpoint.read_bytes() == data
 
 
 @pytest.mark.parametrize(

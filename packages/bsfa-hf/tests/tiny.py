@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bsfa_calib import ThresholdTable
 
@@ -67,6 +67,23 @@ def tiny_model(
         if ("q_proj" in name or "k_proj" in name or "qkv_proj" in name) and parameter.ndim == 2:
             parameter.data.normal_(0, 0.16)
     return model
+
+
+def small_llama() -> LlamaForCausalLM:
+    """A Llama that reads bytes, and whose attention has something to choose between."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        attn_implementation="sdpa",
+        initializer_range=0.15,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def tokens(length: int, *, seed: int = 0, batch: int = 1) -> Tensor:

@@ -194,7 +194,7 @@ def calibrate(
         keep = 0
         _check_lengths(samples, 0, q_block, k_block)
     settings = {
-        "model": "" if checkpoint is None else _fingerprint(model),
+        "model": "" if checkpoint is None else fingerprint(model),
         "rule": rule,
         "block": [q_block, k_block],
         "keep": keep,
@@ -491,7 +491,7 @@ class _Assembly:
         return torch.stack(tensors)
 
 
-def _fingerprint(model: Any) -> str:
+def fingerprint(model: Any) -> str:
     """Digest by which a model's measurements are told from those of another."""
     digest = hashlib.sha256()
     starts = []

@@ -10,8 +10,10 @@ that nothing was learned from, the sparsity or the loss is what was asked for.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bsfa_calib.thresholds import ThresholdTable
+from bsfa_calib.capture import fingerprint
+from bsfa_calib.thresholds import ThresholdTable, write_atomically
 from bsfa_hf.evaluation.learning import Float32Array, Learned, Settings, learn
 from bsfa_hf.evaluation.methods import BlockSparse, applied, forced_share
 from bsfa_hf.evaluation.metrics import LanguageModel
@@ -115,13 +118,13 @@ def learn_path(
         geometry: the sparsity block.
         settings: how to learn.
         start: thresholds [layers, heads] to start from.
-        checkpoint: file that keeps what is learned; what a run with the same arguments left there
-            is used.
+        checkpoint: file that keeps what is learned; what a run of the same model with the same
+            arguments left there is used, as far as its rungs are those needed now.
         progress: told of every tenth step.
 
     Raises:
         TuningError: a target cannot be reached at this length, so short that next to nothing can,
-            or neither or both kinds are given.
+            neither or both kinds are given, or the checkpoint is another kind of file.
     """
     if bool(target_sparsities) == bool(max_losses):
         raise TuningError("give either target sparsities or bounds on the loss")
@@ -136,8 +139,12 @@ def learn_path(
     if any(not 0 < loss < math.inf for loss in max_losses):
         raise TuningError(f"a bound on the loss must be above 0, got {min(max_losses):g}")
     ladder = _rungs(target_sparsities, reachable(len(samples[0]), geometry))
-    key = _digest(samples, rule, geometry, settings, start)
-    made = _load(checkpoint, key)
+    key = _digest(model, samples, rule, geometry, settings, start)
+    made = []
+    for rung, learned in zip(ladder, _load(checkpoint, key), strict=False):
+        if learned.target != rung:
+            break  # each rung starts from the one below
+        made.append(learned)
     for learned in made:
         progress(f"target {learned.target:g} was learned before")
     while len(made) < len(ladder):
@@ -339,6 +346,7 @@ def _rungs(target_sparsities: Sequence[float], ladder: tuple[float, ...]) -> tup
 
 
 def _digest(
+    model: Any,
     samples: Sequence[Sequence[int]],
     rule: str,
     geometry: Geometry,
@@ -346,7 +354,7 @@ def _digest(
     start: Float32Array | None,
 ) -> str:
     digest = hashlib.sha256(json.dumps([list(ids) for ids in samples]).encode())
-    digest.update(f"{rule} {geometry} {settings}".encode())
+    digest.update(f"{fingerprint(model)} {rule} {geometry} {settings}".encode())
     if start is not None:
         digest.update(np.ascontiguousarray(start).tobytes())
     return digest.hexdigest()
@@ -355,19 +363,26 @@ def _digest(
 def _load(checkpoint: Path | None, key: str) -> list[Learned]:
     if checkpoint is None or not checkpoint.exists():
         return []
-    with np.load(checkpoint) as file:
-        if str(file["key"]) != key:
-            return []
-        fields = (file["target"], file["thresholds"], file["sparsity"], file["kl"])
-        return [
-            Learned(float(t), x, float(s), float(kl)) for t, x, s, kl in zip(*fields, strict=True)
-        ]
+    try:
+        with np.load(io.BytesIO(checkpoint.read_bytes())) as file:
+            if str(file["key"]) != key:
+                return []
+            fields = (file["target"], file["thresholds"], file["sparsity"], file["kl"])
+    except (
+        *(OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile),
+        *(AttributeError, TypeError),  # an array on its own
+    ) as error:
+        raise TuningError(
+            f"{checkpoint} holds no learned thresholds ({error}): remove it, or name another file"
+        ) from error
+    return [Learned(float(t), x, float(s), float(kl)) for t, x, s, kl in zip(*fields, strict=True)]
 
 
 def _save(checkpoint: Path | None, key: str, made: Sequence[Learned]) -> None:
     if checkpoint is None:
         return
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     names = ("target", "thresholds", "sparsity", "kl")
     arrays: dict[str, Any] = {name: np.stack([getattr(x, name) for x in made]) for name in names}
-    np.savez(checkpoint, key=np.asarray(key), **arrays)
+    buffer = io.BytesIO()
+    np.savez(buffer, key=np.asarray(key), **arrays)
+    write_atomically(checkpoint, buffer.getvalue())
