@@ -439,6 +439,14 @@ def test_a_model_and_a_text_give_a_table_and_what_to_expect_of_it(
     assert (tmp_path / "kept.npz").exists()
 
 
+def test_an_unknown_dtype_is_refused_before_anything_is_learned(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["calibrate", "--model", "none", "--text", "none", "--dtype", "int9"])
+    assert "invalid choice: 'int9'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

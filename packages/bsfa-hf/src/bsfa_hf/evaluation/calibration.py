@@ -373,7 +373,7 @@ def _load(checkpoint: Path | None, key: str) -> list[Learned]:
         *(AttributeError, TypeError),  # an array on its own
     ) as error:
         raise TuningError(
-            f"{checkpoint} holds no learned thresholds ({error}): remove it, or name another file"
+            f"{checkpoint} holds no learned thresholds: remove it, or name another file"
         ) from error
     return [Learned(float(t), x, float(s), float(kl)) for t, x, s, kl in zip(*fields, strict=True)]
 

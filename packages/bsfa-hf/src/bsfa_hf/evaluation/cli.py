@@ -174,7 +174,12 @@ def _add_calibrate(subparsers: Any) -> None:
     add("--learned", type=Path, metavar="FILE", help="keep what was learned here, for other points")
     add("--out", type=Path, default=Path("thresholds.safetensors"), metavar="FILE")
     add("--name", help="name of the model in the table")
-    add("--dtype", default="auto", help="of the use: auto, float32, bfloat16 or float16")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the use (default: %(default)s, bfloat16 on a GPU)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--backend", choices=("auto", "reference"), default="auto")
     add("--offline", action="store_true", help="take nothing from the network")
