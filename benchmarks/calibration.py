@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Time of a calibration beside that of dense prefill passes over the same samples.
 
-::
+Both read all samples several times, in turns, and medians are compared::
 
     python benchmarks/calibration.py --model MODEL --text TEXT --seqlen 8K --samples 4
     python benchmarks/calibration.py --model-shape llama-3.1-8b --seqlen 128K --samples 1
@@ -11,8 +11,10 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,14 @@ _WARM_UP_TOKENS = 8192
 
 
 def measure(
-    model: Any, samples: list[list[int]], rule: str, geometry: Geometry, points: dict[str, Any]
+    model: Any,
+    samples: list[list[int]],
+    rule: str,
+    geometry: Geometry,
+    points: dict[str, Any],
+    repetitions: int,
 ) -> Record:
-    """Time both, each after a warm-up on the beginning of the first sample.
+    """Time both in turns, after a warm-up on the beginning of the first sample.
 
     Args:
         model: a model of transformers.
@@ -40,6 +47,7 @@ def measure(
         rule: what to calibrate.
         geometry: of the blocks.
         points: ``k_values`` or ``target_sparsities`` of `bsfa_calib.capture.calibrate`.
+        repetitions: passes over all samples, of each.
 
     Returns:
         The part of a record that was measured.
@@ -47,18 +55,22 @@ def measure(
     options = {"rule": rule, "q_block": geometry.q_block, "k_block": geometry.k_block, **points}
     cuda = model.device.type == "cuda"
     warm_up = samples[0][:_WARM_UP_TOKENS]
-    models.prefill(model, warm_up, use_cache=False)
-    start = time.perf_counter()
-    for ids in samples:
-        models.prefill(model, ids, use_cache=False)
-    dense_seconds = time.perf_counter() - start
 
+    def dense_passes() -> None:
+        for ids in samples:
+            models.prefill(model, ids, use_cache=False)
+
+    models.prefill(model, warm_up, use_cache=False)
     calibrate(model, [warm_up], **options)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    calibrate(model, samples, **options)
-    calibration_seconds = time.perf_counter() - start
+    dense, calibration, peak = [], [], 0.0
+    for _ in range(repetitions):
+        dense.append(_seconds(dense_passes))
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        calibration.append(_seconds(lambda: calibrate(model, samples, **options)))
+        if cuda:
+            peak = max(peak, torch.cuda.max_memory_allocated() / 2**30)
+    dense_seconds, calibration_seconds = map(statistics.median, (dense, calibration))
     return {
         "seqlen": len(samples[0]),
         "samples": len(samples),
@@ -68,8 +80,18 @@ def measure(
         "dense_seconds": dense_seconds,
         "calibration_seconds": calibration_seconds,
         "ratio": calibration_seconds / dense_seconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        "repetitions": repetitions,
+        "dense_seconds_each": dense,
+        "calibration_seconds_each": calibration,
+        "peak_gib": peak,
     }
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """How long it takes; its last step waits for the device."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     add("--geometries", type=list_of(Geometry.parse), default=(bsfa_kernel.DEFAULT_GEOMETRY,))
     add("--k-values", type=list_of(int), help="calibrate these k; target sparsities without")
     add("--target-sparsities", type=list_of(float), default=(0.5, 0.75, 0.9))
+    add("--repetitions", type=int, default=3, help="of both, in turns (default %(default)s)")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "calibration.jsonl")
     return result
 
@@ -90,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
+    if arguments.repetitions < 1:
+        raise SystemExit(f"--repetitions must be at least 1, got {arguments.repetitions}")
     device = torch.device(arguments.device)
     model, tokenizer, name = models.load(arguments)
     samples = models.tokens(arguments, model, tokenizer, arguments.seqlen, arguments.samples)
@@ -103,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     for rule in arguments.rules:
         for geometry in arguments.geometries:
             progress(f"{name}, {arguments.samples} x {arguments.seqlen} tokens, {rule}, {geometry}")
-            measured = measure(model, samples, rule, geometry, points)
+            measured = measure(model, samples, rule, geometry, points, arguments.repetitions)
             record = {**common, "kind": "calibration", "model": name, **measured}
             results.append({**record, "clocks": clocks(device)})
             print(

@@ -98,6 +98,9 @@ def test_calibration_is_timed_against_dense_passes(tmp_path: Path) -> None:
     (record,) = harness.read_records(out)
     assert record["ratio"] == pytest.approx(record["calibration_seconds"] / record["dense_seconds"])
     assert (record["samples"], record["seqlen"]) == (2, 512)
+    assert record["repetitions"] == 3
+    for name in ("dense_seconds", "calibration_seconds"):
+        assert record[name] == sorted(record[f"{name}_each"])[1]
 
 
 def test_prefill_takes_flash_attention_3_where_it_is_installed(

@@ -77,6 +77,18 @@ def test_maxima_are_those_of_the_layers_queries_and_keys(model: Any, rule: str) 
         torch.testing.assert_close(maxima[layer], expected[0])
 
 
+@pytest.mark.parametrize("points", [{"k_values": [1, 2]}, {"target_sparsities": [0.3]}])
+def test_layers_may_be_reduced_together_or_one_by_one(
+    model: Any, points: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    together = calibrate(model, SAMPLES, checkpoint=tmp_path / "together", **points)
+    monkeypatch.setattr(capture, "_MAXIMA_TOGETHER", 0)
+    one_by_one = calibrate(model, SAMPLES, **points)
+    assert np.array_equal(together.thresholds, one_by_one.thresholds)
+    found_again = calibrate(model, SAMPLES, checkpoint=tmp_path / "together", **points)
+    assert np.array_equal(together.thresholds, found_again.thresholds)
+
+
 def test_the_model_is_restored_after_an_error(model: Any) -> None:
     def fail(layer: int, maxima: torch.Tensor) -> None:
         raise KeyboardInterrupt

@@ -33,6 +33,10 @@ ATTENTION_NAME = "bsfa_capture"
 # Maxima of all samples that thresholds are estimated from at a time.
 _MAXIMA_AT_A_TIME = 1 << 25
 
+# Maxima of a sample that are set aside, so that those of several layers are worked on together: of
+# a short sample, launching the work of each layer would take longer than the work.
+_MAXIMA_TOGETHER = 1 << 22
+
 _logger = logging.getLogger(__name__)
 
 
@@ -257,13 +261,13 @@ def top_maxima(maxima: Tensor, recorder: Recorder, seqlen: int, keep: int) -> Te
     """The largest unforced block maxima of each query block.
 
     Args:
-        maxima: float32 ``[heads, q_blocks, k_blocks]``.
+        maxima: float32 ``[..., q_blocks, k_blocks]``.
         recorder: names the geometry.
         seqlen: tokens of the sample.
         keep: maxima to keep.
 
     Returns:
-        float32 ``[heads, q_blocks, min(keep, k_blocks)]``, descending; −inf where there are no
+        float32 ``[..., q_blocks, min(keep, k_blocks)]``, descending; −inf where there are no
         more.
     """
     hidden = maxima.masked_fill(_forced_mask(maxima, recorder, seqlen), float("-inf"))
@@ -276,22 +280,22 @@ def histogram(maxima: Tensor, recorder: Recorder, seqlen: int) -> Tensor:
     """Histogram of the unforced block maxima.
 
     Args:
-        maxima: float32 ``[heads, q_blocks, k_blocks]``.
+        maxima: float32 ``[..., q_blocks, k_blocks]``.
         recorder: names the geometry.
         seqlen: tokens of the sample.
 
     Returns:
-        int32 ``[heads, HISTOGRAM_BINS]``, as `bsfa_calib.estimate.scalar_thresholds` takes it.
+        int32 ``[..., HISTOGRAM_BINS]``, as `bsfa_calib.estimate.scalar_thresholds` takes it.
     """
-    heads = len(maxima)
     blocks = _unforced_indices(maxima.shape[-1], recorder, seqlen, maxima.device)
-    values = maxima.flatten(1).index_select(1, blocks)
+    values = maxima.flatten(-2).index_select(-1, blocks)
     # The first bin takes all that is below the reach; integers are cut towards 0.
     first = estimate.HISTOGRAM_REACH * estimate.BINS_PER_UNIT + 1
     bins = values.mul_(estimate.BINS_PER_UNIT).add_(first).long()
     bins.clamp_(0, estimate.HISTOGRAM_BINS - 1)
-    counts = torch.zeros((heads, estimate.HISTOGRAM_BINS), dtype=torch.int32, device=maxima.device)
-    return counts.scatter_(1, bins, 1, reduce="add")
+    shape = (*maxima.shape[:-2], estimate.HISTOGRAM_BINS)
+    counts = torch.zeros(shape, dtype=torch.int32, device=maxima.device)
+    return counts.scatter_(-1, bins, 1, reduce="add")
 
 
 def _forced_mask(maxima: Tensor, recorder: Recorder, seqlen: int) -> Tensor:
@@ -328,20 +332,14 @@ def _measure(
     progress: Callable[[Progress], None] | None,
 ) -> tuple[Measured, dict[int, Tensor]]:
     """Let the model read one sample. The host waits for the device once, at the end."""
-    layers: dict[int, Tensor] = {}
-    highest: dict[int, Tensor] = {}
+    reduction = _Reduction(recorder, len(tokens), keep)
     pace = _Pace(model.device)
 
     def sink(layer: int, maxima: Tensor) -> None:
-        highest[layer] = maxima.amax(-1)
-        layers[layer] = (
-            top_maxima(maxima, recorder, len(tokens), keep)
-            if keep
-            else histogram(maxima, recorder, len(tokens))
-        )
+        reduction.add(layer, maxima)
         if progress is not None:
             pace.wait_for_the_layer_before()
-            progress(dataclasses.replace(state, layer=len(layers)))
+            progress(dataclasses.replace(state, layer=reduction.seen))
 
     recorder.sink = sink
     recorder.dense = {}
@@ -350,18 +348,66 @@ def _measure(
         options["logits_to_keep"] = 1
     with torch.inference_mode():
         model(input_ids=torch.tensor([list(tokens)], device=model.device), **options)
-        if highest:
-            # Every query block sees some score. Over those that are NaN a kernel's maxima are −inf.
-            found = torch.stack(list(highest.values())) > float("-inf")
-            for layer, sound in zip(highest, found.flatten(1).all(1).tolist(), strict=True):
-                if not sound:
-                    raise CaptureError(f"layer {layer} gives NaN scores; try another dtype")
+        layers = reduction.finish()
     dense = dict(recorder.dense)
     for layer in range(state.layers):
         if layer not in layers and layer not in dense:
             dense[layer] = "it has no causal softmax attention of its own"
     kept = {layer: tensor for layer, tensor in layers.items() if layer not in dense}
     return Measured(len(tokens), dense), kept
+
+
+class _Reduction:
+    """Reduces the maxima of a sample's layers, those of several at a time where they are few."""
+
+    def __init__(self, recorder: Recorder, seqlen: int, keep: int) -> None:
+        self.seen = 0
+        self._recorder, self._seqlen, self._keep = recorder, seqlen, keep
+        self._waiting: dict[int, Tensor] = {}
+        self._layers: dict[int, Tensor] = {}
+        self._sound: dict[int, Tensor] = {}
+
+    def add(self, layer: int, maxima: Tensor) -> None:
+        """Take the maxima ``[heads, q_blocks, k_blocks]`` of a layer."""
+        if self._waiting:
+            first = next(iter(self._waiting.values()))
+            together = maxima.numel() * (len(self._waiting) + 1)
+            if first.shape != maxima.shape or together > _MAXIMA_TOGETHER:
+                self._reduce()
+        self.seen += layer not in self._waiting and layer not in self._layers
+        self._waiting[layer] = maxima
+
+    def finish(self) -> dict[int, Tensor]:
+        """What is kept of each layer.
+
+        Raises:
+            CaptureError: a layer's scores are NaN.
+        """
+        self._reduce()
+        if self._sound:
+            found = torch.stack(list(self._sound.values())).tolist()
+            for layer, sound in zip(self._sound, found, strict=True):
+                if not sound:
+                    raise CaptureError(f"layer {layer} gives NaN scores; try another dtype")
+        return self._layers
+
+    def _reduce(self) -> None:
+        if not self._waiting:
+            return
+        numbers = list(self._waiting)
+        several = list(self._waiting.values())
+        self._waiting.clear()
+        maxima = torch.stack(several) if len(several) > 1 else several[0][None]
+        del several
+        # Every query block sees some score. Over those that are NaN a kernel's maxima are −inf.
+        sound = (maxima.amax(-1) > float("-inf")).flatten(1).all(1)
+        self._sound.update(zip(numbers, sound.unbind(), strict=True))
+        kept = (
+            top_maxima(maxima, self._recorder, self._seqlen, self._keep)
+            if self._keep
+            else histogram(maxima, self._recorder, self._seqlen)
+        )
+        self._layers.update(zip(numbers, kept.unbind(), strict=True))
 
 
 class _Pace:
