@@ -295,6 +295,10 @@ class Benchmark:
         if cuda:
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30
             run.peak_gib = max(run.peak_gib, peak)
+        progress(
+            f"  {run.implementation:5} {run.asked:5} {elapsed:10.1f} ms, attention "
+            f"{attention:9.1f} ms{'' if count else ', not counted'}"
+        )
         if count:
             run.times.append(elapsed)
             run.attention.append(attention)

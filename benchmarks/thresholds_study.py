@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -228,6 +229,7 @@ class Thresholds:
         self.budget, self.native = budget, native
         self.device = next(model.parameters()).device
         self.dtype = torch.float32
+        self.start = ThresholdTable.load(arguments.start) if arguments.start else None
         self._profiles: dict[tuple[str, Geometry, str], Profile] = {}
         self._paper: Callable[[float], npt.NDArray[np.float32]] | None = None
 
@@ -265,7 +267,12 @@ class Thresholds:
                 )
                 yield target, np.full((*attention_shape(self.model), 1), found.threshold)
         elif candidate.variant in _LEARNED:
-            yield from ((one.target, one.thresholds) for one in self._learned(candidate))
+            learned = [(one.target, one.thresholds) for one in self._learned(candidate)]
+            if self.start is not None:
+                learned.insert(0, (self.start.points[-1], self.start.thresholds[-1]))
+            found = learned if self.start is None else learned[1:]
+            found = [*found, *between(learned, self.arguments.between)]
+            yield from sorted(found, key=lambda one: one[0])
         else:
             made = self._profile(rule, geometry, candidate.order)
             for target in targets:
@@ -293,11 +300,15 @@ class Thresholds:
         if candidate.variant == "learned from effect":
             profiled = self._profile(candidate.rule, candidate.geometry, candidate.order)
             start = allot(profiled, LADDER[0]).astype(np.float32)
+        rungs = None
+        if self.start is not None:
+            start, rungs = self.start.thresholds[-1], self.arguments.learned_sparsities
         with self._in_float32():
             return learn_path(
                 self.model,
                 self.contexts,
                 target_sparsities=self.arguments.learned_sparsities,
+                rungs=rungs,
                 rule=candidate.rule,
                 geometry=candidate.geometry,
                 settings=Settings(
@@ -317,6 +328,18 @@ class Thresholds:
             yield
         finally:
             self.model.to(self.dtype)
+
+
+def between(
+    learned: Sequence[tuple[float, Any]], count: int
+) -> list[tuple[float, npt.NDArray[np.float32]]]:
+    """Targets and thresholds between two neighbours each, ``count`` of them, evenly spaced."""
+    found = []
+    for (low, first), (high, second) in itertools.pairwise(learned):
+        for share in np.arange(1, count + 1) / (count + 1):
+            values = np.asarray((1 - share) * first + share * second, np.float32)
+            found.append((round(float((1 - share) * low + share * high), 6), values))
+    return found
 
 
 def run_point(
@@ -351,6 +374,8 @@ def earlier(path: Path, about: dict[str, Any]) -> dict[str, list[Point]]:
             arrays = (np.asarray(record[name]) for name in ("sparsity", "kl", "nll_change"))
             point = Point(record["asked"], *arrays)
             results.setdefault(record["candidate"], []).append(point)
+    for points in results.values():
+        points.sort(key=lambda point: point.asked)
     return results
 
 
@@ -491,6 +516,8 @@ def main() -> int:
             known = {point.asked for point in results.get(candidate.name, [])}
             asked_for = [share for share in of_rule if share < most and share not in known]
             for asked, values in source.of(candidate, asked_for):
+                if asked in known:
+                    continue
                 method: Method
                 if native and candidate.order == "last_first":
                     method = BlockSparse(values, candidate.rule, candidate.geometry)
@@ -642,6 +669,15 @@ def _arguments() -> argparse.Namespace:
         nargs="+",
         default=list(LADDER[:3]),
         help="learn on the ladder between the least and the most of these",
+    )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="TABLE",
+        help="learn on from the last point of this table, at exactly --learned-sparsities",
+    )
+    parser.add_argument(
+        "--between", type=int, default=0, help="points to measure between two that were learned"
     )
     parser.add_argument("--draws", type=int, default=2, help="of tokens, to measure effects with")
     parser.add_argument("--grid-step", type=float, default=1.0, help="of thresholds profiled")

@@ -296,6 +296,16 @@ def test_the_ladder_is_climbed_as_far_as_it_is_needed(
     assert [learned.target for learned in made] == [0.6]
 
 
+def test_rungs_may_be_named_instead(model: LlamaForCausalLM, samples: list[list[int]]) -> None:
+    options = {"target_sparsities": (0.5,), "settings": Settings(steps=1, further_steps=1)}
+    start = np.zeros((2, 4, 1), np.float32)
+    made = learn_path(model, samples, rungs=(0.3, 0.45), start=start, **options)
+    assert [learned.target for learned in made] == [0.3, 0.45]
+    for wrong in ((0.4, 0.3), (0.0, 0.3), (0.3, 0.99)):
+        with pytest.raises(TuningError, match="rungs must be ascending, above 0 and below 0.778"):
+            learn_path(model, samples, rungs=wrong, **options)
+
+
 def test_what_was_learned_is_used_for_the_same_model_and_rungs_only(
     model: LlamaForCausalLM, samples: list[list[int]], tmp_path: Path
 ) -> None:

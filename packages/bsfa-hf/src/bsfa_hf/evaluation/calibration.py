@@ -103,6 +103,7 @@ def learn_path(
     geometry: Geometry = DEFAULT_GEOMETRY,
     settings: Settings | None = None,
     start: Float32Array | None = None,
+    rungs: Sequence[float] | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Learned]:
@@ -117,7 +118,8 @@ def learn_path(
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
         settings: how to learn.
-        start: thresholds [layers, heads] to start from.
+        start: thresholds [layers, heads] or [layers, heads, rows] to start from.
+        rungs: sparsities to learn at, ascending, instead of those of the ladder.
         checkpoint: file that keeps what is learned; what a run of the same model with the same
             arguments left there is used, as far as its rungs are those needed now.
         progress: told of every tenth step.
@@ -138,7 +140,14 @@ def learn_path(
             )
     if any(not 0 < loss < math.inf for loss in max_losses):
         raise TuningError(f"a bound on the loss must be above 0, got {min(max_losses):g}")
-    ladder = _rungs(target_sparsities, reachable(len(samples[0]), geometry))
+    if rungs is None:
+        ladder = _rungs(target_sparsities, reachable(len(samples[0]), geometry))
+    else:
+        ladder = tuple(rungs)
+        if list(ladder) != sorted(set(ladder)) or not all(0 < rung < most for rung in ladder):
+            raise TuningError(
+                f"rungs must be ascending, above 0 and below {most:.3f}, got {list(ladder)}"
+            )
     key = _digest(model, samples, rule, geometry, settings, start)
     made = []
     for rung, learned in zip(ladder, _load(checkpoint, key), strict=False):
