@@ -81,7 +81,8 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     from bsfa_calib import models
 
     model, tokenizer = models.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    return model, tokenizer, Path(arguments.model).stem
+    name = Path(arguments.model).name.removesuffix(".gguf")
+    return model, tokenizer, name
 
 
 def tokens(

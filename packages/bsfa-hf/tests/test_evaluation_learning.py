@@ -302,7 +302,7 @@ def test_rungs_may_be_named_instead(model: LlamaForCausalLM, samples: list[list[
     made = learn_path(model, samples, rungs=(0.3, 0.45), start=start, **options)
     assert [learned.target for learned in made] == [0.3, 0.45]
     for wrong in ((0.4, 0.3), (0.0, 0.3), (0.3, 0.99)):
-        with pytest.raises(TuningError, match="rungs must be ascending, above 0 and below 0.778"):
+        with pytest.raises(TuningError, match=r"rungs must be ascending, above 0 and below 0\.778"):
             learn_path(model, samples, rungs=wrong, **options)
 
 
