@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import re
@@ -275,8 +276,10 @@ def test_points_are_found_by_sparsity_and_by_loss(
     assert 0 < by_loss.expected[0].kl <= 0.02
     with pytest.raises(TuningError, match="either"):
         calibrate(model, a_path(), samples[:1])
+    # In 16 bits two ways to compute the same attention differ by more than this.
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
     with pytest.raises(TuningError, match="is exceeded however low"):
-        calibrate(model, a_path(), samples[:1], max_losses=(1e-12,))
+        calibrate(rounded, a_path(), samples[:1], max_losses=(1e-12,))
 
 
 def test_the_ladder_is_climbed_as_far_as_it_is_needed(
