@@ -15,10 +15,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import bsfa_hf
 from bsfa_calib import ThresholdTable, models
 from bsfa_hf.cli.common import quiet
+from bsfa_kernel import block_sparse_attention
 
 pytestmark = pytest.mark.model
 
@@ -41,6 +47,28 @@ def prompt(loaded: models.Loaded) -> Tensor:
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :1111]
     assert ids.shape[1] == 1111
     return torch.as_tensor(ids)
+
+
+@pytest.fixture(scope="module")
+def real_inputs(loaded: models.Loaded, prompt: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """q, k and v [1, seqlen, heads, head_dim] as four of the layers give them to attention."""
+    layers = (0, 9, 19, 29)
+    found = {}
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any):
+        if module.layer_idx in layers:
+            found[module.layer_idx] = tuple(x.transpose(1, 2) for x in (query, key, value))
+        return sdpa_attention_forward(module, query, key, value, *rest, **more)
+
+    AttentionInterface.register("bsfa_test_capture", attention)
+    AttentionMaskInterface.register("bsfa_test_capture", sdpa_mask)
+    before = loaded.model.config._attn_implementation
+    loaded.model.set_attn_implementation("bsfa_test_capture")
+    try:
+        loaded.model(prompt, use_cache=False, logits_to_keep=1)
+    finally:
+        loaded.model.set_attn_implementation(before)
+    return [found[layer] for layer in layers]
 
 
 def scalar_table(model: Any, value: float, rule: str = "absolute") -> ThresholdTable:
@@ -110,3 +138,30 @@ def test_chunks_and_padding_change_nothing(
         ]
         assert relative(batch[0], whole[0]) <= 1e-3
         assert relative(batch[1], alone[0]) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_real_inputs_give_no_more_than_twice_the_error_of_flash_attention(
+    real_inputs: list[tuple[Tensor, Tensor, Tensor]], device: str, dtype: torch.dtype
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        if os.environ.get("BSFA_REQUIRE_GPU") == "1":
+            pytest.fail("BSFA_REQUIRE_GPU is set, and torch finds no CUDA device")
+        pytest.skip("needs a CUDA device")
+    for layer in real_inputs:
+        q, k, v = (x.to(device, dtype) for x in layer)
+
+        def dense(dtype: torch.dtype, inputs: tuple[Tensor, ...] = (q, k, v)) -> Tensor:
+            heads_first = (x.to(dtype).transpose(1, 2) for x in inputs)
+            out = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+            return out.transpose(1, 2).double()
+
+        expected = dense(torch.float64)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            peer = dense(dtype) - expected
+        nothing_skipped = torch.full((q.shape[2], 1), -math.inf, device=device)
+        error = block_sparse_attention(q, k, v, nothing_skipped).double() - expected
+        assert float(error.norm()) <= 2 * float(peer.norm())
+        assert float(error.abs().max()) <= 2 * float(peer.abs().max())
+        assert float(peer.norm()) > 0
