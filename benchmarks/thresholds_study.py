@@ -268,10 +268,10 @@ class Thresholds:
                 yield target, np.full((*attention_shape(self.model), 1), found.threshold)
         elif candidate.variant in _LEARNED:
             learned = [(one.target, one.thresholds) for one in self._learned(candidate)]
+            start = []
             if self.start is not None:
-                learned.insert(0, (self.start.points[-1], self.start.thresholds[-1]))
-            found = learned if self.start is None else learned[1:]
-            found = [*found, *between(learned, self.arguments.between)]
+                start.append((self.start.points[-1], self.start.thresholds[-1]))
+            found = [*learned, *between([*start, *learned], self.arguments.between)]
             yield from sorted(found, key=lambda one: one[0])
         else:
             made = self._profile(rule, geometry, candidate.order)
@@ -708,6 +708,8 @@ def _arguments() -> argparse.Namespace:
         parser.error("--model and --text are needed")
     if arguments.length % 128:
         parser.error(f"--length must be a multiple of 128, got {arguments.length}")
+    if arguments.between < 0:
+        parser.error(f"--between must be at least 0, got {arguments.between}")
     return arguments
 
 

@@ -233,6 +233,16 @@ def test_samples_of_different_lengths_and_odd_settings_are_refused(
             rule="running_lse",
             geometry=GEOMETRY,
         )
+    for shape in ((2, 3), (1, 4), (3, 4, 1)):
+        with pytest.raises(ValueError, match="must be of 2 layers and 4 heads"):
+            learn(
+                model,
+                samples,
+                [0.4],
+                rule="running_lse",
+                geometry=GEOMETRY,
+                start=np.zeros(shape),
+            )
     with pytest.raises(ValueError, match="need 1 or 8 rows, got 5"):
         learn(
             model,
@@ -304,7 +314,7 @@ def test_rungs_may_be_named_instead(model: LlamaForCausalLM, samples: list[list[
     start = np.zeros((2, 4, 1), np.float32)
     made = learn_path(model, samples, rungs=(0.3, 0.45), start=start, **options)
     assert [learned.target for learned in made] == [0.3, 0.45]
-    for wrong in ((0.4, 0.3), (0.0, 0.3), (0.3, 0.99)):
+    for wrong in ((), (0.4, 0.3), (0.0, 0.3), (0.3, 0.99)):
         with pytest.raises(TuningError, match=r"rungs must be ascending, above 0 and below 0\.778"):
             learn_path(model, samples, rungs=wrong, **options)
 

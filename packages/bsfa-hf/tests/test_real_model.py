@@ -82,6 +82,12 @@ def scalar_table(model: Any, value: float, rule: str = "absolute") -> ThresholdT
     )
 
 
+def dense(*inputs: Tensor) -> Tensor:
+    """torch's causal attention of q, k and v [batch, seqlen, heads, head_dim]."""
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
 def relative(logits: Tensor, expected: Tensor) -> float:
     return float((logits - expected).abs().max() / (expected.max() - expected.min()))
 
@@ -151,15 +157,9 @@ def test_real_inputs_give_no_more_than_twice_the_error_of_flash_attention(
         pytest.skip("needs a CUDA device")
     for layer in real_inputs:
         q, k, v = (x.to(device, dtype) for x in layer)
-
-        def dense(dtype: torch.dtype, inputs: tuple[Tensor, ...] = (q, k, v)) -> Tensor:
-            heads_first = (x.to(dtype).transpose(1, 2) for x in inputs)
-            out = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
-            return out.transpose(1, 2).double()
-
-        expected = dense(torch.float64)
+        expected = dense(q.double(), k.double(), v.double())
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            peer = dense(dtype) - expected
+            peer = dense(q, k, v).double() - expected
         nothing_skipped = torch.full((q.shape[2], 1), -math.inf, device=device)
         error = block_sparse_attention(q, k, v, nothing_skipped).double() - expected
         assert float(error.norm()) <= 2 * float(peer.norm())

@@ -126,7 +126,8 @@ def learn_path(
 
     Raises:
         TuningError: a target cannot be reached at this length, so short that next to nothing can,
-            neither or both kinds are given, or the checkpoint is another kind of file.
+            neither or both kinds are given, the rungs cannot be climbed in their order, or the
+            checkpoint is another kind of file.
     """
     if bool(target_sparsities) == bool(max_losses):
         raise TuningError("give either target sparsities or bounds on the loss")
@@ -144,7 +145,8 @@ def learn_path(
         ladder = _rungs(target_sparsities, reachable(len(samples[0]), geometry))
     else:
         ladder = tuple(rungs)
-        if list(ladder) != sorted(set(ladder)) or not all(0 < rung < most for rung in ladder):
+        climbs = bool(ladder) and list(ladder) == sorted(set(ladder))
+        if not climbs or not all(0 < rung < most for rung in ladder):
             raise TuningError(
                 f"rungs must be ascending, above 0 and below {most:.3f}, got {list(ladder)}"
             )

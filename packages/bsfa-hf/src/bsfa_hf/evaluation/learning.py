@@ -122,7 +122,8 @@ def learn(
         progress: told of every tenth step.
 
     Raises:
-        ValueError: there are no samples, or their lengths differ.
+        ValueError: there are no samples, their lengths differ, or the thresholds to start from are
+            not of the model's layers and heads.
     """
     if len({len(ids) for ids in samples}) != 1:
         raise ValueError("at least one sample is needed, and all of the same length")
@@ -173,6 +174,11 @@ class _Learner:
         first = np.asarray(START[rule] if start is None else start, np.float64)
         first = first if first.ndim == 3 else first[..., None]
         rows = self.weights.shape[1]
+        if start is not None and first.shape[:-1] != shape:
+            raise ValueError(
+                f"thresholds to start from must be of {shape[0]} layers and {shape[1]} heads, as "
+                f"the model is, got shape {np.shape(start)}"
+            )
         if first.shape[-1] not in (1, rows):
             raise ValueError(
                 f"thresholds to start from need 1 or {rows} rows, got {first.shape[-1]}"
