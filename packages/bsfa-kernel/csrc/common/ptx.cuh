@@ -16,6 +16,40 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// The float with the largest bits of three, as signed integers.  [max.s32, of which ptxas makes VIMNMX3]
+__device__ __forceinline__ float max_bits(float x, float y, float z) {
+  float result;
+  asm("{\n"
+      ".reg .s32 x, y, z;\n"
+      "mov.b32 x, %1;\n"
+      "mov.b32 y, %2;\n"
+      "mov.b32 z, %3;\n"
+      "max.s32 x, x, y;\n"
+      "max.s32 x, x, z;\n"
+      "mov.b32 %0, x;\n"
+      "}"
+      : "=f"(result)
+      : "f"(x), "f"(y), "f"(z));
+  return result;
+}
+
+// The float with the smallest bits of three, as unsigned integers.  [min.u32]
+__device__ __forceinline__ float min_bits(float x, float y, float z) {
+  float result;
+  asm("{\n"
+      ".reg .u32 x, y, z;\n"
+      "mov.b32 x, %1;\n"
+      "mov.b32 y, %2;\n"
+      "mov.b32 z, %3;\n"
+      "min.u32 x, x, y;\n"
+      "min.u32 x, x, z;\n"
+      "mov.b32 %0, x;\n"
+      "}"
+      : "=f"(result)
+      : "f"(x), "f"(y), "f"(z));
+  return result;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

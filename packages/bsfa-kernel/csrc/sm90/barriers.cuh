@@ -120,7 +120,8 @@ __device__ __forceinline__ void publish(typename Config::SharedStorage& storage,
   ptx::store_byte_and_arrive(votes + warp, warp_keeps | round_bits(place), barrier, threadIdx.x % 32 == 0);
 }
 
-// The votes of all consumer warps, those of consumer 0 in x, of consumer 1 in y.
+// The votes of all consumer warps, those of consumer 0 in x, of consumer 1 in y. All lanes read one address,
+// by which the compiler knows that what follows from the votes is the same in all lanes, too.
 template <class Config>
 __device__ __forceinline__ uint2 read_votes(typename Config::SharedStorage& storage,
                                             const Ring<Config::kVotePlaces>& place) {
@@ -128,14 +129,12 @@ __device__ __forceinline__ uint2 read_votes(typename Config::SharedStorage& stor
   return {static_cast<uint32_t>(votes), static_cast<uint32_t>(votes >> 32)};
 }
 
-// All lanes must come.
 template <int kStages>
 __device__ __forceinline__ bool are_votes_there(const uint2& votes, const Ring<kStages>& place) {
   const uint32_t awaited = round_bits(place);
-  return __all_sync(0xffffffff, (((votes.x ^ awaited) | (votes.y ^ awaited)) & kRoundBits) == 0);
+  return (((votes.x ^ awaited) | (votes.y ^ awaited)) & kRoundBits) == 0;
 }
 
-// All lanes must come.
 template <class Config>
 __device__ __forceinline__ uint2 await_votes(typename Config::SharedStorage& storage,
                                              const Ring<Config::kVotePlaces>& place) {

@@ -96,10 +96,15 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
     mask_scores(upper, who, visible, key_block * kKeyBlock);
     mask_scores(lower, who, visible, (key_block - 1) * kKeyBlock);
   };
+  // Returns whether the output must be multiplied by `factors`: where a score is far above the maximum.
   const auto raise_maxima = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
-    float maxima[kThreadRows];
-    row_maxima(accumulator_matrix(scores), maxima);
-    return softmax.raise(maxima, scale_log2, factors);
+    bool raised = false;
+    if (uniform(softmax.may_be_exceeded_by(accumulator_matrix(scores), scale_log2, Softmax::kSlack))) {
+      float maxima[kThreadRows];
+      row_maxima(accumulator_matrix(scores), maxima);
+      raised = softmax.raise(maxima, scale_log2, factors);
+    }
+    return raised;
   };
   // P = exp(S - m) of half the pair, in place.
   const auto exponentiate = [&](auto& half) BSFA_INLINE_LAMBDA {

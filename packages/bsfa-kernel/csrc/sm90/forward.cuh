@@ -26,10 +26,13 @@ __device__ __forceinline__ int attend(const TileContext<Config>& context, Output
     attend_dense<Config>(context, output, softmax);
     return context.block.keys.visible;
   }
-  if (context.params.rule == Rule::kAbsolute) {
-    return attend_sparse<Config, false>(context, output, softmax);
+  if (context.params.rule != Rule::kAbsolute) {
+    return attend_sparse<Config, Bounds::kRelative>(context, output, softmax);
   }
-  return attend_sparse<Config, true>(context, output, softmax);
+  if (uniform(context.block.threshold > 0.0f)) {
+    return attend_sparse<Config, Bounds::kPositive>(context, output, softmax);
+  }
+  return attend_sparse<Config, Bounds::kNotPositive>(context, output, softmax);
 }
 
 template <class Config>

@@ -9,6 +9,7 @@
 #include <math_constants.h>
 
 #include "../common/ptx.cuh"
+#include "config.cuh"
 
 namespace bsfa::sm90 {
 
@@ -54,6 +55,39 @@ __device__ __forceinline__ void row_maxima(const Matrix& scores, float (&maxima)
   }
 }
 
+// What can be compared with a bound of known sign instead of the largest score of each of the thread's rows,
+// in half the instructions: floats compared as integers, three at a time. The largest bits as signed integers
+// are those of the maximum, unless all scores are negative; the smallest as unsigned integers are those of
+// the maximum, unless some score is not negative, and then not negative themselves. So
+//
+//   maximum >= bound  <=>  scores_against<true>  >= bound   where bound > 0,
+//                          scores_against<false> >= bound   where bound <= 0.
+template <bool kPositiveBound, class Matrix>
+__device__ __forceinline__ void scores_against(const Matrix& scores, float (&values)[kThreadRows]) {
+  constexpr int kChains = 2;
+  const auto extreme = [](float x, float y, float z) BSFA_INLINE_LAMBDA {
+    return kPositiveBound ? ptx::max_bits(x, y, z) : ptx::min_bits(x, y, z);
+  };
+  float chains[kThreadRows][kChains];
+  CUTE_UNROLL
+  for (int row = 0; row < kThreadRows; ++row) {
+    chains[row][0] = scores(row, 0);
+    chains[row][1] = scores(row, 1);
+  }
+  CUTE_UNROLL
+  for (int column = kChains; column < cute::size<1>(scores); column += 2) {
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      float& chain = chains[row][column / 2 % kChains];
+      chain = extreme(chain, scores(row, column), scores(row, column + 1));
+    }
+  }
+  CUTE_UNROLL
+  for (int row = 0; row < kThreadRows; ++row) {
+    values[row] = extreme(chains[row][0], chains[row][1], chains[row][1]);
+  }
+}
+
 template <class Accumulators>
 __device__ __forceinline__ void scale_rows(Accumulators& accumulators, const float (&factors)[kThreadRows]) {
   auto matrix = accumulator_matrix(accumulators);
@@ -68,8 +102,14 @@ __device__ __forceinline__ void scale_rows(Accumulators& accumulators, const flo
 
 // The state of the rows that a thread has a part in.
 struct Softmax {
-  float maximum[kThreadRows];  // of the scores so far, not scaled; the same in the four threads of a quad
-  float sum[kThreadRows];      // of exp(scale * (score - maximum)) over the thread's columns
+  // What the scores of a row are seen relative to, not scaled; the same in the four threads of a quad. About
+  // the largest so far: see may_be_exceeded_by().
+  float maximum[kThreadRows];
+  float sum[kThreadRows];  // of exp(scale * (score - maximum)) over the thread's columns
+
+  // How far scores may be above the maximum, in powers of two. Multiplying the output by exp(old - new
+  // maximum) takes long, and need not be done as long as the probabilities stay well in the range of 16 bits.
+  static constexpr float kSlack = 8.0f;
 
   __device__ __forceinline__ Softmax() {
     CUTE_UNROLL
@@ -77,6 +117,22 @@ struct Softmax {
       maximum[row] = -CUDART_INF_F;
       sum[row] = 0.0f;
     }
+  }
+
+  // False only if no score of the thread's is more than `slack` powers of two above the maximum of its row.
+  // Where that bound is not positive, the answer is always true.
+  template <class Matrix>
+  __device__ __forceinline__ bool may_be_exceeded_by(const Matrix& scores, float scale_log2,
+                                                     float slack) const {
+    float values[kThreadRows];
+    scores_against<true>(scores, values);
+    bool exceeded = false;
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      const float bound = fmaf(maximum[row], scale_log2, slack);
+      exceeded |= !(bound > 0.0f) || values[row] * scale_log2 > bound;
+    }
+    return exceeded;
   }
 
   // Takes the thread's maxima of a block of scores into the state, which is then relative to the new maxima.

@@ -9,14 +9,22 @@
 
 namespace bsfa::sm90 {
 
-// kRelative: the bounds depend on what has been kept so far, so that a block can be voted on only when the
-// verdict on the one before it is known. Otherwise the vote comes as soon as the scores are there.
+// What is known of the bounds that scores must reach when the pass begins.
+enum class Bounds {
+  kPositive,
+  kNotPositive,
+  // They depend on what has been kept so far, so that a block can be voted on only when the verdict on the
+  // one before it is known. Otherwise the vote comes as soon as the scores are there.
+  kRelative
+};
+
 // Returns the number of blocks kept.
-template <class Config, bool kRelative, class Output>
+template <class Config, Bounds kBounds, class Output>
 __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context, Output& output,
                                              Softmax& softmax) {
   using namespace cute;
   using Element = typename Config::Element;
+  constexpr bool kRelative = kBounds == Bounds::kRelative;
   auto& storage = context.storage;
   auto& rings = context.rings;
   const ForwardParams& params = context.params;
@@ -52,12 +60,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     bounds[row] = votes ? threshold + (kRelative ? -CUDART_INF_F : 0.0f) : CUDART_NAN_F;
   }
   int kept = 0;
-  uint32_t heard = rings.ballots.count;  // verdicts
   Verdict verdict{};
-
-  // Which warps' votes make this warpgroup keep a block.
-  const uint32_t listens0 = !halved || who.warpgroup == 0 ? kKeepBits : 0;
-  const uint32_t listens1 = !halved || who.warpgroup == 1 ? kKeepBits : 0;
 
   // Steps.
   bool keys_are_there = false;
@@ -73,16 +76,18 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     context.release(storage.v_empty[rings.values.stage()]);
     rings.values.advance();
   };
-  // Whether a row passes; `lifts`: whether the block, if kept, raises a row's maximum.
-  const auto passes = [&](auto& scores, bool& lifts) BSFA_INLINE_LAMBDA {
-    float maxima[kThreadRows];
-    row_maxima(accumulator_matrix(scores), maxima);
+  // Whether a row passes.
+  const auto passes = [&](auto& scores) BSFA_INLINE_LAMBDA {
+    float values[kThreadRows];
+    if constexpr (kRelative) {
+      row_maxima(accumulator_matrix(scores), values);
+    } else {
+      scores_against<kBounds == Bounds::kPositive>(accumulator_matrix(scores), values);
+    }
     bool keeps = false;
-    lifts = false;
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
-      keeps |= params.scale * maxima[row] >= bounds[row];
-      lifts |= maxima[row] > softmax.maximum[row];
+      keeps |= params.scale * values[row] >= bounds[row];
     }
     return keeps;
   };
@@ -95,30 +100,31 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     publish<Config>(storage, rings.ballots, who.warp(), keeps);
     rings.ballots.advance();
   };
-  // Reads ahead what will mostly be there: the votes on the next block.
+  // The verdict on the block that was voted on before `after` others, 0 or 1. Its votes are read ahead, for
+  // they will mostly be there.
   uint2 early_votes{};
-  const auto look_for_votes = [&]() BSFA_INLINE_LAMBDA {
+  const auto look_for_votes = [&](int after) BSFA_INLINE_LAMBDA {
     if constexpr (!kRelative) {
-      early_votes = read_votes<Config>(storage, {heard});
+      early_votes = read_votes<Config>(storage, {rings.ballots.count - 1 - after});
     }
   };
-  // On the next block.
-  const auto hear_verdict = [&]() BSFA_INLINE_LAMBDA {
-    const Ring<Config::kVotePlaces> place{heard};
+  const auto hear_verdict = [&](int after) BSFA_INLINE_LAMBDA {
+    const Ring<Config::kVotePlaces> place{rings.ballots.count - 1 - after};
     uint2 votes = early_votes;
     if (kRelative || !are_votes_there(votes, place)) {
       votes = await_votes<Config>(storage, place);
     }
-    ++heard;
-    verdict = {uniform(((votes.x & listens0) | (votes.y & listens1)) != 0),
-               uniform(((votes.x | votes.y) & kKeepBits) != 0)};
+    const uint32_t mine = halved ? (who.warpgroup == 0 ? votes.x : votes.y) : votes.x | votes.y;
+    verdict = {(mine & kKeepBits) != 0, ((votes.x | votes.y) & kKeepBits) != 0};
     kept += verdict.keep;
   };
-  // O *= exp(m_old - m)
-  const auto raise_maxima = [&](auto& scores, bool lifts) BSFA_INLINE_LAMBDA {
-    if (uniform(lifts)) {
+  // O *= exp(m_old - m), where a score is far above m.
+  const auto raise_maxima = [&](auto& scores) BSFA_INLINE_LAMBDA {
+    // The rule running_max asks for the very maximum.
+    const float slack = kRelative && params.rule == Rule::kRunningMax ? 0.0f : Softmax::kSlack;
+    if (uniform(softmax.may_be_exceeded_by(accumulator_matrix(scores), scale_log2, slack))) {
       float maxima[kThreadRows];
-      row_maxima(accumulator_matrix(scores), maxima);  // once more: there are no registers to keep them in
+      row_maxima(accumulator_matrix(scores), maxima);  // now the very maxima are asked for
       float factors[kThreadRows];
       if (softmax.raise(maxima, scale_log2, factors)) {
         scale_rows(output, factors);
@@ -165,10 +171,6 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     rings.values.count += verdict.load;
   };
 
-  bool lifts0 = false;
-  bool lifts1 = false;
-  bool lifts2 = false;
-
   // The blocks with masked scores, one by one; and the rest too where there is nothing to overlap.
   const int overlapped = tile.full / 3 * 3;
   int visible[kThreadRows];
@@ -182,12 +184,12 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     release_keys(0);
     auto matrix = accumulator_matrix(scores0);
     mask_scores(matrix, who, visible, key_block * kKeyBlock);
-    const bool passed = passes(scores0, lifts0);
+    const bool passed = passes(scores0);
     cast_vote(forced || (participates && passed));
-    look_for_votes();
-    hear_verdict();
+    look_for_votes(0);
+    hear_verdict(0);
     if (verdict.keep) {
-      raise_maxima(scores0, lifts0);
+      raise_maxima(scores0);
       await_values();
       context.clear_foreign_values(rings.values.stage(), key_block);
       absorb(scores0);
@@ -205,22 +207,21 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // `current` has been voted on, `next` too unless the rule is relative, and the product of `last` is under
   // way; at its end, that of the block after those, in the registers of `current`. So the tensor cores have
   // work while the consumers exchange votes and exponentiate.
-  const auto step = [&](auto& current, bool& current_lifts, auto& next, bool& next_lifts, auto& last,
-                        bool& last_lifts) BSFA_INLINE_LAMBDA {
+  const auto step = [&](auto& current, auto& next, auto& last) BSFA_INLINE_LAMBDA {
     const auto vote = [&]() BSFA_INLINE_LAMBDA {
       if constexpr (kRelative) {
-        cast_vote(passes(next, next_lifts));
+        cast_vote(passes(next));
       } else {
-        cast_vote(passes(last, last_lifts));
+        cast_vote(passes(last));
       }
     };
     if (verdict.keep) {
-      raise_maxima(current, current_lifts);
+      raise_maxima(current);
       await_values();
       absorb(current);
       start_scores(current);
       const bool keys_seen = look_for_keys();
-      look_for_votes();
+      look_for_votes(0);
       finish_product<2>(last);
       release_keys(1);
       vote();
@@ -230,18 +231,18 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     } else {
       start_scores(current);
       const bool keys_seen = look_for_keys();
-      look_for_votes();
+      look_for_votes(0);
       pass_values_by();
       finish_product<1>(last);
       release_keys(1);
       vote();
       keys_are_there = uniform(keys_seen);
     }
-    hear_verdict();
+    hear_verdict(kRelative ? 0 : 1);
   };
-  const auto finish = [&](auto& scores, bool lifts) BSFA_INLINE_LAMBDA {
+  const auto finish = [&](auto& scores) BSFA_INLINE_LAMBDA {
     if (verdict.keep) {
-      raise_maxima(scores, lifts);
+      raise_maxima(scores);
       await_values();
       absorb(scores);
       finish_product<0>(output);
@@ -257,47 +258,47 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   start_scores(scores1);
   rings.keys.advance();
   release_keys(1);
-  cast_vote(passes(scores0, lifts0));
+  cast_vote(passes(scores0));
   finish_product<0>(scores1);
   start_scores(scores2);
   keys_are_there = uniform(look_for_keys());
   release_keys(1);
   if constexpr (!kRelative) {
-    cast_vote(passes(scores1, lifts1));
+    cast_vote(passes(scores1));
   }
-  look_for_votes();
-  hear_verdict();
+  look_for_votes(1);
+  hear_verdict(kRelative ? 0 : 1);
   finish_product<0>(scores2);
 #pragma unroll 1
   for (int steps = overlapped - 3; steps > 0; steps -= 3) {
     // The compiler follows products under way through branches, but not around the loop.
     finish_product<0>(scores2);
-    step(scores0, lifts0, scores1, lifts1, scores2, lifts2);
-    step(scores1, lifts1, scores2, lifts2, scores0, lifts0);
-    step(scores2, lifts2, scores0, lifts0, scores1, lifts1);
+    step(scores0, scores1, scores2);
+    step(scores1, scores2, scores0);
+    step(scores2, scores0, scores1);
   }
   finish_product<0>(scores2);
 
   // The last three blocks.
-  const auto hear = [&]() BSFA_INLINE_LAMBDA {
-    look_for_votes();
-    hear_verdict();
+  const auto hear = [&](int after) BSFA_INLINE_LAMBDA {
+    look_for_votes(after);
+    hear_verdict(after);
   };
   release_keys(0);
   if constexpr (kRelative) {
-    finish(scores0, lifts0);
-    cast_vote(passes(scores1, lifts1));
-    hear();
-    finish(scores1, lifts1);
-    cast_vote(passes(scores2, lifts2));
+    finish(scores0);
+    cast_vote(passes(scores1));
+    hear(0);
+    finish(scores1);
+    cast_vote(passes(scores2));
   } else {
-    cast_vote(passes(scores2, lifts2));
-    finish(scores0, lifts0);
-    hear();
-    finish(scores1, lifts1);
+    cast_vote(passes(scores2));
+    finish(scores0);
+    hear(1);
+    finish(scores1);
   }
-  hear();
-  finish(scores2, lifts2);
+  hear(0);
+  finish(scores2);
   return kept;
 }
 
