@@ -287,6 +287,22 @@ def test_packed_sequences_give_what_each_gives_alone(target, call, data):
 
 
 @any_target
+@given(call=calls(), threshold=st.sampled_from([-INF, -1e4]))
+def test_a_query_has_the_same_result_whatever_the_queries_beside_it(target, call, threshold):
+    target.require("forward", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    thresholds = torch.full((call.case.heads, 1), threshold, device=target.device)  # all is kept
+    louder = q.clone()
+    louder[:, 1::2] *= 64
+    found, expected = (attend(x, k, v, thresholds, **call.options) for x in (louder, q))
+    assert_same(
+        (found[0][:, ::2], found[1][:, :, ::2], found[2]),
+        (expected[0][:, ::2], expected[1][:, :, ::2], expected[2]),
+        target,
+    )
+
+
+@any_target
 @given(call=calls(causal=True), blocks=st.integers(1, 3))
 def test_chunks_of_whole_query_blocks_give_what_the_whole_gives(target, call, blocks):
     target.require("forward", call.dtype, call.case.head_dim)

@@ -98,11 +98,12 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
   };
   // Returns whether the output must be multiplied by `factors`: where a score is far above the maximum.
   const auto raise_maxima = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
+    const RowFlags rows = softmax.exceeded_by_scores(accumulator_matrix(scores), scale_log2);
     bool raised = false;
-    if (uniform(softmax.may_be_exceeded_by(accumulator_matrix(scores), scale_log2, Softmax::kSlack))) {
+    if (rows.any()) {
       float maxima[kThreadRows];
       row_maxima(accumulator_matrix(scores), maxima);
-      raised = softmax.raise(maxima, scale_log2, factors);
+      raised = softmax.raise(rows, maxima, scale_log2, factors);
     }
     return raised;
   };
@@ -112,9 +113,9 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
     softmax.exponentiate(matrix, scale_log2);
   };
   // The consumers take turns, so that one multiplies while the other exponentiates. P V of the last pair is
-  // done before half of this pair is exponentiated; from then on rounding hides between the exponentials.
+  // done before half of this pair is exponentiated; from then on rounding hides between the exponentials. The
+  // keys of the step are there when it begins.
   const auto step = [&](int key_block, auto masked) BSFA_INLINE_LAMBDA {
-    await_keys();
     take_turn(who.warpgroup);
     start_scores();
     await_values();
@@ -129,7 +130,11 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
     float factors[kThreadRows];
     const bool raised = raise_maxima(factors);
     exponentiate(scores0);
-    warpgroup_fence_operand(scores0);  // or the compiler would put this behind the wait
+    warpgroup_fence_operand(scores0);
+    // Behind this branch the compiler cannot put the exponentials, as it would behind the wait for P V.
+    if (key_block >= 2) {
+      await_keys();
+    }
     finish_product<0>(output);
     release_values();
     round_to(probabilities0, scores0);
@@ -158,6 +163,9 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
     context.clear_foreign_values(place.stage(), key_block - i);
   }
   key_block -= 2;
+  if (key_block >= 0) {
+    await_keys();
+  }
   for (; key_block >= tile.full; key_block -= 2) {
     step(key_block, true_type{});
   }

@@ -30,6 +30,10 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
 }
 
+__device__ __forceinline__ bool quad_any(bool x) {
+  return __ballot_sync(0xffffffff, x) >> threadIdx.x % 32 / 4 * 4 & 0xf;
+}
+
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffff, x, 1);
   return x + __shfl_xor_sync(0xffffffff, x, 2);
@@ -100,16 +104,34 @@ __device__ __forceinline__ void scale_rows(Accumulators& accumulators, const flo
   }
 }
 
+// One for each row that a thread has a part in.
+struct RowFlags {
+  bool flags[kThreadRows];
+
+  __device__ __forceinline__ bool& operator[](int row) { return flags[row]; }
+  __device__ __forceinline__ bool operator[](int row) const { return flags[row]; }
+  // Whether one is set in the warp.
+  __device__ __forceinline__ bool any() const {
+    bool some = false;
+    CUTE_UNROLL
+    for (bool flag : flags) {
+      some |= flag;
+    }
+    return __any_sync(0xffffffff, some);
+  }
+};
+
 // The state of the rows that a thread has a part in.
 struct Softmax {
   // What the scores of a row are seen relative to, not scaled; the same in the four threads of a quad. About
-  // the largest so far: see may_be_exceeded_by().
+  // the largest so far: see kSlack.
   float maximum[kThreadRows];
   float sum[kThreadRows];  // of exp(scale * (score - maximum)) over the thread's columns
 
   // How far scores may be above the maximum, in powers of two. Multiplying the output by exp(old - new
   // maximum) takes long, and need not be done as long as the probabilities stay well in the range of 16 bits.
   static constexpr float kSlack = 8.0f;
+  static constexpr float kMostProbability = 256.0f;  // 2^kSlack
 
   __device__ __forceinline__ Softmax() {
     CUTE_UNROLL
@@ -119,31 +141,56 @@ struct Softmax {
     }
   }
 
-  // False only if no score of the thread's is more than `slack` powers of two above the maximum of its row.
-  // Where that bound is not positive, the answer is always true.
-  template <class Matrix>
-  __device__ __forceinline__ bool may_be_exceeded_by(const Matrix& scores, float scale_log2,
-                                                     float slack) const {
-    float values[kThreadRows];
-    scores_against<true>(scores, values);
-    bool exceeded = false;
+  // Which rows must get a new maximum, in three ways. Each goes by the row's own scores and what the row has
+  // seen, so that its results do not depend on which rows it shares a warp with.
+
+  // From the thread's maxima: those with a score more than `slack` powers of two above.
+  __device__ __forceinline__ RowFlags exceeded_by_maxima(const float (&block_maxima)[kThreadRows],
+                                                         float scale_log2, float slack) const {
+    RowFlags exceeded;
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
-      const float bound = fmaf(maximum[row], scale_log2, slack);
-      exceeded |= !(bound > 0.0f) || values[row] * scale_log2 > bound;
+      exceeded[row] = !(block_maxima[row] * scale_log2 <= fmaf(maximum[row], scale_log2, slack));
     }
     return exceeded;
   }
 
-  // Takes the thread's maxima of a block of scores into the state, which is then relative to the new maxima.
-  // Returns whether a maximum of the warp has risen; only then must the output be multiplied by `factors`.
-  __device__ __forceinline__ bool raise(const float (&block_maxima)[kThreadRows], float scale_log2,
-                                        float (&factors)[kThreadRows]) {
+  // From the scores, without their maxima: those with a score more than kSlack powers of two above, and all
+  // where that bound is not positive.
+  template <class Matrix>
+  __device__ __forceinline__ RowFlags exceeded_by_scores(const Matrix& scores, float scale_log2) const {
+    float values[kThreadRows];
+    scores_against<true>(scores, values);
+    RowFlags exceeded;
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      const float bound = fmaf(maximum[row], scale_log2, kSlack);
+      exceeded[row] = !(bound > 0.0f) || values[row] * scale_log2 > bound;
+    }
+    return exceeded;
+  }
+
+  // From the sums of exponentiate_and_round(): if one is at most kMostProbability, so is each probability.
+  __device__ __forceinline__ RowFlags exceeded_by_sums(const float (&sums)[kThreadRows]) const {
+    RowFlags exceeded;
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      exceeded[row] = !(sums[row] <= kMostProbability) || maximum[row] == -CUDART_INF_F;
+    }
+    return exceeded;
+  }
+
+  // Takes the thread's maxima of a block of scores into the state of the rows where some thread of the quad
+  // wants it. Returns whether a maximum of the warp has risen; only then must the output be multiplied by
+  // `factors`.
+  __device__ __forceinline__ bool raise(const RowFlags& exceeded, const float (&block_maxima)[kThreadRows],
+                                        float scale_log2, float (&factors)[kThreadRows]) {
     bool raised = false;
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
       const float previous = maximum[row];
-      maximum[row] = fmaxf(previous, quad_max(block_maxima[row]));
+      const float highest = fmaxf(previous, quad_max(block_maxima[row]));
+      maximum[row] = quad_any(exceeded[row]) ? highest : previous;
       raised |= maximum[row] > previous;
       factors[row] = ptx::exp2_approx((previous - finite_maximum(row)) * scale_log2);
       sum[row] *= factors[row];
@@ -165,14 +212,14 @@ struct Softmax {
     }
   }
 
-  // probabilities = exp(scale * (scores - maximum)) in 16 bits, of the accumulators [kFrom, kTo), and takes
-  // them into the sums.
-  template <int kFrom, int kTo, class Scores, class Probabilities>
-  __device__ __forceinline__ void exponentiate_and_round(Scores& scores, Probabilities& probabilities,
-                                                         float scale_log2) {
+  // probabilities = exp(scale * (scores - maximum)) in 16 bits, and their sums over the thread's columns.
+  template <class Scores, class Probabilities>
+  __device__ __forceinline__ void exponentiate_and_round(const Scores& scores, Probabilities& probabilities,
+                                                         float scale_log2, float (&sums)[kThreadRows]) const {
     using Element = typename Probabilities::value_type;
+    auto pairs = cute::recast<uint32_t>(probabilities);
     CUTE_UNROLL
-    for (int i = kFrom; i < kTo; i += 2) {  // both of one row
+    for (int i = 0; i < cute::size(scores); i += 2) {  // both of one row
       const int row = i / 2 % kThreadRows;
       const float shift = finite_maximum(row) * scale_log2;
       cutlass::Array<float, 2> pair;
@@ -180,10 +227,9 @@ struct Softmax {
       for (int j = 0; j < 2; ++j) {
         pair[j] = ptx::exp2_approx(fmaf(scores(i + j), scale_log2, -shift));
       }
-      sum[row] += pair[0] + pair[1];
+      sums[row] = i / 2 < kThreadRows ? pair[0] + pair[1] : sums[row] + (pair[0] + pair[1]);
       const auto rounded = cutlass::NumericArrayConverter<Element, float, 2>{}(pair);
-      probabilities(i) = rounded[0];
-      probabilities(i + 1) = rounded[1];
+      pairs(i / 2) = reinterpret_cast<const uint32_t&>(rounded);
     }
   }
 

@@ -76,6 +76,10 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     context.release(storage.v_empty[rings.values.stage()]);
     rings.values.advance();
   };
+  // Whether the scores that were voted on last are too far above the maxima: with relative rules that is
+  // known with the vote. The rule running_max asks for the very maxima.
+  bool exceeded = false;
+  const float slack = params.rule == Rule::kRunningMax ? 0.0f : Softmax::kSlack;
   // Whether a row passes.
   const auto passes = [&](auto& scores) BSFA_INLINE_LAMBDA {
     float values[kThreadRows];
@@ -88,6 +92,9 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
       keeps |= params.scale * values[row] >= bounds[row];
+    }
+    if constexpr (kRelative) {
+      exceeded = softmax.exceeded_by_maxima(values, scale_log2, slack).any();
     }
     return keeps;
   };
@@ -118,47 +125,44 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     verdict = {(mine & kKeepBits) != 0, ((votes.x | votes.y) & kKeepBits) != 0};
     kept += verdict.keep;
   };
-  // O *= exp(m_old - m), where a score is far above m.
-  const auto raise_maxima = [&](auto& scores) BSFA_INLINE_LAMBDA {
-    // The rule running_max asks for the very maximum.
-    const float slack = kRelative && params.rule == Rule::kRunningMax ? 0.0f : Softmax::kSlack;
-    if (uniform(softmax.may_be_exceeded_by(accumulator_matrix(scores), scale_log2, slack))) {
-      float maxima[kThreadRows];
-      row_maxima(accumulator_matrix(scores), maxima);  // now the very maxima are asked for
-      float factors[kThreadRows];
-      if (softmax.raise(maxima, scale_log2, factors)) {
-        scale_rows(output, factors);
-      }
+  // O *= exp(m_old - m).
+  const auto raise_maxima = [&](const RowFlags& rows, const auto& maxima) BSFA_INLINE_LAMBDA {
+    float factors[kThreadRows];
+    if (softmax.raise(rows, maxima, scale_log2, factors)) {
+      scale_rows(output, factors);
     }
   };
-  // P = exp(S - m), starts O += P V, and the bounds that follow. Each slice of 16 keys is multiplied as soon
-  // as it is exponentiated.
-  const auto absorb_slice = [&](auto& scores, auto slice) BSFA_INLINE_LAMBDA {
-    constexpr int kFrom = 8 * decltype(slice)::value;
-    softmax.template exponentiate_and_round<kFrom, kFrom + 8>(scores, probabilities, scale_log2);
-    auto part = probabilities(_, _, slice);
-    warpgroup_fence_operand(part);
-    warpgroup_fence_operand(output);
-    warpgroup_arrive();
-    values_mma.accumulate_ = GMMA::ScaleOut::One;
-    gemm(values_mma, part, tOrV(_, _, slice, rings.values.stage()), output);
-  };
-  const auto absorb = [&](auto& scores) BSFA_INLINE_LAMBDA {
-    static_assert(kKeyBlock == 4 * 16);
-    absorb_slice(scores, _0{});
-    absorb_slice(scores, _1{});
-    absorb_slice(scores, _2{});
-    absorb_slice(scores, _3{});
-    warpgroup_commit_batch();
-    warpgroup_fence_operand(output);
+  // P = exp(S - m), and the bounds that follow.
+  const auto exponentiate = [&](auto& scores) BSFA_INLINE_LAMBDA {
+    float sums[kThreadRows];
+    float maxima[kThreadRows];
     if constexpr (kRelative) {
-      CUTE_UNROLL
-      for (int row = 0; row < kThreadRows; ++row) {
+      if (exceeded) {
+        row_maxima(accumulator_matrix(scores), maxima);
+        raise_maxima(softmax.exceeded_by_maxima(maxima, scale_log2, slack), maxima);
+      }
+      softmax.exponentiate_and_round(scores, probabilities, scale_log2, sums);
+    } else {
+      softmax.exponentiate_and_round(scores, probabilities, scale_log2, sums);
+      const RowFlags rows = softmax.exceeded_by_sums(sums);
+      if (rows.any()) {
+        row_maxima(accumulator_matrix(scores), maxima);
+        raise_maxima(rows, maxima);
+        softmax.exponentiate_and_round(scores, probabilities, scale_log2, sums);
+      }
+    }
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      softmax.sum[row] += sums[row];
+      if constexpr (kRelative) {
         const float sum = params.rule == Rule::kRunningLse ? quad_sum(softmax.sum[row]) : 0.0f;
         const float reference = row_reference(params.rule, params.scale, softmax.maximum[row], sum);
         bounds[row] = isnan(bounds[row]) ? CUDART_NAN_F : threshold + reference;
       }
     }
+  };
+  const auto start_values = [&]() BSFA_INLINE_LAMBDA {
+    start_product<true>(values_mma, probabilities, tOrV(_, _, _, rings.values.stage()), output);
   };
   const auto await_values = [&]() BSFA_INLINE_LAMBDA {
     wait(storage.v_full[rings.values.stage()], rings.values.phase());
@@ -189,10 +193,10 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     look_for_votes(0);
     hear_verdict(0);
     if (verdict.keep) {
-      raise_maxima(scores0);
+      exponentiate(scores0);
       await_values();
       context.clear_foreign_values(rings.values.stage(), key_block);
-      absorb(scores0);
+      start_values();
       finish_product<0>(output);
       release_values();
     } else {
@@ -208,43 +212,53 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // way; at its end, that of the block after those, in the registers of `current`. So the tensor cores have
   // work while the consumers exchange votes and exponentiate.
   const auto step = [&](auto& current, auto& next, auto& last) BSFA_INLINE_LAMBDA {
-    const auto vote = [&]() BSFA_INLINE_LAMBDA {
+    if (verdict.keep) {
+      exponentiate(current);
       if constexpr (kRelative) {
         cast_vote(passes(next));
-      } else {
-        cast_vote(passes(last));
       }
-    };
-    if (verdict.keep) {
-      raise_maxima(current);
       await_values();
-      absorb(current);
+      // Where both keep the block they take turns, so that one multiplies while the other exponentiates.
+      if (!halved) {
+        take_turn(who.warpgroup);
+      }
+      start_values();
       start_scores(current);
+      if (!halved) {
+        pass_turn(who.warpgroup);
+      }
       const bool keys_seen = look_for_keys();
       look_for_votes(0);
       finish_product<2>(last);
       release_keys(1);
-      vote();
+      if constexpr (!kRelative) {
+        cast_vote(passes(last));
+      }
       keys_are_there = uniform(keys_seen);
       finish_product<1>(output);
       release_values();
     } else {
+      if constexpr (kRelative) {
+        cast_vote(passes(next));
+      }
       start_scores(current);
       const bool keys_seen = look_for_keys();
       look_for_votes(0);
       pass_values_by();
       finish_product<1>(last);
       release_keys(1);
-      vote();
+      if constexpr (!kRelative) {
+        cast_vote(passes(last));
+      }
       keys_are_there = uniform(keys_seen);
     }
     hear_verdict(kRelative ? 0 : 1);
   };
   const auto finish = [&](auto& scores) BSFA_INLINE_LAMBDA {
     if (verdict.keep) {
-      raise_maxima(scores);
+      exponentiate(scores);
       await_values();
-      absorb(scores);
+      start_values();
       finish_product<0>(output);
       release_values();
     } else {
