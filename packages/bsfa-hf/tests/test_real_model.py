@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 import bsfa_hf
 from bsfa_calib import ThresholdTable, models
 from bsfa_hf.cli.common import quiet
-from bsfa_kernel import block_sparse_attention
+from bsfa_kernel import _native, block_sparse_attention
 
 pytestmark = pytest.mark.model
 
@@ -147,21 +147,28 @@ def test_chunks_and_padding_change_nothing(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "arch", [0, *(pytest.param(arch, marks=pytest.mark.gpu) for arch in (80, 90))]
+)
 def test_real_inputs_give_no_more_than_twice_the_error_of_flash_attention(
-    real_inputs: list[tuple[Tensor, Tensor, Tensor]], device: str, dtype: torch.dtype
+    real_inputs: list[tuple[Tensor, Tensor, Tensor]], arch: int, dtype: torch.dtype
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
+    """With the reference back end on the CPU (0) and with the kernels of each architecture."""
+    device = "cuda" if arch else "cpu"
+    if arch and not torch.cuda.is_available():
         if os.environ.get("BSFA_REQUIRE_GPU") == "1":
             pytest.fail("BSFA_REQUIRE_GPU is set, and torch finds no CUDA device")
         pytest.skip("needs a CUDA device")
+    if arch == 90 and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("sm_90a code runs on compute capability 9.0 only")
     for layer in real_inputs:
         q, k, v = (x.to(device, dtype) for x in layer)
         expected = dense(q.double(), k.double(), v.double())
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             peer = dense(q, k, v).double() - expected
         nothing_skipped = torch.full((q.shape[2], 1), -math.inf, device=device)
-        error = block_sparse_attention(q, k, v, nothing_skipped).double() - expected
+        with _native.force_arch(arch):
+            error = block_sparse_attention(q, k, v, nothing_skipped).double() - expected
         assert float(error.norm()) <= 2 * float(peer.norm())
         assert float(error.abs().max()) <= 2 * float(peer.abs().max())
         assert float(peer.norm()) > 0
