@@ -306,6 +306,8 @@ def test_an_unknown_point_is_refused_with_those_there_are() -> None:
         table.select()
     with pytest.raises(ValueError, match="name one operating point"):
         table.select(k=4, max_loss=0.1)
+    with pytest.raises(TypeError, match="k must be a number, got '4'"):
+        table.select(k="4")  # type: ignore[arg-type]
     sparse = ThresholdTable(np.zeros((2, 1, 1, 1)), (0.5, 0.7), "target_sparsity")
     with pytest.raises(ValueError, match=r"no k values, its points are target_sparsity = 0.5, 0.7"):
         _ = sparse.k_values

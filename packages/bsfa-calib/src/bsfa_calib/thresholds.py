@@ -176,6 +176,7 @@ class ThresholdTable:
 
         Raises:
             ValueError: not exactly one point was named, or the table does not hold it.
+            TypeError: the point is not a number.
         """
         return cast("FloatArray", self.thresholds[self.index(k, target_sparsity, max_loss)])
 
@@ -198,10 +199,15 @@ class ThresholdTable:
             raise ValueError(
                 f"this table has no {axis}={value}; its points are {self._described()}"
             )
-        for position, point in enumerate(self.points):
-            if math.isclose(point, value, rel_tol=1e-9, abs_tol=0.0):
-                return position
-        raise ValueError(f"this table has no {axis}={value}; its points are {self._described()}")
+        try:
+            same = [math.isclose(point, value, rel_tol=1e-9, abs_tol=0.0) for point in self.points]
+        except TypeError as error:
+            raise TypeError(f"{axis} must be a number, got {value!r}") from error
+        if not any(same):
+            raise ValueError(
+                f"this table has no {axis}={value}; its points are {self._described()}"
+            )
+        return same.index(True)
 
     def head_slice(self, start: int, stop: int) -> ThresholdTable:
         """The table of heads ``start`` to ``stop - 1``, for a tensor-parallel rank.
