@@ -11,9 +11,10 @@
 
 namespace bsfa {
 
-// The order of the work. Kv heads are taken in sections whose keys and values stay in the L2 cache; within a
-// section the tiles with the most keys come first, so that the short ones fill the gaps at the end; the query
-// heads of a kv head lie side by side and read the same keys at the same time.
+// The order of the work. Kv heads are taken in sections whose keys and values stay in the L2 cache. In the
+// last section the tiles with the most keys come first, so that the short ones fill the gaps at the end; in
+// the one before it they come last, and so on, so that tiles on either side of a section's end are of one
+// length. The query heads of a kv head lie side by side and read the same keys at the same time.
 struct Schedule {
   int tiles;     // query tiles of a head: of one sequence, or (varlen) of all sequences
   int kv_heads;  // times the batch, unless varlen
@@ -40,11 +41,14 @@ struct Work {
 
 __device__ __forceinline__ Work find_work(const Schedule& schedule, int cta) {
   const int ctas_of_section = schedule.section * schedule.group * schedule.tiles;
-  const int first_kv_head = cta / ctas_of_section * schedule.section;
+  const int section = cta / ctas_of_section;
+  const int first_kv_head = section * schedule.section;
   const int in_section = cta % ctas_of_section;
   const int heads = min(schedule.section, schedule.kv_heads - first_kv_head) * schedule.group;
   const int head = in_section % heads;
-  return {schedule.tiles - 1 - in_section / heads, first_kv_head + head / schedule.group,
+  const int sections_after = (schedule.kv_heads - 1) / schedule.section - section;
+  const int place = in_section / heads;
+  return {sections_after % 2 == 0 ? schedule.tiles - 1 - place : place, first_kv_head + head / schedule.group,
           head % schedule.group};
 }
 

@@ -27,10 +27,10 @@ struct Ring {
 
 // The hardware barriers of the consumers, after those that CUTLASS keeps.
 enum class NamedBarrier : uint32_t {
-  kTurn0,   // consumer 0 may issue its products
-  kTurn1,   // consumer 1 may
-  kStage0,  // consumer 0's threads have read, or written, their staged output
-  kStage1,
+  kTurn0,    // consumer 0 may issue its products
+  kTurn1,    // consumer 1 may
+  kValues0,  // consumer 0's threads have cleared what is not theirs of a block of V
+  kValues1,
 };
 
 __device__ __forceinline__ void sync(NamedBarrier barrier, int offset, int threads) {

@@ -9,6 +9,7 @@
 #include <cute/tensor.hpp>
 
 #include "../params.hpp"
+#include "work.cuh"
 
 // A step of a pass that is called from several places: as a function of its own it would pass accumulators
 // through memory.
@@ -34,8 +35,9 @@ struct ForwardConfig {
   // blocks only. Two neighbours of the ring of keys can serve as one block of 128 (dense tiles). The
   // consumers are few blocks apart, and one of them may pass a V block by without waiting for it: hence four
   // at least.
-  static constexpr int kKeyStages = kHeadDim == 128 ? 4 : 8;
+  static constexpr int kKeyStages = 8;
   static constexpr int kValueStages = kHeadDim == 128 ? 4 : 8;
+  static constexpr int kToldTiles = 4;
   // The loader of V may be so many blocks behind the consumers' votes.
   static constexpr int kVotePlaces = 8;
 
@@ -48,7 +50,7 @@ struct ForwardConfig {
   static constexpr int kTileQBytes = kTileQ * kHeadDim * sizeof(Element);
   static_assert(kWarpgroupQ == kKeyBlock);
 
-  // Q and O, (query of a warpgroup, column, warpgroup).
+  // Q, (query of a warpgroup, column, warpgroup).
   using SmemQ = decltype(cute::tile_to_shape(
       cute::GMMA::Layout_K_SW128_Atom<Element>{},
       cute::Shape<cute::Int<kWarpgroupQ>, cute::Int<kHeadDim>, cute::Int<kConsumers>>{}));
@@ -90,10 +92,12 @@ struct ForwardConfig {
 
   struct SharedStorage {
     alignas(1024) Element q[kTileQ * kHeadDim];
-    alignas(1024) Element out[kTileQ * kHeadDim];
     alignas(1024) Element k[kKeyStages * kBlockElements];
     alignas(1024) Element v[kValueStages * kBlockElements];
 
+    // What is told of the tiles, in a ring. A consumer needs a tile's until its results are stored; by then
+    // it can have read the queries of the next one, and those of a third can be on their way.
+    Tile tiles[kToldTiles];
     cutlass::arch::ClusterTransactionBarrier q_full;
     cutlass::arch::ClusterBarrier q_empty;
     cutlass::arch::ClusterTransactionBarrier k_full[kKeyStages];

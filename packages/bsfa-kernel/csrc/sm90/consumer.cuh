@@ -12,7 +12,6 @@
 #include "barriers.cuh"
 #include "config.cuh"
 #include "softmax.cuh"
-#include "work.cuh"
 
 namespace bsfa::sm90 {
 
@@ -84,6 +83,13 @@ struct ConsumerThread {
   __device__ __forceinline__ int column(int i) const { return thread % 4 * 2 + i % 2 + i / 2 * 8; }
 };
 
+// One arrival for each warp: a stage is free when all warps are done with it.
+__device__ __forceinline__ void release(cutlass::arch::ClusterBarrier& empty, const ConsumerThread& who) {
+  if (who.thread % 32 == 0) {
+    empty.arrive();
+  }
+}
+
 // Hides the keys [keys[row], ...) in scores whose first column is key `first_key`.
 template <class Matrix>
 __device__ __forceinline__ void mask_scores(Matrix& scores, const ConsumerThread& who,
@@ -107,6 +113,11 @@ struct ConsumerRings {
   Ring<Config::kVotePlaces> ballots;  // moves with sparse tiles only
   Ring<Config::kValueStages> values;
   Ring<1> queries;
+
+  // What the loader says of the tile whose queries come next.
+  __device__ const __forceinline__ Tile& told(const typename Config::SharedStorage& storage) const {
+    return storage.tiles[queries.count % Config::kToldTiles];
+  }
 };
 
 // What the passes over a tile's key blocks work on.
@@ -119,12 +130,6 @@ struct TileContext {
   const QueryBlock& block;
   const ConsumerThread who;
 
-  // One arrival for each warp: the stage is free when all warps are done with it.
-  __device__ __forceinline__ void release(cutlass::arch::ClusterBarrier& empty) const {
-    if (who.thread % 32 == 0) {
-      empty.arrive();
-    }
-  }
   // In packed tensors a block of V can reach into the next sequence, whose values may be anything, NaN too,
   // and weights of 0 do not hide those. Needs a full stage, and all threads of the warpgroup.
   __device__ __forceinline__ void clear_foreign_values(int stage, int key_block) const {
@@ -142,7 +147,7 @@ struct TileContext {
       }
     }
     cutlass::arch::fence_view_async_shared();
-    sync(NamedBarrier::kStage0, who.warpgroup, 128);
+    sync(NamedBarrier::kValues0, who.warpgroup, 128);
   }
   __device__ __forceinline__ int first_query() const {
     return tile.first_query + who.warpgroup * Config::kWarpgroupQ;
@@ -157,23 +162,27 @@ struct TileContext {
   }
 };
 
-// The warpgroup's queries as the left operand of Q K^T, in registers. Gives their place in shared memory
-// back.
+// Registers for the warpgroup's queries as the left operand of Q K^T.
 template <class Config, class Mma>
-__device__ __forceinline__ auto load_queries(const TileContext<Config>& context, const Mma& mma) {
+__device__ __forceinline__ auto queries_fragment(const Mma& mma) {
+  using namespace cute;
+  using Queries = decltype(typename Config::SmemQ{}(_, _, 0));
+  return mma.get_slice(0).partition_fragment_A(
+      make_tensor(make_smem_ptr(static_cast<typename Config::Element*>(nullptr)), Queries{}));
+}
+
+// Fills them, and gives the queries' place in shared memory back.
+template <class Config, class Mma, class Queries>
+__device__ __forceinline__ void load_queries(typename Config::SharedStorage& storage,
+                                             const ConsumerThread& who, const Mma& mma, Queries& queries) {
   using namespace cute;
   using Element = typename Config::Element;
-  const auto smem_q =
-      make_tensor(make_smem_ptr(context.storage.q), typename Config::SmemQ{})(_, _, context.who.warpgroup);
-  auto queries = mma.get_slice(context.who.thread).partition_fragment_A(smem_q);  // (MMA, 1, MMA_K)
+  const auto smem_q = make_tensor(make_smem_ptr(storage.q), typename Config::SmemQ{})(_, _, who.warpgroup);
   const auto copy_q = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma);
-  const auto copy_slice = copy_q.get_thread_slice(context.who.thread);
+  const auto copy_slice = copy_q.get_thread_slice(who.thread);
   auto to = copy_slice.retile_D(queries);
-  wait(context.storage.q_full, context.rings.queries.phase());
   copy(copy_q, copy_slice.partition_S(smem_q), to);
-  context.release(context.storage.q_empty);
-  context.rings.queries.advance();
-  return queries;
+  release(storage.q_empty, who);
 }
 
 }  // namespace bsfa::sm90

@@ -1,23 +1,24 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// A consumer warpgroup's pass over the key blocks of a tile without thresholds, two blocks at a time.
+// A consumer warpgroup's passes over the key blocks of tiles without thresholds, two blocks at a time.
 #pragma once
 
 #include "consumer.cuh"
+#include "epilogue.cuh"
 
 namespace bsfa::sm90 {
 
-template <class Config, class Output>
-__device__ __forceinline__ void attend_dense(const TileContext<Config>& context, Output& output,
-                                             Softmax& softmax) {
+// Takes the next tile, which has keys and nothing to vote on, and those after it for as long as they are of
+// that kind: the first scores of a tile are computed while the results of the one before it are stored.
+// `tiles` is how many there are left to take; returns how many then are.
+template <class Config>
+__device__ __forceinline__ int attend_dense(typename Config::SharedStorage& storage,
+                                            ConsumerRings<Config>& rings, const ForwardParams& params,
+                                            const ConsumerThread& who, int tiles) {
   using namespace cute;
   using Element = typename Config::Element;
-  auto& storage = context.storage;
-  auto& rings = context.rings;
-  const Tile& tile = context.tile;
-  const ConsumerThread who = context.who;
-  const float scale_log2 = context.params.scale * CUDART_L2E_F;
+  const float scale_log2 = params.scale * CUDART_L2E_F;
 
   // Operands.
   typename Config::PairScoresMma scores_mma;
@@ -26,10 +27,11 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
   const auto values_slice = values_mma.get_slice(who.thread);
   const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemKPair{});
   const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
-  auto tSrQ = load_queries<Config>(context, scores_mma);
+  auto tSrQ = queries_fragment<Config>(scores_mma);             // (MMA, 1, MMA_K)
   const auto tSrK = scores_slice.partition_fragment_B(smem_k);  // (MMA, 1, MMA_K, pair)
   const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
   auto scores = partition_fragment_C(scores_mma, Shape<_64, _128>{});
+  auto output = partition_fragment_C(values_mma, Shape<_64, Int<Config::kHeadDim>>{});
   // Of the pair's first (upper) and second block.
   const auto half_layout =
       values_slice.partition_fragment_A(make_tensor<Element>(Shape<_64, _64>{})).layout();
@@ -38,8 +40,8 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
   auto scores0 = make_tensor(scores.data(), Layout<Shape<_32>>{});
   auto scores1 = make_tensor(scores.data() + 32, Layout<Shape<_32>>{});
 
+  Softmax softmax;
   int visible[kThreadRows];
-  context.visible_keys(visible);
 
   // Steps.
   bool keys_are_there = false;
@@ -68,7 +70,7 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
   };
   const auto release_keys = [&]() BSFA_INLINE_LAMBDA {
     for (int i = 0; i < 2; ++i) {
-      context.release(storage.k_empty[rings.keys.stage()]);
+      release(storage.k_empty[rings.keys.stage()], who);
       rings.keys.advance();
     }
   };
@@ -86,7 +88,7 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
   };
   const auto release_values = [&]() BSFA_INLINE_LAMBDA {
     for (int i = 0; i < 2; ++i) {
-      context.release(storage.v_empty[rings.values.stage()]);
+      release(storage.v_empty[rings.values.stage()], who);
       rings.values.advance();
     }
   };
@@ -145,37 +147,76 @@ __device__ __forceinline__ void attend_dense(const TileContext<Config>& context,
     }
   };
 
-  int key_block = tile.key_blocks - 1;
-  await_keys();
-  start_scores();
-  finish_product<0>(scores);
-  release_keys();
-  mask(key_block);
-  float factors[kThreadRows];
-  raise_maxima(factors);
-  exponentiate(scores0);
-  round_to(probabilities0, scores0);
-  exponentiate(scores1);
-  round_to(probabilities1, scores1);
-  await_values();
-  for (int i = 0; i < 2; ++i) {
-    const Ring<Config::kValueStages> place{rings.values.count + i};
-    context.clear_foreign_values(place.stage(), key_block - i);
-  }
-  key_block -= 2;
-  if (key_block >= 0) {
+  const auto next_queries = [&]() BSFA_INLINE_LAMBDA {
+    load_queries<Config>(storage, who, scores_mma, tSrQ);
+    rings.queries.advance();
     await_keys();
+  };
+
+  const Tile* told = &rings.told(storage);
+  next_queries();
+  start_scores();
+#pragma unroll 1
+  while (true) {
+    const QueryBlock block = told->block_of(who.warpgroup);
+    const TileContext<Config> context{storage, rings, params, *told, block, who};
+    const int full = uniform(told->full);
+    int key_block = uniform(told->key_blocks) - 1;
+    softmax = Softmax{};
+    clear(output);
+    context.visible_keys(visible);
+    keys_are_there = false;
+    values_are_there = false;
+
+    finish_product<0>(scores);
+    release_keys();
+    mask(key_block);
+    float factors[kThreadRows];
+    raise_maxima(factors);
+    exponentiate(scores0);
+    round_to(probabilities0, scores0);
+    exponentiate(scores1);
+    round_to(probabilities1, scores1);
+    await_values();
+    for (int i = 0; i < 2; ++i) {
+      const Ring<Config::kValueStages> place{rings.values.count + i};
+      context.clear_foreign_values(place.stage(), key_block - i);
+    }
+    key_block -= 2;
+    if (key_block >= 0) {
+      await_keys();
+    }
+    for (; key_block >= full; key_block -= 2) {
+      step(key_block, true_type{});
+    }
+    for (; key_block >= 0; key_block -= 2) {
+      step(key_block, false_type{});
+    }
+    await_values();
+    start_values();
+    --tiles;
+    const Tile* next = &rings.told(storage);
+    bool goes_on = false;
+    if (tiles > 0) {
+      wait(storage.q_full, rings.queries.phase());
+      goes_on = uniform(next->dense && next->key_blocks > 0);
+    }
+    const auto store = [&]() BSFA_INLINE_LAMBDA {
+      release_values();
+      store_results<Config>(context, output, softmax, block.keys.visible);
+    };
+    if (!goes_on) {
+      finish_product<0>(output);
+      store();
+      return tiles;
+    }
+    next_queries();
+    finish_product<0>(output);
+    start_scores();
+    store();
+    finish_product<0>(scores);
+    told = next;
   }
-  for (; key_block >= tile.full; key_block -= 2) {
-    step(key_block, true_type{});
-  }
-  for (; key_block >= 0; key_block -= 2) {
-    step(key_block, false_type{});
-  }
-  await_values();
-  start_values();
-  finish_product<0>(output);
-  release_values();
 }
 
 }  // namespace bsfa::sm90

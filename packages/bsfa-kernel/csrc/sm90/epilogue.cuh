@@ -4,11 +4,27 @@
 // A consumer warpgroup's results: output, log-sum-exp and the number of blocks kept.
 #pragma once
 
-#include <cute/arch/copy_sm90.hpp>
-
 #include "consumer.cuh"
 
 namespace bsfa::sm90 {
+
+// Each of the four threads of a quad has a row of a 4 x 4 matrix, and gets a column.
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[4]) {
+  CUTE_UNROLL
+  for (int distance = 1; distance < 4; distance *= 2) {
+    const bool is_upper = (threadIdx.x & distance) != 0;
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if ((i & distance) == 0) {
+        uint32_t& lower = words[i];
+        uint32_t& upper = words[i + distance];
+        const uint32_t other = __shfl_xor_sync(0xffffffff, is_upper ? lower : upper, distance);
+        lower = is_upper ? other : lower;
+        upper = is_upper ? upper : other;
+      }
+    }
+  }
+}
 
 // Normalises and writes the rows of the warpgroup that exist, and nothing else.
 template <class Config, class Output>
@@ -25,7 +41,8 @@ __device__ __forceinline__ void store_output(const TileContext<Config>& context,
   CUTE_UNROLL
   for (int row = 0; row < kThreadRows; ++row) {
     const float sum = is_poisoned(context.block) ? CUDART_NAN_F : quad_sum(softmax.sum[row]);
-    factors[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    // Not by a call, as 1 / sum would: ptxas follows no products under way through calls.
+    factors[row] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
     if (params.lse != nullptr && who.thread % 4 == 0 && who.row(row) < rows) {
       const bool packed = params.cu_seqlens_q != nullptr;
       const int64_t line =
@@ -38,28 +55,27 @@ __device__ __forceinline__ void store_output(const TileContext<Config>& context,
   auto rounded = make_tensor_like<Element>(output);
   round_to(rounded, output);
 
-  const auto staging =
-      make_tensor(make_smem_ptr(context.storage.out), typename Config::SmemQ{})(_, _, who.warpgroup);
-  typename Config::ValuesMma values_mma;
-  const auto copy_out = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, values_mma);
-  const auto copy_slice = copy_out.get_thread_slice(who.thread);
-  auto to = copy_slice.partition_D(staging);
-  sync(NamedBarrier::kStage0, who.warpgroup, 128);  // the last tile's rows have been read
-  copy(copy_out, copy_slice.retile_S(rounded), to);
-  sync(NamedBarrier::kStage0, who.warpgroup, 128);
-
-  constexpr int kChunk = 16 / sizeof(Element);
-  constexpr int kThreadsOfRow = Config::kHeadDim / kChunk;
-  const int column = who.thread % kThreadsOfRow * kChunk;
+  const auto words = recast<uint32_t>(rounded);  // (row of the thread, pair of columns), the row first
   const Strides& strides = params.out_strides;
   Element* out = static_cast<Element*>(params.out) + context.tile.batch_coordinate(params) * strides.batch +
                  (sequence.first_q + context.first_query()) * strides.seqlen +
                  context.tile.head * strides.heads;
+  // The threads of a quad have two of each eight columns; they swap so that each has every fourth eight.
+  constexpr int kChunk = 16 / sizeof(Element);
   CUTE_UNROLL
-  for (int row = who.thread / kThreadsOfRow; row < Config::kWarpgroupQ; row += 128 / kThreadsOfRow) {
-    if (row < rows) {
-      *reinterpret_cast<uint4*>(out + row * strides.seqlen + column) =
-          *reinterpret_cast<const uint4*>(raw_pointer_cast(&staging(row, column)));
+  for (int row = 0; row < kThreadRows; ++row) {
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < Config::kHeadDim / kChunk; chunk += 4) {
+      uint32_t swapped[4];
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        swapped[i] = words(row + kThreadRows * (chunk + i));
+      }
+      transpose_in_quad(swapped);
+      if (who.row(row) < rows) {
+        *reinterpret_cast<uint4*>(out + who.row(row) * strides.seqlen + (chunk + who.thread % 4) * kChunk) =
+            uint4{swapped[0], swapped[1], swapped[2], swapped[3]};
+      }
     }
   }
 }
@@ -88,6 +104,25 @@ __device__ __forceinline__ void clear_spare_kept(const ForwardParams& params, co
   const int blocks = (tile.sequence.seqlen_q + params.q_block - 1) / params.q_block;
   for (int index = blocks; index < columns; ++index) {
     *kept_of_block(params, tile, index) = 0;
+  }
+}
+
+// Writes what is asked for of a tile.
+template <class Config, class Output>
+__device__ __forceinline__ void store_results(const TileContext<Config>& context, Output& output,
+                                              const Softmax& softmax, int kept) {
+  const ForwardParams& params = context.params;
+  const ConsumerThread who = context.who;
+  const bool reports = params.kept != nullptr && who.thread == 0;
+  if (reports && params.cu_seqlens_q != nullptr && who.warpgroup == 0) {
+    clear_spare_kept(params, context.tile, Config::kTileQ);
+  }
+  if (!context.tile.exists()) {
+    return;
+  }
+  store_output<Config>(context, output, softmax);
+  if (reports && context.block.exists && (who.warpgroup == 0 || params.q_block < Config::kTileQ)) {
+    *kept_of_block(params, context.tile, context.block.index) = kept;
   }
 }
 

@@ -6,6 +6,8 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include <cute/arch/copy_sm90_desc.hpp>
+
 #include <algorithm>
 #include <type_traits>
 
@@ -19,62 +21,61 @@
 
 namespace bsfa::sm90 {
 
-// Returns the number of blocks kept.
-template <class Config, class Output>
-__device__ __forceinline__ int attend(const TileContext<Config>& context, Output& output, Softmax& softmax) {
-  if (context.tile.dense) {
-    attend_dense<Config>(context, output, softmax);
-    return context.block.keys.visible;
+// A tile with something to vote on, or without keys.
+template <class Config>
+__device__ __forceinline__ void attend_voting(typename Config::SharedStorage& storage,
+                                              ConsumerRings<Config>& rings, const ForwardParams& params,
+                                              const ConsumerThread& who) {
+  using namespace cute;
+  typename Config::ValuesMma values_mma;
+  auto output = partition_fragment_C(values_mma, Shape<_64, Int<Config::kHeadDim>>{});
+  clear(output);
+  Softmax softmax;
+  int kept = 0;
+  const Tile& told = rings.told(storage);
+  {
+    Tile tile = told;
+    tile.key_blocks = uniform(tile.key_blocks);
+    tile.full = uniform(tile.full);
+    const QueryBlock block = tile.block_of(who.warpgroup);
+    const TileContext<Config> context{storage, rings, params, tile, block, who};
+    if (tile.key_blocks == 0) {
+      __syncwarp();  // all lanes have read what the tile is
+      release(storage.q_empty, who);
+    } else if (params.rule != Rule::kAbsolute) {
+      kept = attend_sparse<Config, Bounds::kRelative>(context, output, softmax);
+    } else if (uniform(block.threshold > 0.0f)) {
+      kept = attend_sparse<Config, Bounds::kPositive>(context, output, softmax);
+    } else {
+      kept = attend_sparse<Config, Bounds::kNotPositive>(context, output, softmax);
+    }
   }
-  if (context.params.rule != Rule::kAbsolute) {
-    return attend_sparse<Config, Bounds::kRelative>(context, output, softmax);
-  }
-  if (uniform(context.block.threshold > 0.0f)) {
-    return attend_sparse<Config, Bounds::kPositive>(context, output, softmax);
-  }
-  return attend_sparse<Config, Bounds::kNotPositive>(context, output, softmax);
+  rings.queries.advance();
+  // Once more: the passes have no registers for what the epilogue needs to know.
+  const Tile tile = told;
+  const QueryBlock block = tile.block_of(who.warpgroup);
+  store_results<Config>({storage, rings, params, tile, block, who}, output, softmax, kept);
 }
 
 template <class Config>
 __device__ __forceinline__ void consume(const KernelParams& params, typename Config::SharedStorage& storage,
                                         const ConsumerThread& who) {
-  using namespace cute;
   ConsumerRings<Config> rings;
   if (who.warpgroup == 1) {
     pass_turn(1);  // consumer 0 has the first turn
   }
-  for_each_tile<Config>(params, [&](int index) BSFA_INLINE_LAMBDA {
-    const ForwardParams& forward = params.forward;
-    typename Config::ValuesMma values_mma;
-    auto output = partition_fragment_C(values_mma, Shape<_64, Int<Config::kHeadDim>>{});
-    clear(output);
-    Softmax softmax;
-    int kept = 0;
-    {
-      Tile tile = find_tile(forward, params.schedule, index, Config::kTileQ);
-      tile.key_blocks = uniform(tile.key_blocks);
-      tile.full = uniform(tile.full);
-      tile.dense = uniform(tile.dense);
-      const QueryBlock block = tile.block_of(who.warpgroup);
-      if (tile.key_blocks > 0) {
-        kept = attend<Config>({storage, rings, forward, tile, block, who}, output, softmax);
-      }
+  int tiles = count_tiles<Config>(params);
+#pragma unroll 1
+  while (tiles > 0) {
+    wait(storage.q_full, rings.queries.phase());
+    const Tile& told = rings.told(storage);
+    if (uniform(told.dense && told.key_blocks > 0)) {
+      tiles = attend_dense<Config>(storage, rings, params.forward, who, tiles);
+    } else {
+      attend_voting<Config>(storage, rings, params.forward, who);
+      --tiles;
     }
-    // Once more: the passes have no registers for what the epilogue needs to know.
-    const Tile tile = find_tile(forward, params.schedule, ptx::forget(index), Config::kTileQ);
-    const QueryBlock block = tile.block_of(who.warpgroup);
-    const bool reports = forward.kept != nullptr && who.thread == 0;
-    if (reports && forward.cu_seqlens_q != nullptr && who.warpgroup == 0) {
-      clear_spare_kept(forward, tile, Config::kTileQ);
-    }
-    if (!tile.exists()) {
-      return;
-    }
-    store_output<Config>({storage, rings, forward, tile, block, who}, output, softmax);
-    if (reports && block.exists && (who.warpgroup == 0 || forward.q_block < Config::kTileQ)) {
-      *kept_of_block(forward, tile, block.index) = kept;
-    }
-  });
+  }
 }
 
 template <class Config>
@@ -83,6 +84,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
   if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(&params.q);
+    cute::prefetch_tma_descriptor(&params.k);
+    cute::prefetch_tma_descriptor(&params.v);
     initialize_barriers<Config>(storage);
   }
   __syncthreads();

@@ -9,7 +9,6 @@
 
 #include "barriers.cuh"
 #include "config.cuh"
-#include "work.cuh"
 
 namespace bsfa::sm90 {
 
@@ -21,18 +20,22 @@ struct Producer {
   const KernelParams& params;
   Storage& storage;
 
-  // One thread. Runs ahead as far as the ring of K allows, into the next tiles too.
+  // One thread. Runs ahead as far as the ring of K allows, into the next tiles too. Tells the consumers what
+  // the tiles are.
   __device__ __forceinline__ void load_queries_and_keys() const {
     Ring<Config::kKeyStages> keys;
     Ring<Config::kVotePlaces> ballots;
     Ring<1> queries;
     for_each_tile<Config>(params, [&](int index) BSFA_INLINE_LAMBDA {
-      const Tile tile = find_tile(params.forward, params.schedule, index, Config::kTileQ);
+      wait(storage.q_empty, queries.phase() ^ 1);
+      Tile& tile = storage.tiles[queries.count % Config::kToldTiles];
+      tile = find_tile(params.forward, params.schedule, index, Config::kTileQ);
+      const int batch = tile.batch_coordinate(params.forward);
       if (tile.key_blocks == 0) {
+        storage.q_full.arrive();
+        queries.advance();
         return;
       }
-      const int batch = tile.batch_coordinate(params.forward);
-      wait(storage.q_empty, queries.phase() ^ 1);
       storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
       const int first_query = tile.sequence.first_q + tile.first_query;
       for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {

@@ -41,7 +41,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   const auto values_slice = values_mma.get_slice(who.thread);
   const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemK{});
   const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
-  auto tSrQ = load_queries<Config>(context, scores_mma);        // (MMA, 1, MMA_K)
+  auto tSrQ = queries_fragment<Config>(scores_mma);  // (MMA, 1, MMA_K)
+  load_queries<Config>(storage, who, scores_mma, tSrQ);
   const auto tSrK = scores_slice.partition_fragment_B(smem_k);  // (MMA, 1, MMA_K, stage)
   const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
   using Accumulators = decltype(partition_fragment_C(scores_mma, Shape<_64, _64>{}));
@@ -73,7 +74,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     start_product<false>(scores_mma, tSrQ, tSrK(_, _, _, rings.keys.stage()), scores);
   };
   const auto release_values = [&]() BSFA_INLINE_LAMBDA {
-    context.release(storage.v_empty[rings.values.stage()]);
+    release(storage.v_empty[rings.values.stage()], who);
     rings.values.advance();
   };
   // Whether the scores that were voted on last are too far above the maxima: with relative rules that is
@@ -101,7 +102,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // Of the block that was started before `after` others.
   const auto release_keys = [&](int after) BSFA_INLINE_LAMBDA {
     const Ring<Config::kKeyStages> place{rings.keys.count - 1 - after};
-    context.release(storage.k_empty[place.stage()]);
+    release(storage.k_empty[place.stage()], who);
   };
   const auto cast_vote = [&](bool keeps) BSFA_INLINE_LAMBDA {
     publish<Config>(storage, rings.ballots, who.warp(), keeps);

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// What there is to do for a tile of 128 queries. Every warp of the CTA works it out for itself.
+// What there is to do for a tile of 128 queries. The two loaders work it out; the consumers are told.
 #pragma once
 
 #include <cuda.h>
@@ -10,7 +10,6 @@
 #include "../common/mask.cuh"
 #include "../common/schedule.cuh"
 #include "../common/threshold.cuh"
-#include "config.cuh"
 
 namespace bsfa::sm90 {
 
@@ -119,6 +118,13 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& params, Body&&
       body(index);
     }
   }
+}
+
+template <class Config>
+__device__ __forceinline__ int count_tiles(const KernelParams& params) {
+  int count = 0;
+  for_each_tile<Config>(params, [&](int) { ++count; });
+  return count;
 }
 
 }  // namespace bsfa::sm90
