@@ -316,13 +316,18 @@ class Measured:
     failures: dict[str, str] = field(default_factory=dict)
 
 
+# The card is kept waiting for so many times as long as the host last took to issue a turn.
+_HEAD_START = 1.5
+_LONGEST_WAIT_MS = 100.0  # for calls that themselves wait for the card
+_CYCLES_A_MS = 2_000_000  # at no less than any card's clock
+
+
 class Timer:
     """Times calls against each other with device events and a cold L2 cache.
 
     The calls take turns in rounds, so that a card that warms up or slows down does so for all of
-    them alike. Each repetition first overwrites a buffer larger than any L2 cache. That takes
-    longer than a launch from Python, so the host is ahead of the card and its overhead is not in
-    the times.
+    them alike. Each repetition first overwrites a buffer larger than any L2 cache. The card starts
+    on a turn when the host has issued all of it, so that the host's overhead is not in the times.
     """
 
     def __init__(
@@ -351,6 +356,7 @@ class Timer:
         self.least = least
         self.most = most
         self._cuda = device.type == "cuda"
+        self._host_ms: dict[Callable[[], object], float] = {}  # to issue a repetition, last time
         self._flush = (
             torch.empty(flush_bytes, dtype=torch.int8, device=device)
             if self._cuda and flush_bytes
@@ -394,12 +400,16 @@ class Timer:
                 times.append(1000 * (time.perf_counter() - start))
             return times
         events = [(device_event(), device_event()) for _ in range(count)]
+        wait = min(_HEAD_START * count * self._host_ms.get(call, 0.0), _LONGEST_WAIT_MS)
+        torch.cuda._sleep(int(_CYCLES_A_MS * wait))  # type: ignore[no-untyped-call]
+        start = time.perf_counter()
         for begin, end in events:
             if self._flush is not None:
                 self._flush.zero_()
             begin.record()
             call()
             end.record()
+        self._host_ms[call] = 1000 * (time.perf_counter() - start) / count
         torch.cuda.synchronize(self.device)
         return [begin.elapsed_time(end) for begin, end in events]
 
