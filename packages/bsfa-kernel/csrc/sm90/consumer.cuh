@@ -115,7 +115,7 @@ struct ConsumerRings {
   Ring<1> queries;
 
   // What the loader says of the tile whose queries come next.
-  __device__ const __forceinline__ Tile& told(const typename Config::SharedStorage& storage) const {
+  const __device__ __forceinline__ Tile& told(const typename Config::SharedStorage& storage) const {
     return storage.tiles[queries.count % Config::kToldTiles];
   }
 };
