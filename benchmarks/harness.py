@@ -356,7 +356,6 @@ class Timer:
         self.least = least
         self.most = most
         self._cuda = device.type == "cuda"
-        self._host_ms: dict[Callable[[], object], float] = {}  # to issue a repetition, last time
         self._flush = (
             torch.empty(flush_bytes, dtype=torch.int8, device=device)
             if self._cuda and flush_bytes
@@ -374,33 +373,38 @@ class Timer:
         """
         measured = Measured()
         repetitions: dict[str, int] = {}
+        host_ms: dict[str, float] = {}  # to issue a repetition, last time
         for name, call in calls.items():
             try:
                 call()
-                estimate = self._repeat(call, 2)[-1]
+                times, host_ms[name] = self._repeat(call, 2, 0.0)
             except (RuntimeError, NotImplementedError) as error:  # out of memory included
                 measured.failures[name] = " ".join(str(error).split())[:300]
                 continue
-            wanted = math.ceil(1000 * self.seconds / max(estimate, 1e-3))
+            wanted = math.ceil(1000 * self.seconds / max(times[-1], 1e-3))
             count = min(max(wanted, self.least), self.most)
             repetitions[name] = math.ceil(count / self.rounds)
         samples: dict[str, list[float]] = {name: [] for name in repetitions}
         for _ in range(self.rounds):
             for name, count in repetitions.items():
-                samples[name] += self._repeat(calls[name], count)
+                times, host_ms[name] = self._repeat(calls[name], count, host_ms[name])
+                samples[name] += times
         measured.timings = {name: Timing(tuple(times)) for name, times in samples.items()}
         return measured
 
-    def _repeat(self, call: Callable[[], object], count: int) -> list[float]:
+    def _repeat(
+        self, call: Callable[[], object], count: int, host_ms: float
+    ) -> tuple[list[float], float]:
+        """Times of a turn, and how long the host took to issue one of its repetitions."""
         if not self._cuda:
             times = []
             for _ in range(count):
                 start = time.perf_counter()
                 call()
                 times.append(1000 * (time.perf_counter() - start))
-            return times
+            return times, 0.0
         events = [(device_event(), device_event()) for _ in range(count)]
-        wait = min(_HEAD_START * count * self._host_ms.get(call, 0.0), _LONGEST_WAIT_MS)
+        wait = min(_HEAD_START * count * host_ms, _LONGEST_WAIT_MS)
         torch.cuda._sleep(int(_CYCLES_A_MS * wait))  # type: ignore[no-untyped-call]
         start = time.perf_counter()
         for begin, end in events:
@@ -409,9 +413,9 @@ class Timer:
             begin.record()
             call()
             end.record()
-        self._host_ms[call] = 1000 * (time.perf_counter() - start) / count
+        host_ms = 1000 * (time.perf_counter() - start) / count
         torch.cuda.synchronize(self.device)
-        return [begin.elapsed_time(end) for begin, end in events]
+        return [begin.elapsed_time(end) for begin, end in events], host_ms
 
 
 def device_event() -> Any:
