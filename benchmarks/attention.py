@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -482,7 +482,10 @@ class Benchmark:
 
 def parse_length(text: str) -> int:
     """A number of tokens: 65536 or 64K."""
-    return int(text[:-1]) * _K if text[-1:] in "kK" else int(text)
+    length = int(text[:-1]) * _K if text[-1:] in "kK" else int(text)
+    if length < 1:
+        raise argparse.ArgumentTypeError(f"a length must be at least 1, got {text}")
+    return length
 
 
 def parse_sparsity(text: str) -> str:
@@ -490,6 +493,22 @@ def parse_sparsity(text: str) -> str:
     if text != DENSE and not 0.0 <= float(text) <= 1.0:
         raise ValueError(text)
     return text
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    known = tuple(names)
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {text!r}")
+        return text
+
+    return parse
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """An element type by its name."""
+    return _DTYPES[one_of(_DTYPES)(text)]
 
 
 def list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -513,15 +532,17 @@ def parser() -> argparse.ArgumentParser:
     add("--preset", choices=PRESETS, default="quick", help="which sweeps (default %(default)s)")
     add("--seqlens", type=list_of(parse_length), help="such as 2K,64K")
     add("--sparsities", type=list_of(parse_sparsity), help="such as dense,0,0.5")
-    add("--dtypes", type=list_of(_DTYPES.__getitem__), help="of bfloat16,float16")
+    add("--dtypes", type=list_of(parse_dtype), help="of bfloat16,float16")
     add("--head-dims", type=list_of(int))
     add("--heads", type=list_of(int))
     add("--kv-heads", type=list_of(int))
     add("--batches", type=list_of(int))
     add("--geometries", type=list_of(Geometry.parse), help="of 128x64,64x64")
-    add("--rules", type=list_of(str), help=f"of {','.join(bsfa_kernel.RULES)}")
+    add(
+        "--rules", type=list_of(one_of(bsfa_kernel.RULES)), help=f"of {','.join(bsfa_kernel.RULES)}"
+    )
     add("--inputs", type=list_of(str), help="of planted,irregular and files of inputs.py")
-    add("--kernels", type=list_of(str), help=f"of {','.join(kernels.NAMES)}")
+    add("--kernels", type=list_of(one_of(kernels.NAMES)), help=f"of {','.join(kernels.NAMES)}")
     add("--device", default="cuda", help="cuda, cuda:1, ..., or cpu for a self-test")
     add("--seed", type=int, default=0)
     add("--seconds", type=float, default=0.5, help="a kernel and case (default %(default)s)")

@@ -138,3 +138,20 @@ def test_a_case_that_fails_does_not_stop_the_others(
     assert attention.main(arguments) == 1
     assert {record["inputs"] for record in harness.read_records(out)} == {"planted"}
     assert "there is no such kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seqlens", "4K,0", "at least 1, got 0"),
+        ("--kernels", "fa3,nope", "got 'nope'"),
+        ("--rules", "max", "got 'max'"),
+        ("--dtypes", "float31", "got 'float31'"),
+    ],
+)
+def test_a_setting_that_is_none_is_refused(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        attention.parser().parse_args([option, value])
+    assert message in capsys.readouterr().err
