@@ -31,6 +31,7 @@ enum class NamedBarrier : uint32_t {
   kTurn1,    // consumer 1 may
   kValues0,  // consumer 0's threads have cleared what is not theirs of a block of V
   kValues1,
+  kTiles,  // both consumers have come to a tile
 };
 
 __device__ __forceinline__ void sync(NamedBarrier barrier, int offset, int threads) {
@@ -62,6 +63,7 @@ __device__ __forceinline__ void wait(const Barrier& barrier, uint32_t phase) {
 #else
   barrier.wait(phase);
 #endif
+  asm volatile("" ::: "memory");  // what was written before the phase ended is read after it
 }
 
 // The same where it has been found out before, while there was time, whether the phase is over.

@@ -153,6 +153,10 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     await_keys();
   };
 
+  // Stages of V that a consumer passed by at the end of a sparse tile are full when the other one has come.
+  if (params.q_block < Config::kTileQ) {
+    sync(NamedBarrier::kTiles, 0, 2 * 128);
+  }
   const Tile* told = &rings.told(storage);
   next_queries();
   start_scores();

@@ -211,30 +211,35 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // From here on a step decides on one block while the scores of later ones are computed. At its start
   // `current` has been voted on, `next` too unless the rule is relative, and the product of `last` is under
   // way; at its end, that of the block after those, in the registers of `current`. So the tensor cores have
-  // work while the consumers exchange votes and exponentiate.
+  // work while the consumers exchange votes and exponentiate. The vote on `last` is found between the
+  // instructions of a product, for each of which the warp has to wait.
   const auto step = [&](auto& current, auto& next, auto& last) BSFA_INLINE_LAMBDA {
+    bool passed = false;
     if (verdict.keep) {
       exponentiate(current);
       if constexpr (kRelative) {
         cast_vote(passes(next));
       }
+      finish_product<0>(last);
+      release_keys(0);
       await_values();
       // Where both keep the block they take turns, so that one multiplies while the other exponentiates.
       if (!halved) {
         take_turn(who.warpgroup);
       }
       start_values();
+      if constexpr (!kRelative) {
+        passed = passes(last);
+      }
       start_scores(current);
       if (!halved) {
         pass_turn(who.warpgroup);
       }
-      const bool keys_seen = look_for_keys();
-      look_for_votes(0);
-      finish_product<2>(last);
-      release_keys(1);
       if constexpr (!kRelative) {
-        cast_vote(passes(last));
+        cast_vote(passed);
       }
+      const bool keys_seen = look_for_keys();
+      look_for_votes(1);
       keys_are_there = uniform(keys_seen);
       finish_product<1>(output);
       release_values();
@@ -242,15 +247,18 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       if constexpr (kRelative) {
         cast_vote(passes(next));
       }
-      start_scores(current);
-      const bool keys_seen = look_for_keys();
-      look_for_votes(0);
-      pass_values_by();
-      finish_product<1>(last);
-      release_keys(1);
+      finish_product<0>(last);
+      release_keys(0);
       if constexpr (!kRelative) {
-        cast_vote(passes(last));
+        passed = passes(last);
       }
+      start_scores(current);
+      if constexpr (!kRelative) {
+        cast_vote(passed);
+      }
+      const bool keys_seen = look_for_keys();
+      look_for_votes(1);
+      pass_values_by();
       keys_are_there = uniform(keys_seen);
     }
     hear_verdict(kRelative ? 0 : 1);

@@ -105,8 +105,8 @@ __device__ __forceinline__ Tile find_tile(const ForwardParams& params, const Sch
   return tile;
 }
 
-// Runs `body` for the index of each tile of this CTA, longer ones first. Every other round goes backwards
-// through the CTAs, so that none of them gets the longest tile of every round.
+// Runs `body` for the index of each tile of this CTA, in the order of the schedule. Every other round goes
+// backwards through the CTAs, so that none of them gets the longest tile of every round.
 template <class Config, class Body>
 __device__ __forceinline__ void for_each_tile(const KernelParams& params, Body&& body) {
   const int rounds = (params.tiles + gridDim.x - 1) / gridDim.x;
