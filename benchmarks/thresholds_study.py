@@ -62,7 +62,7 @@ from harness import Budget, environment, progress
 
 SPARSITIES = (0.45, 0.55, 0.65, 0.75, 0.85, 0.9)
 PAPER_SPARSITIES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.75)  # it reaches the same divergence sooner
-PAPER_SAMPLES = 16
+PAPER_SAMPLES = 16  # it takes the mean over
 KL_TARGETS = (0.01, 0.03)
 COARSE, FINE = Geometry(128, 64), Geometry(64, 64)
 PAPER, BLASST = "absolute top-k 128x64", "running_max scalar 128x64"
@@ -253,7 +253,8 @@ class Thresholds:
                 yield target, table.thresholds[table.points.index(target)]
         elif candidate.variant == "paper":
             if self._paper is None:
-                self._paper = paper_thresholds(self.model, self.contexts[:PAPER_SAMPLES])
+                samples = self.contexts[: self.arguments.paper_samples]
+                self._paper = paper_thresholds(self.model, samples)
             yield from ((target, self._paper(target)) for target in targets)
         elif candidate.variant == "scalar":
             for target in targets:
@@ -367,16 +368,32 @@ def earlier(path: Path, about: dict[str, Any]) -> dict[str, list[Point]]:
     results: dict[str, list[Point]] = {}
     if not path.exists():
         return results
-    same = ("kind", "model", "dtype", "seqlen", "contexts", "calibration_contexts", "backend")
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        if all(record.get(name) == about[name] for name in same):
+        if record["kind"] == about["kind"] and _run(record) == _run(about):
             arrays = (np.asarray(record[name]) for name in ("sparsity", "kl", "nll_change"))
             point = Point(record["asked"], *arrays)
             results.setdefault(record["candidate"], []).append(point)
     for points in results.values():
         points.sort(key=lambda point: point.asked)
     return results
+
+
+def _run(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What records must share for their points to belong together."""
+    names = ("model", "dtype", "seqlen", "contexts", "calibration_contexts", "backend")
+    samples = record.get("paper_samples", PAPER_SAMPLES)  # an older record says nothing
+    return (*(record.get(name) for name in names), samples)
+
+
+def _runs(path: Path) -> list[dict[str, Any]]:
+    """The first record of every run that a file holds, where runs on the same contexts are one."""
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    found: list[dict[str, Any]] = []
+    for record in records:
+        if record["kind"] == "thresholds_study" and _run(record) not in map(_run, found):
+            found.append(record)
+    return found
 
 
 def sparsity_at(points: Sequence[Point], kl: float, chosen: npt.NDArray[np.int64]) -> float:
@@ -495,6 +512,7 @@ def main() -> int:
         "seqlen": arguments.length,
         "calibration_contexts": [window.name for window in calibration],
         "contexts": [window.name for window in windows],
+        "paper_samples": arguments.paper_samples,
         "draws": arguments.draws,
         "steps": [arguments.steps, arguments.further_steps],
     }
@@ -550,17 +568,20 @@ def main() -> int:
 
 
 def report(path: Path) -> str:
-    """What a file of results says; one run's contexts, or several runs' on the same ones."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    about = next(record for record in records if record["kind"] == "thresholds_study")
-    results = earlier(path, about)
-    kinds = [name.split("/")[0] for name in about["contexts"]]
-    heading = (
-        f"{about['model']}, {about['seqlen']} tokens, {about['dtype']}, {about['backend']} on "
-        f"{about['gpu']}; {len(kinds)} contexts, {len(about['calibration_contexts'])} others to "
-        "calibrate on"
-    )
-    return f"{heading}\n\n{table(results, compared(results, len(kinds)), kinds)}\n"
+    """What a file of results says, run by run; several runs on the same contexts are one."""
+    sections = []
+    for about in _runs(path):
+        results = earlier(path, about)
+        kinds = [name.split("/")[0] for name in about["contexts"]]
+        learned_on = [name.split("/")[0] for name in about["calibration_contexts"]]
+        shares = ", ".join(f"{learned_on.count(kind)} {kind}" for kind in sorted(set(learned_on)))
+        heading = (
+            f"{about['model']}, {about['seqlen']} tokens, {about['dtype']}, {about['backend']} on "
+            f"{about['gpu']}; {len(kinds)} contexts, {len(learned_on)} others to calibrate on "
+            f"({shares})"
+        )
+        sections.append(f"{heading}\n\n{table(results, compared(results, len(kinds)), kinds)}\n")
+    return "\n".join(sections)
 
 
 def plot(path: Path, picture: Path) -> None:
@@ -570,11 +591,16 @@ def plot(path: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    about = next(record for record in records if record["kind"] == "thresholds_study")
+    runs = _runs(path)
+    about = runs[0]
     figure, axes = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
     markers = "osD^vP*X<>"
-    for index, (name, points) in enumerate(earlier(path, about).items()):
+    curves = {
+        (f"{name}, {len(run['calibration_contexts'])} samples" if len(runs) > 1 else name): points
+        for run in runs
+        for name, points in earlier(path, run).items()
+    }
+    for index, (name, points) in enumerate(curves.items()):
         shares = [point.sparsity.mean() for point in points]
         losses = [point.kl.mean() for point in points]
         axes.semilogy(shares, losses, marker=markers[index % len(markers)], label=name)
@@ -661,6 +687,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=4096, help="a multiple of 128")
     parser.add_argument("--contexts", type=int, default=16)
     parser.add_argument("--calibration-contexts", type=int, default=24)
+    parser.add_argument(
+        "--paper-samples",
+        type=int,
+        default=PAPER_SAMPLES,
+        help="of them, to take the paper's mean over; fewer where there are fewer",
+    )
     parser.add_argument("--profiled", type=int, default=6, help="of them, to measure effects on")
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument(
@@ -708,6 +740,8 @@ def _arguments() -> argparse.Namespace:
         parser.error("--model and --text are needed")
     if arguments.length % 128:
         parser.error(f"--length must be a multiple of 128, got {arguments.length}")
+    if arguments.paper_samples < 1:
+        parser.error(f"--paper-samples must be at least 1, got {arguments.paper_samples}")
     if arguments.between < 0:
         parser.error(f"--between must be at least 0, got {arguments.between}")
     return arguments
