@@ -4,16 +4,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from bsfa_calib import ThresholdTable
 from bsfa_hf import __version__
 from bsfa_hf.cli import main
+from bsfa_hf.cli.common import Loaded, find_table
 from bsfa_hf.cli.demo import make_questions
 from tiny import table, tiny_model
 
@@ -222,3 +226,27 @@ def test_versions_agree(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"bsfa-hf {__version__}\n"
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert f'\nversion = "{__version__}"\n' in project
+
+
+def test_of_two_shipped_tables_for_a_length_the_one_with_more_points_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "thresholds" / "tiny"
+    folder.mkdir(parents=True)
+    made = ThresholdTable(
+        np.zeros((3, 2, 4, 1), np.float32),
+        (0.5, 0.7, 0.9),
+        axis="target_sparsity",
+        rule="running_lse",
+        max_seqlen=8192,
+    )
+    made.save(folder / "8k-learned.safetensors")
+    few = dataclasses.replace(made, thresholds=made.thresholds[:1], points=(0.9,))
+    few.save(folder / "8k-learned-64x64.safetensors")
+    dataclasses.replace(few, max_seqlen=4096).save(folder / "4k.safetensors")
+    monkeypatch.chdir(tmp_path)
+    loaded = Loaded(tiny_model(), None, "tiny")
+    for tokens, name in ((5000, "8k-learned"), (4096, "4k"), (100_000, "8k-learned")):
+        found = find_table(loaded, tokens)
+        assert found is not None
+        assert found.stem == name

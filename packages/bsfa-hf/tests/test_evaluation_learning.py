@@ -315,7 +315,7 @@ def test_rungs_may_be_named_instead(model: LlamaForCausalLM, samples: list[list[
     made = learn_path(model, samples, rungs=(0.3, 0.45), start=start, **options)
     assert [learned.target for learned in made] == [0.3, 0.45]
     for wrong in ((), (0.4, 0.3), (0.0, 0.3), (0.3, 0.99)):
-        with pytest.raises(TuningError, match=r"rungs must be ascending, above 0 and below 0\.778"):
+        with pytest.raises(TuningError, match=r"rungs must be ascending, above 0 and below 0\.882"):
             learn_path(model, samples, rungs=wrong, **options)
 
 
@@ -369,7 +369,7 @@ def test_a_file_that_holds_nothing_learned_is_left_as_it_is(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target_sparsities": (0.99,)}, "below 0.778, got 0.99"),
+        ({"target_sparsities": (0.99,)}, "below 0.882, got 0.99"),
         ({"max_losses": (0.0,)}, "must be above 0, got 0"),
         ({}, "give either"),
     ],
@@ -439,9 +439,10 @@ def test_a_model_and_a_text_give_a_table_and_what_to_expect_of_it(
     assert status == 0
     table = ThresholdTable.load(out)
     assert (table.axis, table.rule, table.rows) == ("target_sparsity", "running_lse", 1)
-    assert table.points == (0.5, 0.6, 0.7, 0.75)
+    assert (table.q_block, table.k_block) == (64, 64)
+    assert table.points == (0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
     assert (table.model, table.samples, table.max_seqlen) == ("model", 2, 1024)
-    assert len(table.provenance["expected_kl"].split(", ")) == 4
+    assert len(table.provenance["expected_kl"].split(", ")) == 6
     assert out.stat().st_size < 10_000
     assert not list(tmp_path.glob("*.npz"))
     printed = capsys.readouterr().out
@@ -473,7 +474,7 @@ def test_an_unknown_dtype_is_refused_before_anything_is_learned(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--length", "1000"], "must be a multiple of 128, got 1000"),
+        (["--length", "1000"], "must be a multiple of 64, got 1000"),
         (["--length", "128"], "nothing to gain"),
         (["--holdout", "0"], "at least 1, got 0"),
         (["--start", "missing.safetensors"], "missing.safetensors"),

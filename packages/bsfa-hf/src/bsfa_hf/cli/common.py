@@ -133,8 +133,9 @@ def quiet() -> Iterator[None]:
 def find_table(loaded: Loaded, tokens: int, axis: str | None = None) -> Path | None:
     """The shipped table for a model and a prompt: the shortest that suffices, else the longest.
 
-    Looked for in ``thresholds/<model>`` of the current directory and those above it. Tables of
-    learned thresholds come before those for k blocks, unless ``axis`` says what is wanted.
+    Of two for one length, that with more points. Looked for in ``thresholds/<model>`` of the
+    current directory and those above it. Tables of learned thresholds come before those for k
+    blocks, unless ``axis`` says what is wanted.
     """
     found: list[tuple[ThresholdTable, Path]] = []
     here = Path.cwd()
@@ -153,6 +154,7 @@ def find_table(loaded: Loaded, tokens: int, axis: str | None = None) -> Path | N
         return None
     learned = [entry for entry in found if entry[0].axis == "target_sparsity"]
     found = learned or found
+    found.sort(key=lambda entry: len(entry[0].points), reverse=True)
     longest = max(found, key=lambda entry: entry[0].max_seqlen)
     fitting = [entry for entry in found if entry[0].max_seqlen >= tokens]
     return min(fitting, key=lambda entry: entry[0].max_seqlen, default=longest)[1]

@@ -28,10 +28,13 @@ from bsfa_hf.evaluation.learning import Float32Array, Learned, Settings, learn
 from bsfa_hf.evaluation.methods import BlockSparse, applied, forced_share
 from bsfa_hf.evaluation.metrics import LanguageModel
 from bsfa_hf.evaluation.tuning import TuningError
-from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
+from bsfa_kernel import Geometry
 
 # Sparsities that thresholds are learned at, one after the other, as far as they are needed.
 LADDER = (0.6, 0.75, 0.85, 0.92)
+# Finer than the kernel's default: at an equal loss, learned thresholds skip one to two points more
+# of these blocks (docs/performance-accuracy.md).
+GEOMETRY = Geometry(64, 64)
 
 # Beyond the learned thresholds the path goes on by shifting all alike, by so much for each unit.
 _BEYOND = 4.0
@@ -100,7 +103,7 @@ def learn_path(
     target_sparsities: Sequence[float] = (),
     max_losses: Sequence[float] = (),
     rule: str = "running_lse",
-    geometry: Geometry = DEFAULT_GEOMETRY,
+    geometry: Geometry = GEOMETRY,
     settings: Settings | None = None,
     start: Float32Array | None = None,
     rungs: Sequence[float] | None = None,
@@ -185,7 +188,7 @@ def calibrate(
     target_sparsities: Sequence[float] = (),
     max_losses: Sequence[float] = (),
     rule: str = "running_lse",
-    geometry: Geometry = DEFAULT_GEOMETRY,
+    geometry: Geometry = GEOMETRY,
     backend: str = "auto",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Calibrated:

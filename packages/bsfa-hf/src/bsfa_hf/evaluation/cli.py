@@ -164,7 +164,7 @@ def _add_calibrate(subparsers: Any) -> None:
         help="instead: the most that can be skipped within these divergences from dense, in nats",
     )
     add("--rule", choices=("running_lse", "running_max", "absolute"), default="running_lse")
-    add("--geometry", default="128x64", help="128x64 or 64x64")
+    add("--geometry", default="64x64", help="64x64 or 128x64")
     add("--start", type=Path, metavar="TABLE", help="start from these thresholds; fewer steps do")
     add("--steps", type=int, default=60, help="of a sample each, for the first sparsity learned")
     add("--further-steps", type=int, default=30, help="for each of the others")
