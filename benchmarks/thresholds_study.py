@@ -387,7 +387,7 @@ def _run(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _runs(path: Path) -> list[dict[str, Any]]:
-    """The first record of every run that a file holds, where runs on the same contexts are one."""
+    """The first record of every run that a file holds; see ``_run`` for which are one."""
     records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     found: list[dict[str, Any]] = []
     for record in records:
@@ -595,12 +595,12 @@ def plot(path: Path, picture: Path) -> None:
     about = runs[0]
     figure, axes = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
     markers = "osD^vP*X<>"
-    curves = {
-        (f"{name}, {len(run['calibration_contexts'])} samples" if len(runs) > 1 else name): points
-        for run in runs
-        for name, points in earlier(path, run).items()
-    }
-    for index, (name, points) in enumerate(curves.items()):
+    curves = []
+    for number, run in enumerate(runs, start=1):
+        samples = len(run["calibration_contexts"])
+        which = f", run {number} ({samples} samples)" if len(runs) > 1 else ""
+        curves += [(f"{name}{which}", points) for name, points in earlier(path, run).items()]
+    for index, (name, points) in enumerate(curves):
         shares = [point.sparsity.mean() for point in points]
         losses = [point.kl.mean() for point in points]
         axes.semilogy(shares, losses, marker=markers[index % len(markers)], label=name)

@@ -241,7 +241,7 @@ def test_of_two_shipped_tables_for_a_length_the_one_with_more_points_is_taken(
         max_seqlen=8192,
     )
     made.save(folder / "8k-learned.safetensors")
-    few = dataclasses.replace(made, thresholds=made.thresholds[:1], points=(0.9,))
+    few = dataclasses.replace(made, thresholds=made.thresholds[:1], points=(0.92,))
     few.save(folder / "8k-learned-64x64.safetensors")
     dataclasses.replace(few, max_seqlen=4096).save(folder / "4k.safetensors")
     monkeypatch.chdir(tmp_path)
@@ -250,3 +250,7 @@ def test_of_two_shipped_tables_for_a_length_the_one_with_more_points_is_taken(
         found = find_table(loaded, tokens)
         assert found is not None
         assert found.stem == name
+    asked = find_table(loaded, 5000, ("target_sparsity", 0.92))
+    assert asked is not None
+    assert asked.stem == "8k-learned-64x64"
+    assert find_table(loaded, 5000, ("k", 16)) is None

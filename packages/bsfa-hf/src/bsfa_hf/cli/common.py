@@ -130,12 +130,12 @@ def quiet() -> Iterator[None]:
             untyped.enable_progress_bar()
 
 
-def find_table(loaded: Loaded, tokens: int, axis: str | None = None) -> Path | None:
+def find_table(loaded: Loaded, tokens: int, wanted: tuple[str, float] | None = None) -> Path | None:
     """The shipped table for a model and a prompt: the shortest that suffices, else the longest.
 
-    Of two for one length, that with more points. Looked for in ``thresholds/<model>`` of the
-    current directory and those above it. Tables of learned thresholds come before those for k
-    blocks, unless ``axis`` says what is wanted.
+    Of two for one length, that with the point ``wanted``, (axis, value), else that with more
+    points. Looked for in ``thresholds/<model>`` of the current directory and those above it. Tables
+    of learned thresholds come before those for k blocks, unless ``wanted`` names an axis.
     """
     found: list[tuple[ThresholdTable, Path]] = []
     here = Path.cwd()
@@ -146,7 +146,7 @@ def find_table(loaded: Loaded, tokens: int, axis: str | None = None) -> Path | N
         for path in sorted(folder.glob("*/*.safetensors")):
             if same_model(path.parent.name, loaded.names):
                 table = load_table(path)
-                if axis in (None, table.axis):
+                if wanted is None or wanted[0] == table.axis:
                     found.append((table, path))
         if found:
             break
@@ -154,17 +154,23 @@ def find_table(loaded: Loaded, tokens: int, axis: str | None = None) -> Path | N
         return None
     learned = [entry for entry in found if entry[0].axis == "target_sparsity"]
     found = learned or found
-    found.sort(key=lambda entry: len(entry[0].points), reverse=True)
+
+    def fit(entry: tuple[ThresholdTable, Path]) -> tuple[bool, int]:
+        points = entry[0].points
+        return wanted is not None and wanted[1] in points, len(points)
+
+    found.sort(key=fit, reverse=True)
     longest = max(found, key=lambda entry: entry[0].max_seqlen)
     fitting = [entry for entry in found if entry[0].max_seqlen >= tokens]
     return min(fitting, key=lambda entry: entry[0].max_seqlen, default=longest)[1]
 
 
-def wanted_axis(arguments: argparse.Namespace) -> str | None:
-    """The axis of the operating point that the arguments name, if they name one."""
+def wanted_point(arguments: argparse.Namespace) -> tuple[str, float] | None:
+    """Axis and value of the operating point that the arguments name, if they name one."""
     for axis in ("k", "target_sparsity", "max_loss"):
-        if getattr(arguments, axis) is not None:
-            return axis
+        value = getattr(arguments, axis)
+        if value is not None:
+            return axis, value
     return None
 
 

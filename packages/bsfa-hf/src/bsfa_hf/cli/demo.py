@@ -170,7 +170,7 @@ def make_questions(
 def _table(arguments: argparse.Namespace, loaded: common.Loaded) -> ThresholdTable:
     """The shipped table, or one that is made now."""
     if not arguments.calibrate:
-        path = common.find_table(loaded, arguments.tokens, common.wanted_axis(arguments))
+        path = common.find_table(loaded, arguments.tokens, common.wanted_point(arguments))
         if path is not None:
             common.note(f"thresholds: {path}")
             return load_table(path)

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     if length == 0:
         raise ValueError("the prompt is empty")
     if table is None:
-        path = common.find_table(loaded, length, common.wanted_axis(arguments))
+        path = common.find_table(loaded, length, common.wanted_point(arguments))
         if path is None:
             raise ValueError(
                 f"there is no threshold table for {loaded.name} in ./thresholds: make one with "

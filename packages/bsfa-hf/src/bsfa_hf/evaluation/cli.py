@@ -144,7 +144,7 @@ def _add_calibrate(subparsers: Any) -> None:
     add("--model", required=True, help="directory, .gguf file or Hub id")
     add("--text", type=Path, required=True, metavar="DIR", help="text files, a folder a kind")
     add("--text-part", default="0:0.5", metavar="A:B", help="of each file (default: %(default)s)")
-    add("--length", type=int, default=4096, help="tokens in a sample, a multiple of 128")
+    add("--length", type=int, default=4096, help="tokens in a sample, a multiple of 64")
     add("--samples", type=int, default=24, help="to learn from (default: %(default)s)")
     add("--holdout", type=int, default=6, help="more, to measure on (default: %(default)s)")
     points = calibrate.add_mutually_exclusive_group()
