@@ -475,6 +475,7 @@ def test_an_unknown_dtype_is_refused_before_anything_is_learned(
     ("arguments", "message"),
     [
         (["--length", "1000"], "must be a multiple of 64, got 1000"),
+        (["--geometry", "32x64"], "--geometry must be 128x64 or 64x64, got 32x64"),
         (["--length", "128"], "nothing to gain"),
         (["--holdout", "0"], "at least 1, got 0"),
         (["--start", "missing.safetensors"], "missing.safetensors"),

@@ -301,7 +301,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from bsfa_hf.evaluation.methods import attention_shape
     from bsfa_hf.evaluation.run import environment
     from bsfa_hf.evaluation.text import read_windows
-    from bsfa_kernel import Geometry
+    from bsfa_kernel import GEOMETRIES, Geometry
 
     settings = Settings(
         steps=arguments.steps,
@@ -311,6 +311,9 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     geometry = Geometry.parse(arguments.geometry)
+    if geometry not in GEOMETRIES:
+        known = " or ".join(map(str, GEOMETRIES))
+        raise ValueError(f"--geometry must be {known}, got {geometry}")
     if arguments.length % geometry.q_block:
         raise ValueError(
             f"--length must be a multiple of {geometry.q_block}, got {arguments.length}"
