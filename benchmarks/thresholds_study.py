@@ -3,8 +3,9 @@
 """Which thresholds lose least at equal sparsity, on a real model and on held-out text.
 
 Every candidate is calibrated on some contexts and run on others at several sparsities: the paper's
-table (absolute thresholds for k blocks), one scalar for the whole model under each rule, one
-scalar a head or a layer, allotted by the measured effect of the head's error on the predictions
+table (absolute thresholds for k blocks), one like it for a budget of softmax mass instead of k, one
+scalar for the whole model under each rule, one scalar a head or a layer, allotted by the measured
+effect of the head's error on the predictions or by the mass that it loses
 (``bsfa_hf.evaluation.allotment``), and thresholds learned by gradient
 (``bsfa_hf.evaluation.learning``), in both geometries. What is compared is the KL divergence of the
 next-token distributions from dense, and how much can be skipped at a given divergence; intervals
@@ -39,6 +40,7 @@ from bsfa_calib.thresholds import ThresholdTable
 from bsfa_hf.evaluation.allotment import (
     Profile,
     allot,
+    equal_mass,
     profile_all,
     scalar_for,
     sensitivity_offsets,
@@ -79,8 +81,8 @@ class Candidate:
         name: what the table calls it; the geometry is part of it.
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
-        variant: how thresholds are chosen: a key of ``_VARIANTS`` or ``_LEARNED``, "scalar",
-            "paper", or "table", whose file the name is.
+        variant: how thresholds are chosen: a key of ``_VARIANTS``, ``_LEARNED`` or
+            ``_TABLES``, "scalar", or "table", whose file the name is.
         order: of the blocks; see ``emulation.ORDERS``.
     """
 
@@ -103,13 +105,14 @@ class Point:
 
 def grid(rule: str, step: float) -> tuple[float, ...]:
     """Thresholds at which heads are profiled."""
-    low, high = (-14.0, 4.0) if rule == "running_max" else (-16.0, 3.0)
+    low, high = (-14.0, 4.0) if rule == "running_max" else (-16.0, 6.0)
     return tuple(np.arange(low, high + step, step).tolist())
 
 
 _VARIANTS: dict[str, Callable[[Profile, float], Array]] = {
     "head by effect": allot,
     "head by effect, half": lambda made, target: allot(made, target, blend=0.5),
+    "head by mass": equal_mass,
     "head offset": lambda made, target: scalar_for(made, target, sensitivity_offsets(made)),
     "head offset, half": lambda made, target: scalar_for(
         made, target, sensitivity_offsets(made, strength=0.5)
@@ -126,8 +129,9 @@ _LEARNED: dict[str, dict[str, Any]] = {
 # First what the defaults may become, then the rest.
 _WANTED = (
     ("running_max", COARSE, ("scalar",)),
-    ("running_lse", COARSE, ("scalar", "learned", "head by effect", "learned, 4 knots")),
-    ("running_lse", COARSE, ("learned from effect", "learned, at most 0")),
+    ("running_lse", COARSE, ("scalar", "learned", "head by effect", "head by mass")),
+    ("running_lse", COARSE, ("learned, 4 knots", "learned from effect", "learned, at most 0")),
+    ("absolute", COARSE, ("mass",)),
     ("running_max", COARSE, ("learned",)),
     ("running_lse", FINE, ("scalar", "learned")),
     ("running_lse", COARSE, ("head by effect, half", "head offset, half", "layer by effect")),
@@ -161,11 +165,37 @@ def unforced(length: int) -> npt.NDArray[np.int64]:
     return np.asarray((np.arange(0, length, 128) + 1) // 64, np.int64)
 
 
-class _Maxima:
-    """Dense attention that keeps the block maxima, the unforced ones in descending order."""
+def block_masses(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Softmax mass of each block, mean over its 128 rows; float32 [heads, q_blocks, k_blocks].
 
-    def __init__(self) -> None:
+    Args:
+        q: [1, seqlen, heads, head_dim]; seqlen is a multiple of 128.
+        k: [1, seqlen, kv_heads, head_dim].
+        scale: factor of the scores.
+    """
+    _, seqlen, heads, _ = q.shape
+    positions = torch.arange(seqlen, device=q.device)
+    hidden = torch.where(positions > positions[:, None], -torch.inf, 0.0)
+    masses = q.new_empty((heads, seqlen // 128, seqlen // 64), dtype=torch.float32)
+    for head in range(heads):  # the scores of all heads together would fill gigabytes
+        keys = k[0, :, head * k.shape[2] // heads].float()
+        weights = torch.addmm(hidden, q[0, :, head].float() * scale, keys.T).softmax(-1)
+        masses[head] = weights.view(seqlen // 128, 128, seqlen // 64, 64).sum(-1).mean(1)
+    return masses
+
+
+class _Maxima:
+    """Dense attention that keeps the block maxima, the unforced ones in descending order.
+
+    Attributes:
+        layers: of each layer, float32 [heads, q_blocks, k_blocks]; -inf after the unforced ones.
+        masses: if asked for: the masses of those blocks, in the same order; 0 after them.
+    """
+
+    def __init__(self, *, masses: bool = False) -> None:
         self.layers: dict[int, npt.NDArray[np.float32]] = {}
+        self.masses: dict[int, npt.NDArray[np.float32]] = {}
+        self._with_masses = masses
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float
@@ -175,13 +205,31 @@ class _Maxima:
         maxima = measure(q, k, scale=scale, geometry=COARSE)[0]
         free = torch.as_tensor(unforced(q.shape[1]), device=q.device)
         hidden = torch.arange(maxima.shape[-1], device=q.device) >= free[:, None]
-        ordered = maxima.masked_fill(hidden, -torch.inf).sort(-1, descending=True).values
+        ordered, order = maxima.masked_fill(hidden, -torch.inf).sort(-1, descending=True)
         self.layers[layer] = ordered.cpu().numpy()
+        if self._with_masses:
+            masses = block_masses(q, k, scale).masked_fill(hidden, 0)
+            self.masses[layer] = masses.gather(-1, order).cpu().numpy()
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=True
         )
         return Attended(out.transpose(1, 2), q.new_zeros(q.shape[1]))
+
+
+def _ordered(
+    model: Any, contexts: Sequence[Sequence[int]], *, masses: bool = False
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """What ``_Maxima`` keeps, each float32 [contexts, layers, heads, q_blocks, k_blocks]."""
+    language_model = LanguageModel(model)
+    kept: tuple[list[Any], list[Any]] = [], []
+    for ids in contexts:
+        recording = _Maxima(masses=masses)
+        with applied(model, recording):
+            language_model.predict(ids)
+        for into, of in zip(kept, (recording.layers, recording.masses), strict=True):
+            into.append([of[layer] for layer in sorted(of)])
+    return np.asarray(kept[0], np.float32), np.asarray(kept[1], np.float32)
 
 
 def paper_thresholds(
@@ -193,15 +241,7 @@ def paper_thresholds(
     """
     length = len(contexts[0])
     free = unforced(length)
-    language_model = LanguageModel(model)
-    samples = []
-    for ids in contexts:
-        recording = _Maxima()
-        with applied(model, recording):
-            language_model.predict(ids)
-        samples.append(np.stack([recording.layers[i] for i in sorted(recording.layers)]))
-    # [contexts, layers, heads, q_blocks, k_blocks]
-    maxima = np.stack(samples).astype(np.float64)
+    maxima = _ordered(model, contexts)[0].astype(np.float64)
     visible = np.arange(128, length + 1, 128) // 64
 
     def thresholds(target: float) -> npt.NDArray[np.float32]:
@@ -211,6 +251,90 @@ def paper_thresholds(
         return np.where(free > k, between.mean(0), -np.inf).astype(np.float32)
 
     return thresholds
+
+
+def mass_thresholds(
+    model: Any, contexts: Sequence[Sequence[int]]
+) -> Callable[[float], npt.NDArray[np.float32]]:
+    """The paper's rule with a budget of mass: ``budget_thresholds`` of each context, their mean.
+
+    A query block that may drop nothing in some context keeps everything: one -inf makes the mean
+    -inf. The budget for a sparsity is the one whose mean thresholds skip that share of all visible
+    blocks of these contexts.
+    """
+    length = len(contexts[0])
+    free = unforced(length)
+    maxima, masses = _ordered(model, contexts, masses=True)
+    lost = lost_mass(maxima, masses)
+    droppable = np.arange(maxima.shape[-1]) < free[:, None]
+    visible = int((np.arange(128, length + 1, 128) // 64).sum())
+    everything = maxima[..., 0, 0].size * visible
+
+    def averaged(budget: float) -> npt.NDArray[np.float32]:
+        mean = budget_thresholds(maxima, lost, free, budget).mean(0)
+        return np.asarray(mean, np.float32)
+
+    def thresholds(target: float) -> npt.NDArray[np.float32]:
+        low, high = -40.0, 0.1  # logarithms of the budget
+        for _ in range(30):
+            middle = (low + high) / 2
+            skipped = (maxima < averaged(float(np.exp(middle)))[..., None]) & droppable
+            if skipped.sum() / everything < target:
+                low = middle
+            else:
+                high = middle
+        return averaged(float(np.exp(high)))
+
+    return thresholds
+
+
+def lost_mass(
+    maxima: npt.NDArray[np.float32], masses: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Mass lost by dropping a block and all whose maxima are not larger; of ``_ordered``'s shape.
+
+    Args:
+        maxima: of blocks, in descending order along the last axis.
+        masses: of the same blocks.
+    """
+    lost = np.flip(np.cumsum(np.flip(masses, -1), -1), -1)
+    tied = np.zeros(maxima.shape, bool)
+    tied[..., 1:] = maxima[..., 1:] == maxima[..., :-1]
+    return np.minimum.accumulate(np.where(tied, np.float32(np.inf), lost), -1)
+
+
+def budget_thresholds(
+    maxima: npt.NDArray[np.float32],
+    lost: npt.NDArray[np.float32],
+    free: npt.NDArray[np.int64],
+    budget: float,
+) -> Array:
+    """Thresholds under which as many blocks are dropped as lose no more mass than a budget.
+
+    Blocks are dropped in ascending order of their maxima. The threshold lies half way between the
+    last dropped and the first kept, is -inf if none is dropped, and just above the largest if all.
+
+    Args:
+        maxima: of the unforced blocks in descending order, [..., q_blocks, k_blocks], then -inf.
+        lost: see ``lost_mass``.
+        free: [q_blocks], number of unforced blocks.
+        budget: softmax mass, mean over the rows of a query block.
+
+    Returns:
+        float64 [..., q_blocks].
+    """
+    kept = (lost > budget).sum(-1)
+    last = maxima.shape[-1] - 1
+    above, below = (
+        np.take_along_axis(maxima, np.clip(index, 0, last)[..., None], -1)[..., 0]
+        for index in (kept - 1, kept)
+    )
+    found = (above.astype(np.float64) + below) / 2
+    found = np.where(kept == 0, np.nextafter(below, np.float32(np.inf)), found)
+    return np.where(kept == free, -np.inf, found)
+
+
+_TABLES = {"paper": paper_thresholds, "mass": mass_thresholds}
 
 
 class Thresholds:
@@ -231,7 +355,7 @@ class Thresholds:
         self.dtype = torch.float32
         self.start = ThresholdTable.load(arguments.start) if arguments.start else None
         self._profiles: dict[tuple[str, Geometry, str], Profile] = {}
-        self._paper: Callable[[float], npt.NDArray[np.float32]] | None = None
+        self._tables: dict[str, Callable[[float], npt.NDArray[np.float32]]] = {}
 
     def reduced(self, dtype: str) -> None:
         """From now on, candidates are compared in a dtype; thresholds are made in float32."""
@@ -251,11 +375,12 @@ class Thresholds:
             table = ThresholdTable.load(candidate.name)
             for target in targets:
                 yield target, table.thresholds[table.points.index(target)]
-        elif candidate.variant == "paper":
-            if self._paper is None:
+        elif candidate.variant in _TABLES:
+            if candidate.variant not in self._tables:
                 samples = self.contexts[: self.arguments.paper_samples]
-                self._paper = paper_thresholds(self.model, samples)
-            yield from ((target, self._paper(target)) for target in targets)
+                self._tables[candidate.variant] = _TABLES[candidate.variant](self.model, samples)
+            for target in targets:
+                yield target, self._tables[candidate.variant](target)
         elif candidate.variant == "scalar":
             for target in targets:
                 found = find_scalar(
@@ -527,7 +652,7 @@ def main() -> int:
                 break
             begin = time.monotonic()
             of_rule = arguments.sparsities
-            if candidate.variant == "paper":
+            if candidate.variant in _TABLES:
                 of_rule = PAPER_SPARSITIES
             elif candidate.variant == "table":
                 of_rule = ThresholdTable.load(candidate.name).points

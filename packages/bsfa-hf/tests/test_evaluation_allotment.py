@@ -11,15 +11,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bsfa_hf.evaluation import allotment
 from bsfa_hf.evaluation.allotment import (
     Profile,
     allot,
+    equal_mass,
     profile,
     scalar_for,
     sensitivity_offsets,
 )
 from bsfa_hf.evaluation.emulation import EmulatedSparse, emulate
-from bsfa_hf.evaluation.methods import applied, visible_count
+from bsfa_hf.evaluation.methods import Attended, applied, dense_attention, visible_count
 from bsfa_hf.evaluation.metrics import LanguageModel
 from bsfa_kernel import RULES, Geometry, reference
 
@@ -120,13 +122,66 @@ def test_the_expected_divergence_is_near_the_measured_one(small_model: LlamaForC
     assert band.kl == pytest.approx(measured.error[0, layer, head], rel=0.6)
 
 
+def test_the_mass_of_a_profile_is_that_which_rows_lose_on_average(
+    small_model: LlamaForCausalLM,
+) -> None:
+    given = {}
+
+    def record(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float
+    ) -> Attended:
+        given[layer] = (q, k, v, scale)
+        out = dense_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale)
+        return Attended(out.transpose(1, 2), q.new_zeros(q.shape[2]))
+
+    geometry, thresholds = Geometry(64, 64), (-3.0, -1.5, 0.0)
+    contexts = [np.random.default_rng(seed).integers(0, 128, 256).tolist() for seed in (0, 1)]
+    measured = profile(small_model, contexts, thresholds, rule="running_lse", geometry=geometry)
+    expected = np.zeros((3, 2, 4))
+    language_model = LanguageModel(small_model)
+    for ids in contexts:
+        with applied(small_model, record):
+            language_model.predict(ids)
+        for layer, (q, k, v, scale) in given.items():
+            lse = [
+                reference.attention(
+                    *(q.double(), k.double(), v.double(), torch.full((4, 1), threshold)),
+                    scale=scale,
+                    rule="running_lse",
+                    geometry=geometry,
+                    compute_dtype=torch.float64,
+                ).lse[0]
+                for threshold in (-math.inf, *thresholds)
+            ]
+            for point, sparse in enumerate(lse[1:]):
+                lost = 1 - (sparse - lse[0]).exp()
+                expected[point, layer] += lost.mean(-1).numpy() / len(contexts)
+    assert expected[2].min() > 0.05
+    assert np.allclose(measured.mass, expected, atol=1e-5)
+
+
+def test_no_curve_that_is_interpolated_falls(
+    small_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = np.broadcast_to([[[0.1], [0.3], [0.2]]], (4, 3, 4))
+    monkeypatch.setattr(allotment, "_measure", lambda *_: measured)
+    found = profile(small_model, [[0] * 64], (-1, 0, 1), rule="absolute", geometry=Geometry(64, 64))
+    for curves in (found.skipped, found.error, found.mass):
+        assert curves[:, 1, 2] == pytest.approx([0.1, 0.3, 0.3])
+
+
 def a_profile(costs: list[float]) -> Profile:
-    """Heads that skip alike, and whose error is a cost times the square of the share skipped."""
+    """Heads that skip alike, and whose error is a cost times the square of the share skipped.
+
+    The mass that they lose is a cost times exp(threshold), that of the last head at most exp(-4).
+    """
     thresholds = np.linspace(-10, 0, 21)
     share = (thresholds + 10) / 10
     skipped = np.repeat(share[:, None, None], len(costs), axis=2)
     error = np.asarray(costs) * skipped**2
-    return Profile(thresholds, skipped, error, skipped**2, 1)
+    mass = np.asarray(costs) * np.exp(thresholds)[:, None, None]
+    mass[..., -1] = np.minimum(mass[..., -1], math.exp(-4))
+    return Profile(thresholds, skipped, error, skipped**2, mass, 1)
 
 
 def test_a_scalar_skips_the_share_that_was_asked_for() -> None:
@@ -149,6 +204,31 @@ def test_heads_that_cost_less_skip_more() -> None:
     assert np.allclose(allot(measured, 0.5, blend=0), -5, atol=0.01)
     half = measured.skipped_at(allot(measured, 0.5, blend=0.5))[0]
     assert half.tolist() == pytest.approx([0.65, 0.35], abs=0.02)
+
+
+@pytest.mark.parametrize("target", [0.2, 0.3, 0.45])
+def test_heads_lose_equal_mass(target: float) -> None:
+    costs = np.array([1.0, 4.0, 0.3, 1.0])
+    measured = a_profile(costs.tolist())
+    found = equal_mass(measured, target)
+    assert found.shape == (1, 4)
+    assert measured.skipped_at(found).mean() == pytest.approx(target, abs=1e-6)
+    mass = costs * np.exp(found[0])
+    assert mass == pytest.approx(np.full(4, mass[0]), rel=1e-5)
+
+
+def test_a_head_that_never_loses_the_budget_takes_the_highest_threshold() -> None:
+    measured = a_profile([1.0, 1.0])
+    found = equal_mass(measured, 0.9)
+    assert found[0] == pytest.approx([-2.0, 0.0], abs=1e-5)
+    assert np.allclose(equal_mass(measured, 1.0), 0)
+    assert np.allclose(equal_mass(measured, 0.0), -10)
+
+
+def test_mass_that_is_lost_at_no_profiled_threshold_costs_nothing() -> None:
+    measured = a_profile([1.0, 0.0, 1.0])
+    found = equal_mass(measured, 0.5)
+    assert found[0] == pytest.approx([-7.5, 0.0, -7.5], abs=1e-5)
 
 
 def test_sensitive_heads_get_lower_thresholds() -> None:

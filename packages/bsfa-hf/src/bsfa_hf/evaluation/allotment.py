@@ -10,7 +10,8 @@ divergence. d follows from the dense q, k and v for any threshold. What it negle
 different positions and heads add up or cancel, and that sparse layers feed later ones.
 
 From the curves of error and sparsity by threshold, thresholds are chosen so that each head's last
-skipped block costs the same (Lagrange), for a given share of blocks skipped in all.
+skipped block costs the same (Lagrange), for a given share of blocks skipped in all; or, to compare
+with, so that each head loses the same softmax mass.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Profile:
         error: expected KL divergence of the model's predictions, in nats a position, if only this
             head skips.
         lost: mean square of the softmax mass lost by a row.
+        mass: mean softmax mass lost by a row.
         samples: contexts that were measured.
     """
 
@@ -59,6 +61,7 @@ class Profile:
     skipped: Float64Array
     error: Float64Array
     lost: Float64Array
+    mass: Float64Array
     samples: int
 
     def skipped_at(self, thresholds: npt.ArrayLike) -> Float64Array:
@@ -156,7 +159,7 @@ def profile_all(
         if len(thresholds) < 2 or np.any(np.diff(thresholds) <= 0):
             raise ValueError(f"at least two thresholds that ascend are needed, got {thresholds}")
     layers, heads = attention_shape(model)
-    sums = [np.zeros((3, len(thresholds), layers, heads)) for *_, thresholds in requests]
+    sums = [np.zeros((4, len(thresholds), layers, heads)) for *_, thresholds in requests]
     for number, ids in enumerate(samples):
         recorded, gradients = _record(model, ids, draws, seed + number)
         with torch.inference_mode():
@@ -168,11 +171,11 @@ def profile_all(
         progress(f"profiled {number + 1} of {len(samples)} contexts")
     found = []
     for (*_, thresholds), total in zip(requests, sums, strict=True):
-        skipped, error, lost = total / len(samples)
+        skipped, error, lost, mass = total / len(samples)
         # Each falls nowhere, but for rounding and for the effects of one verdict on the next.
-        skipped, error = np.maximum.accumulate(skipped), np.maximum.accumulate(error)
+        skipped, error, mass = (np.maximum.accumulate(x) for x in (skipped, error, mass))
         grid = np.asarray(thresholds, np.float64)
-        found.append(Profile(grid, skipped, error, lost, len(samples)))
+        found.append(Profile(grid, skipped, error, lost, mass, len(samples)))
     return found
 
 
@@ -224,9 +227,9 @@ def _measure(
     geometry: Geometry,
     order: str,
 ) -> Float64Array:
-    """Skipped, error and lost of one layer, float64 [3, thresholds, heads]."""
+    """Skipped, error, lost and mass of one layer, float64 [4, thresholds, heads]."""
     heads, seqlen = given.q.shape[2], given.q.shape[1]
-    measured = np.empty((3, len(thresholds), heads))
+    measured = np.empty((4, len(thresholds), heads))
     # The grid and, first, a threshold that keeps everything: d is measured against it.
     values = torch.tensor([-torch.inf, *thresholds], device=given.q.device)
     values = values[:, None, None].expand(-1, heads, 1)
@@ -242,6 +245,7 @@ def _measure(
     measured[0] = found.skipped[1:, 0].double().cpu().numpy()
     measured[1] = (effect.mean(1).sum(1) / (2 * seqlen)).double().cpu().numpy()
     measured[2] = found.lost[1:, 0].square().mean(-1).double().cpu().numpy()
+    measured[3] = found.lost[1:, 0].mean(-1).double().cpu().numpy()
     return measured
 
 
@@ -336,6 +340,40 @@ def allot(
     mixed = blend * own + (1 - blend) * scalar_for(measured, target)
     # Discrete choices and mixing miss the target a little: one shift for all puts that right.
     return scalar_for(measured, target, mixed)
+
+
+def equal_mass(measured: Profile, target: float) -> Float64Array:
+    """Thresholds at which all heads lose the same mean softmax mass.
+
+    Each head takes the highest threshold at which it loses no more than a budget, the same for all,
+    at which the share asked for is skipped. A head that loses less at every profiled threshold
+    takes the last of them, and one that loses more at every one the first.
+
+    Args:
+        measured: the heads' curves.
+        target: share of all visible blocks that is skipped.
+
+    Returns:
+        float64 [layers, heads].
+    """
+    # As errors do, masses grow by powers of ten along the grid.
+    floor = max(float(measured.mass.max()), 1e-30) * 1e-9
+    curves = np.log(measured.mass + floor).reshape(len(measured.thresholds), -1)
+
+    def chosen(budget: float) -> Float64Array:
+        found = [np.interp(budget, curve, measured.thresholds) for curve in curves.T]
+        return np.asarray(found).reshape(measured.mass.shape[1:])
+
+    low, high = float(curves.min()), float(curves.max())  # logarithms of the budget
+    if measured.skipped_at(chosen(low)).mean() >= target:
+        return chosen(low)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if measured.skipped_at(chosen(middle)).mean() < target:
+            low = middle
+        else:
+            high = middle
+    return chosen(high)
 
 
 def _finer(curves: Float64Array, thresholds: Float64Array, fine: Float64Array) -> Float64Array:
