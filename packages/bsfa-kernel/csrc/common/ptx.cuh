@@ -68,6 +68,12 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&matrices)[4]
                : "r"(shared));
 }
 
+// In a kernel launched to start early: until the stream's work before it is complete, and what it wrote can
+// be seen. Before this a thread may touch nothing that others read or write. For sm_90. [griddepcontrol.wait]
+__device__ __forceinline__ void wait_for_earlier_grids() {
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+}
+
 // Starts the copy of 16 bytes from global to shared memory, past L1.  [cp.async.cg]
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" : : "r"(shared), "l"(global) : "memory");
@@ -103,6 +109,19 @@ __device__ __forceinline__ int forget(int x) {
 // which would cost an issue slot where the branch is not taken, too.
 __device__ __forceinline__ void keep_branch() {
   asm volatile("bar.warp.sync 0xffffffff;" : : : "memory");
+}
+
+// The elected thread arrives at an mbarrier, without a branch. For sm_90.  [mbarrier.arrive]
+__device__ __forceinline__ void arrive(uint32_t barrier_address, bool elected) {
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "setp.ne.u32 elected, %1, 0;\n"
+      "@elected mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+      "}"
+      :
+      : "r"(barrier_address), "r"(static_cast<uint32_t>(elected))
+      : "memory");
 }
 
 // The elected thread writes a byte of shared memory and then arrives at an mbarrier. A branch would cost more

@@ -96,12 +96,6 @@ __device__ __forceinline__ void initialize_barriers(typename Config::SharedStora
   cutlass::arch::fence_barrier_init();
 }
 
-// What the consumers decided about a key block.
-struct Verdict {
-  bool keep;  // this warpgroup multiplies the block's V
-  bool load;  // some warpgroup does, so that V takes a stage of its ring
-};
-
 // A consumer warp's vote is a byte: bit 0 says whether it keeps the block, bit 1 changes with every round of
 // the ring and says that the vote is there. So the consumers need no barrier to hear each other, only a look.
 inline constexpr uint32_t kKeepBits = 0x01010101;
@@ -135,6 +129,13 @@ template <int kStages>
 __device__ __forceinline__ bool are_votes_there(const uint2& votes, const Ring<kStages>& place) {
   const uint32_t awaited = round_bits(place);
   return (((votes.x ^ awaited) | (votes.y ^ awaited)) & kRoundBits) == 0;
+}
+
+// Whether they are there and nobody keeps the block.
+template <int kStages>
+__device__ __forceinline__ bool do_all_skip(const uint2& votes, const Ring<kStages>& place) {
+  const uint32_t awaited = round_bits(place);
+  return ((votes.x ^ awaited) | (votes.y ^ awaited)) == 0;
 }
 
 template <class Config>

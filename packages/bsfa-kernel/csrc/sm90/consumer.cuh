@@ -90,6 +90,13 @@ __device__ __forceinline__ void release(cutlass::arch::ClusterBarrier& empty, co
   }
 }
 
+// The same without a branch, for the sparse pass, where each one counts. In the dense pass ptxas would put
+// all multiplications in front of the exponentials (seen at head_dim 64).
+__device__ __forceinline__ void release_branchless(cutlass::arch::ClusterBarrier& empty,
+                                                   const ConsumerThread& who) {
+  ptx::arrive(cute::cast_smem_ptr_to_uint(&empty), who.thread % 32 == 0);
+}
+
 // Hides the keys [keys[row], ...) in scores whose first column is key `first_key`.
 template <class Matrix>
 __device__ __forceinline__ void mask_scores(Matrix& scores, const ConsumerThread& who,
@@ -104,6 +111,16 @@ __device__ __forceinline__ void mask_scores(Matrix& scores, const ConsumerThread
       }
     }
   }
+}
+
+// Whether some row of the warp does not see all keys of a block, of which its rows see `keys[row]` in all.
+__device__ __forceinline__ bool sees_in_part(const int (&keys)[kThreadRows], int first_key) {
+  return __any_sync(0xffffffff, min(keys[0], keys[1]) < first_key + kKeyBlock);
+}
+
+// Whether no row of the warp sees any of them.
+__device__ __forceinline__ bool hides(const int (&keys)[kThreadRows], int first_key) {
+  return !__any_sync(0xffffffff, max(keys[0], keys[1]) > first_key);
 }
 
 // What a consumer takes along from tile to tile.

@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     initialize_barriers<Config>(storage);
   }
   __syncthreads();
+  ptx::wait_for_earlier_grids();
 
   // The same in all lanes, and known to be: the roles must be uniform for setmaxnreg.
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
@@ -167,8 +168,19 @@ void forward(const ForwardParams& params, cudaStream_t stream) {
   const auto kernel = forward_kernel<Config>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   const int ctas = static_cast<int>(std::min<int64_t>(kernel_params.schedule.ctas(), processors));
-  kernel<<<ctas, Config::kThreads, kSharedBytes, stream>>>(kernel_params);
-  BSFA_CUDA_CHECK(cudaGetLastError());
+  // The start of the kernel, up to wait_for_earlier_grids(), may overlap the end of the stream's work before
+  // it.
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(ctas);
+  launch.blockDim = dim3(Config::kThreads);
+  launch.dynamicSmemBytes = kSharedBytes;
+  launch.stream = stream;
+  launch.attrs = &overlap;
+  launch.numAttrs = 1;
+  BSFA_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, kernel_params));
 }
 
 }  // namespace bsfa::sm90

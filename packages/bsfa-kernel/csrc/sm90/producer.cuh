@@ -28,15 +28,10 @@ struct Producer {
     Ring<1> queries;
     for_each_tile<Config>(params, [&](int index) BSFA_INLINE_LAMBDA {
       wait(storage.q_empty, queries.phase() ^ 1);
-      Tile& tile = storage.tiles[queries.count % Config::kToldTiles];
-      tile = find_tile(params.forward, params.schedule, index, Config::kTileQ);
+      Tile tile;
+      place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
       const int batch = tile.batch_coordinate(params.forward);
-      if (tile.key_blocks == 0) {
-        storage.q_full.arrive();
-        queries.advance();
-        return;
-      }
-      storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
+      // On their way while the thresholds are read, for a tile without keys too.
       const int first_query = tile.sequence.first_q + tile.first_query;
       for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
         for (int box = 0; box < Config::kBoxes; ++box) {
@@ -45,6 +40,9 @@ struct Producer {
                first_query + consumer * Config::kWarpgroupQ, tile.head, batch);
         }
       }
+      find_blocks(params.forward, Config::kTileQ, tile);
+      storage.tiles[queries.count % Config::kToldTiles] = tile;
+      storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
       queries.advance();
 #pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
@@ -73,7 +71,9 @@ struct Producer {
     Ring<Config::kVotePlaces> ballots;
     Ring<Config::kValueStages> values;
     for_each_tile<Config>(params, [&](int index) BSFA_INLINE_LAMBDA {
-      const Tile tile = find_tile(params.forward, params.schedule, index, Config::kTileQ);
+      Tile tile;
+      place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
+      find_blocks(params.forward, Config::kTileQ, tile);
       const int batch = tile.batch_coordinate(params.forward);
 #pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {

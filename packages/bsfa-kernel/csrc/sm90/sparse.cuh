@@ -61,20 +61,22 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     bounds[row] = votes ? threshold + (kRelative ? -CUDART_INF_F : 0.0f) : CUDART_NAN_F;
   }
   int kept = 0;
-  Verdict verdict{};
+  // The bits that say that a warp of the query block keeps a key block.
+  const uint2 my_votes{!halved || who.warpgroup == 0 ? kKeepBits : 0,
+                       !halved || who.warpgroup == 1 ? kKeepBits : 0};
 
   // Steps.
-  bool keys_are_there = false;
+  bool keys_seen = false;
   const auto look_for_keys = [&]() BSFA_INLINE_LAMBDA {
     rings.keys.advance();
-    return storage.k_full[rings.keys.stage()].test_wait(rings.keys.phase());
+    keys_seen = storage.k_full[rings.keys.stage()].test_wait(rings.keys.phase());
   };
   const auto start_scores = [&](auto& scores) BSFA_INLINE_LAMBDA {
-    wait_unless(keys_are_there, storage.k_full[rings.keys.stage()], rings.keys.phase());
+    wait_unless(uniform(keys_seen), storage.k_full[rings.keys.stage()], rings.keys.phase());
     start_product<false>(scores_mma, tSrQ, tSrK(_, _, _, rings.keys.stage()), scores);
   };
   const auto release_values = [&]() BSFA_INLINE_LAMBDA {
-    release(storage.v_empty[rings.values.stage()], who);
+    release_branchless(storage.v_empty[rings.values.stage()], who);
     rings.values.advance();
   };
   // Whether the scores that were voted on last are too far above the maxima: with relative rules that is
@@ -89,43 +91,61 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     } else {
       scores_against<kBounds == Bounds::kPositive>(accumulator_matrix(scores), values);
     }
-    bool keeps = false;
+    bool pass = false;
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
-      keeps |= params.scale * values[row] >= bounds[row];
+      pass |= params.scale * values[row] >= bounds[row];
     }
     if constexpr (kRelative) {
       exceeded = softmax.exceeded_by_maxima(values, scale_log2, slack).any();
     }
-    return keeps;
+    return pass;
   };
   // Of the block that was started before `after` others.
   const auto release_keys = [&](int after) BSFA_INLINE_LAMBDA {
     const Ring<Config::kKeyStages> place{rings.keys.count - 1 - after};
-    release(storage.k_empty[place.stage()], who);
+    release_branchless(storage.k_empty[place.stage()], who);
   };
-  const auto cast_vote = [&](bool keeps) BSFA_INLINE_LAMBDA {
-    publish<Config>(storage, rings.ballots, who.warp(), keeps);
+  const auto cast_vote = [&](bool keep) BSFA_INLINE_LAMBDA {
+    publish<Config>(storage, rings.ballots, who.warp(), keep);
     rings.ballots.advance();
   };
-  // The verdict on the block that was voted on before `after` others, 0 or 1. Its votes are read ahead, for
-  // they will mostly be there.
+  // A first look at the votes on the block that was voted on before `after` others, for which there is time
+  // while a product is under way: whether somebody may keep it. Mostly they are there, and nobody does.
   uint2 early_votes{};
   const auto look_for_votes = [&](int after) BSFA_INLINE_LAMBDA {
     if constexpr (!kRelative) {
       early_votes = read_votes<Config>(storage, {rings.ballots.count - 1 - after});
     }
   };
+  // The verdict on that block: whether this warpgroup keeps it.
   const auto hear_verdict = [&](int after) BSFA_INLINE_LAMBDA {
     const Ring<Config::kVotePlaces> place{rings.ballots.count - 1 - after};
     uint2 votes = early_votes;
     if (kRelative || !are_votes_there(votes, place)) {
       votes = await_votes<Config>(storage, place);
     }
-    const uint32_t mine = halved ? (who.warpgroup == 0 ? votes.x : votes.y) : votes.x | votes.y;
-    verdict = {(mine & kKeepBits) != 0, ((votes.x | votes.y) & kKeepBits) != 0};
-    kept += verdict.keep;
+    if (((votes.x & my_votes.x) | (votes.y & my_votes.y)) != 0) {
+      ++kept;
+      return true;
+    }
+    // A block that only the other warpgroup keeps takes a stage of V all the same.
+    if (((votes.x | votes.y) & kKeepBits) != 0) {
+      release_values();
+    }
+    return false;
   };
+  // The verdict in two parts, at the end of a step and at the beginning of the next.
+  bool may_keep = false;
+  const auto count_votes = [&](int after) BSFA_INLINE_LAMBDA {
+    if constexpr (kRelative) {
+      may_keep = hear_verdict(after);
+    } else {
+      may_keep = !do_all_skip(early_votes, Ring<Config::kVotePlaces>{rings.ballots.count - 1 - after});
+    }
+  };
+  const auto keeps = [&](int after)
+                         BSFA_INLINE_LAMBDA { return may_keep && (kRelative || hear_verdict(after)); };
   // O *= exp(m_old - m).
   const auto raise_maxima = [&](const RowFlags& rows, const auto& maxima) BSFA_INLINE_LAMBDA {
     float factors[kThreadRows];
@@ -168,13 +188,6 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   const auto await_values = [&]() BSFA_INLINE_LAMBDA {
     wait(storage.v_full[rings.values.stage()], rings.values.phase());
   };
-  // A block that only the other warpgroup keeps takes a stage of V all the same.
-  const auto pass_values_by = [&]() BSFA_INLINE_LAMBDA {
-    if (verdict.load && who.thread % 32 == 0) {
-      storage.v_empty[rings.values.stage()].arrive();
-    }
-    rings.values.count += verdict.load;
-  };
 
   // The blocks with masked scores, one by one; and the rest too where there is nothing to overlap.
   const int overlapped = tile.full / 3 * 3;
@@ -192,16 +205,14 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     const bool passed = passes(scores0);
     cast_vote(forced || (participates && passed));
     look_for_votes(0);
-    hear_verdict(0);
-    if (verdict.keep) {
+    count_votes(0);
+    if (keeps(0)) {
       exponentiate(scores0);
       await_values();
       context.clear_foreign_values(rings.values.stage(), key_block);
       start_values();
       finish_product<0>(output);
       release_values();
-    } else {
-      pass_values_by();
     }
   }
   if (overlapped == 0) {
@@ -211,11 +222,12 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // From here on a step decides on one block while the scores of later ones are computed. At its start
   // `current` has been voted on, `next` too unless the rule is relative, and the product of `last` is under
   // way; at its end, that of the block after those, in the registers of `current`. So the tensor cores have
-  // work while the consumers exchange votes and exponentiate. The vote on `last` is found between the
-  // instructions of a product, for each of which the warp has to wait.
+  // work while the consumers exchange votes and exponentiate. The vote on `last` is found while the
+  // instructions of a product are issued. What both ways have in common at their end stands behind them, so
+  // that ptxas keeps each of them free of further branches.
   const auto step = [&](auto& current, auto& next, auto& last) BSFA_INLINE_LAMBDA {
     bool passed = false;
-    if (verdict.keep) {
+    if (keeps(kRelative ? 0 : 1)) {
       exponentiate(current);
       if constexpr (kRelative) {
         cast_vote(passes(next));
@@ -238,9 +250,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       if constexpr (!kRelative) {
         cast_vote(passed);
       }
-      const bool keys_seen = look_for_keys();
       look_for_votes(1);
-      keys_are_there = uniform(keys_seen);
       finish_product<1>(output);
       release_values();
     } else {
@@ -248,7 +258,6 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
         cast_vote(passes(next));
       }
       finish_product<0>(last);
-      release_keys(0);
       if constexpr (!kRelative) {
         passed = passes(last);
       }
@@ -256,22 +265,19 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       if constexpr (!kRelative) {
         cast_vote(passed);
       }
-      const bool keys_seen = look_for_keys();
+      release_keys(0);
       look_for_votes(1);
-      pass_values_by();
-      keys_are_there = uniform(keys_seen);
     }
-    hear_verdict(kRelative ? 0 : 1);
+    look_for_keys();
+    count_votes(kRelative ? 0 : 1);
   };
-  const auto finish = [&](auto& scores) BSFA_INLINE_LAMBDA {
-    if (verdict.keep) {
+  const auto finish = [&](auto& scores, int after) BSFA_INLINE_LAMBDA {
+    if (keeps(after)) {
       exponentiate(scores);
       await_values();
       start_values();
       finish_product<0>(output);
       release_values();
-    } else {
-      pass_values_by();
     }
   };
 
@@ -284,13 +290,13 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   cast_vote(passes(scores0));
   finish_product<0>(scores1);
   start_scores(scores2);
-  keys_are_there = uniform(look_for_keys());
+  look_for_keys();
   release_keys(1);
   if constexpr (!kRelative) {
     cast_vote(passes(scores1));
   }
   look_for_votes(1);
-  hear_verdict(kRelative ? 0 : 1);
+  count_votes(kRelative ? 0 : 1);
   finish_product<0>(scores2);
 #pragma unroll 1
   for (int steps = overlapped - 3; steps > 0; steps -= 3) {
@@ -303,25 +309,25 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   finish_product<0>(scores2);
 
   // The last three blocks.
-  const auto hear = [&](int after) BSFA_INLINE_LAMBDA {
+  const auto decide = [&](int after) BSFA_INLINE_LAMBDA {
     look_for_votes(after);
-    hear_verdict(after);
+    count_votes(after);
   };
   release_keys(0);
   if constexpr (kRelative) {
-    finish(scores0);
+    finish(scores0, 0);
     cast_vote(passes(scores1));
-    hear(0);
-    finish(scores1);
+    decide(0);
+    finish(scores1, 0);
     cast_vote(passes(scores2));
   } else {
     cast_vote(passes(scores2));
-    finish(scores0);
-    hear(1);
-    finish(scores1);
+    finish(scores0, 2);
+    decide(1);
+    finish(scores1, 1);
   }
-  hear(0);
-  finish(scores2);
+  decide(0);
+  finish(scores2, 0);
   return kept;
 }
 

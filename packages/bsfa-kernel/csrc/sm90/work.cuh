@@ -76,10 +76,11 @@ __device__ __forceinline__ QueryBlock find_query_block(const ForwardParams& para
   return block;
 }
 
-__device__ __forceinline__ Tile find_tile(const ForwardParams& params, const Schedule& schedule, int index,
-                                          int tile_q) {
+// Whose tile it is: the members up to the first query, for which no memory is read unless sequences are
+// packed.
+__device__ __forceinline__ void place_tile(const ForwardParams& params, const Schedule& schedule, int index,
+                                           int tile_q, Tile& tile) {
   const Work work = find_work(schedule, index);
-  Tile tile;
   if (params.cu_seqlens_q != nullptr) {
     tile.sequence = find_sequence(params, work.tile, tile_q);
     tile.kv_head = work.kv_head;
@@ -90,7 +91,10 @@ __device__ __forceinline__ Tile find_tile(const ForwardParams& params, const Sch
     tile.first_query = work.tile * tile_q;
   }
   tile.head = tile.kv_head * schedule.group + work.member;
+}
 
+// What is to be done for it, which depends on the thresholds.
+__device__ __forceinline__ void find_blocks(const ForwardParams& params, int tile_q, Tile& tile) {
   tile.first = find_query_block(params, tile.sequence, tile.head, tile.first_query);
   tile.second = params.q_block < tile_q
                     ? find_query_block(params, tile.sequence, tile.head, tile.first_query + params.q_block)
@@ -102,7 +106,6 @@ __device__ __forceinline__ Tile find_tile(const ForwardParams& params, const Sch
               : second_counts         ? min(tile.first.keys.full, tile.second.keys.full)
                                       : tile.first.keys.full;
   tile.dense = max(tile.first.undecided, tile.second.undecided) == 0;
-  return tile;
 }
 
 // Runs `body` for the index of each tile of this CTA, in the order of the schedule. Every other round goes
