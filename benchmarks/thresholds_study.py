@@ -718,7 +718,7 @@ def plot(path: Path, picture: Path) -> None:
 
     runs = _runs(path)
     about = runs[0]
-    figure, axes = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8.4, 4.2), layout="constrained")
     markers = "osD^vP*X<>"
     curves = []
     for number, run in enumerate(runs, start=1):
@@ -728,13 +728,15 @@ def plot(path: Path, picture: Path) -> None:
     for index, (name, points) in enumerate(curves):
         shares = [point.sparsity.mean() for point in points]
         losses = [point.kl.mean() for point in points]
-        axes.semilogy(shares, losses, marker=markers[index % len(markers)], label=name)
+        style = "-" if index < len(markers) else "--"  # colours, too, begin anew
+        label = Path(name).stem if name.endswith(".safetensors") else name
+        axes.semilogy(shares, losses, style, marker=markers[index % len(markers)], label=label)
     for target in KL_TARGETS:
         axes.axhline(target, color="grey", linewidth=0.6, linestyle=":")
     axes.set_xlabel("share of the visible blocks skipped")
     axes.set_ylabel("KL divergence from dense, nats")
     axes.set_title(f"{about['model']}, {about['seqlen']} tokens", fontsize="medium")
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
