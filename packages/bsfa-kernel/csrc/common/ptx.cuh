@@ -68,8 +68,9 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&matrices)[4]
                : "r"(shared));
 }
 
-// In a kernel launched to start early: until the stream's work before it is complete, and what it wrote can
-// be seen. Before this a thread may touch nothing that others read or write. For sm_90. [griddepcontrol.wait]
+// In a kernel launched to start early: until the kernel before it in the stream is complete, and what it
+// wrote can be seen. Before this a thread may read nothing in global memory that earlier work writes, and
+// write nothing that it reads or writes. For sm_90.  [griddepcontrol.wait]
 __device__ __forceinline__ void wait_for_earlier_grids() {
   asm volatile("griddepcontrol.wait;" : : : "memory");
 }

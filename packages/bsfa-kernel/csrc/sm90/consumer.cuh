@@ -113,9 +113,9 @@ __device__ __forceinline__ void mask_scores(Matrix& scores, const ConsumerThread
   }
 }
 
-// Whether some row of the warp does not see all keys of a block, of which its rows see `keys[row]` in all.
-__device__ __forceinline__ bool sees_in_part(const int (&keys)[kThreadRows], int first_key) {
-  return __any_sync(0xffffffff, min(keys[0], keys[1]) < first_key + kKeyBlock);
+// Whether each row of the warp sees all keys of a block; `keys[row]` is how many the row sees in all.
+__device__ __forceinline__ bool sees_all(const int (&keys)[kThreadRows], int first_key) {
+  return !__any_sync(0xffffffff, min(keys[0], keys[1]) < first_key + kKeyBlock);
 }
 
 // Whether no row of the warp sees any of them.

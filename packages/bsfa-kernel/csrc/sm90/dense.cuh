@@ -92,14 +92,14 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
       rings.values.advance();
     }
   };
-  // Scores of a block that no row of the warp sees in part need no masks.
+  // A block that all rows of the warp see whole needs no mask.
   const auto mask = [&](int key_block) BSFA_INLINE_LAMBDA {
     auto upper = accumulator_matrix(scores0);
     auto lower = accumulator_matrix(scores1);
-    if (sees_in_part(visible, key_block * kKeyBlock)) {
+    if (!sees_all(visible, key_block * kKeyBlock)) {
       mask_scores(upper, who, visible, key_block * kKeyBlock);
     }
-    if (sees_in_part(visible, (key_block - 1) * kKeyBlock)) {
+    if (!sees_all(visible, (key_block - 1) * kKeyBlock)) {
       mask_scores(lower, who, visible, (key_block - 1) * kKeyBlock);
     }
   };

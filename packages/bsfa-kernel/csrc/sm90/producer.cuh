@@ -31,7 +31,8 @@ struct Producer {
       Tile tile;
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
       const int batch = tile.batch_coordinate(params.forward);
-      // On their way while the thresholds are read, for a tile without keys too.
+      // On their way while the thresholds are read, and so for a tile without keys too. The bytes may arrive
+      // before they are announced: the phase cannot end before the one arrival below.
       const int first_query = tile.sequence.first_q + tile.first_query;
       for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
         for (int box = 0; box < Config::kBoxes; ++box) {

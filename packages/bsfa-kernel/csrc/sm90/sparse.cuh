@@ -111,7 +111,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     rings.ballots.advance();
   };
   // A first look at the votes on the block that was voted on before `after` others, for which there is time
-  // while a product is under way: whether somebody may keep it. Mostly they are there, and nobody does.
+  // while a product is under way. Mostly they are there.
   uint2 early_votes{};
   const auto look_for_votes = [&](int after) BSFA_INLINE_LAMBDA {
     if constexpr (!kRelative) {
@@ -135,9 +135,11 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     }
     return false;
   };
-  // The verdict in two parts, at the end of a step and at the beginning of the next.
+  // The verdict comes in two parts. At the end of a step: whether somebody may keep the block, by the first
+  // look; mostly nobody does, and that is all. At the beginning of the next: the rest. With relative rules
+  // all of it is heard at the end.
   bool may_keep = false;
-  const auto count_votes = [&](int after) BSFA_INLINE_LAMBDA {
+  const auto judge_early = [&](int after) BSFA_INLINE_LAMBDA {
     if constexpr (kRelative) {
       may_keep = hear_verdict(after);
     } else {
@@ -205,7 +207,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     const bool passed = passes(scores0);
     cast_vote(forced || (participates && passed));
     look_for_votes(0);
-    count_votes(0);
+    judge_early(0);
     if (keeps(0)) {
       exponentiate(scores0);
       await_values();
@@ -269,7 +271,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       look_for_votes(1);
     }
     look_for_keys();
-    count_votes(kRelative ? 0 : 1);
+    judge_early(kRelative ? 0 : 1);
   };
   const auto finish = [&](auto& scores, int after) BSFA_INLINE_LAMBDA {
     if (keeps(after)) {
@@ -296,7 +298,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     cast_vote(passes(scores1));
   }
   look_for_votes(1);
-  count_votes(kRelative ? 0 : 1);
+  judge_early(kRelative ? 0 : 1);
   finish_product<0>(scores2);
 #pragma unroll 1
   for (int steps = overlapped - 3; steps > 0; steps -= 3) {
@@ -311,7 +313,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // The last three blocks.
   const auto decide = [&](int after) BSFA_INLINE_LAMBDA {
     look_for_votes(after);
-    count_votes(after);
+    judge_early(after);
   };
   release_keys(0);
   if constexpr (kRelative) {

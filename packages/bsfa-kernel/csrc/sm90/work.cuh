@@ -76,8 +76,8 @@ __device__ __forceinline__ QueryBlock find_query_block(const ForwardParams& para
   return block;
 }
 
-// Whose tile it is: the members up to the first query, for which no memory is read unless sequences are
-// packed.
+// Whose tile it is: the members up to the first query. The others are find_blocks()'s, which must follow. No
+// memory is read unless sequences are packed.
 __device__ __forceinline__ void place_tile(const ForwardParams& params, const Schedule& schedule, int index,
                                            int tile_q, Tile& tile) {
   const Work work = find_work(schedule, index);
