@@ -51,7 +51,7 @@ __device__ __forceinline__ void store_output(const TileContext<Config>& context,
                  (sequence.first_q + context.first_query()) * strides.seqlen +
                  context.tile.head * strides.heads;
   // The threads of a quad have two of each eight columns. Pairs swap, so that a quad writes 32 bytes of a
-  // row, a sector, at a time.
+  // row at a time, a sector where rows are aligned to one.
   const int first_column = who.thread % 2 * 8 + who.thread % 4 / 2 * 4;
   CUTE_UNROLL
   for (int row = 0; row < kThreadRows; ++row) {

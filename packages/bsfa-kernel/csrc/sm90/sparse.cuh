@@ -146,6 +146,11 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       may_keep = !do_all_skip(early_votes, Ring<Config::kVotePlaces>{rings.ballots.count - 1 - after});
     }
   };
+  // Where nothing comes between the look and the judgement.
+  const auto decide = [&](int after) BSFA_INLINE_LAMBDA {
+    look_for_votes(after);
+    judge_early(after);
+  };
   const auto keeps = [&](int after)
                          BSFA_INLINE_LAMBDA { return may_keep && (kRelative || hear_verdict(after)); };
   // O *= exp(m_old - m).
@@ -206,8 +211,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     mask_scores(matrix, who, visible, key_block * kKeyBlock);
     const bool passed = passes(scores0);
     cast_vote(forced || (participates && passed));
-    look_for_votes(0);
-    judge_early(0);
+    decide(0);
     if (keeps(0)) {
       exponentiate(scores0);
       await_values();
@@ -297,8 +301,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   if constexpr (!kRelative) {
     cast_vote(passes(scores1));
   }
-  look_for_votes(1);
-  judge_early(kRelative ? 0 : 1);
+  decide(kRelative ? 0 : 1);
   finish_product<0>(scores2);
 #pragma unroll 1
   for (int steps = overlapped - 3; steps > 0; steps -= 3) {
@@ -311,10 +314,6 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   finish_product<0>(scores2);
 
   // The last three blocks.
-  const auto decide = [&](int after) BSFA_INLINE_LAMBDA {
-    look_for_votes(after);
-    judge_early(after);
-  };
   release_keys(0);
   if constexpr (kRelative) {
     finish(scores0, 0);
