@@ -154,6 +154,25 @@ def candidates(*, orders: bool, only: Sequence[str]) -> list[Candidate]:
     return [c for c in found if not only or any(part in c.name for part in only)]
 
 
+def chosen_candidates(arguments: argparse.Namespace) -> list[Candidate]:
+    """What the arguments ask to compare.
+
+    Raises:
+        ValueError: nothing is called so, or a table cannot be read.
+        FileNotFoundError: there is no such table.
+    """
+    chosen = [table_candidate(path) for path in arguments.tables]
+    if arguments.only != ["tables"]:
+        chosen = [*candidates(orders=arguments.orders, only=arguments.only), *chosen]
+    if not chosen:
+        known = ", ".join(candidate.name for candidate in candidates(orders=True, only=()))
+        raise ValueError(
+            f"--only {' '.join(map(repr, arguments.only))} names no candidate; there are {known}, "
+            "and tables with --tables"
+        )
+    return chosen
+
+
 def table_candidate(path: Path) -> Candidate:
     """A table that was calibrated before, at all its points."""
     table = ThresholdTable.load(path)
@@ -611,9 +630,6 @@ def main() -> int:
         f"{'native kernels' if native else 'emulation'} on {device}; {budget.spent:.0f} s so far"
     )
 
-    chosen = [table_candidate(path) for path in arguments.tables]
-    if arguments.only != ["tables"]:
-        chosen = [*candidates(orders=arguments.orders, only=arguments.only), *chosen]
     calibration_ids = [window.ids for window in calibration]
     source = Thresholds(arguments, model, calibration_ids, budget, native)
 
@@ -646,7 +662,7 @@ def main() -> int:
     longest = 0.0
     most = 0.98 * (1 - forced_share(arguments.length, COARSE))
     with arguments.out.open("a", encoding="utf-8") as file:
-        for candidate in chosen:
+        for candidate in arguments.chosen:
             if not budget.allows(longest):
                 progress(f"time is up: {candidate.name} and what follows are left out")
                 break
@@ -658,6 +674,8 @@ def main() -> int:
                 of_rule = ThresholdTable.load(candidate.name).points
             known = {point.asked for point in results.get(candidate.name, [])}
             asked_for = [share for share in of_rule if share < most and share not in known]
+            if candidate.variant not in _LEARNED and not asked_for and not known:
+                progress(f"{candidate.name}: none of {of_rule} can be skipped of so few tokens")
             for asked, values in source.of(candidate, asked_for):
                 if asked in known:
                     continue
@@ -871,6 +889,11 @@ def _arguments() -> argparse.Namespace:
         parser.error(f"--paper-samples must be at least 1, got {arguments.paper_samples}")
     if arguments.between < 0:
         parser.error(f"--between must be at least 0, got {arguments.between}")
+    if not arguments.report:
+        try:
+            arguments.chosen = chosen_candidates(arguments)
+        except (ValueError, FileNotFoundError) as error:
+            parser.error(str(error))
     return arguments
 
 

@@ -219,3 +219,24 @@ def test_both_candidates_with_a_mass_budget_are_tried() -> None:
         ("running_lse head by mass 128x64", "running_lse"),
         ("absolute mass 128x64", "absolute"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--only", "nonsense"], "--only 'nonsense' names no candidate; there are absolute top-k"),
+        (["--only", "tables"], "--only 'tables' names no candidate"),
+        (["--tables", "none.safetensors"], "there is no threshold file none.safetensors"),
+        (["--length", "4100"], "--length must be a multiple of 128, got 4100"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(
+    asked: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["thresholds_study.py", "--model", "m", "--text", "t", *asked])
+    with pytest.raises(SystemExit):
+        thresholds_study.main()
+    assert message in " ".join(capsys.readouterr().err.split())
