@@ -96,6 +96,90 @@ def test_a_call_waits_for_its_own_stream_only(inputs):
         assert torch.equal(actual, wanted)
 
 
+def run_eagerly(work):
+    """Runs it and returns what it made."""
+    return work()
+
+
+def run_as_graph(work):
+    """Captures it on a stream of its own, replays it, and returns what the replay made."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = work()
+    for x in made:
+        x.fill_(math.nan if x.is_floating_point() else -1)
+    graph.replay()
+    return made
+
+
+@pytest.mark.parametrize("run", [run_eagerly, run_as_graph])
+class TestStartingEarly:
+    """The sm_90a kernel may start before earlier work has ended, and must not read until then."""
+
+    def test_inputs_written_last_by_a_long_kernel(self, inputs, run):
+        q, k, v, thresholds = inputs
+        expected = everything(q, k, v, thresholds, "absolute")
+        # 256 MiB, the end of which are the inputs, thresholds too
+        parts = [x.contiguous().view(torch.uint8).flatten() for x in inputs]
+        source = torch.cat([torch.zeros(1 << 28, dtype=torch.uint8, device="cuda"), *parts])
+        target = torch.empty_like(source)
+
+        def work():
+            target.fill_(255)  # NaN, whatever the type
+            torch.bitwise_xor(source, 0, out=target)
+            taken, end = [], target.numel()
+            for x, part in zip(reversed(inputs), reversed(parts), strict=True):
+                start = end - part.numel()
+                taken.append(target[start:end].view(x.dtype).view(x.shape))
+                end = start
+            return everything(*reversed(taken), "absolute")
+
+        for found, wanted in zip(run(work), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+    def test_one_call_reading_what_the_last_one_wrote(self, inputs, run):
+        q, k, v, thresholds = inputs
+
+        def calls(between):
+            x, made = q, []
+            for _ in range(4):
+                made += everything(x, k, v, thresholds, "absolute")
+                between()
+                x = made[-3]
+            return tuple(made)
+
+        expected = calls(torch.cuda.synchronize)
+        for found, wanted in zip(run(lambda: calls(lambda: None)), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+    def test_streams_that_join_with_a_copy_and_a_memset(self, inputs, run):
+        q, k, v, thresholds = inputs
+        made_q, made_v = torch.empty_like(q), torch.empty_like(v)
+        half = v.clone()
+        half[0] = 0
+        expected = everything(q, k, half, thresholds, "absolute")
+        filler = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+        other = torch.empty_like(filler)
+
+        def work():
+            made_q.fill_(math.nan)
+            made_v.copy_(v)
+            here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                other.copy_(filler)
+                made_q.copy_(q)
+            filler.zero_()
+            made_v[0].zero_()
+            here.wait_stream(side)
+            return everything(made_q, k, made_v, thresholds, "absolute")
+
+        for found, wanted in zip(run(work), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
 def test_a_call_returns_before_the_gpu_has_done_it(inputs, rule):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

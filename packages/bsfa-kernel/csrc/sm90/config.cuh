@@ -41,6 +41,11 @@ struct ForwardConfig {
   // The loader of V may be so many blocks behind the consumers' votes.
   static constexpr int kVotePlaces = 8;
 
+  // Whether consumers that have a query block each take turns with relative rules, too, where both multiply.
+  // At head_dim 128 it slows their wait for the votes, at head_dim 64 without it the dense pass gets other
+  // registers and takes 8 % longer (docs/performance-sm90.md, version 15).
+  static constexpr bool kRelativeTurns = kHeadDim == 64;
+
   // The copy engine moves boxes of 64 rows x 64 columns: 128 bytes a row, the width of the swizzle.
   static constexpr int kBoxColumns = 64;
   static constexpr int kBoxes = kHeadDim / kBoxColumns;

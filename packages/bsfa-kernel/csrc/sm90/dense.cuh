@@ -92,16 +92,11 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
       rings.values.advance();
     }
   };
-  // A block that all rows of the warp see whole needs no mask.
   const auto mask = [&](int key_block) BSFA_INLINE_LAMBDA {
     auto upper = accumulator_matrix(scores0);
     auto lower = accumulator_matrix(scores1);
-    if (!sees_all(visible, key_block * kKeyBlock)) {
-      mask_scores(upper, who, visible, key_block * kKeyBlock);
-    }
-    if (!sees_all(visible, (key_block - 1) * kKeyBlock)) {
-      mask_scores(lower, who, visible, (key_block - 1) * kKeyBlock);
-    }
+    mask_scores(upper, who, visible, key_block * kKeyBlock);
+    mask_scores(lower, who, visible, (key_block - 1) * kKeyBlock);
   };
   // Returns whether the output must be multiplied by `factors`: where a score is far above the maximum.
   const auto raise_maxima = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
@@ -180,15 +175,9 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     finish_product<0>(scores);
     release_keys();
     mask(key_block);
-    float maxima[kThreadRows];
     float factors[kThreadRows];
-    row_maxima(accumulator_matrix(scores), maxima);
-    softmax.raise({true, true}, maxima, scale_log2, factors);
-    if (hides(visible, key_block * kKeyBlock)) {
-      clear(scores0);
-    } else {
-      exponentiate(scores0);
-    }
+    raise_maxima(factors);
+    exponentiate(scores0);
     round_to(probabilities0, scores0);
     exponentiate(scores1);
     round_to(probabilities1, scores1);

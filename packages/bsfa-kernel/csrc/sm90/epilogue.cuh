@@ -8,12 +8,22 @@
 
 namespace bsfa::sm90 {
 
-// The threads of a pair have two neighbouring columns each of two groups, and get four of one: the even
-// thread of the lower group, the odd one of the upper.
-__device__ __forceinline__ uint2 swap_in_pair(uint32_t lower, uint32_t upper) {
-  const bool is_odd = threadIdx.x % 2 != 0;
-  const uint32_t other = __shfl_xor_sync(0xffffffff, is_odd ? lower : upper, 1);
-  return {is_odd ? other : lower, is_odd ? upper : other};
+// Each of the four threads of a quad has a row of a 4 x 4 matrix, and gets a column.
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[4]) {
+  CUTE_UNROLL
+  for (int distance = 1; distance < 4; distance *= 2) {
+    const bool is_upper = (threadIdx.x & distance) != 0;
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if ((i & distance) == 0) {
+        uint32_t& lower = words[i];
+        uint32_t& upper = words[i + distance];
+        const uint32_t other = __shfl_xor_sync(0xffffffff, is_upper ? lower : upper, distance);
+        lower = is_upper ? other : lower;
+        upper = is_upper ? upper : other;
+      }
+    }
+  }
 }
 
 // Normalises and writes the rows of the warpgroup that exist, and nothing else.
@@ -50,19 +60,21 @@ __device__ __forceinline__ void store_output(const TileContext<Config>& context,
   Element* out = static_cast<Element*>(params.out) + context.tile.batch_coordinate(params) * strides.batch +
                  (sequence.first_q + context.first_query()) * strides.seqlen +
                  context.tile.head * strides.heads;
-  // The threads of a quad have two of each eight columns. Pairs swap, so that a quad writes 32 bytes of a
-  // row at a time, a sector where rows are aligned to one.
-  const int first_column = who.thread % 2 * 8 + who.thread % 4 / 2 * 4;
+  // The threads of a quad have two of each eight columns; they swap so that each has every fourth eight.
+  constexpr int kChunk = 16 / sizeof(Element);
   CUTE_UNROLL
   for (int row = 0; row < kThreadRows; ++row) {
-    const bool exists = who.row(row) < rows;
-    Element* line = out + who.row(row) * strides.seqlen + first_column;
     CUTE_UNROLL
-    for (int group = 0; group < Config::kHeadDim / 8; group += 2) {
-      const uint2 swapped =
-          swap_in_pair(words(row + kThreadRows * group), words(row + kThreadRows * (group + 1)));
-      if (exists) {
-        *reinterpret_cast<uint2*>(line + group * 8) = swapped;
+    for (int chunk = 0; chunk < Config::kHeadDim / kChunk; chunk += 4) {
+      uint32_t swapped[4];
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        swapped[i] = words(row + kThreadRows * (chunk + i));
+      }
+      transpose_in_quad(swapped);
+      if (who.row(row) < rows) {
+        *reinterpret_cast<uint4*>(out + who.row(row) * strides.seqlen + (chunk + who.thread % 4) * kChunk) =
+            uint4{swapped[0], swapped[1], swapped[2], swapped[3]};
       }
     }
   }

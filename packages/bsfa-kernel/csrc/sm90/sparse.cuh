@@ -64,6 +64,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // The bits that say that a warp of the query block keeps a key block.
   const uint2 my_votes{!halved || who.warpgroup == 0 ? kKeepBits : 0,
                        !halved || who.warpgroup == 1 ? kKeepBits : 0};
+  // Not 0 where both consumers multiply the V of the block last found to be kept, and so take turns.
+  uint32_t together = 0;
 
   // Steps.
   bool keys_seen = false;
@@ -125,12 +127,16 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     if (kRelative || !are_votes_there(votes, place)) {
       votes = await_votes<Config>(storage, place);
     }
-    if (((votes.x & my_votes.x) | (votes.y & my_votes.y)) != 0) {
+    // Both by masks, which are in registers: what ptxas can test in uniform registers it moves there first.
+    const uint32_t mine = (votes.x & my_votes.x) | (votes.y & my_votes.y);
+    const uint32_t others = (votes.x & my_votes.y) | (votes.y & my_votes.x);
+    if (mine != 0) {
       ++kept;
+      together = kRelative && !Config::kRelativeTurns ? my_votes.x & my_votes.y : others;
       return true;
     }
     // A block that only the other warpgroup keeps takes a stage of V all the same.
-    if (((votes.x | votes.y) & kKeepBits) != 0) {
+    if (others != 0) {
       release_values();
     }
     return false;
@@ -241,8 +247,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       finish_product<0>(last);
       release_keys(0);
       await_values();
-      // Where both keep the block they take turns, so that one multiplies while the other exponentiates.
-      if (!halved) {
+      // Where both multiply they take turns, so that one does while the other exponentiates.
+      if (together != 0) {
         take_turn(who.warpgroup);
       }
       start_values();
@@ -250,7 +256,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
         passed = passes(last);
       }
       start_scores(current);
-      if (!halved) {
+      if (together != 0) {
         pass_turn(who.warpgroup);
       }
       if constexpr (!kRelative) {

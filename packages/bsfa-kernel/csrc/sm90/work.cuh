@@ -70,7 +70,7 @@ __device__ __forceinline__ QueryBlock find_query_block(const ForwardParams& para
   const int row =
       threshold_row(first_query, sees.seqlen_q, sees.seqlen_k, params.q_block, params.threshold_rows);
   block.threshold =
-      block.exists ? __ldg(&params.thresholds[int64_t{head} * params.threshold_rows + row]) : -CUDART_INF_F;
+      block.exists ? params.thresholds[int64_t{head} * params.threshold_rows + row] : -CUDART_INF_F;
   block.keys = is_poisoned(block) ? KeyBlocks{0, 0} : key_blocks(sees, first_query, params.q_block);
   block.undecided = block.threshold == -CUDART_INF_F ? 0 : block.keys.full;
   return block;
