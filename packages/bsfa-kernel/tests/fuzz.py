@@ -10,6 +10,7 @@ it again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import sys
 import time
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 import bsfa_kernel
+import cases
 from bsfa_kernel import GEOMETRIES, RULES, Geometry, _native, reference
 
 INF = float("inf")
@@ -65,7 +67,7 @@ class Call:
         if sum(q for q, _ in lengths) == 0:
             lengths[0] = (1, lengths[0][1])
         rule = rng.choice(RULES)
-        return cls(
+        call = cls(
             seed=seed,
             batch=1 if packed else rng.randint(1, 3),
             lengths=tuple(lengths),
@@ -81,6 +83,19 @@ class Call:
             rows=rng.choice([1, 2, 5, 20]),
             level=LEVELS[rule] + rng.uniform(-2, 2),
             layout=rng.choice(["plain", "plain", "heads first", "padded", "interleaved"]),
+        )
+        if rng.random() > 0.03:
+            return call
+        # One with more tiles than multiprocessors, and more than a few key blocks in each.
+        length_of_all = rng.randint(900, 1400)
+        return dataclasses.replace(
+            call,
+            batch=1,
+            lengths=((length_of_all, length_of_all),) * (2 if packed else 1),
+            kv_heads=rng.randint(4, 8),
+            group=4,
+            scale=None,
+            level=cases.MIXED_LEVELS[rule] + rng.uniform(-0.5, 0.5),
         )
 
     def tensor(self, length: int, heads: int, generator: torch.Generator) -> torch.Tensor:

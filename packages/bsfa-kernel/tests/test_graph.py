@@ -96,12 +96,37 @@ def test_a_call_waits_for_its_own_stream_only(inputs):
         assert torch.equal(actual, wanted)
 
 
-def run_eagerly(work):
-    """Runs it and returns what it made."""
+# Lets the next kernel start at once, and copies after a while.
+COPY_LATE = r"""
+extern "C" __global__ void copy_late(const unsigned char* from, unsigned char* to, int count) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  const long long start = clock64();
+  while (clock64() - start < 2000000) {
+  }
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
+    to[i] = from[i];
+  }
+}
+"""
+
+
+def copy_late(source, target):
+    """Copies bytes by a kernel that says that the next one may start, and works on for 1 ms."""
+    kernel = torch.cuda._compile_kernel(COPY_LATE, "copy_late")
+    return lambda: kernel((8, 1, 1), (256, 1, 1), [source, target, source.numel()])
+
+
+def run_eagerly(work, outputs):
+    """Runs it and returns what it made, in memory that held NaN before."""
+    stale = [torch.full_like(x, -1 if x.dtype == torch.int32 else math.nan) for x in outputs]
+    torch.cuda.synchronize()
+    del stale
     return work()
 
 
-def run_as_graph(work):
+def run_as_graph(work, outputs):
     """Captures it on a stream of its own, replays it, and returns what the replay made."""
     work()
     torch.cuda.synchronize()
@@ -109,7 +134,7 @@ def run_as_graph(work):
     with torch.cuda.graph(graph):
         made = work()
     for x in made:
-        x.fill_(math.nan if x.is_floating_point() else -1)
+        x.fill_(-1 if x.dtype == torch.int32 else math.nan)
     graph.replay()
     return made
 
@@ -118,25 +143,22 @@ def run_as_graph(work):
 class TestStartingEarly:
     """The sm_90a kernel may start before earlier work has ended, and must not read until then."""
 
-    def test_inputs_written_last_by_a_long_kernel(self, inputs, run):
-        q, k, v, thresholds = inputs
-        expected = everything(q, k, v, thresholds, "absolute")
-        # 256 MiB, the end of which are the inputs, thresholds too
-        parts = [x.contiguous().view(torch.uint8).flatten() for x in inputs]
-        source = torch.cat([torch.zeros(1 << 28, dtype=torch.uint8, device="cuda"), *parts])
+    def test_inputs_written_by_a_kernel_that_lets_the_next_one_start(self, inputs, run):
+        expected = everything(*inputs, "absolute")
+        source = torch.cat([x.contiguous().view(torch.uint8).flatten() for x in inputs])
         target = torch.empty_like(source)
+        copy = copy_late(source, target)
 
         def work():
             target.fill_(255)  # NaN, whatever the type
-            torch.bitwise_xor(source, 0, out=target)
-            taken, end = [], target.numel()
-            for x, part in zip(reversed(inputs), reversed(parts), strict=True):
-                start = end - part.numel()
+            copy()
+            taken, end = [], 0
+            for x in inputs:
+                start, end = end, end + x.numel() * x.element_size()
                 taken.append(target[start:end].view(x.dtype).view(x.shape))
-                end = start
-            return everything(*reversed(taken), "absolute")
+            return everything(*taken, "absolute")
 
-        for found, wanted in zip(run(work), expected, strict=True):
+        for found, wanted in zip(run(work, expected), expected, strict=True):
             assert torch.equal(found, wanted)
 
     def test_one_call_reading_what_the_last_one_wrote(self, inputs, run):
@@ -151,32 +173,30 @@ class TestStartingEarly:
             return tuple(made)
 
         expected = calls(torch.cuda.synchronize)
-        for found, wanted in zip(run(lambda: calls(lambda: None)), expected, strict=True):
-            assert torch.equal(found, wanted)
+        found = run(lambda: calls(lambda: None), expected)
+        for one, wanted in zip(found, expected, strict=True):
+            assert torch.equal(one, wanted)
 
-    def test_streams_that_join_with_a_copy_and_a_memset(self, inputs, run):
+    def test_streams_that_join_with_copies(self, inputs, run):
         q, k, v, thresholds = inputs
         made_q, made_v = torch.empty_like(q), torch.empty_like(v)
-        half = v.clone()
-        half[0] = 0
-        expected = everything(q, k, half, thresholds, "absolute")
+        expected = everything(q, k, v, thresholds, "absolute")
         filler = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
         other = torch.empty_like(filler)
 
         def work():
             made_q.fill_(math.nan)
-            made_v.copy_(v)
+            made_v.fill_(math.nan)
             here, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(here)
             with torch.cuda.stream(side):
                 other.copy_(filler)
                 made_q.copy_(q)
-            filler.zero_()
-            made_v[0].zero_()
+            made_v.copy_(v)
             here.wait_stream(side)
             return everything(made_q, k, made_v, thresholds, "absolute")
 
-        for found, wanted in zip(run(work), expected, strict=True):
+        for found, wanted in zip(run(work, expected), expected, strict=True):
             assert torch.equal(found, wanted)
 
 

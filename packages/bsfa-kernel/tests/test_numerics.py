@@ -244,19 +244,30 @@ def test_dense_error_is_at_most_twice_that_of_torch_flash_attention(arch, dtype,
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_nan_thresholds_poison_their_query_blocks_and_no_others(arch, rule, geometry):
-    arch.require("forward", torch.bfloat16, 64)
-    case = cases.Case("nan", "", seqlen_q=700, seqlen_k=700, heads=3, kv_heads=1)
+def test_nan_thresholds_poison_their_query_blocks_and_no_others(arch, rule, geometry, head_dim):
+    """Two tiles for each multiprocessor, so that poisoned, dense and sparse ones meet."""
+    arch.require("forward", torch.bfloat16, head_dim)
+    case = cases.Case(
+        "nan", "", seqlen_q=1400, seqlen_k=1400, heads=24, kv_heads=8, head_dim=head_dim
+    )
     q, k, v = case.inputs(torch.bfloat16, "cuda")
-    rows = -(-700 // geometry.q_block)
-    thresholds = torch.full((3, rows), -1.0, device="cuda")
-    expected = block_sparse_attention(q, k, v, thresholds, rule=rule, geometry=geometry)
-    thresholds[1, 2] = math.nan
+    rows = -(-1400 // geometry.q_block)
+    generator = torch.Generator("cuda").manual_seed(case.seed)
+    thresholds = torch.randn((24, rows), generator=generator, device="cuda") * 0.5
+    thresholds += cases.MIXED_LEVELS[rule]
+    draws = torch.rand((24, rows), generator=generator, device="cuda")
+    thresholds[draws < 0.1] = -INF
+    expected, kept = block_sparse_attention(
+        q, k, v, thresholds, rule=rule, geometry=geometry, return_kept=True
+    )
+    visible = reference.visible_blocks(1400, 1400, geometry=geometry).sum() * 24
+    assert 0.3 < int(kept.sum()) / int(visible) < 0.8
+    thresholds[draws > 0.8] = math.nan
     out = block_sparse_attention(q, k, v, thresholds, rule=rule, geometry=geometry)
-    blocks = torch.arange(700, device="cuda") // geometry.q_block
-    poisoned = torch.zeros_like(out, dtype=torch.bool)
-    poisoned[0, blocks == 2, 1] = True
+    poisoned = (draws > 0.8).repeat_interleave(geometry.q_block, 1)[:, :1400].T[None, :, :, None]
+    poisoned = poisoned.expand_as(out)
     assert out[poisoned].isnan().all()
     assert torch.equal(out[~poisoned], expected[~poisoned])
 

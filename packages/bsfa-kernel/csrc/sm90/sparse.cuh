@@ -64,7 +64,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // The bits that say that a warp of the query block keeps a key block.
   const uint2 my_votes{!halved || who.warpgroup == 0 ? kKeepBits : 0,
                        !halved || who.warpgroup == 1 ? kKeepBits : 0};
-  // Not 0 where both consumers multiply the V of the block last found to be kept, and so take turns.
+  // Not 0 where the consumers take turns for the block last found to be kept: where both multiply its V.
   uint32_t together = 0;
 
   // Steps.

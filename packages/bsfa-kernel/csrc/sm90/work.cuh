@@ -69,6 +69,8 @@ __device__ __forceinline__ QueryBlock find_query_block(const ForwardParams& para
   block.exists = first_query < sees.seqlen_q;
   const int row =
       threshold_row(first_query, sees.seqlen_q, sees.seqlen_k, params.q_block, params.threshold_rows);
+  // By a plain load: __ldg is for what nobody writes while the kernel lives, and it may begin before the one
+  // that writes the thresholds has ended.
   block.threshold =
       block.exists ? params.thresholds[int64_t{head} * params.threshold_rows + row] : -CUDART_INF_F;
   block.keys = is_poisoned(block) ? KeyBlocks{0, 0} : key_blocks(sees, first_query, params.q_block);
