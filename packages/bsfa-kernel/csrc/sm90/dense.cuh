@@ -133,7 +133,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     const bool raised = raise_maxima(factors);
     exponentiate(scores0);
     warpgroup_fence_operand(scores0);
-    // Behind this branch the compiler cannot put the exponentials, as it would behind the wait for P V.
+    // A branch, so that the compiler leaves the exponentials before the wait for P V. At head_dim 64 it does.
     if (key_block >= 2) {
       await_keys();
     }
