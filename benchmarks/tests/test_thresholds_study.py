@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+import models
 import thresholds_study
 from bsfa_hf.evaluation.emulation import EmulatedSparse
 from bsfa_hf.evaluation.methods import applied
@@ -149,19 +150,13 @@ def test_blocks_that_lose_exactly_the_budget_are_dropped() -> None:
 
 @pytest.fixture(scope="module")
 def small_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        attn_implementation="sdpa",
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).eval()
+    """With weights so large that its attention has something to choose between."""
+    model = models.build("tiny", dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter *= 25
+    return model
 
 
 def test_a_table_of_a_mass_budget_skips_the_share_asked_for(small_model: LlamaForCausalLM) -> None:
