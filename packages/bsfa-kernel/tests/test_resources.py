@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import bsfa_kernel
-from native_build import INCLUDE, NATIVE_TESTS, PACKAGE, run_well, tool
+from native_build import INCLUDE, NATIVE_TESTS, PACKAGE, library, run_well, tool
 from resources import (
     Resources,
     format_reviewed,
@@ -116,6 +118,46 @@ def test_shared_memory_of_the_kernels_fits_as_many_blocks_as_they_are_made_for(
     for target, dtype, head_dim, size in lines:
         taken = blocks[target, int(head_dim)] * (int(size) + SHARED_OF_SYSTEM)
         assert taken <= SHARED_OF_SM[target], (target, dtype, head_dim, size)
+
+
+@pytest.mark.slow
+def test_dense_loop_of_head_dim_64_lies_where_it_is_fast() -> None:
+    """What ForwardConfig::kDensePadding is for: up to 4 % of its time (docs/performance-sm90.md)."""
+    kernels = [
+        kernel
+        for kernel in bsfa_kernel.build_info().kernels
+        if (kernel.name, kernel.arch, kernel.head_dim) == ("forward", 90, 64)
+    ]
+    if not kernels:
+        pytest.skip("the library has no sm_90 kernels for head_dim 64")
+    if shutil.which("cuobjdump") is None:
+        pytest.skip("needs cuobjdump on the PATH")
+    version, _ = parse_report(report_path().read_text())
+    if version.split(".")[:2] != read_reviewed()[0].split(".")[:2]:
+        pytest.skip("another compiler places the code otherwise")
+    dump = run_well(tool("cuobjdump"), "-sass", "-arch", "sm_90a", library())
+    places = [
+        dense_loop(function)
+        for function in dump.split("Function : ")[1:]
+        if re.match(r"\S*sm9014forward_kernel\S*Li64E", function)
+    ]
+    assert len(places) == len(kernels)
+    assert {place % 128 for place in places} <= {32, 48}
+
+
+def dense_loop(disassembly: str) -> int:
+    """Where the loop over pairs of key blocks begins: the shortest one with all their products."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) *;", disassembly)
+    code = [(int(address, 16), text) for address, text in lines]
+    products = [(address, text.split()[0]) for address, text in code if "HGMMA" in text]
+    loops = []
+    for last, text in code:
+        target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text)
+        if target and (first := int(target[1], 16)) < last:
+            kinds = [kind for address, kind in products if first <= address <= last]
+            if len(kinds) == 12 and sum("64x128x16" in kind for kind in kinds) == 4:
+                loops.append((last - first, first))
+    return min(loops)[1]
 
 
 def cutlass_include() -> Path:

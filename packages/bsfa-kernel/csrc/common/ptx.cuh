@@ -112,6 +112,15 @@ __device__ __forceinline__ void keep_branch() {
   asm volatile("bar.warp.sync 0xffffffff;" : : : "memory");
 }
 
+// So many instructions that do nothing, by which the code behind them is placed later.  [bar.warp.sync]
+template <int kInstructions>
+__device__ __forceinline__ void pad() {
+  if constexpr (kInstructions > 0) {
+    asm volatile("bar.warp.sync 0xffffffff;" : : : "memory");
+    pad<kInstructions - 1>();
+  }
+}
+
 // The elected thread arrives at an mbarrier, without a branch. For sm_90.  [mbarrier.arrive]
 __device__ __forceinline__ void arrive(uint32_t barrier_address, bool elected) {
   asm volatile(

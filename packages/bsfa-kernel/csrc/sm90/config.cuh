@@ -46,6 +46,15 @@ struct ForwardConfig {
   // registers and takes 8 % longer (docs/performance-sm90.md, version 15).
   static constexpr bool kRelativeTurns = kHeadDim == 64;
 
+  // Whether dense tiles begin and end by the shorter ways, which take 4 to 5 % less time at 2K tokens. At
+  // head_dim 64 the compiler pays for them in the loop between, 5 % of its time (docs/performance-sm90.md,
+  // version 16).
+  static constexpr bool kShortEnds = kHeadDim == 128;
+  // Instructions that do nothing in front of the dense pass. The same loop takes up to 4 % longer at head_dim
+  // 64 by its place modulo 128 bytes: best 32 and 48 (docs/performance-sm90.md, version 16), and nothing else
+  // lets one choose it. To be looked up (cuobjdump -sass) when something before it has changed.
+  static constexpr int kDensePadding = kHeadDim == 64 ? 6 : 0;
+
   // The copy engine moves boxes of 64 rows x 64 columns: 128 bytes a row, the width of the swizzle.
   static constexpr int kBoxColumns = 64;
   static constexpr int kBoxes = kHeadDim / kBoxColumns;

@@ -113,6 +113,11 @@ __device__ __forceinline__ void mask_scores(Matrix& scores, const ConsumerThread
   }
 }
 
+// Whether each row of the warp sees all keys of a block; `keys[row]` is how many the row sees in all.
+__device__ __forceinline__ bool sees_all(const int (&keys)[kThreadRows], int first_key) {
+  return !__any_sync(0xffffffff, min(keys[0], keys[1]) < first_key + kKeyBlock);
+}
+
 // What a consumer takes along from tile to tile.
 template <class Config>
 struct ConsumerRings {

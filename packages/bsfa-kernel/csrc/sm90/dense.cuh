@@ -95,8 +95,12 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
   const auto mask = [&](int key_block) BSFA_INLINE_LAMBDA {
     auto upper = accumulator_matrix(scores0);
     auto lower = accumulator_matrix(scores1);
-    mask_scores(upper, who, visible, key_block * kKeyBlock);
-    mask_scores(lower, who, visible, (key_block - 1) * kKeyBlock);
+    if (!Config::kShortEnds || !sees_all(visible, key_block * kKeyBlock)) {
+      mask_scores(upper, who, visible, key_block * kKeyBlock);
+    }
+    if (!Config::kShortEnds || !sees_all(visible, (key_block - 1) * kKeyBlock)) {
+      mask_scores(lower, who, visible, (key_block - 1) * kKeyBlock);
+    }
   };
   // Returns whether the output must be multiplied by `factors`: where a score is far above the maximum.
   const auto raise_maxima = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
@@ -157,6 +161,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
   if (params.q_block < Config::kTileQ) {
     sync(NamedBarrier::kTiles, 0, 2 * 128);
   }
+  ptx::pad<Config::kDensePadding>();
   const Tile* told = &rings.told(storage);
   next_queries();
   start_scores();
@@ -176,7 +181,14 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     release_keys();
     mask(key_block);
     float factors[kThreadRows];
-    raise_maxima(factors);
+    if constexpr (Config::kShortEnds) {
+      // Nothing has been seen before: all maxima rise.
+      float maxima[kThreadRows];
+      row_maxima(accumulator_matrix(scores), maxima);
+      softmax.raise({true, true}, maxima, scale_log2, factors);
+    } else {
+      raise_maxima(factors);
+    }
     exponentiate(scores0);
     round_to(probabilities0, scores0);
     exponentiate(scores1);

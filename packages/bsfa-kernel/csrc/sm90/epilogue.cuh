@@ -26,6 +26,14 @@ __device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[4]) {
   }
 }
 
+// The threads of a pair have two neighbouring columns each of two groups, and get four of one: the even
+// thread of the lower group, the odd one of the upper.
+__device__ __forceinline__ uint2 swap_in_pair(uint32_t lower, uint32_t upper) {
+  const bool is_odd = threadIdx.x % 2 != 0;
+  const uint32_t other = __shfl_xor_sync(0xffffffff, is_odd ? lower : upper, 1);
+  return {is_odd ? other : lower, is_odd ? upper : other};
+}
+
 // Normalises and writes the rows of the warpgroup that exist, and nothing else.
 template <class Config, class Output>
 __device__ __forceinline__ void store_output(const TileContext<Config>& context, Output& output,
@@ -60,21 +68,37 @@ __device__ __forceinline__ void store_output(const TileContext<Config>& context,
   Element* out = static_cast<Element*>(params.out) + context.tile.batch_coordinate(params) * strides.batch +
                  (sequence.first_q + context.first_query()) * strides.seqlen +
                  context.tile.head * strides.heads;
-  // The threads of a quad have two of each eight columns; they swap so that each has every fourth eight.
-  constexpr int kChunk = 16 / sizeof(Element);
+  // The threads of a quad have two of each eight columns, a group.
+  constexpr int kGroup = 8;
   CUTE_UNROLL
   for (int row = 0; row < kThreadRows; ++row) {
-    CUTE_UNROLL
-    for (int chunk = 0; chunk < Config::kHeadDim / kChunk; chunk += 4) {
-      uint32_t swapped[4];
+    if constexpr (Config::kShortEnds) {
+      // Pairs swap, so that a quad writes 32 bytes of a row at a time, a sector where rows are aligned to
+      // one.
+      const bool exists = who.row(row) < rows;
+      Element* line = out + who.row(row) * strides.seqlen + who.thread % 2 * kGroup + who.thread % 4 / 2 * 4;
       CUTE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        swapped[i] = words(row + kThreadRows * (chunk + i));
+      for (int group = 0; group < Config::kHeadDim / kGroup; group += 2) {
+        const uint2 swapped =
+            swap_in_pair(words(row + kThreadRows * group), words(row + kThreadRows * (group + 1)));
+        if (exists) {
+          *reinterpret_cast<uint2*>(line + group * kGroup) = swapped;
+        }
       }
-      transpose_in_quad(swapped);
-      if (who.row(row) < rows) {
-        *reinterpret_cast<uint4*>(out + who.row(row) * strides.seqlen + (chunk + who.thread % 4) * kChunk) =
-            uint4{swapped[0], swapped[1], swapped[2], swapped[3]};
+    } else {
+      // The quad swaps, so that each thread has every fourth group.
+      CUTE_UNROLL
+      for (int group = 0; group < Config::kHeadDim / kGroup; group += 4) {
+        uint32_t swapped[4];
+        CUTE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          swapped[i] = words(row + kThreadRows * (group + i));
+        }
+        transpose_in_quad(swapped);
+        if (who.row(row) < rows) {
+          *reinterpret_cast<uint4*>(out + who.row(row) * strides.seqlen + (group + who.thread % 4) * kGroup) =
+              uint4{swapped[0], swapped[1], swapped[2], swapped[3]};
+        }
       }
     }
   }

@@ -308,11 +308,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     cast_vote(passes(scores1));
   }
   decide(kRelative ? 0 : 1);
-  finish_product<0>(scores2);
 #pragma unroll 1
   for (int steps = overlapped - 3; steps > 0; steps -= 3) {
-    // The compiler follows products under way through branches, but not around the loop.
-    finish_product<0>(scores2);
     step(scores0, scores1, scores2);
     step(scores1, scores2, scores0);
     step(scores2, scores0, scores1);
