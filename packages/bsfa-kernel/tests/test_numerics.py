@@ -269,7 +269,7 @@ def test_nan_thresholds_poison_their_query_blocks_and_no_others(arch, rule, geom
     poisoned = (draws > 0.8).repeat_interleave(geometry.q_block, 1)[:, :1400].T[None, :, :, None]
     poisoned = poisoned.expand_as(out)
     assert out[poisoned].isnan().all()
-    # Beside a poisoned block one that keeps everything is taken two key blocks at a time: other roundings.
+    # Beside a poisoned block, one that keeps all is taken two key blocks at a time: other bits.
     dense = (draws < 0.1).repeat_interleave(geometry.q_block, 1)[:, :1400].T[None, :, :, None]
     dense = dense.expand_as(out)
     voting = ~poisoned & ~dense
