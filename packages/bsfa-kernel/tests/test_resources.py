@@ -69,6 +69,14 @@ def test_kernels_take_what_was_reviewed() -> None:
     assert differences(built, reviewed) == [], message
 
 
+def test_no_products_are_serialised() -> None:
+    """What ptxas says (C7510 to C7520) where it waits for each wgmma: several times as slow."""
+    if bsfa_kernel.build_info().cuda is None:
+        pytest.skip("the library was built without CUDA")
+    report = report_path().read_text()
+    assert [line for line in report.splitlines() if "Potential Performance Loss" in line] == []
+
+
 def test_report_is_read_in_full() -> None:
     assert parse_report(REPORT) == ("13.0.88", [KERNEL])
 
@@ -157,6 +165,7 @@ def dense_loop(disassembly: str) -> int:
             kinds = [kind for address, kind in products if first <= address <= last]
             if len(kinds) == 12 and sum("64x128x16" in kind for kind in kinds) == 4:
                 loops.append((last - first, first))
+    assert loops, "no loop with the 12 products of a dense step"
     return min(loops)[1]
 
 
