@@ -6,8 +6,8 @@ Every candidate is calibrated on some contexts and run on others at several spar
 table (absolute thresholds for k blocks), one like it for a budget of softmax mass instead of k, one
 scalar for the whole model under each rule, one scalar a head or a layer, allotted by the measured
 effect of the head's error on the predictions or by the mass that it loses
-(``bsfa_hf.evaluation.allotment``), and thresholds learned by gradient
-(``bsfa_hf.evaluation.learning``), in both geometries. What is compared is the KL divergence of the
+(``study.allotment``), and thresholds learned by gradient
+(``bsfa_calib.learning``), in both geometries. What is compared is the KL divergence of the
 next-token distributions from dense, and how much can be skipped at a given divergence; intervals
 are from a bootstrap over contexts, the same contexts for all.
 
@@ -36,8 +36,16 @@ import numpy.typing as npt
 import torch
 
 from bsfa_calib import models
+from bsfa_calib.hook import Attended, BlockSparse, Method, applied, attention_shape, forced_share
+from bsfa_calib.language_model import LanguageModel, Predictions
+from bsfa_calib.learned import LADDER, learn_path
+from bsfa_calib.learning import Learned, Settings
+from bsfa_calib.text import Window, read_windows
 from bsfa_calib.thresholds import ThresholdTable
-from bsfa_hf.evaluation.allotment import (
+from bsfa_calib.tuning import find_scalar
+from bsfa_kernel import Geometry, block_maxima, build_info, reference
+from harness import Budget, environment, progress
+from study.allotment import (
     Profile,
     allot,
     equal_mass,
@@ -45,22 +53,7 @@ from bsfa_hf.evaluation.allotment import (
     scalar_for,
     sensitivity_offsets,
 )
-from bsfa_hf.evaluation.calibration import LADDER, learn_path
-from bsfa_hf.evaluation.emulation import EmulatedSparse
-from bsfa_hf.evaluation.learning import Learned, Settings
-from bsfa_hf.evaluation.methods import (
-    Attended,
-    BlockSparse,
-    Method,
-    applied,
-    attention_shape,
-    forced_share,
-)
-from bsfa_hf.evaluation.metrics import LanguageModel, Predictions
-from bsfa_hf.evaluation.text import Window, read_windows
-from bsfa_hf.evaluation.tuning import find_scalar
-from bsfa_kernel import Geometry, block_maxima, build_info, reference
-from harness import Budget, environment, progress
+from study.emulation import EmulatedSparse
 
 SPARSITIES = (0.45, 0.55, 0.65, 0.75, 0.85, 0.9)
 PAPER_SPARSITIES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.75)  # it reaches the same divergence sooner

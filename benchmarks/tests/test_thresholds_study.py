@@ -11,9 +11,9 @@ from transformers import LlamaForCausalLM
 
 import models
 import thresholds_study
-from bsfa_hf.evaluation.emulation import EmulatedSparse
-from bsfa_hf.evaluation.methods import applied
-from bsfa_hf.evaluation.metrics import LanguageModel
+from bsfa_calib.hook import applied
+from bsfa_calib.language_model import LanguageModel
+from study.emulation import EmulatedSparse
 
 _ABOUT = ("kind", "model", "dtype", "seqlen", "contexts", "calibration_contexts", "backend")
 

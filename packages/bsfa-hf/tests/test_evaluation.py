@@ -16,27 +16,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bsfa_calib.hook import BlockSparse, applied, dense_attention, forced_share, visible_count
+from bsfa_calib.language_model import LanguageModel, band_edges
+from bsfa_calib.text import read_windows
 from bsfa_calib.thresholds import ThresholdTable
+from bsfa_calib.tuning import TuningError, find_scalar, limit_loss
 from bsfa_hf.evaluation import cli, parse_configuration
 from bsfa_hf.evaluation.configurations import Configuration, ConfigurationError
-from bsfa_hf.evaluation.methods import (
-    BlockSparse,
-    SlidingWindow,
-    applied,
-    dense_attention,
-    forced_share,
-    make_method,
-    visible_count,
-)
-from bsfa_hf.evaluation.metrics import LanguageModel, band_edges
+from bsfa_hf.evaluation.intervals import mean_interval, share_interval, t_quantile
+from bsfa_hf.evaluation.methods import SlidingWindow, make_method
 from bsfa_hf.evaluation.needle import NEEDLE, make_prompt, noise
 from bsfa_hf.evaluation.plot import plot_results
 from bsfa_hf.evaluation.results import Results, ResultsError, load
 from bsfa_hf.evaluation.run import Evaluation, EvaluationError, Plan, rank_path
-from bsfa_hf.evaluation.statistics import mean_interval, share_interval, t_quantile
 from bsfa_hf.evaluation.summary import advice, markdown, summarise
-from bsfa_hf.evaluation.text import read_windows
-from bsfa_hf.evaluation.tuning import TuningError, find_scalar, limit_loss
 from bsfa_kernel import DEFAULT_GEOMETRY, Geometry, reference
 from tiny import small_llama
 

@@ -6,6 +6,8 @@ Importing this package makes ``attn_implementation="bsfa"`` known to transformer
 `disable` and `enabled` switch a model; the names of the paper's repository are here too.
 """
 
+from bsfa_calib.reasons import Reason
+from bsfa_calib.statistics import Statistics
 from bsfa_hf import attention as _attention
 from bsfa_hf import baselines as _baselines
 from bsfa_hf._version import __version__
@@ -20,8 +22,6 @@ from bsfa_hf.paper import (
     update_block_sparse_topk,
     update_sparge_attn_params,
 )
-from bsfa_hf.reasons import Reason
-from bsfa_hf.statistics import Statistics
 
 _attention.register()
 _baselines.register()

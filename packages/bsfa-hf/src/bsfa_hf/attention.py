@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from bsfa_calib.reasons import Reason
 from bsfa_hf import automatic
 from bsfa_hf.dense import dense_attention, packed_mask
 from bsfa_hf.masks import Plan, bsfa_mask, equal_spans, plan_of, window_bites
-from bsfa_hf.reasons import Reason
 from bsfa_hf.state import State, state_of
 from bsfa_kernel import Geometry, block_sparse_attention, build_info
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bsfa_calib.statistics import Statistics
 from bsfa_hf import attention
 from bsfa_hf.state import (
     State,
@@ -20,7 +21,6 @@ from bsfa_hf.state import (
     set_state,
     text_config,
 )
-from bsfa_hf.statistics import Statistics
 from bsfa_hf.tables import Table, load_table, make_state
 
 _ORIGINAL = "_bsfa_original"

@@ -26,7 +26,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from bsfa_hf.reasons import Reason
+from bsfa_calib.reasons import Reason
 
 _PLAN = "_bsfa_plan"
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from bsfa_calib.statistics import Statistics
 from bsfa_hf import attention, baselines
 from bsfa_hf.integration import disable, switch
 from bsfa_hf.state import State, attention_shape, layer_devices, local_heads, text_config
-from bsfa_hf.statistics import Statistics
 from bsfa_hf.tables import load_table, make_state
 
 MODES = ("sdpa", "block_sparse", "sparge_attn", "sliding_window")

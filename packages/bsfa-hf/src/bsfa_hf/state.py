@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsfa_hf.statistics import Statistics
+from bsfa_calib.statistics import Statistics
 from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 
 _ATTRIBUTE = "_bsfa_state"

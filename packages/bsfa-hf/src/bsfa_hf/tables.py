@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from bsfa_calib import ThresholdTable
+from bsfa_calib.statistics import Statistics
 from bsfa_hf.state import State, attention_shape
-from bsfa_hf.statistics import Statistics
 from bsfa_kernel import GEOMETRIES, RULES, Geometry
 
 Table = ThresholdTable | str | os.PathLike[str]

@@ -294,13 +294,13 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
     import torch
 
+    from bsfa_calib import learned as calibration
     from bsfa_calib import models
+    from bsfa_calib.hook import attention_shape
+    from bsfa_calib.learning import Settings
+    from bsfa_calib.text import read_windows
     from bsfa_calib.thresholds import ThresholdTable
-    from bsfa_hf.evaluation import calibration
-    from bsfa_hf.evaluation.learning import Settings
-    from bsfa_hf.evaluation.methods import attention_shape
     from bsfa_hf.evaluation.run import environment
-    from bsfa_hf.evaluation.text import read_windows
     from bsfa_kernel import GEOMETRIES, Geometry
 
     settings = Settings(
@@ -413,9 +413,9 @@ def _limit_loss(arguments: argparse.Namespace) -> int:
     part = _part(arguments.text_part)
 
     from bsfa_calib import models
+    from bsfa_calib.text import read_windows
     from bsfa_calib.thresholds import ThresholdTable
-    from bsfa_hf.evaluation.text import read_windows
-    from bsfa_hf.evaluation.tuning import limit_loss
+    from bsfa_calib.tuning import limit_loss
 
     table = ThresholdTable.load(arguments.thresholds)
     _progress(f"loading {arguments.model}")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bsfa_hf.evaluation.text import encode
+from bsfa_calib.text import encode
 
 NEEDLE = "One of the special magic numbers for {word} is: {number}."
 QUESTION = "\n\nOne of the special magic numbers for {word} is:"

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from bsfa_hf.evaluation.intervals import Interval
 from bsfa_hf.evaluation.results import ResultsError, load
-from bsfa_hf.evaluation.statistics import Interval
 from bsfa_hf.evaluation.summary import Row, markdown, summarise
 
 # Told apart in black and white too: colour and marker go together.

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bsfa_calib.hook import BACKENDS, Method, applied, attention_shape
+from bsfa_calib.language_model import LanguageModel, Predictions
+from bsfa_calib.text import Window, check_part, read_windows
+from bsfa_calib.tuning import find_scalar
 from bsfa_hf.evaluation.configurations import Configuration, check_names
-from bsfa_hf.evaluation.methods import BACKENDS, Method, applied, attention_shape, make_method
-from bsfa_hf.evaluation.metrics import LanguageModel, Predictions
+from bsfa_hf.evaluation.methods import make_method
 from bsfa_hf.evaluation.needle import make_prompt, noise
 from bsfa_hf.evaluation.results import Record, Results, load, record_key
 from bsfa_hf.evaluation.ruler import OFFLINE_TASKS, RULER_TASKS, Harness
-from bsfa_hf.evaluation.text import Window, check_part, read_windows
-from bsfa_hf.evaluation.tuning import find_scalar
 
 TEXT_TASKS = ("kl", "perplexity")
 TASKS = (*TEXT_TASKS, "needle", "ruler")

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from bsfa_hf.evaluation.methods import forced_share
+from bsfa_calib.hook import forced_share
+from bsfa_hf.evaluation.intervals import Interval, mean_interval, share_interval
 from bsfa_hf.evaluation.results import Record
-from bsfa_hf.evaluation.statistics import Interval, mean_interval, share_interval
 from bsfa_kernel import Geometry
 
 # Below this, skipping cannot pay for deciding; above that KL, the model is another one.

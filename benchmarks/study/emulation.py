@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bsfa_hf.evaluation.methods import Attended, visible_count
+from bsfa_calib.hook import Attended, visible_count
 from bsfa_kernel import RULES, Geometry
 
 ORDERS = ("last_first", "sink_last_first", "first_last")

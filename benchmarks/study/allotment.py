@@ -25,15 +25,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bsfa_hf.evaluation.emulation import emulate
-from bsfa_hf.evaluation.methods import (
-    Attended,
-    applied,
-    attention_shape,
-    dense_attention,
-)
-from bsfa_hf.evaluation.metrics import LanguageModel
+from bsfa_calib.hook import Attended, applied, attention_shape, dense_attention
+from bsfa_calib.language_model import LanguageModel
 from bsfa_kernel import Geometry
+from study.emulation import emulate
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bsfa_calib.hook import BlockSparse, applied, attention_shape, forced_share
+from bsfa_calib.language_model import LanguageModel, Predictions
 from bsfa_calib.thresholds import ThresholdTable
-from bsfa_hf.evaluation.methods import BlockSparse, applied, attention_shape, forced_share
-from bsfa_hf.evaluation.metrics import LanguageModel, Predictions
 from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 
 # Scalars are looked for up to this far from 0, in units of scaled scores.

@@ -14,7 +14,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from bsfa_hf.reasons import REASONS, Reason
+from bsfa_calib.reasons import REASONS, Reason
 
 # Columns of the counters that compiled code keeps.
 _VISIBLE, _QUERY_BLOCKS, _SPARSE = range(3)

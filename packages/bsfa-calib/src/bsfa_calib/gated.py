@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bsfa_hf.evaluation.methods import visible_count
+from bsfa_calib.hook import visible_count
 from bsfa_kernel import RULES, Geometry
 
 _SCORES_AT_A_TIME_CPU = 1 << 24

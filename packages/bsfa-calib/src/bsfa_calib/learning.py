@@ -23,9 +23,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bsfa_hf.evaluation.gated import gated_attention
-from bsfa_hf.evaluation.methods import Attended, applied, attention_shape
-from bsfa_hf.evaluation.metrics import LanguageModel
+from bsfa_calib.gated import gated_attention
+from bsfa_calib.hook import Attended, applied, attention_shape
+from bsfa_calib.language_model import LanguageModel
 from bsfa_kernel import Geometry
 
 Float32Array = npt.NDArray[np.float32]

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from bsfa_calib.capture import fingerprint
+from bsfa_calib.hook import BlockSparse, applied, forced_share
+from bsfa_calib.language_model import LanguageModel
+from bsfa_calib.learning import Float32Array, Learned, Settings, learn
 from bsfa_calib.thresholds import ThresholdTable, write_atomically
-from bsfa_hf.evaluation.learning import Float32Array, Learned, Settings, learn
-from bsfa_hf.evaluation.methods import BlockSparse, applied, forced_share
-from bsfa_hf.evaluation.metrics import LanguageModel
-from bsfa_hf.evaluation.tuning import TuningError
+from bsfa_calib.tuning import TuningError
 from bsfa_kernel import Geometry
 
 # Sparsities that thresholds are learned at, one after the other, as far as they are needed.

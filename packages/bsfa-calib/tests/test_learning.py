@@ -18,16 +18,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bsfa_calib import gated
+from bsfa_calib import learned as calibration
+from bsfa_calib.gated import gated_attention
+from bsfa_calib.hook import applied
+from bsfa_calib.language_model import LanguageModel
+from bsfa_calib.learned import Expected, ThresholdPath, calibrate, learn_path
+from bsfa_calib.learning import Learned, Settings, knot_weights, learn
 from bsfa_calib.thresholds import ThresholdTable
-from bsfa_hf.evaluation import calibration, cli, gated
-from bsfa_hf.evaluation.calibration import Expected, ThresholdPath, calibrate, learn_path
-from bsfa_hf.evaluation.emulation import EmulatedSparse
-from bsfa_hf.evaluation.gated import gated_attention
-from bsfa_hf.evaluation.learning import Learned, Settings, knot_weights, learn
-from bsfa_hf.evaluation.methods import applied
-from bsfa_hf.evaluation.metrics import LanguageModel
-from bsfa_hf.evaluation.tuning import TuningError, find_scalar
+from bsfa_calib.tuning import TuningError, find_scalar
+from bsfa_hf.evaluation import cli
 from bsfa_kernel import RULES, Geometry, reference
+from study.emulation import EmulatedSparse
 from tiny import small_llama
 
 LENGTH = 1024

@@ -11,8 +11,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bsfa_hf.evaluation import allotment
-from bsfa_hf.evaluation.allotment import (
+from bsfa_calib.hook import Attended, applied, dense_attention, visible_count
+from bsfa_calib.language_model import LanguageModel
+from bsfa_kernel import RULES, Geometry, reference
+from study import allotment
+from study.allotment import (
     Profile,
     allot,
     equal_mass,
@@ -20,10 +23,7 @@ from bsfa_hf.evaluation.allotment import (
     scalar_for,
     sensitivity_offsets,
 )
-from bsfa_hf.evaluation.emulation import EmulatedSparse, emulate
-from bsfa_hf.evaluation.methods import Attended, applied, dense_attention, visible_count
-from bsfa_hf.evaluation.metrics import LanguageModel
-from bsfa_kernel import RULES, Geometry, reference
+from study.emulation import EmulatedSparse, emulate
 
 
 @pytest.fixture(scope="module")
