@@ -7,6 +7,7 @@ Only numpy and safetensors are needed to read, write and estimate tables. Captur
 """
 
 from bsfa_calib._version import __version__
+from bsfa_calib.point import Point
 from bsfa_calib.thresholds import ThresholdFileError, ThresholdTable
 
-__all__ = ["ThresholdFileError", "ThresholdTable", "__version__"]
+__all__ = ["Point", "ThresholdFileError", "ThresholdTable", "__version__"]

@@ -13,24 +13,26 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from bsfa_calib._version import __version__
+from bsfa_calib.point import AXES, Point, PointLike, PointOptions, as_point
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 FloatArray = npt.NDArray[np.float32]
 
 FORMAT_NAME = "bsfa-thresholds"
 FORMAT_VERSION = 1
 UNIT = "scaled-score"
-AXES = ("k", "target_sparsity", "max_loss")
 RULES = ("absolute", "running_max", "running_lse")
 
 # No threshold table has a larger header: one with every field filled in takes a few kilobytes.
 _MAX_HEADER_BYTES = 1 << 20
-_LARGEST_POINT = 1 << 31
 _STATISTIC_PREFIX = "statistics."
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -157,19 +159,12 @@ class ThresholdTable:
             raise ValueError(f"this table has no k values, its points are {self._described()}")
         return cast("tuple[int, ...]", self.points)
 
-    def select(
-        self,
-        *,
-        k: int | None = None,
-        target_sparsity: float | None = None,
-        max_loss: float | None = None,
-    ) -> FloatArray:
+    def select(self, point: PointLike | None = None, **named: Unpack[PointOptions]) -> FloatArray:
         """Thresholds of one operating point.
 
         Args:
-            k: unforced blocks kept a query block, for a table with axis ``"k"``.
-            target_sparsity: share of blocks skipped, for a table with that axis.
-            max_loss: bound on the loss, for a table with that axis.
+            point: the point, or its text, as ``"target_sparsity=0.75"``.
+            named: or the point by the name of its axis, as ``k=32``.
 
         Returns:
             float32 ``[layers, heads, rows]``, read-only.
@@ -178,36 +173,21 @@ class ThresholdTable:
             ValueError: not exactly one point was named, or the table does not hold it.
             TypeError: the point is not a number.
         """
-        return cast("FloatArray", self.thresholds[self.index(k, target_sparsity, max_loss)])
+        return cast("FloatArray", self.thresholds[self.index(point, **named)])
 
-    def index(
-        self,
-        k: int | None = None,
-        target_sparsity: float | None = None,
-        max_loss: float | None = None,
-    ) -> int:
+    def index(self, point: PointLike | None = None, **named: Unpack[PointOptions]) -> int:
         """Position of an operating point in ``points``; arguments and errors as for `select`."""
-        named = {"k": k, "target_sparsity": target_sparsity, "max_loss": max_loss}
-        given = {name: value for name, value in named.items() if value is not None}
-        if len(given) != 1:
+        chosen = as_point(point, **named)
+        if chosen is None:
             raise ValueError(
-                f"name one operating point of {' or '.join(AXES)}, got "
-                f"{', '.join(given) if given else 'none'}; this table has {self._described()}"
+                f"name one operating point of {' or '.join(AXES)}, got none; this table has "
+                f"{self._described()}"
             )
-        ((axis, value),) = given.items()
-        if axis != self.axis:
-            raise ValueError(
-                f"this table has no {axis}={value}; its points are {self._described()}"
-            )
-        try:
-            same = [math.isclose(point, value, rel_tol=1e-9, abs_tol=0.0) for point in self.points]
-        except TypeError as error:
-            raise TypeError(f"{axis} must be a number, got {value!r}") from error
-        if not any(same):
-            raise ValueError(
-                f"this table has no {axis}={value}; its points are {self._described()}"
-            )
-        return same.index(True)
+        if chosen.axis == self.axis:
+            for index, held in enumerate(self.points):
+                if math.isclose(held, chosen.value, rel_tol=1e-9, abs_tol=0.0):
+                    return index
+        raise ValueError(f"this table has no {chosen}; its points are {self._described()}")
 
     def head_slice(self, start: int, stop: int) -> ThresholdTable:
         """The table of heads ``start`` to ``stop - 1``, for a tensor-parallel rank.
@@ -298,24 +278,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 def _checked_points(points: Sequence[float | int], axis: str) -> tuple[float | int, ...]:
     """Points as a tuple of int (axis "k") or float, checked to be ascending and in range."""
-    if axis not in AXES:
-        raise ValueError(f"axis must be one of {', '.join(AXES)}, got {axis!r}")
     checked: list[float | int] = []
     for point in points:
-        if isinstance(point, bool) or not isinstance(point, int | float | np.integer | np.floating):
-            raise ValueError(f"points must be numbers, got {point!r}")
-        if isinstance(point, int) and abs(point) > _LARGEST_POINT:
-            raise ValueError(f"points must be at most {_LARGEST_POINT}")
-        value = float(point)
-        if axis == "k":
-            if not math.isfinite(value) or value != int(value) or value < 1:
-                raise ValueError(f"k values must be integers of at least 1, got {point!r}")
-            checked.append(int(value))
-        else:
-            if not math.isfinite(value) or value < 0 or (axis == "target_sparsity" and value >= 1):
-                limit = "in [0, 1)" if axis == "target_sparsity" else "finite and at least 0"
-                raise ValueError(f"{axis} must be {limit}, got {point!r}")
-            checked.append(value)
+        value = point.item() if isinstance(point, np.generic) else point
+        try:
+            checked.append(Point(axis, value).value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"points must be numbers on one axis: {error}") from None
     if not checked:
         raise ValueError("a table needs at least one point")
     for before, after in itertools.pairwise(checked):

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bsfa_calib.thresholds import AXES, ThresholdTable
+from bsfa_calib.point import AXES
+from bsfa_calib.thresholds import ThresholdTable
 from bsfa_kernel import DEFAULT_GEOMETRY, GEOMETRIES, RULES, Geometry
 
 # The options that each kind takes, and whether it must have them.
