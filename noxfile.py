@@ -172,10 +172,11 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(default=False, tags=["perf"])
 def benchmark(session: nox.Session) -> None:
-    """Measure the kernels against their peers on this machine's GPU, and make the report."""
+    """Measure the kernels against their peers on this machine's GPU, and make docs/results.md."""
     require_gpu(session)
     install(session, "bsfa-hf", wheels=wheels_up_to(session, "bsfa-hf"))
     session.run("python", "benchmarks/attention.py", *(session.posargs or ["--preset", "quick"]))
+    session.run("python", "benchmarks/report.py", "add")
     session.run("python", "benchmarks/report.py")
 
 

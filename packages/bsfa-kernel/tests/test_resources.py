@@ -144,7 +144,7 @@ def test_shared_memory_of_the_kernels_fits_as_many_blocks_as_they_are_made_for(
 
 @pytest.mark.slow
 def test_dense_loop_of_head_dim_64_lies_where_it_is_fast() -> None:
-    """What ForwardConfig::kDensePadding is for: 4 % of its time (docs/performance-sm90.md)."""
+    """What ForwardConfig::kDensePadding is for: 4 % of its time (docs/lab/sm90.md)."""
     kernels = [
         kernel
         for kernel in bsfa_kernel.build_info().kernels
