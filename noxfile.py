@@ -74,6 +74,10 @@ def check_versions(session: nox.Session) -> None:
     session.install("pytest", "packaging", "pyyaml", "tomli; python_version < '3.11'")
     session.run("pytest", "-q", ".github/scripts")
     session.run("python", ".github/scripts/check_versions.py", str(ROOT / "packages"))
+    scripts = ROOT / ".github" / "scripts"
+    files = [str(path) for path in [*sorted(scripts.glob("*.py")), ROOT / "noxfile.py"]]
+    session.install("nox")
+    run_mypy(session, "mypy.ini", *files, path=(scripts,))
 
 
 # ------------------------------------------------------------------------------------------- tests
@@ -107,8 +111,11 @@ def hf(session: nox.Session) -> None:
 
 @nox.session(tags=["cpu"])
 def benchmark_tests(session: nox.Session) -> None:
-    """Test the benchmark scripts on the reference back end."""
+    """Test the benchmark scripts on the reference back end, and the documents."""
     install(session, "bsfa-hf", wheels=wheels_up_to(session, "bsfa-hf"))
+    folders = (ROOT / "benchmarks", ROOT / "benchmarks" / "tests")
+    sources = [path for name in ("*.py", "*/*.py") for path in (ROOT / "benchmarks").glob(name)]
+    run_mypy(session, "mypy.ini", *map(str, sorted(sources)), path=folders)
     run_pytest(session, "benchmarks/tests", "-m", "not gpu", env=assets(session))
 
 
@@ -323,10 +330,23 @@ def install_cutlass(session: nox.Session) -> None:
 
 
 def check_types(session: nox.Session, package: str) -> None:
-    """Check the types of a package against those of the packages that are installed."""
-    session.install("mypy==2.4.1")
+    """Check the types of a package and of its tests against the packages that are installed."""
     source = ROOT / "packages" / package / "src"
-    session.run("mypy", "--config-file", str(ROOT / "mypy.ini"), str(source))
+    tests = ROOT / "packages" / package / "tests"
+    run_mypy(session, "mypy.ini", str(source))
+    run_mypy(session, "mypy-tests.ini", str(tests), path=(source, tests))
+
+
+def run_mypy(
+    session: nox.Session, configuration: str, *paths: str, path: tuple[Path, ...] = ()
+) -> None:
+    """Run mypy on files or folders, with folders to import from besides what is installed."""
+    session.install("mypy==2.4.1")
+    env = {"MYPYPATH": os.pathsep.join(map(str, path))}
+    # Two configurations in one cache make mypy fail.
+    cache = ROOT / ".mypy_cache" / f"{session.name}-{configuration}"
+    options = ("--config-file", str(ROOT / configuration), "--cache-dir", str(cache))
+    session.run("mypy", *options, *paths, env=env)
 
 
 def assets(session: nox.Session) -> dict[str, str]:

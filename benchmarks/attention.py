@@ -624,7 +624,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status is 1 where a kernel of ours is wrong or missing."""
     arguments = parser().parse_args(argv)
     device = torch.device(arguments.device)
-    if device.type == "cuda" and device.index is None:
+    if arguments.device == "cuda":
         device = torch.device("cuda", 0)
     timer_options: dict[str, Any] = {"seconds": arguments.seconds}
     if device.type == "cpu":

@@ -395,8 +395,8 @@ class Thresholds:
             start = []
             if self.start is not None:
                 start.append((self.start.points[-1], self.start.thresholds[-1]))
-            found = [*learned, *between([*start, *learned], self.arguments.between)]
-            yield from sorted(found, key=lambda one: one[0])
+            path = [*learned, *between([*start, *learned], self.arguments.between)]
+            yield from sorted(path, key=lambda one: one[0])
         else:
             made = self._profile(rule, geometry, candidate.order)
             for target in targets:

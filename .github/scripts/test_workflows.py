@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ def set_by_workflows(node: Any) -> Iterator[str]:
             yield from set_by_workflows(item)
 
 
+def variables(nodes: Iterable[ast.expr | None]) -> set[str]:
+    """The constants that look like names of variables of an environment."""
+    values = (node.value for node in nodes if isinstance(node, ast.Constant))
+    return {value for value in values if isinstance(value, str) and VARIABLE.fullmatch(value)}
+
+
 def set_by_sessions(source: str) -> set[str]:
     """The names that a noxfile puts into dictionaries for the environment."""
     keys = [
@@ -46,11 +52,7 @@ def set_by_sessions(source: str) -> set[str]:
         if isinstance(node, ast.Dict)
         for key in node.keys
     ]
-    return {
-        key.value
-        for key in keys
-        if isinstance(key, ast.Constant) and VARIABLE.fullmatch(str(key.value))
-    }
+    return variables(keys)
 
 
 def read_by(source: str) -> set[str]:
@@ -64,11 +66,7 @@ def read_by(source: str) -> set[str]:
             asked = node.args[:1] if node.func.attr in {"get", "getenv"} else []
         elif isinstance(node, ast.Assign):
             asked = [node.value]
-        names |= {
-            value.value
-            for value in asked
-            if isinstance(value, ast.Constant) and VARIABLE.fullmatch(str(value.value))
-        }
+        names |= variables(asked)
     return names
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from study.emulation import EmulatedSparse, emulate
 @pytest.fixture(scope="module")
 def small_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config: Any = LlamaConfig(
         vocab_size=128,
         hidden_size=32,
         intermediate_size=48,
@@ -37,10 +38,12 @@ def small_model() -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
-        attn_implementation="sdpa",
         initializer_range=0.2,
     )
-    return LlamaForCausalLM(config).eval()
+    config._attn_implementation = "sdpa"
+    model = LlamaForCausalLM(config)
+    model.train(False)
+    return model
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -131,7 +134,7 @@ def test_the_mass_of_a_profile_is_that_which_rows_lose_on_average(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float
     ) -> Attended:
         given[layer] = (q, k, v, scale)
-        out = dense_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale)
+        out = dense_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
         return Attended(out.transpose(1, 2), q.new_zeros(q.shape[2]))
 
     geometry, thresholds = Geometry(64, 64), (-3.0, -1.5, 0.0)
