@@ -144,26 +144,6 @@ def test_sparge_attention_that_is_not_installed_is_told(model: LlamaForCausalLM)
 # -------------------------------------------------------------------------------------- methods
 
 
-@pytest.mark.parametrize("method", ["dense", "exact", "window"])
-def test_what_leaves_nothing_out_gives_the_logits_of_sdpa(
-    model: LlamaForCausalLM, ids: list[int], method: str
-) -> None:
-    tokens = torch.tensor([ids])
-    with torch.no_grad():
-        expected = model(tokens, use_cache=False).logits
-        chosen = {
-            "dense": None,
-            "exact": BlockSparse(torch.full((LAYERS, HEADS, 1), -math.inf), "running_lse"),
-            "window": SlidingWindow(LENGTH),
-        }[method]
-        with applied(model, chosen) as meter:
-            found = model(tokens, use_cache=False).logits
-    assert model.config._attn_implementation == "sdpa"
-    assert torch.allclose(found, expected, atol=1e-4)
-    if chosen is not None:
-        assert meter.take() == [[0.0] * HEADS] * LAYERS
-
-
 @pytest.mark.parametrize(("window", "sink"), [(1, 0), (100, 0), (100, 30), (600, 7), (1000, 5000)])
 def test_a_sliding_window_sees_its_last_keys_and_the_first_ones(window: int, sink: int) -> None:
     torch.manual_seed(0)
@@ -183,113 +163,6 @@ def test_a_sliding_window_sees_its_last_keys_and_the_first_ones(window: int, sin
     assert found.skipped.tolist() == pytest.approx([share] * 4, abs=1e-6)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_dense_attention_after_a_cache_is_aligned_to_the_last_key(window: int | None) -> None:
-    torch.manual_seed(0)
-    q = torch.randn(1, 4, 40, 16)
-    k, v = torch.randn(2, 1, 2, 40, 16)
-    whole = dense_attention(q, k, v, 0.25, window)
-    part = dense_attention(q[:, :, 33:], k, v, 0.25, window)
-    assert torch.allclose(part, whole[:, :, 33:], atol=1e-6)
-
-
-@pytest.mark.parametrize("geometry", [Geometry(128, 64), Geometry(64, 64)])
-@pytest.mark.parametrize("seqlen", [1, 64, 200, 1000])
-def test_visible_and_forced_blocks_are_those_of_the_semantics(
-    geometry: Geometry, seqlen: int
-) -> None:
-    visible = reference.visible_blocks(seqlen, seqlen, geometry=geometry).sum()
-    forced = reference.forced_blocks(seqlen, seqlen, geometry=geometry).sum()
-    assert visible_count(seqlen, seqlen, geometry) == visible
-    assert forced_share(seqlen, geometry) == pytest.approx(float(forced / visible))
-
-
-def test_the_meter_counts_what_the_kernel_kept(model: LlamaForCausalLM, ids: list[int]) -> None:
-    method = BlockSparse(torch.full((LAYERS, HEADS, 1), math.inf), "absolute")
-    with torch.no_grad(), applied(model, method) as meter:
-        model(torch.tensor([ids]), use_cache=False)
-    expected = 1 - forced_share(LENGTH, DEFAULT_GEOMETRY)
-    assert np.allclose(meter.take(), expected, atol=1e-4)
-    assert meter.take() == []
-
-
-def test_a_padded_batch_is_refused(model: LlamaForCausalLM) -> None:
-    tokens = torch.zeros(1, 8, dtype=torch.long)
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
-    with (
-        torch.no_grad(),
-        applied(model, None),
-        pytest.raises(ConfigurationError, match="without padding"),
-    ):
-        model(tokens, attention_mask=mask)
-
-
-# -------------------------------------------------------------------------------------- metrics
-
-
-def test_kl_and_nll_are_those_of_the_whole_logits(model: LlamaForCausalLM, ids: list[int]) -> None:
-    language_model = LanguageModel(model)
-    method = SlidingWindow(16)
-    dense = language_model.predict(ids)
-    with applied(model, method):
-        found = language_model.predict(ids)
-        with torch.no_grad():
-            sparse = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-    with torch.no_grad():
-        full = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-    (band,) = language_model.compare(found, dense, ids)
-    following = torch.tensor(ids)[1:, None]
-    assert band.positions == LENGTH - 1
-    assert band.kl == pytest.approx(float((full.exp() * (full - sparse)).sum(-1).mean()), rel=1e-4)
-    assert band.nll == pytest.approx(float(-sparse.gather(1, following).mean()), rel=1e-4)
-    (own,) = language_model.compare(dense, dense, ids)
-    assert (own.kl, own.agreement) == (0, 1)
-
-
-def test_a_model_whose_logits_are_scaled_is_compared_on_its_logits(ids: list[int]) -> None:
-    from transformers import CohereConfig, CohereForCausalLM
-
-    torch.manual_seed(0)
-    config = CohereConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        logit_scale=0.25,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    language_model = LanguageModel(CohereForCausalLM(config).eval())
-    found = language_model.predict(ids[:64])
-    assert found.hidden.shape == (64, 256)
-
-
-def test_an_answer_is_a_hit_iff_greedy_decoding_gives_it(
-    model: LlamaForCausalLM, ids: list[int]
-) -> None:
-    language_model = LanguageModel(model)
-    prompt = torch.tensor([ids[:300]])
-    greedy = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False
-    )[0, 300:].tolist()
-    with applied(model, None):
-        hit, likelihood, _ = language_model.answer(ids[:300], greedy)
-        miss, worse, _ = language_model.answer(ids[:300], [*greedy[:3], (greedy[3] + 1) % 256])
-    assert (hit, miss) == (True, False)
-    assert worse < likelihood < 0
-    with torch.no_grad():
-        logits = model(torch.tensor([ids[:300] + greedy[:-1]])).logits[0, 299:].log_softmax(-1)
-    expected = logits.gather(1, torch.tensor(greedy)[:, None]).sum()
-    assert likelihood == pytest.approx(float(expected), abs=1e-3)
-
-
-def test_bands_double_and_cover_every_position() -> None:
-    assert band_edges(100) == [(0, 100)]
-    assert band_edges(2047) == [(0, 512), (512, 1024), (1024, 2047)]
-
-
 def test_intervals_are_those_of_the_textbook() -> None:
     assert t_quantile(1) == pytest.approx(12.706)
     assert t_quantile(60) == pytest.approx(2.0003, abs=1e-3)
@@ -302,40 +175,6 @@ def test_intervals_are_those_of_the_textbook() -> None:
 
 
 # ------------------------------------------------------------------------------ text and needles
-
-
-def test_windows_alternate_between_kinds_and_do_not_overlap(
-    text: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    windows = read_windows(text, tokenizer, length=200, count=8, part=(0.5, 1))
-    assert [window.kind for window in windows] == ["code", "novels"] * 4
-    assert {len(window.ids) for window in windows} == {200}
-    assert len({window.name for window in windows}) == 8
-
-
-def test_parts_of_the_text_have_nothing_in_common(
-    text: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    halves = [
-        read_windows(text / "code" / "0.txt", tokenizer, length=200, count=9, part=part)
-        for part in ((0, 0.5), (0.5, 1))
-    ]
-    first, second = ({window.ids for window in half} for half in halves)
-    assert not first & second
-
-
-def test_too_little_text_is_told_with_what_there_is(
-    text: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with pytest.raises(ValueError, match=r"100 windows of 5000 tokens were asked for.* gives 6"):
-        read_windows(text, tokenizer, length=5000, count=100)
-
-
-def test_short_files_are_joined(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    for index in range(5):
-        (tmp_path / f"{index}.md").write_text("ten letter" * 5)
-    (window,) = read_windows(tmp_path, tokenizer, length=200, count=1)
-    assert (window.kind, len(window.ids)) == ("text", 200)
 
 
 @pytest.mark.parametrize("keys", [1, 4])
@@ -481,62 +320,6 @@ def test_a_length_beyond_the_models_positions_is_refused(
 def test_perplexity_without_text_is_refused() -> None:
     with pytest.raises(EvaluationError, match="--text"):
         Plan((Configuration("w", "sliding_window", (("window", "8"),)),), tasks=("perplexity",))
-
-
-# ----------------------------------------------------------------------------- operating points
-
-
-@pytest.mark.parametrize("rule", ["absolute", "running_max", "running_lse"])
-def test_a_scalar_is_found_for_a_sparsity(
-    model: LlamaForCausalLM, ids: list[int], rule: str
-) -> None:
-    found = find_scalar(model, [ids], rule=rule, target_sparsity=0.3, tolerance=0.02)
-    assert found.sparsity == pytest.approx(0.3, abs=0.05)
-
-
-def test_a_sparsity_beyond_what_is_not_forced_is_refused(
-    model: LlamaForCausalLM, ids: list[int]
-) -> None:
-    with pytest.raises(TuningError, match="are forced"):
-        find_scalar(model, [ids[:256]], rule="running_max", target_sparsity=0.9)
-
-
-def test_a_bounded_loss_is_kept_to_and_written_into_the_table(
-    model: LlamaForCausalLM, ids: list[int]
-) -> None:
-    values = np.full((1, LAYERS, HEADS, 1), 3.0, np.float32)
-    table = ThresholdTable(values, (0.5,), axis="target_sparsity", rule="running_lse")
-    found = limit_loss(model, table, [ids], max_loss=0.05)
-    assert 0 < found.kl <= 0.05
-    assert found.table.axis == "max_loss"
-    assert np.allclose(found.table.select(max_loss=0.05), 3.0 + found.shift)
-    assert float(found.table.provenance["expected_kl"]) == pytest.approx(found.kl, abs=1e-6)
-
-
-def test_a_bounded_loss_is_found_from_the_command_line(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    text: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    table, out = a_table(tmp_path / "table", 2.0), tmp_path / "limited"
-    arguments = [
-        *("limit-loss", "--model", str(tmp_path / "model"), "--thresholds", str(table)),
-        *("--max-loss", "0.05", "--text", str(text), "--length", "512", "--samples", "1"),
-        *("--device", "cpu", "--out", str(out)),
-    ]
-    assert cli.main(arguments) == 0
-    assert "thresholds shifted by" in capsys.readouterr().out
-    assert ThresholdTable.load(out).points == (0.05,)
-
-
-def test_a_table_of_another_model_is_not_shifted(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    table = ThresholdTable.load(a_table(tmp_path / "table", 2.0, layers=3))
-    with pytest.raises(TuningError, match="for 3 layers of 4 heads, and the model has 2 of 4"):
-        limit_loss(model, table, [[0] * 64], max_loss=1.0)
 
 
 # ---------------------------------------------------------------------------- advice, command line
