@@ -15,7 +15,14 @@ from torch.nn.functional import scaled_dot_product_attention
 import cases
 import oracle
 from bsfa_kernel import GEOMETRIES, RULES, Geometry, block_sparse_attention, reference
-from bsfa_kernel.reference import attention, block_maxima, forced_blocks, visible_blocks
+from bsfa_kernel.geometry import full_blocks
+from bsfa_kernel.reference import (
+    attention,
+    block_maxima,
+    forced_blocks,
+    verdicts,
+    visible_blocks,
+)
 
 INF = math.inf
 TINY = Geometry(2, 2)
@@ -216,6 +223,72 @@ def test_forced_and_visible_blocks_are_those_that_hold_masked_and_visible_scores
         blocks = rows.view(len(rows), k_blocks, geometry.k_block)
         assert torch.equal(visible[i], blocks.any(2).any(0))
         assert torch.equal(forced[i], blocks.any(2).any(0) & (~blocks).any(2).any(0))
+
+
+# ------------------------------------------------------------------------------------ verdicts
+
+
+def row_statistics(q, k, geometry, causal):
+    """Row maxima and log-sum-exps of all blocks, [heads, q_blocks, q_block, k_blocks]."""
+    scores = (q[0].transpose(0, 1) * q.shape[-1] ** -0.5) @ k[0].transpose(0, 1).transpose(1, 2)
+    if causal:
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(k.shape[1] - q.shape[1] + 1)
+        scores = scores.masked_fill(hidden, -INF)
+    heads, seqlen_q, seqlen_k = scores.shape
+    blocks = scores.view(heads, seqlen_q // geometry.q_block, geometry.q_block, -1)
+    blocks = blocks.unflatten(-1, (seqlen_k // geometry.k_block, geometry.k_block))
+    return blocks.amax(-1), blocks.logsumexp(-1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_all_query_blocks_and_several_thresholds_are_decided_at_once(rule, geometry, causal):
+    case = cases.Case("at_once", "", seqlen_q=384, seqlen_k=640, heads=3, kv_heads=3)
+    q, k, v = case.inputs(torch.float64)
+    maxima, lse = row_statistics(q, k, geometry, causal)
+    q_blocks = maxima.shape[1]
+    indices = torch.arange(q_blocks)
+    full = full_blocks(indices, case.seqlen_q, case.seqlen_k, geometry, causal=causal)
+    visible = visible_blocks(case.seqlen_q, case.seqlen_k, causal=causal, geometry=geometry)
+    chosen = torch.tensor([-INF, -1.0, 0.0, 1.0, INF]) + (3.0 if rule == "absolute" else 0.0)
+    thresholds = (chosen[:, None, None] + torch.arange(3)[:, None] / 8).expand(5, 3, q_blocks)
+    decided = verdicts(maxima, thresholds, rule=rule, row_lse=lse, full=full)
+    assert decided.excess.shape == decided.keep.shape == (5, 3, q_blocks, maxima.shape[-1])
+    assert (decided.keep | visible | (decided.excess == INF)).all()
+    forced = torch.arange(maxima.shape[-1]) >= full[:, None]
+    assert ((decided.excess == INF) >= forced).all()
+    assert 0 < decided.keep[1:4][..., ~forced].double().mean() < 1
+    for index, part in enumerate(thresholds):
+        one = attention(q, k, v, part[:, :1], rule=rule, geometry=geometry, causal=causal)
+        assert torch.equal(decided.keep[index] & visible, one.mask[0])
+        unforced = decided.excess[index][:, ~forced] - part[:, :1].double()
+        if part[0, 0].isfinite():
+            closest = unforced.abs().nan_to_num(nan=INF).amin()
+            torch.testing.assert_close(closest, one.margin.amin(), rtol=0, atol=1e-12)
+
+
+def test_later_blocks_may_be_decided_before():
+    maxima = torch.tensor([[[3.0, 1.0, 2.0]]])  # of one row
+    lse = maxima + 0.25
+    known = torch.tensor([[2.5]])
+    for rule, keep in (
+        ("running_max", [True, False, False]),
+        ("running_lse", [True, False, False]),
+    ):
+        bound = torch.tensor([0.25])
+        decided = verdicts(maxima, bound, rule=rule, row_lse=lse, reference=known)
+        assert decided.keep.tolist() == [keep]
+        assert decided.excess.tolist() == [[0.5, -1.5, -0.5]]
+    assert verdicts(maxima, torch.tensor([2.0]), rule="absolute").keep.tolist() == [
+        [True, False, True]
+    ]
+
+
+def test_verdicts_refuse_what_they_cannot_decide():
+    maxima = torch.zeros(1, 4, 2)
+    with pytest.raises(ValueError, match="rule must be one of"):
+        verdicts(maxima, torch.zeros(1), rule="largest")
+    with pytest.raises(ValueError, match="running_lse needs row_lse"):
+        verdicts(maxima, torch.zeros(1), rule="running_lse")
 
 
 # ---------------------------------------------------------------------------------- invariants

@@ -4,8 +4,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+_Indices = TypeVar("_Indices", int, "npt.NDArray[np.int64]", "Tensor")
+"""A query block's index, or an array or tensor of several: what is counted has its shape."""
 
 
 class Geometry(NamedTuple):
@@ -50,6 +59,155 @@ GEOMETRIES = (DEFAULT_GEOMETRY, Geometry(64, 64))
 def block_count(length: int, block: int) -> int:
     """Number of blocks of ``block`` positions that cover ``length`` positions."""
     return (length + block - 1) // block
+
+
+def visible_keys(
+    query_block: _Indices,
+    seqlen_q: int,
+    seqlen_k: int,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    *,
+    causal: bool = True,
+) -> _Indices:
+    """Number of keys that some query of a block sees; they are the first ones.
+
+    This and the other functions of counts take numbers that torch.compile traces as well.
+
+    Args:
+        query_block: index of a query block of the sequence, or an array or tensor of several.
+        seqlen_q: queries in the sequence.
+        seqlen_k: keys in the sequence.
+        geometry: the sparsity block.
+        causal: query i sees keys j <= i + seqlen_k - seqlen_q, else all keys.
+    """
+    if not causal:
+        return query_block * 0 + seqlen_k
+    end = _clip((query_block + 1) * geometry[0], None, seqlen_q)
+    return _clip(end + (seqlen_k - seqlen_q), 0, None)
+
+
+def visible_blocks(
+    query_block: _Indices,
+    seqlen_q: int,
+    seqlen_k: int,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    *,
+    causal: bool = True,
+) -> _Indices:
+    """Number of key blocks of which a query block sees some score: 0 to this number - 1.
+
+    Args: as in ``visible_keys``.
+    """
+    keys = visible_keys(query_block, seqlen_q, seqlen_k, geometry, causal=causal)
+    return (keys + geometry[1] - 1) // geometry[1]
+
+
+def full_blocks(
+    query_block: _Indices,
+    seqlen_q: int,
+    seqlen_k: int,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    *,
+    causal: bool = True,
+) -> _Indices:
+    """Number of key blocks of which a query block sees every score: 0 to this number - 1.
+
+    Those are the blocks that can be skipped; visible blocks from there on are forced.
+
+    Args: as in ``visible_keys``.
+    """
+    if not causal:
+        return query_block * 0 + seqlen_k // geometry[1]
+    seen_by_first = query_block * geometry[0] + (seqlen_k - seqlen_q + 1)
+    return _clip(seen_by_first, 0, None) // geometry[1]
+
+
+def count_visible(
+    seqlen_q: int,
+    seqlen_k: int,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    *,
+    causal: bool = True,
+) -> int:
+    """Sum of ``visible_blocks`` over the query blocks of a sequence, without a loop over them."""
+    q_block, k_block = geometry
+    q_blocks = block_count(seqlen_q, q_block)
+    if not causal:
+        return q_blocks * block_count(seqlen_k, k_block)
+    # All but the last block, which may be ragged, see a multiple of q_block keys and an offset.
+    offset = seqlen_k - seqlen_q
+    first = min(max(-offset // q_block, 0), max(q_blocks - 1, 0))
+    sum_of_others = _sum_of_quotients(
+        q_blocks - 1 - first, q_block, (first + 1) * q_block + offset + k_block - 1, k_block
+    )
+    return sum_of_others + block_count(seqlen_k, k_block) * min(seqlen_q, 1)
+
+
+def count_full(
+    seqlen_q: int,
+    seqlen_k: int,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    *,
+    causal: bool = True,
+) -> int:
+    """Sum of ``full_blocks`` over the query blocks of a sequence, without a loop over them."""
+    q_block, k_block = geometry
+    q_blocks = block_count(seqlen_q, q_block)
+    if not causal:
+        return q_blocks * (seqlen_k // k_block)
+    offset = seqlen_k - seqlen_q
+    first = min(max(block_count(-offset, q_block), 0), q_blocks)
+    return _sum_of_quotients(q_blocks - first, q_block, first * q_block + offset + 1, k_block)
+
+
+def forced_share(
+    seqlen_q: int,
+    seqlen_k: int,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    *,
+    causal: bool = True,
+) -> float:
+    """Share of the visible blocks of a sequence that are always kept; 1 where none is visible."""
+    visible = count_visible(seqlen_q, seqlen_k, geometry, causal=causal)
+    return 1 - count_full(seqlen_q, seqlen_k, geometry, causal=causal) / max(visible, 1)
+
+
+def can_skip(
+    seqlen_q: int,
+    seqlen_k: int,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    *,
+    causal: bool = True,
+) -> bool:
+    """Whether a sequence has a block that is not forced: its last query block has, if any has."""
+    last = block_count(seqlen_q, geometry[0]) - 1
+    return last >= 0 and full_blocks(last, seqlen_q, seqlen_k, geometry, causal=causal) > 0
+
+
+def _clip(x: _Indices, low: int | None, high: int | None) -> _Indices:
+    """Clip numbers, arrays and tensors alike."""
+    value: Any = x
+    if hasattr(value, "clip"):
+        value = value.clip(low, high)
+    else:
+        value = value if low is None else max(value, low)
+        value = value if high is None else min(value, high)
+    return value  # type: ignore[no-any-return]
+
+
+def _sum_of_quotients(count: int, factor: int, first: int, divisor: int) -> int:
+    """Sum of (first + factor * i) // divisor over 0 <= i < count.
+
+    Every ``period`` of them grow by a whole number, so that they are that many arithmetic series.
+    """
+    period = divisor // math.gcd(factor, divisor)
+    growth = factor * period // divisor
+    total = 0
+    for start in range(period):
+        terms = (count - start + period - 1) // period
+        quotient = (first + factor * start) // divisor
+        total += terms * quotient + growth * (terms * (terms - 1) // 2)
+    return total
 
 
 def threshold_row(first_query: int, seqlen_q: int, seqlen_k: int, q_block: int, rows: int) -> int:

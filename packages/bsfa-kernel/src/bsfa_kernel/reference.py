@@ -21,9 +21,17 @@ from bsfa_kernel._checks import (
     check_block_maxima,
     check_cu_seqlens_values,
     check_forward,
+    check_rule,
     check_thresholds_values,
 )
-from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry, block_count, threshold_row
+from bsfa_kernel.geometry import (
+    DEFAULT_GEOMETRY,
+    Geometry,
+    block_count,
+    full_blocks,
+    threshold_row,
+    visible_keys,
+)
 
 _INF = float("inf")
 
@@ -56,6 +64,16 @@ class AttentionResult(NamedTuple):
     errs by less must come to the same verdicts."""
 
 
+class Verdicts(NamedTuple):
+    """What ``verdicts`` decides."""
+
+    keep: Tensor
+    """[..., k_blocks], bool; True for forced blocks and all beyond them."""
+    excess: Tensor
+    """[..., k_blocks]: what was compared with the threshold, the maximum over the rows of row
+    maximum - reference; inf where nothing was decided."""
+
+
 @dataclass(frozen=True)
 class _QueryBlock:
     """One block of queries and the keys it sees."""
@@ -74,13 +92,16 @@ class _QueryBlock:
 def _query_blocks(
     seqlen_q: int, seqlen_k: int, causal: bool, geometry: Geometry
 ) -> Iterator[_QueryBlock]:
-    offset = seqlen_k - seqlen_q
+    sizes = (seqlen_q, seqlen_k, geometry)
     for index in range(block_count(seqlen_q, geometry.q_block)):
         start = index * geometry.q_block
-        stop = min(start + geometry.q_block, seqlen_q)
-        seen_by_first = max(start + offset + 1, 0) if causal else seqlen_k
-        seen_by_last = max(stop + offset, 0) if causal else seqlen_k
-        yield _QueryBlock(index, start, stop, seen_by_first // geometry.k_block, seen_by_last)
+        yield _QueryBlock(
+            index,
+            start,
+            min(start + geometry.q_block, seqlen_q),
+            full_blocks(index, *sizes, causal=causal),
+            visible_keys(index, *sizes, causal=causal),
+        )
 
 
 def visible_blocks(
@@ -91,13 +112,9 @@ def visible_blocks(
     Returns:
         bool [q_blocks, k_blocks].
     """
-    columns = torch.arange(block_count(seqlen_k, geometry.k_block))
-    visible = torch.zeros(
-        block_count(seqlen_q, geometry.q_block), columns.numel(), dtype=torch.bool
-    )
-    for block in _query_blocks(seqlen_q, seqlen_k, causal, geometry):
-        visible[block.index] = columns * geometry.k_block < block.visible_keys
-    return visible
+    rows = torch.arange(block_count(seqlen_q, geometry.q_block))
+    first_keys = torch.arange(block_count(seqlen_k, geometry.k_block)) * geometry.k_block
+    return first_keys < visible_keys(rows, seqlen_q, seqlen_k, geometry, causal=causal)[:, None]
 
 
 def forced_blocks(
@@ -108,11 +125,11 @@ def forced_blocks(
     Returns:
         bool [q_blocks, k_blocks].
     """
+    rows = torch.arange(block_count(seqlen_q, geometry.q_block))
     columns = torch.arange(block_count(seqlen_k, geometry.k_block))
-    forced = visible_blocks(seqlen_q, seqlen_k, causal=causal, geometry=geometry)
-    for block in _query_blocks(seqlen_q, seqlen_k, causal, geometry):
-        forced[block.index] &= columns >= block.full_blocks
-    return forced
+    full = full_blocks(rows, seqlen_q, seqlen_k, geometry, causal=causal)
+    visible = visible_blocks(seqlen_q, seqlen_k, causal=causal, geometry=geometry)
+    return visible & (columns >= full[:, None])
 
 
 @torch.no_grad()
@@ -331,7 +348,7 @@ def _attend(
             if causal:
                 _hide_masked(forced, block, undecided, seqlen_k - seqlen_q)
             if block.full_blocks:
-                keep[chunk], margin[chunk] = _verdicts(blocks, forced, bounds[chunk], rule)
+                keep[chunk], margin[chunk] = _decide(blocks, forced, bounds[chunk], rule)
                 share = keep[chunk].mean(dtype=torch.float32).item()
                 if share < gather_below:
                     _attend_gathered(
@@ -416,7 +433,83 @@ def _attend_gathered(
             lse[kv_head, member] = norm[0, 0]
 
 
-def _verdicts(blocks: Tensor, forced: Tensor, bounds: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def verdicts(
+    row_maxima: Tensor,
+    thresholds: Tensor,
+    *,
+    rule: str,
+    row_lse: Tensor | None = None,
+    reference: Tensor | None = None,
+    full: int | Tensor | None = None,
+) -> Verdicts:
+    """The rule of docs/semantics.md, for any number of query blocks at once.
+
+    Key blocks are decided from the last to the first. All values are scaled scores.
+
+    Args:
+        row_maxima: [..., rows, k_blocks], the largest score of each row in each block; -inf where
+            it has none.
+        thresholds: [...], which is broadcast with the leading dimensions of ``row_maxima``: several
+            thresholds can be tried at once.
+        rule: one of ``RULES``.
+        row_lse: as ``row_maxima``, the log-sum-exp of those scores; for ``running_lse`` only.
+        reference: [..., rows], what relative rules compare with at first, of later blocks than are
+            given here; -inf by default.
+        full: how many of the blocks are to be decided, int [...] to be broadcast like the
+            thresholds; those from there on are forced. All by default.
+
+    Raises:
+        ValueError: an unknown rule, or ``running_lse`` without ``row_lse``.
+    """
+    check_rule(rule)
+    if rule == "running_lse" and row_lse is None:
+        raise ValueError("rule running_lse needs row_lse, got None")
+    k_blocks = row_maxima.shape[-1]
+    thresholds = thresholds.to(row_maxima.dtype)
+    leading = row_maxima.shape[:-2]
+    shape: torch.Size = torch.broadcast_shapes(thresholds.shape, leading)  # type: ignore[no-untyped-call]
+    forced = None
+    if full is not None:
+        columns = torch.arange(k_blocks, device=row_maxima.device)
+        forced = (columns >= torch.as_tensor(full, device=row_maxima.device)[..., None]).expand(
+            *shape, k_blocks
+        )
+    if rule == "absolute":
+        excess = row_maxima.amax(-2).expand(*shape, k_blocks)
+        keep = excess >= thresholds[..., None]
+        if forced is not None:
+            keep, excess = keep | forced, excess.masked_fill(forced, _INF)
+        return Verdicts(keep, excess)
+
+    # The scan takes one block at a time: [k_blocks, ..., rows].
+    row_maxima = row_maxima.movedim(-1, 0).contiguous()
+    gains = row_maxima
+    if rule == "running_lse" and row_lse is not None:
+        gains = row_lse.movedim(-1, 0).contiguous()
+    merge = torch.maximum if rule == "running_max" else torch.logaddexp
+    if reference is None:
+        reference = torch.full_like(row_maxima[0], -_INF)
+    decidable = thresholds < _INF  # +inf keeps no block, not even where a row has kept nothing yet
+    keep = torch.empty((k_blocks, *shape), dtype=torch.bool, device=row_maxima.device)
+    excess = torch.empty((k_blocks, *shape), dtype=row_maxima.dtype, device=row_maxima.device)
+    for index in range(k_blocks - 1, -1, -1):
+        excess[index] = (row_maxima[index] - reference).amax(-1)
+        kept = (excess[index] >= thresholds) & decidable
+        if forced is not None:
+            kept |= forced[..., index]
+        keep[index] = kept
+        reference = torch.where(kept[..., None], merge(reference, gains[index]), reference)
+    keep, excess = keep.movedim(0, -1), excess.movedim(0, -1)
+    return Verdicts(keep, excess if forced is None else excess.masked_fill(forced, _INF))
+
+
+def _margin(excess: Tensor, bounds: Tensor) -> Tensor:
+    """Distance of the closest verdict from the other one: over the last dimension."""
+    return (excess - bounds[..., None]).abs().nan_to_num(nan=_INF).amin(-1)
+
+
+def _decide(blocks: Tensor, forced: Tensor, bounds: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     """Which blocks are kept, and how close the closest verdict was.
 
     Args:
@@ -431,38 +524,13 @@ def _verdicts(blocks: Tensor, forced: Tensor, bounds: Tensor, rule: str) -> tupl
     if (bounds == -_INF).all():  # dense: nothing to decide
         keep = torch.ones((*bounds.shape, blocks.shape[-2]), dtype=torch.bool, device=blocks.device)
         return keep, torch.full_like(bounds, _INF)
-    row_maxima = blocks.amax(-1)
-    if rule == "absolute":
-        maxima = row_maxima.amax(2)
-        distance = maxima - bounds[..., None]
-        return maxima >= bounds[..., None], distance.abs().nan_to_num(nan=_INF).amin(-1)
-
-    # The scan looks at the row maxima of one block at a time: [blocks, kv_heads, group, rows].
-    row_maxima = row_maxima.permute(3, 0, 1, 2).contiguous()
-    reference = torch.full_like(row_maxima[0], -_INF)
-    if rule == "running_max":
-        gains = row_maxima
-        merge = torch.maximum
-        if forced.shape[-1]:
-            reference = forced.amax(-1)
-    else:
-        gains = _log_sum_exp(blocks).permute(3, 0, 1, 2).contiguous()
-        merge = torch.logaddexp
-        if forced.shape[-1]:
-            reference = _log_sum_exp(forced)
-    decidable = bounds < _INF  # +inf keeps no block, not even where a row has kept nothing yet
-    keep = torch.empty((len(row_maxima), *bounds.shape), dtype=torch.bool, device=blocks.device)
-    distances = torch.empty(
-        (len(row_maxima), *bounds.shape), dtype=bounds.dtype, device=bounds.device
-    )
-    for index in range(len(row_maxima) - 1, -1, -1):
-        excess = (row_maxima[index] - reference).amax(-1)
-        kept = (excess >= bounds) & decidable
-        keep[index] = kept
-        distances[index] = excess - bounds
-        reference = torch.where(kept[..., None], merge(reference, gains[index]), reference)
-    margin = distances.abs().nan_to_num(nan=_INF).amin(0)
-    return keep.permute(1, 2, 0), margin
+    reference = row_lse = None
+    if rule == "running_lse":
+        row_lse = _log_sum_exp(blocks)
+    if rule != "absolute" and forced.shape[-1]:
+        reference = forced.amax(-1) if rule == "running_max" else _log_sum_exp(forced)
+    decided = verdicts(blocks.amax(-1), bounds, rule=rule, row_lse=row_lse, reference=reference)
+    return decided.keep, _margin(decided.excess, bounds)
 
 
 @torch.no_grad()
