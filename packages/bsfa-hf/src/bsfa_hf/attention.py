@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
+from bsfa_calib.binding import State
 from bsfa_calib.reasons import Reason
+from bsfa_calib.switch import register as register_attention
 from bsfa_hf import automatic
 from bsfa_hf.dense import dense_attention, packed_mask
 from bsfa_hf.masks import Plan, bsfa_mask, equal_spans, plan_of, window_bites
-from bsfa_hf.state import State, state_of
+from bsfa_hf.state import state_of
 from bsfa_kernel import Geometry, block_sparse_attention, build_info
+from bsfa_kernel.geometry import can_skip
 
 NAME = "bsfa"
 
@@ -27,8 +29,7 @@ _PACKED = "_bsfa_lengths"
 
 def register() -> None:
     """Make ``attn_implementation="bsfa"`` known to transformers."""
-    AttentionInterface.register(NAME, bsfa_attention)
-    AttentionMaskInterface.register(NAME, bsfa_mask)
+    register_attention(NAME, bsfa_attention, bsfa_mask)
 
 
 def bsfa_attention(
@@ -206,14 +207,6 @@ def _reason_of_call(
     if not any(can_skip(*span, geometry) for span in spans):
         return Reason.TOO_SHORT, plan
     return None, plan
-
-
-def can_skip(seqlen_q: int, seqlen_k: int, geometry: Geometry) -> bool:
-    """Whether a causal call has a block that is not forced."""
-    if seqlen_q == 0:
-        return False
-    last_block = (seqlen_q - 1) // geometry.q_block * geometry.q_block
-    return last_block + seqlen_k - seqlen_q + 1 >= geometry.k_block
 
 
 def _sparse(

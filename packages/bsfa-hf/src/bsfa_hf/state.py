@@ -1,51 +1,19 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a patched model carries with it: thresholds, rule, geometry and counters."""
+"""What a patched model carries with it, and what of a model a table must fit."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bsfa_calib.statistics import Statistics
-from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
+from bsfa_calib.binding import ModelShape, State
 
 _ATTRIBUTE = "_bsfa_state"
-
-
-@dataclass
-class State:
-    """State of one patched model. Each of its attention modules refers to it.
-
-    Attributes:
-        statistics: counters of the calls.
-        thresholds: for each layer, float32 [heads, rows] on its device; empty for the baselines.
-        rule: what scores are compared with.
-        geometry: the sparsity block of the thresholds.
-        description: the model and operating point that the thresholds are of.
-        window: size of the sliding window, for that baseline.
-        sparge: parameters of SpargeAttn, for that baseline.
-    """
-
-    statistics: Statistics
-    thresholds: list[Tensor] = field(default_factory=list)
-    rule: str = "absolute"
-    geometry: Geometry = DEFAULT_GEOMETRY
-    description: str = ""
-    window: int | None = None
-    sparge: dict[str, Any] = field(default_factory=dict)
-
-    def layer_thresholds(self, layer: int, device: torch.device) -> Tensor:
-        """Thresholds of a layer, float32 [heads, rows], on a device."""
-        thresholds = self.thresholds[layer]
-        if thresholds.device != device:
-            # The model has been moved since it was patched.
-            thresholds = self.thresholds[layer] = thresholds.to(device)
-        return thresholds
 
 
 def state_of(module: torch.nn.Module) -> State | None:
@@ -90,9 +58,28 @@ def text_config(model: torch.nn.Module) -> Any:
     return model.config.get_text_config()  # type: ignore[operator,union-attr]
 
 
-def attention_shape(config: Any) -> tuple[int, int]:
-    """Layers and query heads of a configuration."""
-    return int(config.num_hidden_layers), int(config.num_attention_heads)
+def model_shape(config: Any) -> ModelShape:
+    """What a table for a model with a configuration, that of its language part, must fit."""
+    return ModelShape(
+        layers=int(config.num_hidden_layers),
+        heads=int(config.num_attention_heads),
+        names=tuple(model_names(config)),
+        shown=str(getattr(config, "_name_or_path", "") or ""),
+    )
+
+
+def model_names(config: Any) -> list[str]:
+    """The names that a model may go by, as far as its configuration tells."""
+    path = str(getattr(config, "_name_or_path", "") or "")
+    if not path:
+        return []
+    names = [path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]]
+    # A snapshot in the cache of the Hub lies in .../models--owner--name/snapshots/commit.
+    names += [part.rsplit("--", 1)[-1] for part in Path(path).parts if part.startswith("models--")]
+    if os.path.isdir(path):
+        names.append(Path(path).resolve().name)
+        names += [file.stem for file in Path(path).glob("*.gguf")]
+    return names
 
 
 def local_heads(model: torch.nn.Module, heads: int) -> slice:

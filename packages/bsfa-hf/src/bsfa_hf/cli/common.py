@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from bsfa_calib import ThresholdTable
-from bsfa_hf.tables import load_table, model_names, same_model
+from bsfa_calib.binding import load_table, same_model
+from bsfa_hf.state import model_names
 
 _MISSING_EXTRA = 'this command needs {}: pip install "bsfa-hf[cli]"'
 

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from bsfa_calib import ThresholdTable
+from bsfa_calib.binding import load_table
 from bsfa_calib.statistics import Statistics
 from bsfa_calib.text import encode, find_files, read_windows
 from bsfa_hf.cli import common
 from bsfa_hf.cli.generate import gain_note
 from bsfa_hf.evaluation.needle import INTRODUCTION, NEEDLE, QUESTION
 from bsfa_hf.integration import enabled
-from bsfa_hf.tables import load_table
 
 _SHORTEST = 512
 _SCORED = 512

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from bsfa_calib.binding import load_table
 from bsfa_calib.statistics import Statistics
 from bsfa_hf.cli import common
 from bsfa_hf.integration import enabled
-from bsfa_hf.tables import load_table
 
 # Above this share of kept blocks there is nothing to be gained.
 _NO_GAIN = 0.95

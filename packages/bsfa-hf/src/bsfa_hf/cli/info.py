@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(path: str) -> str:
-    from bsfa_hf.tables import load_table
+    from bsfa_calib.binding import load_table
 
     table = load_table(path)
     finite = table.thresholds[np.isfinite(table.thresholds)]
