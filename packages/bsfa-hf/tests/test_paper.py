@@ -80,7 +80,7 @@ def test_change_needs_an_injected_model_and_the_right_mode(model: Any) -> None:
         ({"mode": "sliding_window", "sliding_window_size": 10**20}, "at most 2147483647, got 100"),
         (
             {"mode": "sliding_window", "sliding_window_size": 9, "sliding_window_sink": -1},
-            "sink must be an integer of at least 0, got -1",
+            "sink must be at least 0, got -1",
         ),
         (
             {"mode": "block_sparse", "threshold_file": "x", "point": "target_sparsity=2"},

@@ -61,8 +61,10 @@ class SlidingWindow:
         """Check the numbers."""
         for name, least in (("window", 1), ("sink", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
             if value > _LARGEST:
                 raise ValueError(f"{name} must be at most {_LARGEST}, got {value}")
 

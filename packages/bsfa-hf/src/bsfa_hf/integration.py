@@ -157,10 +157,10 @@ def applied(model: torch.nn.Module, method: Method) -> Iterator[State | None]:
         yield within
     finally:
         disable(model)
-        set_state(model, state)
         if before is not None:
             Patch(*before).put(model)
             switching.set_implementations(current)
+        set_state(model, state)
 
 
 def _switchable(model: torch.nn.Module) -> torch.nn.Module:

@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each sets ``run``."""
-    from bsfa_hf.cli import demo, generate, info
-    from bsfa_hf.evaluation import add_subcommands
+    from bsfa_hf.cli import demo, evaluate, generate, info
 
     parser = argparse.ArgumentParser(
         prog="bsfa",
@@ -51,8 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND")
     demo.add_subcommand(subparsers)
     generate.add_subcommand(subparsers)
+    evaluate.add_subcommands(subparsers)
     info.add_subcommand(subparsers)
-    add_subcommands(subparsers)
     return parser
 
 

@@ -16,26 +16,37 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bsfa_calib import ThresholdTable
+from bsfa_calib import Point, ThresholdTable
 from bsfa_calib.binding import load_table
 from bsfa_calib.statistics import Statistics
 from bsfa_calib.text import encode, find_files, read_windows
 from bsfa_hf.cli import common
 from bsfa_hf.cli.generate import gain_note
-from bsfa_hf.evaluation.needle import INTRODUCTION, NEEDLE, QUESTION
+from bsfa_hf.evaluation.needle import INTRODUCTION, NEEDLE
 from bsfa_hf.integration import enabled
 
 _SHORTEST = 512
 _SCORED = 512
 _ANSWER_TOKENS = 12
+# Readings that are timed on a GPU.
+_TIMED = 5
 _CALIBRATION_SAMPLES = 2
 _CALIBRATION_K = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 _WORDS = ("anchor", "basket", "candle", "falcon", "garden", "island", "lantern", "marble", "orchid")
+# What is hidden; the question is the sentence up to the number. Small models mix up sentences that
+# differ in one word, dense or not.
+_NEEDLES = (
+    NEEDLE,
+    "The combination of the safe in the {word} is: {number}.",
+    "The telephone number of the {word} office is: {number}.",
+    "The badge that opens the {word} door has the number: {number}.",
+)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -70,9 +81,9 @@ def add_subcommand(subparsers: Any) -> None:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a needle."""
+    """A question about a needle: the whole prompt, which the number should follow."""
 
-    word: str
+    asked: str
     number: str
     ids: list[int]
 
@@ -103,20 +114,16 @@ def run(arguments: argparse.Namespace) -> int:
     table = table or _table(arguments, loaded)
     point = common.choose_point(table, arguments, len(questions[0].ids))
 
+    common.check_positions(loaded.model, len(questions[0].ids))
     common.note(f"{len(questions)} questions about {len(questions[0].ids)} tokens: dense")
     dense = _ask(loaded, questions, table.q_block)
-    common.note(f"dense took {dense.seconds:.1f} s; block-sparse")
-    with enabled(loaded.model, table, **point, check_model=not arguments.any_model) as stats:
+    common.note(f"dense read the prompt in {dense.seconds:.2f} s; block-sparse")
+    with enabled(loaded.model, table, point, check_model=not arguments.any_model) as stats:
         sparse = _ask(loaded, questions, table.q_block)
-    common.note(f"block-sparse took {sparse.seconds:.1f} s")
+    common.note(f"block-sparse read the prompt in {sparse.seconds:.2f} s")
 
     print(_report(loaded, table, point, questions, dense, sparse, stats))
     gain_note(stats, len(questions[0].ids))
-    if loaded.model.device.type == "cpu":
-        common.note(
-            "on a CPU the block-sparse back end is a reference that shows what is computed, not "
-            "how fast; the speed is that of the CUDA kernels"
-        )
     common.note(f"done in {time.perf_counter() - started:.0f} s")
     return 0
 
@@ -153,7 +160,14 @@ def make_questions(
     draw = random.Random(seed)
     words = draw.sample(_WORDS, number)
     numbers = [str(draw.randrange(1_000_000, 10_000_000)) for _ in words]
-    needles = [NEEDLE.format(word=w, number=n) for w, n in zip(words, numbers, strict=True)]
+    forms = draw.sample(_NEEDLES, len(_NEEDLES)) * (1 + number // len(_NEEDLES))
+    needles = [
+        form.format(word=word, number=value)
+        for form, word, value in zip(forms, words, numbers, strict=False)
+    ]
+    asked = [
+        needle.removesuffix(f" {value}.") for needle, value in zip(needles, numbers, strict=True)
+    ]
     sentences = _SENTENCE_END.split(text.strip())
     added = len(encode(tokenizer, INTRODUCTION + " ".join(needles)))
     while len(sentences) > 1 and len(encode(tokenizer, " ".join(sentences))) + added > tokens:
@@ -162,15 +176,15 @@ def make_questions(
         sentences.insert(round((index + 0.5) / number * len(sentences)), needles[index])
     context = INTRODUCTION + " ".join(sentences)
     return [
-        Question(word, value, list(encode(tokenizer, context + QUESTION.format(word=word))))
-        for word, value in zip(words, numbers, strict=True)
+        Question(text, value, list(encode(tokenizer, f"{context}\n\n{text}")))
+        for text, value in zip(asked, numbers, strict=True)
     ]
 
 
 def _table(arguments: argparse.Namespace, loaded: common.Loaded) -> ThresholdTable:
     """The shipped table, or one that is made now."""
     if not arguments.calibrate:
-        path = common.find_table(loaded, arguments.tokens, common.wanted_point(arguments))
+        path = common.find_table(loaded, arguments.tokens, common.named_point(arguments))
         if path is not None:
             common.note(f"thresholds: {path}")
             return load_table(path)
@@ -216,6 +230,9 @@ def _ask(loaded: common.Loaded, questions: list[Question], q_block: int) -> Run:
         if index == 0:
             seconds += reading.seconds
         answers.append(common.answer(loaded.model, loaded.tokenizer, reading, _ANSWER_TOKENS))
+    if loaded.model.device.type == "cuda":
+        # By now everything is warm.
+        seconds = median(common.read(loaded.model, ids[0]).seconds for _ in range(_TIMED))
     return Run(answers, text.logits[:-1].log_softmax(-1), seconds)
 
 
@@ -230,56 +247,50 @@ def _shared(prompts: list[list[int]], q_block: int) -> int:
 def _report(
     loaded: common.Loaded,
     table: ThresholdTable,
-    point: dict[str, Any],
+    point: Point,
     questions: list[Question],
     dense: Run,
     sparse: Run,
     stats: Statistics,
 ) -> str:
-    """The table, for people."""
-    ((axis, value),) = point.items()
+    """The tables, for people, and in a sentence what they say."""
     length = len(questions[0].ids)
-    rows = [["tokens", "question", "answer", "dense", "", "block-sparse", ""]]
+    rows = [["asked for", "answer", "dense", "", "block-sparse", ""]]
     for question, first, second in zip(questions, dense.answers, sparse.answers, strict=True):
         marks = ["hit" if question.number in said else "miss" for said in (first, second)]
-        rows.append(
-            [
-                str(len(question.ids)),
-                f"magic number for {question.word}",
-                question.number,
-                first[:24],
-                marks[0],
-                second[:24],
-                marks[1],
-            ]
-        )
-    hits = [
-        sum(q.number in said for q, said in zip(questions, run.answers, strict=True))
-        for run in (dense, sparse)
-    ]
+        rows.append([question.asked, question.number, first[:12], marks[0], second[:12], marks[1]])
+    hits = [sum(row[column] == "hit" for row in rows) for column in (3, 5)]
     scored, start = _scored_tokens(questions, dense, table.q_block)
-    losses = [-run.logits.gather(1, scored[:, None]).mean().item() for run in (dense, sparse)]
+    perplexity = [
+        math.exp(-run.logits.gather(1, scored[:, None]).mean().item()) for run in (dense, sparse)
+    ]
     divergence = (dense.logits.exp() * (dense.logits - sparse.logits)).sum(-1).mean().item()
-    kept = stats.mean_kept_fraction
+    kept = 1.0 if math.isnan(stats.mean_kept_fraction) else stats.mean_kept_fraction
+    on_cpu = loaded.model.device.type == "cpu"
     summary = [
         ["", "dense", "block-sparse"],
         ["questions answered", f"{hits[0]} of {len(questions)}", f"{hits[1]} of {len(questions)}"],
         [
             f"perplexity (tokens {start} to {start + len(scored)})",
-            f"{math.exp(losses[0]):.3f}",
-            f"{math.exp(losses[1]):.3f}",
+            *(f"{value:.3f}" for value in perplexity),
         ],
         ["KL divergence from dense, nats a token", "0", f"{divergence:.4f}"],
+        ["key blocks kept", "100%", f"{kept:.1%}"],
         [
-            "key blocks kept",
-            "100%",
-            "100%" if math.isnan(kept) else f"{kept:.1%}",
+            "seconds to read one prompt" + (" (reference on a CPU)" if on_cpu else ""),
+            f"{dense.seconds:.3g}",
+            f"{sparse.seconds:.3g}",
         ],
-        ["seconds to read one prompt", f"{dense.seconds:.1f}", f"{sparse.seconds:.1f}"],
     ]
+    both = sum(row[3] == row[5] == "hit" for row in rows)
+    change = perplexity[1] / perplexity[0] - 1
+    sentence = (
+        f"Left out: {1 - kept:.0%} of the key blocks; {both} of the {hits[0]} answers that dense "
+        f"attention gives are kept, and perplexity changes by {change:+.2%}."
+    )
     return "\n".join(
         [
-            f"{loaded.name}: {length} tokens, {axis}={value}, rule {table.rule}, blocks of "
+            f"{loaded.name}: {length} tokens, {point}, rule {table.rule}, blocks of "
             f"{table.q_block}x{table.k_block}",
             "",
             common.columns(rows),
@@ -288,7 +299,23 @@ def _report(
             "",
             "key blocks kept, by layer:",
             *_by_layer(stats),
+            "",
+            sentence,
+            _about_time(dense.seconds, sparse.seconds, on_cpu),
         ]
+    )
+
+
+def _about_time(dense: float, sparse: float, on_cpu: bool) -> str:
+    if on_cpu:
+        return (
+            "Time: on a CPU it is that of a reference in PyTorch, which computes every block and "
+            "gains nothing; the CUDA kernels are what is fast."
+        )
+    return (
+        f"Time to read the prompt: {dense * 1000:.1f} ms dense, {sparse * 1000:.1f} ms "
+        f"block-sparse (median of {_TIMED}, the whole model); the longer the prompt, the larger "
+        "the share of attention."
     )
 
 

@@ -66,12 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
     length = int(inputs["input_ids"].shape[1])
     if length == 0:
         raise ValueError("the prompt is empty")
+    common.check_positions(loaded.model, length + arguments.max_new_tokens)
     if table is None:
-        path = common.find_table(loaded, length, common.wanted_point(arguments))
+        path = common.find_table(loaded, length, common.named_point(arguments))
         if path is None:
             raise ValueError(
                 f"there is no threshold table for {loaded.name} in ./thresholds: make one with "
-                "bsfa-calibrate, and name it with --thresholds"
+                "bsfa calibrate, and name it with --thresholds"
             )
         common.note(f"thresholds: {path}")
         table = load_table(path)
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"tokens, got {arguments.prefill_chunk_size}"
         )
     dense = _generate(loaded, inputs, arguments) if arguments.compare else None
-    with enabled(loaded.model, table, **point, check_model=not arguments.any_model) as stats:
+    with enabled(loaded.model, table, point, check_model=not arguments.any_model) as stats:
         sparse = _generate(loaded, inputs, arguments)
     if dense is None:
         print(sparse[0])
