@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import re
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bsfa_calib import Point, ThresholdTable
 from bsfa_hf import __version__
-from bsfa_hf.cli import main
+from bsfa_hf.cli import main, make_parser
 from bsfa_hf.cli.common import Loaded, find_table
 from bsfa_hf.cli.demo import make_questions
 from tiny import table, tiny_model
@@ -93,10 +95,28 @@ def test_demo_calibrates_where_there_is_no_table(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["demo", "--model", str(directory), "--text", str(text), "--tokens", "700"]
-    assert main([*arguments, "--questions", "1", "--k", "4"]) == 0
+    assert main([*arguments, "--questions", "1", "--target-sparsity", "0.5"]) == 0
     out, err = capsys.readouterr()
     assert "calibrated on 2 of 2 samples" in err
-    assert "k=4" in out
+    assert "target_sparsity=0.5, rule running_lse, blocks of 64x64" in out
+
+
+def test_the_installed_command_mounts_every_subcommand() -> None:
+    # None where the tests run on a source tree that is not installed.
+    for command in metadata.entry_points(group="console_scripts", name="bsfa"):
+        assert command.load() is main
+    help_text = make_parser().format_help()
+    for name in ("demo", "generate", "calibrate", "table", "evaluate", "plot", "info"):
+        assert re.search(rf"^    {name}\b", help_text, re.M), name
+
+
+def test_table_info_says_what_a_table_holds(
+    thresholds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["table", "info", str(thresholds)]) == 0
+    out = capsys.readouterr().out
+    assert "someone/Tiny-Model" in out
+    assert out.endswith("k\n4\n8\n")
 
 
 def test_demo_finds_the_shipped_table(
@@ -199,10 +219,19 @@ def test_info_describes_the_installation(capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "message"),
     [
         (["demo", "--model", "no/such/model", "--text", "TEXT"], "no model at 'no/such/model'"),
-        (["demo", "--model", "MODEL", "--text", "no/text"], "there is no folder or file no/text"),
+        (
+            ["demo", "--model", "MODEL", "--text", "no/text"],
+            "no/text: there is no such",
+        ),
         (["demo", "--model", "MODEL", "--text", "TEXT", "--tokens", "9"], "at least 512, got 9"),
         (["demo", "--model", "MODEL", "--text", "TEXT", "--questions", "99"], "at most 9, got 99"),
-        (["generate", "--model", "MODEL", "--prompt-file", "no.txt"], "no prompt file no.txt"),
+        (["generate", "--model", "no/model", "--prompt-file", "DAMAGED"], "not UTF-8 text"),
+        (["generate", "--model", "no/model", "--prompt", "x\udcff"], "surrogate U+DCFF"),
+        (["table", "info", "no.safetensors"], "no threshold file no.safetensors"),
+        (
+            ["generate", "--model", "MODEL", "--prompt-file", "no.txt"],
+            "no.txt: there is no such",
+        ),
         (
             ["generate", "--model", "MODEL", "--prompt", "x", "--thresholds", "TABLE", "--k", "5"],
             "no k=5; its points are k = 4, 8",
@@ -233,7 +262,10 @@ def test_errors_are_one_line_and_status_two(
 ) -> None:
     foreign = tmp_path / "foreign.safetensors"
     table(points=(4,), model="org/other").save(foreign)
+    damaged = tmp_path / "damaged.txt"
+    damaged.write_bytes(b"text\xff")
     names = {"MODEL": directory, "TEXT": text, "TABLE": thresholds, "FOREIGN": foreign}
+    names["DAMAGED"] = damaged
     assert main([str(names.get(argument, argument)) for argument in arguments]) == 2
     last = capsys.readouterr().err.strip().split("\n")[-1]
     assert last.startswith("bsfa: error: ")

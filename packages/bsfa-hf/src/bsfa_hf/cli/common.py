@@ -23,8 +23,14 @@ from torch import Tensor
 
 from bsfa_calib import ThresholdTable
 from bsfa_calib.binding import load_table, same_model
+from bsfa_calib.cli.common import checked
+from bsfa_calib.cli.common import positive as _positive
+from bsfa_calib.language_model import cache_argument
 from bsfa_calib.point import AXES, Point
 from bsfa_hf.state import model_names
+
+# Converters for argparse.
+positive = checked(_positive)
 
 _MISSING_EXTRA = 'this command needs {}: pip install "bsfa-hf[cli]"'
 
@@ -100,14 +106,6 @@ def named_point(arguments: argparse.Namespace) -> Point | None:
     """The operating point that the arguments name, if they name one."""
     points = named_points(arguments)
     return points[0] if points else None
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -243,12 +241,6 @@ def check_positions(model: Any, tokens: int) -> None:
         )
 
 
-def cache_name(model: Any) -> str:
-    """What the model calls its cache: transformers 5.24 renamed ``past_key_values``."""
-    parameters = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
-
-
 @dataclass
 class Reading:
     """A prompt that has been read.
@@ -283,7 +275,7 @@ def read(
         cache = DynamicCache(config=model.config)
     elif not grow:
         cache = copy.deepcopy(cache)
-    options: dict[str, Any] = {cache_name(model): cache, "use_cache": True}
+    options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = keep
     synchronize(model.device)

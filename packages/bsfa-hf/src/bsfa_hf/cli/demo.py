@@ -14,22 +14,26 @@ import math
 import random
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bsfa_calib import Point, ThresholdTable
 from bsfa_calib.binding import load_table
+from bsfa_calib.data import Document, read_documents
 from bsfa_calib.statistics import Statistics
-from bsfa_calib.text import encode, find_files, read_windows
+from bsfa_calib.text import encode, read_windows, special_prefix
 from bsfa_hf.cli import common
 from bsfa_hf.cli.generate import gain_note
 from bsfa_hf.evaluation.needle import INTRODUCTION, NEEDLE
 from bsfa_hf.integration import enabled
+
+Texts: TypeAlias = "Mapping[str, Sequence[Document]]"
 
 _SHORTEST = 512
 _SCORED = 512
@@ -37,15 +41,15 @@ _ANSWER_TOKENS = 12
 # Readings that are timed on a GPU.
 _TIMED = 5
 _CALIBRATION_SAMPLES = 2
-_CALIBRATION_K = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+_CALIBRATION_SPARSITIES = (0.4, 0.5, 0.6, 0.7)
 _WORDS = ("anchor", "basket", "candle", "falcon", "garden", "island", "lantern", "marble", "orchid")
 # What is hidden; the question is the sentence up to the number. Small models mix up sentences that
-# differ in one word, dense or not.
+# differ in one word or end alike, dense or not.
 _NEEDLES = (
     NEEDLE,
-    "The combination of the safe in the {word} is: {number}.",
-    "The telephone number of the {word} office is: {number}.",
-    "The badge that opens the {word} door has the number: {number}.",
+    "The safe behind the {word} opens with the code {number}.",
+    "Calls for the {word} office are taken on telephone {number}.",
+    "The ticket to the {word} museum was printed with serial {number}.",
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -64,7 +68,7 @@ def add_subcommand(subparsers: Any) -> None:
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="make thresholds now, from the first half of the text's files (a short calibration)",
+        help="find one threshold for the model now, in the first half of the text's files",
     )
     parser.add_argument(
         "--text", required=True, type=Path, metavar="PATH", help="a text file, or a folder of them"
@@ -104,14 +108,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--questions must be at most {len(_WORDS)}, got {arguments.questions}")
     if arguments.tokens < _SHORTEST:
         raise ValueError(f"--tokens must be at least {_SHORTEST}, got {arguments.tokens}")
-    find_files(arguments.text)
+    texts = _prose(read_documents(arguments.text))
     table = load_table(arguments.thresholds) if arguments.thresholds else None
     loaded = common.load_model(arguments)
-    text = _haystack(arguments, loaded.tokenizer)
+    text = _haystack(arguments, loaded.tokenizer, texts)
     questions = make_questions(
         text, loaded.tokenizer, arguments.tokens, arguments.questions, arguments.seed
     )
-    table = table or _table(arguments, loaded)
+    table = table or _table(arguments, loaded, texts)
     point = common.choose_point(table, arguments, len(questions[0].ids))
 
     common.check_positions(loaded.model, len(questions[0].ids))
@@ -128,21 +132,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _haystack(arguments: argparse.Namespace, tokenizer: Any) -> str:
+def _prose(documents: Texts) -> Texts:
+    """The kind of text that reads best: essays, if there are some."""
+    return {"essays": documents["essays"]} if "essays" in documents else documents
+
+
+def _haystack(arguments: argparse.Namespace, tokenizer: Any, texts: Texts) -> str:
     """Text of one kind, from the second half of its files."""
-    directory = _prose(arguments.text)
     windows = read_windows(
-        directory, tokenizer, length=arguments.tokens, count=1 + arguments.seed % 8, part=(0.5, 1.0)
+        texts, tokenizer, length=arguments.tokens, count=1 + arguments.seed % 8, part=(0.5, 1.0)
     )
     window = windows[-1]
     common.note(f"text: {window.name}")
-    return str(tokenizer.decode(window.ids))
-
-
-def _prose(path: Path) -> Path:
-    """The folder of a collection that reads best: essays, if it has some."""
-    essays = path / "essays"
-    return essays if essays.is_dir() else path
+    return str(tokenizer.decode(window.body))
 
 
 def make_questions(
@@ -175,13 +177,14 @@ def make_questions(
     for index in reversed(range(number)):
         sentences.insert(round((index + 0.5) / number * len(sentences)), needles[index])
     context = INTRODUCTION + " ".join(sentences)
+    special = special_prefix(tokenizer)
     return [
-        Question(text, value, list(encode(tokenizer, f"{context}\n\n{text}")))
+        Question(text, value, [*special, *encode(tokenizer, f"{context}\n\n{text}")])
         for text, value in zip(asked, numbers, strict=True)
     ]
 
 
-def _table(arguments: argparse.Namespace, loaded: common.Loaded) -> ThresholdTable:
+def _table(arguments: argparse.Namespace, loaded: common.Loaded, texts: Texts) -> ThresholdTable:
     """The shipped table, or one that is made now."""
     if not arguments.calibrate:
         path = common.find_table(loaded, arguments.tokens, common.named_point(arguments))
@@ -190,16 +193,16 @@ def _table(arguments: argparse.Namespace, loaded: common.Loaded) -> ThresholdTab
             return load_table(path)
         common.note(f"no table for {loaded.name} in ./thresholds: calibrating")
     from bsfa_calib import models
-    from bsfa_calib.capture import Progress, calibrate
+    from bsfa_calib.capture import Progress
+    from bsfa_calib.scalar import one_pass
 
     windows = read_windows(
-        _prose(arguments.text),
+        texts,
         loaded.tokenizer,
         length=arguments.tokens,
         count=_CALIBRATION_SAMPLES,
         part=(0.0, 0.5),
     )
-    most = arguments.tokens // 64 - 1
     name, revision = models.identity(arguments.model, loaded.model)
 
     def progress(state: Progress) -> None:
@@ -207,15 +210,13 @@ def _table(arguments: argparse.Namespace, loaded: common.Loaded) -> ThresholdTab
             common.note(f"calibrated on {state.sample} of {state.samples} samples")
 
     with common.quiet():
-        return calibrate(
+        table = one_pass(
             loaded.model,
             [list(window.ids) for window in windows],
-            k_values=[k for k in _CALIBRATION_K if k < most],
-            model_name=name,
-            revision=revision,
-            provenance={"command": "bsfa demo --calibrate"},
+            target_sparsities=_CALIBRATION_SPARSITIES,
             progress=progress,
         )
+    return replace(table, model=name, revision=revision)
 
 
 def _ask(loaded: common.Loaded, questions: list[Question], q_block: int) -> Run:

@@ -8,6 +8,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from bsfa_calib.data import read_documents
+from bsfa_calib.text import parse_part
 from bsfa_hf.cli.common import (
     add_any_model_option,
     add_model_options,
@@ -116,18 +118,19 @@ def configurations(arguments: argparse.Namespace) -> tuple[Configuration, ...]:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     chosen = configurations(arguments)
-    part = _part(arguments.text_part)
+    part = parse_part(arguments.text_part)
 
     from bsfa_calib import models
     from bsfa_hf.evaluation.run import Evaluation, Plan, distributed, rank_path
     from bsfa_hf.evaluation.summary import markdown
 
+    text = None if arguments.text is None else read_documents(arguments.text)
     plan = Plan(
         configurations=chosen,
         tasks=tuple(filter(None, arguments.tasks.split(","))),
         lengths=tuple(int(length) for length in arguments.lengths.split(",")),
         samples=arguments.samples,
-        text=arguments.text,
+        text=text,
         part=part,
         depths=tuple(float(depth) for depth in arguments.depths.split(",")),
         needle_keys=arguments.needle_keys,
@@ -174,13 +177,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 path.unlink()
     print(markdown({"header": evaluation.results.header, "records": evaluation.results.records}))
     return 0
-
-
-def _part(text: str) -> tuple[float, float]:
-    edges = [float(edge) for edge in text.split(":")]
-    if len(edges) != 2:
-        raise ValueError(f"--text-part is A:B, as 0.5:1, got {text!r}")
-    return edges[0], edges[1]
 
 
 def _plot(arguments: argparse.Namespace) -> int:

@@ -8,12 +8,12 @@ import argparse
 import contextlib
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bsfa_calib.binding import load_table
+from bsfa_calib.data import check_text, read_text
 from bsfa_calib.statistics import Statistics
 from bsfa_hf.cli import common
 from bsfa_hf.integration import enabled
@@ -96,15 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
-        return str(arguments.prompt)
+        return check_text("--prompt", str(arguments.prompt))
     if arguments.prompt_file == "-":
-        return sys.stdin.read()
-    try:
-        return Path(arguments.prompt_file).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no prompt file {arguments.prompt_file}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{arguments.prompt_file} is not UTF-8 text") from None
+        return check_text("stdin", sys.stdin.read())
+    return read_text(arguments.prompt_file)
 
 
 @torch.inference_mode()

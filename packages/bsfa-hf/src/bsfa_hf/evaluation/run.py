@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bsfa_calib.language_model import LanguageModel, Predictions
+from bsfa_calib.language_model import LanguageModel, Predictions, fingerprint
 from bsfa_calib.statistics import Statistics
-from bsfa_calib.text import Window, check_part, read_windows
+from bsfa_calib.text import Source, Window, check_part, read_windows
 from bsfa_calib.tuning import find_scalar
 from bsfa_hf.evaluation.configurations import Configuration, check_names, make_method
 from bsfa_hf.evaluation.needle import make_prompt, noise
@@ -49,7 +49,7 @@ class Plan:
         tasks: of ``TASKS``, names of RULER's tasks, or "harness:NAME" for any task of the harness.
         lengths: tokens in a sample.
         samples: samples for a length (and task, and needle depth).
-        text: a folder of text; needed for kl and perplexity, and for needles in text.
+        text: as `read_windows` takes it; needed for kl and perplexity, and for needles in text.
         part: stretch of each file that is evaluated on; scalars are found on what is before it.
         depths: of needles, 0 to 1.
         needle_keys: needles in a haystack, of which one is asked for.
@@ -61,7 +61,7 @@ class Plan:
     tasks: tuple[str, ...] = ("kl", "perplexity")
     lengths: tuple[int, ...] = (4096,)
     samples: int = 8
-    text: Path | None = None
+    text: Source | None = None
     part: tuple[float, float] = (0.5, 1.0)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     needle_keys: int = 1
@@ -239,7 +239,7 @@ class Evaluation:
             windows = read_windows(
                 plan.text, self.tokenizer, length=length, count=plan.samples, part=plan.part
             )
-            haystacks = [(window.kind, window.ids) for window in windows]
+            haystacks = [(window.kind, window.body) for window in windows]
         cells = [(i, depth) for i in range(plan.samples) for depth in plan.depths]
         for index, depth in self._mine(cells):
             kind, haystack = haystacks[index]
@@ -417,15 +417,6 @@ def sample_name(window: Window) -> str:
 def content_digest(ids: Sequence[int]) -> str:
     """Short digest of tokens."""
     return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:12]
-
-
-def fingerprint(model: Any) -> str:
-    """Digest of a model's shape, dtype, and a few of its weights."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some)
-    return digest.hexdigest()[:16]
 
 
 def environment(model: Any) -> dict[str, str]:
