@@ -12,6 +12,7 @@ import torch
 
 from bsfa_calib.statistics import Statistics
 from bsfa_hf import attention
+from bsfa_hf.originals import rename
 from bsfa_hf.state import (
     State,
     attention_shape,
@@ -20,6 +21,7 @@ from bsfa_hf.state import (
     model_state,
     set_state,
     text_config,
+    text_decoder,
 )
 from bsfa_hf.tables import Table, load_table, make_state
 
@@ -111,11 +113,10 @@ def enabled(
         yield statistics
     finally:
         disable(model)
-        if state is not None:
-            set_state(model, state)
         if original is not None:
             setattr(model, _ORIGINAL, original)
         _set_implementations(model, current)
+        set_state(model, state)
 
 
 def stats(model: torch.nn.Module) -> Statistics:
@@ -158,9 +159,9 @@ def switch(model: torch.nn.Module, implementation: str, state: State | None) -> 
             f"{type(model).__name__} does not take its attention function from transformers' "
             f"AttentionInterface (it stays {config._attn_implementation!r}): it cannot be switched"
         )
+    rename(current, model, text_decoder(model), implementation)
     if not hasattr(model, _ORIGINAL):
         setattr(model, _ORIGINAL, current)
-    set_state(model, None)
     set_state(model, state)
 
 
