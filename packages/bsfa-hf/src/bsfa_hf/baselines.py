@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from bsfa_hf.attention import check_supported
 from bsfa_hf.dense import dense_attention
-from bsfa_hf.masks import Plan, bsfa_mask, padding_of, plan_of
+from bsfa_hf.masks import DeferredMask, Plan, bsfa_mask, plan_of
 from bsfa_hf.state import state_of
 
 WINDOW_NAME = "bsfa_sliding_window"
@@ -62,7 +62,7 @@ def sliding_window_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Causal attention in which each query sees itself and the window - 1 keys before it.
 
     Arguments and result as for `bsfa_hf.attention.bsfa_attention`. Decode steps see the window too.
@@ -71,26 +71,26 @@ def sliding_window_attention(
     state = state_of(module)
     options = {"dropout": dropout, "scaling": scaling, **kwargs}
     if state is None or state.window is None or not causal:
-        out = dense_attention(
-            module, query, key, value, attention_mask, None, causal=causal, options=options
+        return dense_attention(
+            module, query, key, value, attention_mask, is_causal=is_causal, options=options
         )
-        return out, None
     check_supported(module, dropout, kwargs)
     _refuse_extras(kwargs)
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     plan = Plan(offset=seqlen_k - seqlen_q)
     visible: Tensor | None = None
-    if attention_mask is not None and attention_mask.ndim == 4:
-        visible = attention_mask
-        if visible.dtype != torch.bool:
-            visible = visible == 0
+    if attention_mask is not None:
         if seqlen_q > 1 and not torch.compiler.is_compiling():
             plan = plan_of(attention_mask, seqlen_q, seqlen_k)
             if plan.reason is not None:
                 plan = Plan(offset=seqlen_k - seqlen_q)
-    elif attention_mask is not None:
-        plan = plan_of(attention_mask, seqlen_q, seqlen_k)
-        visible = padding_of(attention_mask, plan, seqlen_k)[:, None, None, :]
+        visible = attention_mask
+        if isinstance(visible, DeferredMask):
+            visible = visible.explicit()
+        if visible.ndim == 2:
+            visible = visible.bool()[:, None, None, :]
+        elif visible.dtype != torch.bool:
+            visible = visible == 0
     out = torch.empty_like(query)
     for start in range(0, seqlen_q, _QUERIES_AT_A_TIME):
         stop = min(start + _QUERIES_AT_A_TIME, seqlen_q)
@@ -123,7 +123,7 @@ def sparge_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """SpargeAttn for whole prompts, dense attention for the rest.
 
     Arguments and result as for `bsfa_hf.attention.bsfa_attention`.
@@ -132,22 +132,21 @@ def sparge_attention(
     state = state_of(module)
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     plan: Plan | None = None
-    if attention_mask is not None and attention_mask.ndim == 2:
-        plan = plan_of(attention_mask, seqlen_q, seqlen_k)
+    if isinstance(attention_mask, DeferredMask):
+        plan = attention_mask.plan
     dense = (
         state is None
         or not causal
         or seqlen_q < _SPARGE_SHORTEST
-        or (attention_mask is not None and attention_mask.ndim == 4)
+        or (attention_mask is not None and (plan is None or plan.reason is not None))
         or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-        or (seqlen_q != seqlen_k if plan is None else plan.offset != 0)
+        or (seqlen_q != seqlen_k if plan is None else plan.offset != 0 or plan.drafts > 0)
     )
     if dense or state is None:
         options = {"dropout": dropout, "scaling": scaling, **kwargs}
-        out = dense_attention(
-            module, query, key, value, attention_mask, plan, causal=causal, options=options
+        return dense_attention(
+            module, query, key, value, attention_mask, is_causal=is_causal, options=options
         )
-        return out, None
     check_supported(module, dropout, kwargs)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
