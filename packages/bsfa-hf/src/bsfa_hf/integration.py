@@ -12,9 +12,10 @@ import torch
 
 from bsfa_calib.statistics import Statistics
 from bsfa_hf import attention
-from bsfa_hf.originals import rename
+from bsfa_hf.originals import rename, takes_interface
 from bsfa_hf.state import (
     State,
+    attention_modules,
     attention_shape,
     layer_devices,
     local_heads,
@@ -153,7 +154,10 @@ def switch(model: torch.nn.Module, implementation: str, state: State | None) -> 
     if hasattr(model, "set_attn_implementation"):
         settable.set_attn_implementation(implementation)
     config: Any = model.config
-    if text_config(model)._attn_implementation != implementation:
+    modules: list[Any] = attention_modules(model)
+    if text_config(model)._attn_implementation != implementation or not any(
+        takes_interface(type(module)) for module in modules
+    ):
         _set_implementations(model, current)
         raise ValueError(
             f"{type(model).__name__} does not take its attention function from transformers' "

@@ -173,6 +173,21 @@ def rename(
 
 
 @functools.cache
+def takes_interface(module_class: Hashable) -> bool:
+    """Whether a module takes its attention function from transformers' interface, or may do so."""
+    assert isinstance(module_class, type)
+    try:
+        sources = [
+            inspect.getsource(parent)
+            for parent in module_class.__mro__
+            if issubclass(parent, torch.nn.Module) and parent is not torch.nn.Module
+        ]
+    except (OSError, TypeError):
+        return True
+    return any("ALL_ATTENTION_FUNCTIONS" in source for source in sources)
+
+
+@functools.cache
 def asks_for_name(module_class: Hashable, original: str, name: str) -> bool:
     """Whether a module does another thing under a name than under the original one.
 

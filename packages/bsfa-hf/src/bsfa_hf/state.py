@@ -75,9 +75,7 @@ def set_state(model: torch.nn.Module, state: State | None) -> None:
             vars(module).pop(_HOOK).remove()
     if state is None:
         return
-    for module in text_decoder(model).modules():
-        if not _has_index(module):
-            continue
+    for module in attention_modules(model):
         setattr(module, _ATTRIBUTE, state)
         config = getattr(module, "config", None)
         name = getattr(config, "_attn_implementation", "")
@@ -105,6 +103,11 @@ def text_decoder(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules of the text decoder that know which layer they belong to."""
+    return list(filter(_has_index, text_decoder(model).modules()))
+
+
 def _has_index(module: torch.nn.Module) -> bool:
     return isinstance(getattr(module, "layer_idx", None), int)
 
@@ -113,7 +116,7 @@ def layer_devices(model: torch.nn.Module, layers: int) -> list[torch.device]:
     """Where each layer computes, as far as its parameters tell."""
     fallback = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     devices = [fallback or torch.device("cpu")] * layers
-    for module in text_decoder(model).modules():
+    for module in attention_modules(model):
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and 0 <= index < layers:
             parameter = next(module.parameters(), None)
