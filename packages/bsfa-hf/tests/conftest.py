@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -31,3 +32,22 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def model() -> torch.nn.Module:
     """A tiny Llama with grouped queries, on SDPA."""
     return tiny_model("llama")
+
+
+_OUTCOMES = pytest.StashKey[dict[str, str]]()
+
+
+@pytest.fixture
+def outcomes(request: pytest.FixtureRequest) -> dict[str, str]:
+    """How each type of model ran, for the summary."""
+    return request.config.stash.setdefault(_OUTCOMES, {})
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    found = config.stash.get(_OUTCOMES, {})
+    if found:
+        counts = Counter(found.values())
+        words = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
+        terminalreporter.write_line(f"types of models: {words}")

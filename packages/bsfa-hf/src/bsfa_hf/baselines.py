@@ -19,7 +19,7 @@ from bsfa_calib.statistics import Statistics
 from bsfa_calib.switch import register as register_attention
 from bsfa_hf.attention import check_supported
 from bsfa_hf.dense import dense_attention
-from bsfa_hf.masks import Plan, bsfa_mask, padding_of, plan_of
+from bsfa_hf.masks import DeferredMask, Plan, bsfa_mask, plan_of
 from bsfa_hf.state import layer_devices, local_heads, model_shape, state_of, text_config
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, block_count, count_visible, visible_blocks
 
@@ -158,7 +158,7 @@ def sliding_window_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Causal attention in which each query sees a window of the last keys, and the first ones.
 
     Arguments and result as for `bsfa_hf.attention.bsfa_attention`.
@@ -167,10 +167,9 @@ def sliding_window_attention(
     state = state_of(module)
     if not isinstance(state, _Running) or not causal:
         options = {"dropout": dropout, "scaling": scaling, **kwargs}
-        out = dense_attention(
-            module, query, key, value, attention_mask, None, causal=causal, options=options
+        return dense_attention(
+            module, query, key, value, attention_mask, is_causal=is_causal, options=options
         )
-        return out, None
     check_supported(module, dropout, kwargs)
     _refuse_extras(kwargs)
     method: SlidingWindow = state.method
@@ -178,19 +177,22 @@ def sliding_window_attention(
     plan = Plan(offset=seqlen_k - seqlen_q)
     visible: Tensor | None = None
     is_sink: Tensor | None = None
-    if attention_mask is not None and attention_mask.ndim == 4:
-        visible = attention_mask
-        if visible.dtype != torch.bool:
-            visible = visible == 0
+    if attention_mask is not None:
         if seqlen_q > 1 and not torch.compiler.is_compiling():
             plan = plan_of(attention_mask, seqlen_q, seqlen_k)
             if plan.reason is not None:
                 plan = Plan(offset=seqlen_k - seqlen_q)
-    elif attention_mask is not None:
-        plan = plan_of(attention_mask, seqlen_q, seqlen_k)
-        visible = padding_of(attention_mask, plan, seqlen_k)[:, None, None, :]
-        # The first keys of a row are those after its padding.
-        is_sink = visible.cumsum(-1) <= method.sink
+        visible = attention_mask
+        if isinstance(visible, DeferredMask):
+            visible = visible.explicit()
+        if visible.ndim == 2:
+            visible = visible.bool()[:, None, None, :]
+        elif visible.dtype != torch.bool:
+            visible = visible == 0
+        if method.sink:
+            # The first keys of a row are those after its padding.
+            seen_at_all = visible.any(-2, keepdim=True)
+            is_sink = seen_at_all & (seen_at_all.cumsum(-1) <= method.sink)
     out = torch.empty_like(query)
     for start in range(0, seqlen_q, _QUERIES_AT_A_TIME):
         stop = min(start + _QUERIES_AT_A_TIME, seqlen_q)
@@ -234,7 +236,7 @@ def sparge_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """SpargeAttn for whole prompts, dense attention for the rest.
 
     Arguments and result as for `bsfa_hf.attention.bsfa_attention`.
@@ -243,17 +245,16 @@ def sparge_attention(
     state = state_of(module)
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     plan: Plan | None = None
-    if attention_mask is not None and attention_mask.ndim == 2:
-        plan = plan_of(attention_mask, seqlen_q, seqlen_k)
+    if isinstance(attention_mask, DeferredMask):
+        plan = attention_mask.plan
     reason = _sparge_reason(query, key, attention_mask, plan, causal, kwargs)
     if reason is not None or not isinstance(state, _Running):
         if reason is not None and state is not None:
             state.statistics.count_dense(int(module.layer_idx), reason)  # type: ignore[arg-type]
         options = {"dropout": dropout, "scaling": scaling, **kwargs}
-        out = dense_attention(
-            module, query, key, value, attention_mask, plan, causal=causal, options=options
+        return dense_attention(
+            module, query, key, value, attention_mask, is_causal=is_causal, options=options
         )
-        return out, None
     check_supported(module, dropout, kwargs)
     assert state.kernel is not None
     kernel, method = state.kernel, state.method
@@ -311,10 +312,12 @@ def _sparge_reason(
             return reason
     if not causal:
         return Reason.NOT_CAUSAL
-    if mask is not None and mask.ndim == 4:
-        return Reason.OWN_MASK
+    if mask is not None and (plan is None or plan.reason is not None):
+        return plan.reason if plan is not None else Reason.OWN_MASK
     if query.shape[2] < _SPARGE_SHORTEST:
         return Reason.DECODE if query.shape[2] == 1 else Reason.TOO_SHORT
+    if plan is not None and plan.drafts > 0:
+        return Reason.DECODE
     if plan.offset if plan is not None else key.shape[2] - query.shape[2]:
         return Reason.CHUNK
     return None

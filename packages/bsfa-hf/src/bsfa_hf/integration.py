@@ -16,8 +16,9 @@ from bsfa_calib.binding import State, Table
 from bsfa_calib.point import PointLike, PointOptions, as_point
 from bsfa_calib.statistics import Statistics
 from bsfa_hf.methods import BlockSparse, Method
+from bsfa_hf.originals import rename, takes_interface
 from bsfa_hf.patch import Patch, holders, originals, patch_of
-from bsfa_hf.state import model_state, set_state
+from bsfa_hf.state import attention_modules, model_state, set_state, text_decoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,7 +128,8 @@ def switch(model: torch.nn.Module, method: Method, about: Any = None) -> State |
     model = _switchable(model)
     state = method.state(model)
     patch = patch_of(model)
-    for config, name in switching.implementations(model):
+    current = switching.implementations(model)
+    for config, name in current:
         others = [other for other in holders(config) if other is not patch]
         if others and name != method.implementation:
             raise ValueError(
@@ -135,12 +137,18 @@ def switch(model: torch.nn.Module, method: Method, about: Any = None) -> State |
                 f"{name!r}, so that this one cannot have {method.implementation!r}: give one of "
                 "them a copy of the configuration"
             )
+    kinds: set[Any] = {type(module) for module in attention_modules(model)}
+    if not any(map(takes_interface, kinds)):
+        raise switching.SwitchError(
+            f"{type(model).__name__} does not take its attention function from transformers' "
+            "AttentionInterface: it cannot be switched"
+        )
     saved = originals(model)
     switching.switch(model, method.implementation)
+    rename(saved, model, text_decoder(model), method.implementation)
     patch = patch or Patch(saved)
     patch.about = about
     patch.put(model)
-    set_state(model, None)
     set_state(model, state)
     return state
 
@@ -151,7 +159,12 @@ def applied(model: torch.nn.Module, method: Method) -> Iterator[State | None]:
     model = _switchable(model)
     state, patch = model_state(model), patch_of(model)
     before = None if patch is None else (patch.saved, patch.about)
-    current = switching.implementations(model)
+    # A view of a configuration under its original name has its own only with what it shows.
+    current = [
+        (config, name)
+        for config, name in switching.implementations(model)
+        if config._attn_implementation_internal is name
+    ]
     within = switch(model, method)
     try:
         yield within

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 
 from bsfa_calib.binding import ModelShape, State
+from bsfa_calib.reasons import Reason
+from bsfa_hf.originals import Implementation, asks_for_name, with_original_name
 
 _ATTRIBUTE = "_bsfa_state"
+_OWN_CONFIG = "_bsfa_own_config"
+_HOOK = "_bsfa_hook"
 
 
 def state_of(module: torch.nn.Module) -> State | None:
@@ -31,20 +35,56 @@ def model_state(model: torch.nn.Module) -> State | None:
 
 
 def set_state(model: torch.nn.Module, state: State | None) -> None:
-    """Give all attention modules of a model a state, or take it from them."""
+    """Give the attention modules of a model's text decoder a state, or take it from all modules."""
     for module in model.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            if state is not None:
-                setattr(module, _ATTRIBUTE, state)
-            elif state_of(module) is not None:
-                delattr(module, _ATTRIBUTE)
+        vars(module).pop(_ATTRIBUTE, None)
+        if _OWN_CONFIG in vars(module):
+            module.config = vars(module).pop(_OWN_CONFIG)
+            vars(module).pop(_HOOK).remove()
+    if state is None:
+        return
+    for module in attention_modules(model):
+        setattr(module, _ATTRIBUTE, state)
+        config = getattr(module, "config", None)
+        name = getattr(config, "_attn_implementation", "")
+        kind: Any = type(module)
+        if isinstance(name, Implementation) and asks_for_name(kind, name.original, name):
+            # It does what it did before, our function is never called, and it is counted here.
+            setattr(module, _OWN_CONFIG, config)
+            module.config = with_original_name(config)
+            setattr(module, _HOOK, module.register_forward_pre_hook(_count_own_name))
+
+
+def _count_own_name(module: torch.nn.Module, _: Any) -> None:
+    state, layer = state_of(module), getattr(module, "layer_idx", None)
+    if state is not None and isinstance(layer, int) and layer < state.statistics.layers:
+        state.statistics.count_dense(layer, Reason.OWN_NAME)
+
+
+def text_decoder(model: torch.nn.Module) -> torch.nn.Module:
+    """The part of a model that writes text; the whole, if it does not say which."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if find is not None else None
+    # Some models name their output layer so.
+    if isinstance(decoder, torch.nn.Module) and any(map(_has_index, decoder.modules())):
+        return decoder
+    return model
+
+
+def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules of the text decoder that know which layer they belong to."""
+    return list(filter(_has_index, text_decoder(model).modules()))
+
+
+def _has_index(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "layer_idx", None), int)
 
 
 def layer_devices(model: torch.nn.Module, layers: int) -> list[torch.device]:
     """Where each layer computes, as far as its parameters tell."""
     fallback = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     devices = [fallback or torch.device("cpu")] * layers
-    for module in model.modules():
+    for module in attention_modules(model):
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and 0 <= index < layers:
             parameter = next(module.parameters(), None)
@@ -54,18 +94,51 @@ def layer_devices(model: torch.nn.Module, layers: int) -> list[torch.device]:
 
 
 def text_config(model: torch.nn.Module) -> Any:
-    """The configuration of a model's language part."""
-    return model.config.get_text_config()  # type: ignore[operator,union-attr]
+    """The configuration of a model's text decoder."""
+    config = getattr(text_decoder(model), "config", model.config)
+    if getattr(config, "is_encoder_decoder", False):
+        return config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+    return config.get_text_config()  # type: ignore[operator,union-attr]
 
 
 def model_shape(config: Any) -> ModelShape:
-    """What a table for a model with a configuration, that of its language part, must fit."""
+    """What a table for a model with a configuration, that of its text decoder, must fit.
+
+    Raises:
+        ValueError: there is no one number of heads.
+    """
+    layers, heads = attention_shape(config)
     return ModelShape(
-        layers=int(config.num_hidden_layers),
-        heads=int(config.num_attention_heads),
+        layers=layers,
+        heads=heads,
         names=tuple(model_names(config)),
         shown=str(getattr(config, "_name_or_path", "") or ""),
     )
+
+
+def attention_shape(config: Any) -> tuple[int, int]:
+    """Layers and query heads of the text decoder that a configuration describes.
+
+    Where layers differ in their number of heads, those with full attention count.
+
+    Raises:
+        ValueError: there is no one number of heads.
+    """
+    layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+    try:
+        heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+    except AttributeError:
+        raise ValueError(f"a model of type {config.model_type} has no attention heads") from None
+    except RuntimeError:  # transformers' word for what differs between layers
+        kinds = zip(config.layer_types, config.per_layer_config, strict=True)
+        found = {each.num_attention_heads for kind, each in kinds if kind == "full_attention"}
+        if len(found) != 1:
+            raise ValueError(
+                "the layers with full attention must have one number of query heads, and this "
+                f"model's have {sorted(found)}"
+            ) from None
+        (heads,) = found
+    return int(layers), int(heads)
 
 
 def model_names(config: Any) -> list[str]:
