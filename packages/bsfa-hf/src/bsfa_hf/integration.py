@@ -154,9 +154,9 @@ def switch(model: torch.nn.Module, implementation: str, state: State | None) -> 
     if hasattr(model, "set_attn_implementation"):
         settable.set_attn_implementation(implementation)
     config: Any = model.config
-    modules: list[Any] = attention_modules(model)
+    kinds: set[Any] = {type(module) for module in attention_modules(model)}
     if text_config(model)._attn_implementation != implementation or not any(
-        takes_interface(type(module)) for module in modules
+        map(takes_interface, kinds)
     ):
         _set_implementations(model, current)
         raise ValueError(
