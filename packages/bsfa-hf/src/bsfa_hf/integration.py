@@ -163,7 +163,7 @@ def applied(model: torch.nn.Module, method: Method) -> Iterator[State | None]:
     current = [
         (config, name)
         for config, name in switching.implementations(model)
-        if config._attn_implementation_internal is name
+        if getattr(config, "_attn_implementation_internal", name) is name
     ]
     within = switch(model, method)
     try:

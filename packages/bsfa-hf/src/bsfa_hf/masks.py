@@ -132,6 +132,7 @@ class DeferredMask(torch.Tensor):
     """
 
     content: _Content
+    made: Tensor
 
     @staticmethod
     def __new__(cls, content: _Content, device: torch.device | str) -> DeferredMask:
@@ -153,26 +154,35 @@ class DeferredMask(torch.Tensor):
     def own(self, first: int = 0) -> Any:
         """The original implementation's mask on this device: of the queries from ``first`` on."""
         made = self.content.own(first)
-        return made.to(self.device) if made is not None else None
+        return made if made is None or made.device == self.device else made.to(self.device)
 
     def explicit(self) -> Tensor:
         """The mask as an ordinary tensor on this device."""
-        return self.content.explicit().to(self.device)
+        made = self.content.explicit()
+        return made if made.device == self.device else made.to(self.device)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DeferredMask(shape={list(self.shape)}, plan={self.content.plan})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], _Content]:
-        """For compiled parts of a model, which cannot defer anything."""
-        self.made = self.explicit()
-        return ["made"], self.content
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """For compiled parts of a model, within which nothing is deferred."""
+        if not hasattr(self, "made"):
+            self.made = self.explicit()
+        return ["made"], None
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], content: _Content, size: Any, stride: Any
-    ) -> Tensor:
-        """The ordinary tensor, within compiled code."""
-        return inner["made"]
+        inner: dict[str, Tensor], _: None, size: Any, stride: Any
+    ) -> DeferredMask:
+        """A mask that is there, within compiled code."""
+        made = inner["made"]
+        names = ("batch_size", "", "q_length", "kv_length")
+        call = {**dict(zip(names, made.shape, strict=True)), "dtype": made.dtype}
+        original = SDPA if made.dtype == torch.bool else EAGER
+        content = _Content(Plan(Reason.TRACED_MASK), call, original, made)
+        mask = DeferredMask(content, made.device)
+        mask.made = made
+        return mask
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

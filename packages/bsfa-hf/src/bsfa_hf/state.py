@@ -96,8 +96,6 @@ def layer_devices(model: torch.nn.Module, layers: int) -> list[torch.device]:
 def text_config(model: torch.nn.Module) -> Any:
     """The configuration of a model's text decoder."""
     config = getattr(text_decoder(model), "config", model.config)
-    if getattr(config, "is_encoder_decoder", False):
-        return config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
     return config.get_text_config()  # type: ignore[operator,union-attr]
 
 
