@@ -73,16 +73,17 @@ void forward(const bsfa_forward_args* args) {
   if (no_query && !packed_kept) {
     return;
   }
-  const Request request{"forward", args->arch, args->dtype, static_cast<int>(args->head_dim)};
+  const bsfa_problem& problem = args->problem;
+  const Request request{"forward", problem.arch, problem.dtype, static_cast<int>(problem.head_dim)};
   check_built(kForwardKernels, request);
 #if defined(BSFA_WITH_CUDA)
-  const auto stream = static_cast<cudaStream_t>(args->stream);
-  const DeviceGuard guard(args->device);
+  const auto stream = static_cast<cudaStream_t>(problem.stream);
+  const DeviceGuard guard(problem.device);
   if (packed_kept) {
     clear_packed_kept(params, stream);
   }
   if (!no_query) {
-    launch(kForwardKernels, request, params, args->device, stream);
+    launch(kForwardKernels, request, params, problem.device, stream);
   }
 #endif
 }
@@ -92,11 +93,12 @@ void block_maxima(const bsfa_block_maxima_args* args) {
   if (params.maxima == nullptr) {
     return;  // no block
   }
-  const Request request{"block_maxima", args->arch, args->dtype, static_cast<int>(args->head_dim)};
+  const bsfa_problem& problem = args->problem;
+  const Request request{"block_maxima", problem.arch, problem.dtype, static_cast<int>(problem.head_dim)};
   check_built(kBlockMaximaKernels, request);
 #if defined(BSFA_WITH_CUDA)
-  const DeviceGuard guard(args->device);
-  launch(kBlockMaximaKernels, request, params, args->device, static_cast<cudaStream_t>(args->stream));
+  const DeviceGuard guard(problem.device);
+  launch(kBlockMaximaKernels, request, params, problem.device, static_cast<cudaStream_t>(problem.stream));
 #endif
 }
 
