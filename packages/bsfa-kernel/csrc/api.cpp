@@ -59,9 +59,9 @@ void launch(const std::initializer_list<Kernel<Params>>& kernels, const Request&
   BSFA_CUDA_CHECK(cudaGetLastError());
 }
 
-// Packed sequences leave columns of `kept` to which no query block belongs; no kernel comes by there.
-void clear_packed_kept(const ForwardParams& params, cudaStream_t stream) {
-  const int64_t columns = int64_t{params.seqlen_q} / params.q_block + params.batch;
+// The columns of `kept` of sequences none of which has a query: elsewhere the kernel clears what is spare.
+void clear_kept(const ForwardParams& params, cudaStream_t stream) {
+  const int64_t columns = params.batch;
   BSFA_CUDA_CHECK(cudaMemsetAsync(params.kept, 0, sizeof(int32_t) * columns * params.heads, stream));
 }
 #endif
@@ -69,8 +69,7 @@ void clear_packed_kept(const ForwardParams& params, cudaStream_t stream) {
 void forward(const bsfa_forward_args* args) {
   const ForwardParams params = validate(args);
   const bool no_query = params.batch == 0 || params.seqlen_q == 0;
-  const bool packed_kept = params.kept != nullptr && params.cu_seqlens_q != nullptr && params.batch > 0;
-  if (no_query && !packed_kept) {
+  if (no_query && (params.kept == nullptr || !params.is_packed() || params.batch == 0)) {
     return;
   }
   const bsfa_problem& problem = args->problem;
@@ -79,10 +78,9 @@ void forward(const bsfa_forward_args* args) {
 #if defined(BSFA_WITH_CUDA)
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   const DeviceGuard guard(problem.device);
-  if (packed_kept) {
-    clear_packed_kept(params, stream);
-  }
-  if (!no_query) {
+  if (no_query) {
+    clear_kept(params, stream);
+  } else {
     launch(kForwardKernels, request, params, problem.device, stream);
   }
 #endif

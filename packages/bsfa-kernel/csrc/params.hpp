@@ -39,6 +39,8 @@ struct Problem {
 
   const int32_t* cu_seqlens_q;  // [batch + 1], or null where not varlen
   const int32_t* cu_seqlens_k;  // [batch + 1], or null where not varlen
+
+  constexpr bool is_packed() const { return cu_seqlens_q != nullptr; }
 };
 
 struct ForwardParams : Problem {
