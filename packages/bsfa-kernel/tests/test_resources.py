@@ -74,21 +74,23 @@ def test_kernels_take_what_was_reviewed() -> None:
     assert differences(built, reviewed) == [], message
 
 
-def test_no_products_are_serialised() -> None:
+def serialised(report: str) -> list[str]:
     """What ptxas says (C7510 to C7520) where it waits for each wgmma: several times as slow."""
+    return [line for line in report.splitlines() if "Potential Performance Loss" in line]
+
+
+def test_no_wgmma_is_serialised() -> None:
     if bsfa_kernel.build_info().cuda is None:
         pytest.skip("the library was built without CUDA")
     assert serialised(report_path().read_text()) == []
 
 
-def test_serialised_products_are_noticed() -> None:
+def test_serialised_wgmma_is_noticed() -> None:
     warning = (
-        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
-        "serialized due to insufficient register resources for the wgmma pipeline in the function "
-        "'_ZN4bsfa4sm9014forward_kernelILi64EEEvi'"
+        "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to insufficient register resources for the wgmma pipeline"
     )
-    assert serialised(REPORT) == []
-    assert serialised(f"{REPORT}{warning}\n") == [warning]
+    assert serialised(f"{REPORT}\n{warning}\n") == [warning]
 
 
 def test_report_is_read_in_full() -> None:

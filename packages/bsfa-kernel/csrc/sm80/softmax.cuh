@@ -6,19 +6,10 @@
 
 #include <math_constants.h>
 
-#include "ptx.cuh"
+#include "../common/ptx.cuh"
+#include "../common/quad.cuh"
 
-namespace bsfa {
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffff, x, 1);
-  return x + __shfl_xor_sync(0xffffffff, x, 2);
-}
+namespace bsfa::sm80 {
 
 // The largest score of each of the thread's rows among the thread's columns.
 template <class Matrix, int kRows>
@@ -83,4 +74,4 @@ struct Softmax {
   }
 };
 
-}  // namespace bsfa
+}  // namespace bsfa::sm80
