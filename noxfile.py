@@ -158,6 +158,7 @@ def nightly_gpu(session: nox.Session) -> None:
     install(session, "bsfa-kernel", wheels=[build_wheel(session, "bsfa-kernel", cuda="release")])
     more = {**REQUIRED, "BSFA_HYPOTHESIS_PROFILE": "nightly"}
     run_pytest(session, "packages/bsfa-kernel/tests/test_properties.py", env=more)
+    session.run("python", "packages/bsfa-kernel/tests/fuzz.py", "--count", "10000")
 
 
 # --------------------------------------------------------------------------------------- main jobs

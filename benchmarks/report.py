@@ -448,8 +448,13 @@ def overhead_tables(records: Sequence[Record]) -> str:
     return "\n\n".join(parts) + ("\n" if parts else "")
 
 
-def add(files: Iterable[Path], results: Path = RESULTS) -> list[Path]:
+def add(files: Iterable[Path], results: Path = RESULTS, *, drop: Sequence[str] = ()) -> list[Path]:
     """Take records over into the current ones: one file a kind, the latest of each measurement.
+
+    Args:
+        files: new records.
+        results: the folder of the current ones.
+        drop: builds, by the hash of their kernel sources, whose records go.
 
     Returns:
         The files written.
@@ -459,7 +464,8 @@ def add(files: Iterable[Path], results: Path = RESULTS) -> list[Path]:
     """
     kinds: dict[str, list[Record]] = defaultdict(list)
     for record in load([*sorted(results.glob("*.jsonl")), *files]):
-        kinds[record["kind"]].append(record)
+        if record["sources"] not in drop:
+            kinds[record["kind"]].append(record)
     written = []
     for kind, records in sorted(kinds.items()):
         path = results / f"{kind}.jsonl"
@@ -525,6 +531,13 @@ def main(argv: list[str] | None = None) -> int:
     writer.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
     adder = commands.add_parser("add", help="take records over into benchmarks/results")
     adder.add_argument("files", nargs="*", type=Path)
+    adder.add_argument(
+        "--drop",
+        nargs="+",
+        default=[],
+        metavar="SOURCES",
+        help="drop the records of these builds, which the page names by a hash",
+    )
     table = commands.add_parser("table", help="print the tables")
     table.add_argument("files", nargs="+", type=Path)
     comparer = commands.add_parser("compare", help="compare two runs by ratio")
@@ -544,7 +557,7 @@ def main(argv: list[str] | None = None) -> int:
             print(markdown_table(header, [[f"{r:.3f}", *rest] for r, *rest in rows]))
             return 1 if any(row[0] < 1 - arguments.tolerance for row in rows) or not rows else 0
         if arguments.command == "add":
-            for path in add(arguments.files):
+            for path in add(arguments.files, drop=arguments.drop):
                 print(path)
             return 0
         files = arguments.files if arguments.command == "table" else current()

@@ -130,6 +130,13 @@ def test_adding_keeps_the_latest_of_each_measurement_in_one_file_a_kind(
     assert [path.read_bytes() for path in report.add([new], results)] == before
 
 
+def test_the_records_of_a_build_can_be_dropped(tmp_path: Path) -> None:
+    old = attention_record(asked="0.9", sources="old")
+    save(tmp_path / "attention.jsonl", [attention_record(), old])
+    (path,) = report.add([], tmp_path, drop=["old"])
+    assert [record["sources"] for record in report.load([path])] == [attention_record()["sources"]]
+
+
 def test_adding_a_self_test_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     kept = save(tmp_path / "attention.jsonl", [attention_record()])
     before = kept.read_bytes()
