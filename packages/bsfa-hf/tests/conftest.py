@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bsfa_calib.point import AXES
 from tiny import tiny_model
 
 
@@ -20,7 +21,8 @@ def _two_threads() -> None:
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
-        if name.startswith("CUSTOM_") or name in ("BSFA_THRESHOLDS", "BSFA_K"):
+        points = ("BSFA_THRESHOLDS", "BSFA_POINT", *(f"BSFA_{axis.upper()}" for axis in AXES))
+        if name.startswith("CUSTOM_") or name in points:
             monkeypatch.delenv(name)
     with torch.no_grad():
         yield

@@ -12,6 +12,7 @@ class Reason(str, enum.Enum):
 
     DECODE = "decode step"
     TOO_SHORT = "too short to skip a block"
+    CHUNK = "later chunk of a prompt"
     SLIDING_WINDOW = "sliding-window layer"
     SOFTCAP = "soft-capped scores"
     SINKS = "attention sinks"

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from transformers import AttentionInterface, AttentionMaskInterface
 
+from bsfa_calib.binding import State
 from bsfa_calib.reasons import Reason
+from bsfa_calib.switch import register as register_attention
 from bsfa_hf import automatic
 from bsfa_hf.dense import additive, dense_attention, packed_mask
 from bsfa_hf.masks import (
@@ -34,7 +35,7 @@ from bsfa_hf.originals import (
     original_of,
     own_attention,
 )
-from bsfa_hf.state import State, state_of
+from bsfa_hf.state import state_of
 from bsfa_kernel import Geometry, block_sparse_attention, build_info
 from bsfa_kernel.geometry import can_skip
 
@@ -76,8 +77,7 @@ _HARMLESS = frozenset(
 
 def register() -> None:
     """Make ``attn_implementation="bsfa"`` known to transformers."""
-    AttentionInterface.register(NAME, bsfa_attention)
-    AttentionMaskInterface.register(NAME, bsfa_mask)
+    register_attention(NAME, bsfa_attention, bsfa_mask)
 
 
 def bsfa_attention(

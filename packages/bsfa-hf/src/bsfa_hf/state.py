@@ -1,55 +1,23 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a patched model carries with it: thresholds, rule, geometry and counters."""
+"""What a patched model carries with it, and what of a model a table must fit."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from bsfa_calib.binding import ModelShape, State
 from bsfa_calib.reasons import Reason
-from bsfa_calib.statistics import Statistics
 from bsfa_hf.originals import Implementation, asks_for_name, with_original_name
-from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 
 _ATTRIBUTE = "_bsfa_state"
 _OWN_CONFIG = "_bsfa_own_config"
 _HOOK = "_bsfa_hook"
-
-
-@dataclass
-class State:
-    """State of one patched model. Each of its attention modules refers to it.
-
-    Attributes:
-        statistics: counters of the calls.
-        thresholds: for each layer, float32 [heads, rows] on its device; empty for the baselines.
-        rule: what scores are compared with.
-        geometry: the sparsity block of the thresholds.
-        description: the model and operating point that the thresholds are of.
-        window: size of the sliding window, for that baseline.
-        sparge: parameters of SpargeAttn, for that baseline.
-    """
-
-    statistics: Statistics
-    thresholds: list[Tensor] = field(default_factory=list)
-    rule: str = "absolute"
-    geometry: Geometry = DEFAULT_GEOMETRY
-    description: str = ""
-    window: int | None = None
-    sparge: dict[str, Any] = field(default_factory=dict)
-
-    def layer_thresholds(self, layer: int, device: torch.device) -> Tensor:
-        """Thresholds of a layer, float32 [heads, rows], on a device."""
-        thresholds = self.thresholds[layer]
-        if thresholds.device != device:
-            # The model has been moved since it was patched.
-            thresholds = self.thresholds[layer] = thresholds.to(device)
-        return thresholds
 
 
 def state_of(module: torch.nn.Module) -> State | None:
@@ -131,6 +99,21 @@ def text_config(model: torch.nn.Module) -> Any:
     return config.get_text_config()  # type: ignore[operator,union-attr]
 
 
+def model_shape(config: Any) -> ModelShape:
+    """What a table for a model with a configuration, that of its text decoder, must fit.
+
+    Raises:
+        ValueError: there is no one number of heads.
+    """
+    layers, heads = attention_shape(config)
+    return ModelShape(
+        layers=layers,
+        heads=heads,
+        names=tuple(model_names(config)),
+        shown=str(getattr(config, "_name_or_path", "") or ""),
+    )
+
+
 def attention_shape(config: Any) -> tuple[int, int]:
     """Layers and query heads of the text decoder that a configuration describes.
 
@@ -154,6 +137,20 @@ def attention_shape(config: Any) -> tuple[int, int]:
             ) from None
         (heads,) = found
     return int(layers), int(heads)
+
+
+def model_names(config: Any) -> list[str]:
+    """The names that a model may go by, as far as its configuration tells."""
+    path = str(getattr(config, "_name_or_path", "") or "")
+    if not path:
+        return []
+    names = [path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]]
+    # A snapshot in the cache of the Hub lies in .../models--owner--name/snapshots/commit.
+    names += [part.rsplit("--", 1)[-1] for part in Path(path).parts if part.startswith("models--")]
+    if os.path.isdir(path):
+        names.append(Path(path).resolve().name)
+        names += [file.stem for file in Path(path).glob("*.gguf")]
+    return names
 
 
 def local_heads(model: torch.nn.Module, heads: int) -> slice:
