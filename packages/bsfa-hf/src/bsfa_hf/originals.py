@@ -184,7 +184,8 @@ def takes_interface(module_class: Hashable) -> bool:
         ]
     except (OSError, TypeError):
         return True
-    return any("ALL_ATTENTION_FUNCTIONS" in source for source in sources)
+    words = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface", "attention_interface")
+    return any(word in source for word in words for source in sources)
 
 
 @functools.cache
