@@ -50,11 +50,6 @@ def differences(built: list[Resources], reviewed: list[Resources]) -> list[str]:
     ]
 
 
-def serialised(report: str) -> list[str]:
-    """The lines in which ptxas says that it waits for each wgmma."""
-    return [line for line in report.splitlines() if "Potential Performance Loss" in line]
-
-
 def test_kernels_take_what_was_reviewed() -> None:
     if bsfa_kernel.build_info().cuda is None:
         assert not report_path().exists()
