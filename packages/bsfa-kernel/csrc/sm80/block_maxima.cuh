@@ -20,11 +20,11 @@
 
 namespace bsfa::sm80 {
 
-// The largest x of the warp.
+// The largest x of the warp, or NaN.
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
+    x = ptx::max_nan(x, __shfl_xor_sync(0xffffffff, x, distance));
   }
   return x;
 }
@@ -127,8 +127,8 @@ class BlockMaxima {
     for (int row = 0; row < kRows; ++row) {
       const int query = first_query_ + threadIdx.x / 32 * Config::kWarpRows + scores.row_of_warp(row);
       const float reference = row_reference(params_.rule, params_.scale, softmax_.maximum[row], totals_[row]);
-      if (maxima[row] > -CUDART_INF_F && query < params_.seqlen_q) {
-        excess = fmaxf(excess, params_.scale * maxima[row] - reference);
+      if (maxima[row] != -CUDART_INF_F && query < params_.seqlen_q) {
+        excess = ptx::max_nan(excess, params_.scale * maxima[row] - reference);
       }
     }
     if (params_.rule != Rule::kAbsolute) {
@@ -136,13 +136,10 @@ class BlockMaxima {
       const float scale_log2 = params_.scale * CUDART_L2E_F;
       float factors[kRows];
       softmax_.raise(maxima, scale_log2, factors);
-      if (params_.rule == Rule::kRunningLse) {
-        ptx::keep_branch();
-        softmax_.exponentiate(scores, scale_log2);
+      softmax_.exponentiate(scores, scale_log2);
 #pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          totals_[row] = quad_sum(softmax_.sum[row]);
-        }
+      for (int row = 0; row < kRows; ++row) {
+        totals_[row] = quad_sum(softmax_.sum[row]);
       }
     }
     return excess;
@@ -157,7 +154,7 @@ class BlockMaxima {
     const int warps = Config::kWarps / halves;
     float excess = -CUDART_INF_F;
     for (int warp = 0; warp < warps; ++warp) {
-      excess = fmaxf(excess, storage_.excess[key_block % 2][threadIdx.x * warps + warp]);
+      excess = ptx::max_nan(excess, storage_.excess[key_block % 2][threadIdx.x * warps + warp]);
     }
     store(threadIdx.x, key_block, excess);
   }

@@ -187,8 +187,8 @@ class Mainloop {
   __device__ __forceinline__ bool reaches_bounds(const float (&maxima)[kRows]) const {
     const float4 values = bounds();
     const float scale = params_.scale;
-    return (scale * maxima[0] >= values.x) | (scale * maxima[1] >= values.y) |
-           (scale * maxima[2] >= values.z) | (scale * maxima[3] >= values.w);
+    return reaches(scale * maxima[0], values.x) | reaches(scale * maxima[1], values.y) |
+           reaches(scale * maxima[2], values.z) | reaches(scale * maxima[3], values.w);
   }
 
   __device__ __forceinline__ void raise_bounds() const {
@@ -207,7 +207,7 @@ class Mainloop {
   __device__ __forceinline__ void raise_bound(float& bound, int row) const {
     const float reference =
         row_reference(params_.rule, params_.scale, softmax.maximum[row], quad_sum(softmax.sum[row]));
-    bound = isnan(bound) ? CUDART_NAN_F : block_.threshold + reference;
+    bound = isnan(bound) ? CUDART_NAN_F : raised_bound(block_.threshold, reference);
   }
 
   // In its sequence.

@@ -11,7 +11,7 @@
 
 namespace bsfa::sm80 {
 
-// The largest score of each of the thread's rows among the thread's columns.
+// The largest score of each of the thread's rows among the thread's columns, or NaN.
 template <class Matrix, int kRows>
 __device__ __forceinline__ void row_maxima(Matrix& scores, float (&maxima)[kRows]) {
 #pragma unroll
@@ -19,7 +19,7 @@ __device__ __forceinline__ void row_maxima(Matrix& scores, float (&maxima)[kRows
     maxima[row] = -CUDART_INF_F;
 #pragma unroll
     for (int column = 0; column < Matrix::kColumns; ++column) {
-      maxima[row] = fmaxf(maxima[row], scores(row, column));
+      maxima[row] = ptx::max_nan(maxima[row], scores(row, column));
     }
   }
 }

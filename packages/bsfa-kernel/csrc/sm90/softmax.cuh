@@ -26,23 +26,25 @@ __device__ __forceinline__ auto accumulator_matrix(Accumulators&& accumulators) 
                      Layout<Shape<_2, Shape<_2, Int<kGroups>>>, Stride<_2, Stride<_1, _4>>>{});
 }
 
-// The largest score of each of the thread's rows among the thread's columns. Four chains a row: the warp has
-// nothing else to do while it waits for one.
-template <class Matrix>
+// The largest score of each of the thread's rows among the thread's columns; of kNan, NaN if one is. Four
+// chains a row: the warp has nothing else to do while it waits for one.
+template <bool kNan = false, class Matrix>
 __device__ __forceinline__ void row_maxima(const Matrix& scores, float (&maxima)[kThreadRows]) {
   constexpr int kChains = 4;
+  const auto larger = [](float x, float y)
+                          BSFA_INLINE_LAMBDA { return kNan ? ptx::max_nan(x, y) : fmaxf(x, y); };
   float chains[kThreadRows][kChains];
   CUTE_UNROLL
   for (int column = 0; column < cute::size<1>(scores); ++column) {
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
       float& chain = chains[row][column % kChains];
-      chain = column < kChains ? scores(row, column) : fmaxf(chain, scores(row, column));
+      chain = column < kChains ? scores(row, column) : larger(chain, scores(row, column));
     }
   }
   CUTE_UNROLL
   for (int row = 0; row < kThreadRows; ++row) {
-    maxima[row] = fmaxf(fmaxf(chains[row][0], chains[row][1]), fmaxf(chains[row][2], chains[row][3]));
+    maxima[row] = larger(larger(chains[row][0], chains[row][1]), larger(chains[row][2], chains[row][3]));
   }
 }
 
@@ -53,6 +55,9 @@ __device__ __forceinline__ void row_maxima(const Matrix& scores, float (&maxima)
 //
 //   maximum >= bound  <=>  scores_against<true>  >= bound   where bound > 0,
 //                          scores_against<false> >= bound   where bound <= 0.
+//
+// wgmma's NaN is 0x7fffffff: a positive bound meets it as the largest, any other where no score is positive
+// or 0.
 template <bool kPositiveBound, class Matrix>
 __device__ __forceinline__ void scores_against(const Matrix& scores, float (&values)[kThreadRows]) {
   constexpr int kChains = 2;

@@ -89,14 +89,14 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   const auto passes = [&](auto& scores) BSFA_INLINE_LAMBDA {
     float values[kThreadRows];
     if constexpr (kRelative) {
-      row_maxima(accumulator_matrix(scores), values);
+      row_maxima<true>(accumulator_matrix(scores), values);
     } else {
       scores_against<kBounds == Bounds::kPositive>(accumulator_matrix(scores), values);
     }
     bool pass = false;
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
-      pass |= params.scale * values[row] >= bounds[row];
+      pass |= reaches(params.scale * values[row], bounds[row]);
     }
     if constexpr (kRelative) {
       exceeded = softmax.exceeded_by_maxima(values, scale_log2, slack).any();
@@ -190,9 +190,9 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     for (int row = 0; row < kThreadRows; ++row) {
       softmax.sum[row] += sums[row];
       if constexpr (kRelative) {
-        const float sum = params.rule == Rule::kRunningLse ? quad_sum(softmax.sum[row]) : 0.0f;
+        const float sum = params.rule == Rule::kRunningLse ? quad_sum(softmax.sum[row]) : softmax.sum[row];
         const float reference = row_reference(params.rule, params.scale, softmax.maximum[row], sum);
-        bounds[row] = isnan(bounds[row]) ? CUDART_NAN_F : threshold + reference;
+        bounds[row] = isnan(bounds[row]) ? CUDART_NAN_F : raised_bound(threshold, reference);
       }
     }
   };

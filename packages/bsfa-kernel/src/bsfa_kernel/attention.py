@@ -195,7 +195,8 @@ def block_maxima(
 
     Returns:
         float32 [batch, heads, q_blocks, k_blocks]; -inf where no score is visible, +inf where a
-        relative rule meets a row that has seen nothing yet.
+        relative rule meets a row that has seen nothing yet, NaN where a score or a row's reference
+        is NaN.
 
     Raises:
         TypeError: an argument of another type or dtype.

@@ -456,7 +456,8 @@ def verdicts(
 ) -> Verdicts:
     """The rule of docs/semantics.md, for any number of query blocks at once.
 
-    Key blocks are decided from the last to the first. All values are scaled scores.
+    Key blocks are decided from the last to the first. All values are scaled scores; a block with a
+    NaN among them, or in the reference of a row, is kept.
 
     Args:
         row_maxima: [..., rows, k_blocks], the largest score of each row in each block; -inf where
@@ -486,9 +487,10 @@ def verdicts(
         forced = (columns >= torch.as_tensor(full, device=row_maxima.device)[..., None]).expand(
             *shape, k_blocks
         )
+    decidable = thresholds < _INF  # +inf keeps no block, not even where a row has kept nothing yet
     if rule == "absolute":
         excess = row_maxima.amax(-2).expand(*shape, k_blocks)
-        keep = excess >= thresholds[..., None]
+        keep = ~(excess < thresholds[..., None]) & decidable[..., None]
         if forced is not None:
             keep, excess = keep | forced, excess.masked_fill(forced, _INF)
         return Verdicts(keep, excess)
@@ -501,18 +503,26 @@ def verdicts(
     merge = torch.maximum if rule == "running_max" else torch.logaddexp
     if reference is None:
         reference = torch.full_like(row_maxima[0], -_INF)
-    decidable = thresholds < _INF  # +inf keeps no block, not even where a row has kept nothing yet
+    elif rule == "running_max":
+        reference = _poison_infinite(reference)
+    if rule == "running_max":
+        gains = _poison_infinite(gains)
     keep = torch.empty((k_blocks, *shape), dtype=torch.bool, device=row_maxima.device)
     excess = torch.empty((k_blocks, *shape), dtype=row_maxima.dtype, device=row_maxima.device)
     for index in range(k_blocks - 1, -1, -1):
         excess[index] = (row_maxima[index] - reference).amax(-1)
-        kept = (excess[index] >= thresholds) & decidable
+        kept = ~(excess[index] < thresholds) & decidable  # NaN keeps
         if forced is not None:
             kept |= forced[..., index]
         keep[index] = kept
         reference = torch.where(kept[..., None], merge(reference, gains[index]), reference)
     keep, excess = keep.movedim(0, -1), excess.movedim(0, -1)
     return Verdicts(keep, excess if forced is None else excess.masked_fill(forced, _INF))
+
+
+def _poison_infinite(maxima: Tensor) -> Tensor:
+    """NaN for +inf: what a softmax that has seen +inf is worth."""
+    return maxima.masked_fill(maxima == _INF, torch.nan)
 
 
 def _margin(excess: Tensor, bounds: Tensor) -> Tensor:
@@ -570,7 +580,8 @@ def block_maxima(
 
     Returns:
         [batch, heads, q_blocks, k_blocks], in the dtype computed in; -inf where no score is
-        visible, +inf where a relative rule meets a row that has seen nothing yet.
+        visible, +inf where a relative rule meets a row that has seen nothing yet, NaN where a score
+        or a row's reference is NaN.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -639,7 +650,7 @@ def _excesses(scores: Tensor, rule: str, k_block: int) -> Tensor:
     if rule == "absolute":
         return row_maxima.amax(2)
     if rule == "running_max":
-        so_far = row_maxima.flip(-1).cummax(-1).values
+        so_far = _poison_infinite(row_maxima).flip(-1).cummax(-1).values
     else:
         so_far = _log_sum_exp(blocks).flip(-1).logcumsumexp(-1)
     # What a block meets is what the blocks after it have left.
