@@ -208,6 +208,21 @@ def test_a_copy_of_a_model_that_chooses_its_keys_is_right_and_leaves_nothing_beh
     assert bsfa_hf.stats(model).calls == 0
 
 
+def test_contexts_nest_around_a_model_that_chooses_its_keys() -> None:
+    model = zoo.tiny("deepseek_v32")
+    ids = tokens(200)
+    dense = model(ids).logits
+    outer = bsfa_hf.enable(model, table_of(model, math.inf))
+    with bsfa_hf.enabled(model, table_of(model)) as inner:
+        model(ids)
+    assert (outer.calls, inner.calls) == (0, LAYERS)
+    assert model.config._attn_implementation == "bsfa"
+    assert torch.equal(model(ids).logits, dense)
+    assert outer.calls == LAYERS
+    bsfa_hf.disable(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_model_that_compares_the_name_alike_is_switched() -> None:
     model = zoo.tiny("gpt2")
     kind: Any = type(model.transformer.h[0].attn)

@@ -306,32 +306,30 @@ def bsfa_mask(
             call["allow_is_causal_skip"] = False
         return own_mask(original)(**call)
 
-    # The cache counts on in the same tensor as soon as the first layer has run.
-    static = isinstance(q_offset, Tensor)
-    call["q_offset"] = int(q_offset)
     stage = _stage_of_generate()
-    if reason is None and (stage.verifies or (q_length == 1 and not stage.prefill)):
-        reason = Reason.DECODE
-    if reason in (Reason.DECODE, Reason.NOT_CAUSAL):
+    if stage.verifies or (q_length == 1 and not stage.prefill):
+        reason = reason or Reason.DECODE
+    at_once = reason in (Reason.DECODE, Reason.NOT_CAUSAL) or (q_length == 1 and not stage.prefill)
+    if at_once:
+        # The mask is small or of no use to a plan, and is what compiled decode steps are given.
         made = own_mask(original)(**call)
         if made is None or (isinstance(made, Tensor) and made.ndim == 4):
             if made is not None:
                 _attach(made, Plan(reason))
             return made
-        return DeferredMask(_Content(Plan(reason), call, original, made), device)
-    if reason is not None:
-        return DeferredMask(_Content(Plan(reason), call, original), device)
-
-    plan = _plan_of_padding(call, stage)
-    simple = plan.spans is None and not plan.drafts and q_length == kv_length > 1
-    if simple and none_is_causal(original):
-        return None
+    # The cache counts on in the same tensor as soon as the first layer has run.
+    static = isinstance(q_offset, Tensor)
+    call["q_offset"] = int(q_offset)
+    plan = Plan(reason) if reason is not None else _plan_of_padding(call, stage)
     content = _Content(plan, call, original)
     if static and stage.chunked and original in (EAGER, SDPA):
         # transformers may have compiled the model for this, and hands it the mask.
         mask = content.explicit()
         _attach(mask, plan)
         return mask
+    simple = plan == Plan(prefill=stage.prefill) and q_length == kv_length > 1
+    if simple and none_is_causal(original):
+        return None
     return DeferredMask(content, device)
 
 
