@@ -74,7 +74,7 @@ def add_subcommand(subparsers: Any) -> None:
         "--text", required=True, type=Path, metavar="PATH", help="a text file, or a folder of them"
     )
     parser.add_argument(
-        "--tokens", type=common.positive, default=6000, help="of text and needles (default: 6000)"
+        "--tokens", type=common.positive, default=4096, help="of text and needles (default: 4096)"
     )
     parser.add_argument(
         "--questions", type=common.positive, default=4, help=f"1 to {len(_WORDS)} (default: 4)"
