@@ -47,9 +47,9 @@ _WORDS = ("anchor", "basket", "candle", "falcon", "garden", "island", "lantern",
 # differ in one word or end alike, dense or not.
 _NEEDLES = (
     NEEDLE,
-    "The safe behind the {word} opens with the code {number}.",
-    "Calls for the {word} office are taken on telephone {number}.",
-    "The ticket to the {word} museum was printed with serial {number}.",
+    "The code of the safe behind the {word}: {number}.",
+    "The telephone of the office at the {word}: {number}.",
+    "The serial number of the ticket to the {word}: {number}.",
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
