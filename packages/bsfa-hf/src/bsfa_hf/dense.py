@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bsfa_hf.masks import DeferredMask, causal_mask
-from bsfa_hf.originals import SDPA, UnderOriginalName, is_flash, original_of, own_attention
+from bsfa_hf.originals import EAGER, SDPA, UnderOriginalName, is_flash, original_of, own_attention
 
 
 def dense_attention(
@@ -54,11 +54,10 @@ def dense_attention(
     elif original == SDPA and causal and 1 < seqlen_q < seqlen_k:
         # Without a mask the queries are the last of the keys; SDPA would take them for the first.
         mask = causal_mask(seqlen_q, seqlen_k, seqlen_k - seqlen_q, query.device)
-    if is_flash(original):
-        if mask is not None and mask.ndim == 4:
-            original = SDPA  # FlashAttention takes no 4-D masks
-        else:
-            module = UnderOriginalName(module)  # type: ignore[assignment]
+    if is_flash(original) and isinstance(mask, Tensor) and mask.ndim == 4:
+        original = SDPA  # FlashAttention takes no 4-D masks
+    if original not in (EAGER, SDPA):
+        module = UnderOriginalName(module)  # type: ignore[assignment]
     if is_causal is not None:
         options = {**options, "is_causal": is_causal}
     out, weights = own_attention(module, original)(module, query, key, value, mask, **options)

@@ -159,12 +159,7 @@ def applied(model: torch.nn.Module, method: Method) -> Iterator[State | None]:
     model = _switchable(model)
     state, patch = model_state(model), patch_of(model)
     before = None if patch is None else (patch.saved, patch.about)
-    # A view of a configuration under its original name has its own only with what it shows.
-    current = [
-        (config, name)
-        for config, name in switching.implementations(model)
-        if getattr(config, "_attn_implementation_internal", name) is name
-    ]
+    current = switching.implementations(model)
     within = switch(model, method)
     try:
         yield within

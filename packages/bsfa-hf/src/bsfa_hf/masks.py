@@ -81,7 +81,8 @@ class _Content:
         self._call = call
         self._original = original
         self._own = own
-        self._explicit: tuple[Tensor, int] | None = None
+        self._explicit: Tensor | None = None
+        self._written = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -92,14 +93,17 @@ class _Content:
         dtype: torch.dtype = self._call.get("dtype", torch.float32)
         return dtype if self._original == EAGER else torch.bool
 
-    @property
-    def changed(self) -> bool:
-        """Whether the model has written into the mask."""
-        return self._explicit is not None and self._explicit[1] != _version(self._explicit[0])
+    def write(self) -> Tensor:
+        """The mask as a tensor that the model is about to write into."""
+        if not self._written:
+            self._own = self._explicit = self.explicit().clone()
+            self.plan = Plan(Reason.OWN_MASK)
+            self._written = True
+        return self.explicit()
 
     def own(self, first: int = 0) -> Any:
         """The original implementation's mask, for the queries from the first on."""
-        if self.changed:
+        if self._written:
             return self.explicit()[:, :, first:]
         if first:
             call = {**self._call, "q_length": self._call["q_length"] - first}
@@ -120,8 +124,8 @@ class _Content:
                 if self._original in (EAGER, SDPA):
                     self._own = made
             assert isinstance(made, Tensor)
-            self._explicit = made, _version(made)
-        return self._explicit[0]
+            self._explicit = made
+        return self._explicit
 
 
 class DeferredMask(torch.Tensor):
@@ -149,7 +153,7 @@ class DeferredMask(torch.Tensor):
     @property
     def plan(self) -> Plan:
         """How to compute what the mask asks for."""
-        return Plan(Reason.OWN_MASK) if self.content.changed else self.content.plan
+        return self.content.plan
 
     def own(self, first: int = 0) -> Any:
         """The original implementation's mask on this device: of the queries from ``first`` on."""
@@ -185,6 +189,15 @@ class DeferredMask(torch.Tensor):
         return mask
 
     @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Let a model write into the mask; nothing else is done here."""
+        if function is torch.Tensor.__setitem__ and isinstance(args[0], DeferredMask):
+            args = (args[0].content.write(), *args[1:])
+        return torch._C._disabled_torch_function_impl(function, types, args, kwargs or {})
+
+    @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -193,6 +206,9 @@ class DeferredMask(torch.Tensor):
         mask = args[0] if args else None
         if isinstance(mask, DeferredMask) and _takes_all(function, args[1:], kwargs, mask):
             return DeferredMask(mask.content, kwargs.get("device") or mask.device)
+
+        if function._schema.is_mutable and isinstance(mask, DeferredMask):
+            args = (mask.content.write(), *args[1:])
 
         def ordinary(x: Any) -> Any:
             return x.explicit() if isinstance(x, DeferredMask) else x
@@ -290,32 +306,30 @@ def bsfa_mask(
             call["allow_is_causal_skip"] = False
         return own_mask(original)(**call)
 
-    # The cache counts on in the same tensor as soon as the first layer has run.
-    static = isinstance(q_offset, Tensor)
-    call["q_offset"] = int(q_offset)
     stage = _stage_of_generate()
-    if reason is None and (stage.verifies or (q_length == 1 and not stage.prefill)):
-        reason = Reason.DECODE
-    if reason in (Reason.DECODE, Reason.NOT_CAUSAL):
+    if stage.verifies or (q_length == 1 and not stage.prefill):
+        reason = reason or Reason.DECODE
+    at_once = reason in (Reason.DECODE, Reason.NOT_CAUSAL) or (q_length == 1 and not stage.prefill)
+    if at_once:
+        # The mask is small or of no use to a plan, and is what compiled decode steps are given.
         made = own_mask(original)(**call)
         if made is None or (isinstance(made, Tensor) and made.ndim == 4):
             if made is not None:
                 _attach(made, Plan(reason))
             return made
-        return DeferredMask(_Content(Plan(reason), call, original, made), device)
-    if reason is not None:
-        return DeferredMask(_Content(Plan(reason), call, original), device)
-
-    plan = _plan_of_padding(call, stage)
-    simple = plan.spans is None and not plan.drafts and q_length == kv_length > 1
-    if simple and none_is_causal(original):
-        return None
+    # The cache counts on in the same tensor as soon as the first layer has run.
+    static = isinstance(q_offset, Tensor)
+    call["q_offset"] = int(q_offset)
+    plan = Plan(reason) if reason is not None else _plan_of_padding(call, stage)
     content = _Content(plan, call, original)
     if static and stage.chunked and original in (EAGER, SDPA):
         # transformers may have compiled the model for this, and hands it the mask.
         mask = content.explicit()
         _attach(mask, plan)
         return mask
+    simple = plan == Plan(prefill=stage.prefill) and q_length == kv_length > 1
+    if simple and none_is_causal(original):
+        return None
     return DeferredMask(content, device)
 
 

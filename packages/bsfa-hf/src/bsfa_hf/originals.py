@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 EAGER, SDPA = "eager", "sdpa"
@@ -68,7 +68,7 @@ def _default(config: Any) -> str:
 
 def is_flash(original: str) -> bool:
     """Whether an implementation is one of FlashAttention, whose masks are 2-D."""
-    return "flash" in original
+    return "flash" in original or own_mask(original) is flash_attention_mask
 
 
 def none_is_causal(original: str) -> bool:
@@ -117,6 +117,8 @@ def explicit_arguments(function: Callable[..., Any]) -> frozenset[str]:
 def with_original_name(config: Any) -> Any:
     """A view of a configuration that shares all of its attributes but shows the original name."""
     original = original_of(config)
+    # What is written goes to the configuration itself.
+    shown = property(lambda view: original, lambda view, value: None)
     kind = type(
         type(config).__name__,
         (type(config),),
@@ -124,7 +126,8 @@ def with_original_name(config: Any) -> Any:
             "__module__": type(config).__module__,
             "__deepcopy__": lambda view, memo: with_original_name(copy.deepcopy(config, memo)),
             "__reduce__": lambda view: (with_original_name, (config,)),
-            "_attn_implementation": property(lambda view: original),
+            "_attn_implementation": shown,
+            "_attn_implementation_internal": shown,
         },
     )
     view: Any = object.__new__(kind)
@@ -184,7 +187,8 @@ def takes_interface(module_class: Hashable) -> bool:
         ]
     except (OSError, TypeError):
         return True
-    return any("ALL_ATTENTION_FUNCTIONS" in source for source in sources)
+    words = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface", "attention_interface")
+    return any(word in source for word in words for source in sources)
 
 
 @functools.cache
