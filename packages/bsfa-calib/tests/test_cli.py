@@ -20,8 +20,8 @@ import torch
 from bsfa_calib import ThresholdTable, learned
 from bsfa_calib.capture import Progress
 from bsfa_calib.cli import main
-from bsfa_calib.cli.calibrate import METHODS
 from bsfa_calib.cli.common import k_values, table_path
+from bsfa_calib.cli.flags import METHODS
 from bsfa_calib.progress import Interrupted, ProgressReporter
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -515,3 +515,27 @@ def test_a_traceback_is_shown_to_who_asks_for_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("BSFA_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError, match="there is no threshold file"):
         main(["table", "info", "none.safetensors"])
+
+
+def test_the_example_of_the_readme_runs(
+    model_directory: Path, text_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    use, make = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    for old, new in (
+        ('"SmolLM2-135M-Instruct.Q4_1.gguf"', f"{str(model_directory)!r}, device='cpu'"),
+        ('"texts"', repr(str(text_directory))),
+        ("length=4096, count=10", "length=1024, count=3"),
+        ("ids[:8], ids[8:]", "ids[:2], ids[2:]"),
+    ):
+        assert old in make
+        make = make.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(make, "README.md", "exec"), {})
+    assert ThresholdTable.load("table.safetensors").points == (0.5, 0.7)
+    values = np.zeros((61, 2, 32, 3))
+    ThresholdTable(values, tuple(range(4, 65))).save("table.safetensors")
+    scope: dict[str, Any] = {}
+    exec(compile(use, "README.md", "exec"), scope)
+    assert scope["thresholds"].shape == (2, 32, 3)
+    assert scope["rank"].heads == 8

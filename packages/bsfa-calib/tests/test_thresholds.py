@@ -147,7 +147,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
 
     path = tmp_path / "paper.pt"
     torch.save({"thresholds": torch.zeros(1)}, path)
-    with pytest.raises(ThresholdFileError, match="bsfa-calibrate convert"):
+    with pytest.raises(ThresholdFileError, match="bsfa-calibrate table convert"):
         ThresholdTable.load(path)
 
 

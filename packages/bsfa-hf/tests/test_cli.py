@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import random
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from bsfa_calib import Point, ThresholdTable
 from bsfa_hf import __version__
 from bsfa_hf.cli import main, make_parser
-from bsfa_hf.cli.common import Loaded, find_table
+from bsfa_hf.cli.common import Loaded, choose_point, find_table
 from bsfa_hf.cli.demo import make_questions
 from tiny import table, tiny_model
 
@@ -316,3 +317,26 @@ def test_of_two_shipped_tables_for_a_length_the_one_with_more_points_is_taken(
     chosen = find_table(loaded, 5000)
     assert chosen is not None
     assert chosen.stem == "8k-small"
+
+
+@pytest.mark.parametrize(
+    ("expected", "point"),
+    [
+        ("0.001, 0.003, 0.004", "target_sparsity=0.6"),
+        ("0.1, 0.2, 0.3", "target_sparsity=0.5"),
+        ("", "target_sparsity=0.7"),
+    ],
+)
+def test_without_a_point_the_most_at_a_small_expected_loss_is_taken(
+    expected: str, point: str
+) -> None:
+    made = ThresholdTable(
+        np.zeros((3, 2, 4, 1), np.float32),
+        (0.5, 0.6, 0.75),
+        axis="target_sparsity",
+        provenance={"expected_kl": expected} if expected else {},
+    )
+    if not expected:
+        made = dataclasses.replace(made, points=(0.5, 0.7, 0.75))
+    arguments = argparse.Namespace(point=None, k=None, target_sparsity=None, max_loss=None)
+    assert str(choose_point(made, arguments, 4096)) == point

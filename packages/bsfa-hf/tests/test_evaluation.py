@@ -7,13 +7,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import bsfa_hf
@@ -272,6 +276,30 @@ def test_what_is_evaluated_is_what_enable_gives(
     kept = torch.tensor(record["skipped"]).sub(1).neg()
     assert torch.allclose(kept, stats.kept_fraction_by_head.float(), atol=1e-4)
     assert 0.1 < record["sparsity"] < 0.9
+
+
+def test_sparge_attention_is_measured_by_its_own_count(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, float]:
+        assert options["return_sparsity"] is True
+        assert options["cdfthreshd"] == 0.9
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=options["scale"])
+        return out, 0.3
+
+    package = ModuleType("spas_sage_attn")
+    package.spas_sage_attn_meansim_cuda = kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "spas_sage_attn", package)
+    plan = a_plan(text, "sparge=sparge_attn:cdfthreshd=0.9", tasks=("kl",), samples=1)
+    Evaluation(model, tokenizer, plan, tmp_path / "results.json").run()
+    record = load(tmp_path / "results.json")["records"][1]
+    assert record["sparsity"] == pytest.approx(0.3)
+    assert record["skipped"] == [[0.3] * HEADS] * LAYERS
+    assert record["bands"][0]["kl"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("tasks", [("kl",), ("needle",)], ids=str)

@@ -31,8 +31,8 @@ from bsfa_kernel.geometry import forced_share
 
 # Sparsities that thresholds are learned at, one after the other, as far as they are needed.
 LADDER = (0.6, 0.75, 0.85, 0.92)
-# Finer than the kernel's default: at an equal loss, learned thresholds skip one to two points more
-# of these blocks (docs/performance-accuracy.md).
+# Finer than the kernel's default: at an equal loss, one to two points more of these blocks can be
+# skipped (docs/performance-accuracy.md).
 GEOMETRY = Geometry(64, 64)
 
 # Beyond the learned thresholds the path goes on by shifting all alike, by so much for each unit.

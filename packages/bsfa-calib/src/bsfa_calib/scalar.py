@@ -11,11 +11,9 @@ from typing import Any
 from bsfa_calib import capture
 from bsfa_calib.capture import Progress, Settings
 from bsfa_calib.expected import Calibrated, Measure, with_expected
+from bsfa_calib.learned import GEOMETRY
 from bsfa_calib.thresholds import ThresholdTable
 from bsfa_kernel import Geometry
-
-# As for learned thresholds: at an equal loss, more of these blocks can be skipped than of larger.
-GEOMETRY = Geometry(64, 64)
 
 
 def calibrate(

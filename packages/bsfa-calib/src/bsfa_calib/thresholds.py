@@ -348,7 +348,7 @@ def _read_tensors(name: str) -> tuple[dict[str, str], dict[str, FloatArray]]:
         if start.startswith(_PICKLE_STARTS):
             raise ThresholdFileError(
                 "this is a PyTorch file, not a threshold table; if it holds thresholds of the "
-                "paper's repository, convert it with `bsfa-calibrate convert`"
+                "paper's repository, convert it with `bsfa-calibrate table convert`"
             )
         if len(start) < 8:
             raise ThresholdFileError(

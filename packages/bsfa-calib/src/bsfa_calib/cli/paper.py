@@ -10,6 +10,7 @@ from typing import Any
 
 from bsfa_calib.cli import calibrate
 from bsfa_calib.cli.common import checked, k_values, not_negative, positive, sparsity
+from bsfa_calib.cli.flags import FLAGS
 from bsfa_calib.thresholds import RULES
 
 _MAX_SEQ_LEN = 16384
@@ -64,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("name the text to calibrate on, with either --data_file or --text")
     if options.k_values and options.target_sparsity:
         raise ValueError("give either --k_values or --target_sparsity")
-    meant = argparse.Namespace(**dict.fromkeys(calibrate.FLAGS))
+    meant = argparse.Namespace(**dict.fromkeys(FLAGS))
     meant.method = "scalar" if options.target_sparsity else "topk"
     meant.text = [Path(path) for path in options.text or [options.data_file]]
     meant.length = options.max_seq_len

@@ -32,6 +32,11 @@ from bsfa_hf.state import model_names
 # Converters for argparse.
 positive = checked(_positive)
 
+# Where no operating point is given: a loss in nats that costs no answers, and a share of blocks
+# where the table does not say what to expect.
+_SMALL_LOSS = 0.003
+_USUAL_SPARSITY = 0.7
+
 _MISSING_EXTRA = 'this command needs {}: pip install "bsfa-hf[cli]"'
 
 
@@ -222,12 +227,24 @@ def choose_point(table: ThresholdTable, arguments: argparse.Namespace, tokens: i
     if table.axis == "k":
         wanted: float = tokens / table.k_block / 3
     elif table.axis == "target_sparsity":
-        wanted = 0.7
+        wanted = _careful(table)
     else:
         wanted = float(table.points[len(table.points) // 2])
     point = Point(table.axis, min(table.points, key=lambda point: abs(point - wanted)))
     note(f"no operating point given: taking {point}")
     return point
+
+
+def _careful(table: ThresholdTable) -> float:
+    """The most that a table skips at a loss of at most ``_SMALL_LOSS``, by what it expects."""
+    try:
+        losses = [float(loss) for loss in table.provenance["expected_kl"].split(",")]
+    except (KeyError, ValueError):
+        return _USUAL_SPARSITY
+    small = [
+        point for point, loss in zip(table.points, losses, strict=False) if loss <= _SMALL_LOSS
+    ]
+    return max(small, default=table.points[0])
 
 
 def check_positions(model: Any, tokens: int) -> None:

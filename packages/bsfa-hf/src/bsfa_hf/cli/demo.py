@@ -47,9 +47,9 @@ _WORDS = ("anchor", "basket", "candle", "falcon", "garden", "island", "lantern",
 # differ in one word or end alike, dense or not.
 _NEEDLES = (
     NEEDLE,
-    "The safe behind the {word} opens with the code {number}.",
-    "Calls for the {word} office are taken on telephone {number}.",
-    "The ticket to the {word} museum was printed with serial {number}.",
+    "The code of the safe behind the {word}: {number}.",
+    "The telephone of the office at the {word}: {number}.",
+    "The serial number of the ticket to the {word}: {number}.",
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -74,7 +74,7 @@ def add_subcommand(subparsers: Any) -> None:
         "--text", required=True, type=Path, metavar="PATH", help="a text file, or a folder of them"
     )
     parser.add_argument(
-        "--tokens", type=common.positive, default=6000, help="of text and needles (default: 6000)"
+        "--tokens", type=common.positive, default=4096, help="of text and needles (default: 4096)"
     )
     parser.add_argument(
         "--questions", type=common.positive, default=4, help=f"1 to {len(_WORDS)} (default: 4)"

@@ -1,0 +1,213 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""One calibration by each method, and what is printed about it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from bsfa_calib import report
+from bsfa_calib.cli.common import note
+from bsfa_calib.cli.flags import TARGETS
+from bsfa_calib.report import printable
+from bsfa_calib.thresholds import ThresholdTable
+
+if TYPE_CHECKING:
+    from bsfa_calib.expected import Calibrated
+    from bsfa_calib.text import Split
+    from bsfa_kernel import Geometry
+
+# A table, and the lines that say what to expect of it.
+Made: TypeAlias = "tuple[ThresholdTable, Callable[[ThresholdTable], list[str]]]"
+
+
+class Job:
+    """One calibration, by the method that a name of its own stands for."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        model: Any,
+        split: Split,
+        geometry: Geometry | None,
+        start: ThresholdTable | None,
+        output: Path,
+    ) -> None:
+        self._arguments, self._model, self._geometry = arguments, model, geometry
+        self._start = start
+        self._samples = [window.ids for window in split.calibration]
+        self._held_out = [window.ids for window in split.held_out]
+        self._checkpoint = Path(arguments.checkpoint or f"{output}.checkpoint")
+        self._learned = self._checkpoint / "learned.npz"
+        if arguments.resume is False:
+            self._remove()
+
+    def learned(self) -> Made:
+        import torch
+
+        from bsfa_calib import learned
+        from bsfa_calib.learning import Settings
+
+        arguments, geometry = self._arguments, self._geometry
+        assert geometry is not None
+        common: dict[str, Any] = {
+            "target_sparsities": self._targets(),
+            "max_losses": arguments.max_loss or (),
+            "rule": arguments.rule,
+            "geometry": geometry,
+            "progress": note,
+        }
+        path = learned.learn_path(
+            self._model,
+            self._samples,
+            **common,
+            settings=Settings(
+                steps=arguments.steps,
+                further_steps=arguments.further_steps,
+                knots=arguments.knots,
+                ceiling=arguments.ceiling,
+                seed=arguments.seed,
+            ),
+            start=None if self._start is None else self._start.thresholds[0],
+            checkpoint=self._learned,
+        )
+        dtype = arguments.dtype
+        if dtype == "auto":
+            dtype = "float32" if self._model.device.type == "cpu" else "bfloat16"
+        self._model.to(getattr(torch, dtype))
+        found = learned.calibrate(
+            self._model,
+            learned.ThresholdPath(path),
+            self._held_out,
+            **common,
+            backend=arguments.backend,
+        )
+        return self._measured(found, len(self._samples))
+
+    def scalar(self) -> Made:
+        from bsfa_calib import scalar
+        from bsfa_calib.progress import ProgressReporter
+
+        arguments, geometry = self._arguments, self._geometry
+        assert geometry is not None
+        reporter = ProgressReporter()
+        with reporter.interruptible():
+            table = scalar.one_pass(
+                self._model,
+                self._samples,
+                target_sparsities=self._targets(),
+                rule=arguments.rule,
+                geometry=geometry,
+                checkpoint=self._checkpoint,
+                progress=reporter,
+            )
+        if not self._held_out:
+            return table, _statistics
+        found = scalar.measured(
+            self._model, table, self._held_out, backend=arguments.backend, progress=note
+        )
+        return self._measured(found, table.samples)
+
+    def topk(self) -> Made:
+        from bsfa_calib import capture
+        from bsfa_calib.progress import ProgressReporter
+
+        arguments, geometry = self._arguments, self._geometry
+        assert geometry is not None
+        settings = capture.Settings(
+            k_values=arguments.k,
+            rule=arguments.rule,
+            geometry=geometry,
+            aggregate=arguments.aggregate,
+            keep_maxima=arguments.keep_maxima,
+        )
+        reporter = ProgressReporter()
+        with reporter.interruptible():
+            table = capture.calibrate(
+                self._model,
+                self._samples,
+                settings,
+                held_out=self._held_out,
+                checkpoint=self._checkpoint,
+                progress=reporter,
+            )
+        return table, _statistics
+
+    def shift(self) -> Made:
+        from bsfa_calib.tuning import limit_loss
+
+        assert self._start is not None
+        found = limit_loss(
+            self._model,
+            self._start,
+            self._samples,
+            max_loss=self._arguments.max_loss[0],
+            backend=self._arguments.backend,
+            progress=note,
+        )
+        return self._measured(found, self._start.samples)
+
+    def kept(self) -> str:
+        """What an interrupted calibration leaves behind, for people."""
+        samples = len(list(self._checkpoint.glob("sample-*.safetensors")))
+        where = printable(str(self._checkpoint))
+        if samples:
+            return (
+                f"{samples} samples are done and kept in {where}. The same command goes on from "
+                "there."
+            )
+        if self._learned.exists():
+            return f"what was learned is kept in {where}. The same command goes on from there."
+        return "nothing was done yet that could be kept."
+
+    def clean_up(self) -> None:
+        """Remove the checkpoint, unless it is to be kept."""
+        if not self._arguments.keep_checkpoint:
+            self._remove()
+
+    def _remove(self) -> None:
+        for old in (*self._checkpoint.glob("sample-*.safetensors"), self._learned):
+            old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._checkpoint.rmdir()
+
+    def _targets(self) -> Sequence[float]:
+        arguments, geometry = self._arguments, self._geometry
+        assert geometry is not None
+        if arguments.target_sparsity or arguments.max_loss:
+            return tuple(arguments.target_sparsity or ())
+        from bsfa_calib.learned import reachable
+
+        rungs = reachable(arguments.length, geometry)
+        targets = [target for target in TARGETS if rungs and target <= rungs[-1]]
+        if not targets:
+            raise ValueError(
+                f"nothing to gain: of prompts of {arguments.length} tokens hardly a block can be "
+                "skipped at all; calibrate for longer ones, or leave them dense"
+            )
+        return targets
+
+    def _measured(self, found: Calibrated, samples: int) -> Made:
+        """The table of a calibration that was measured, and what is printed about it."""
+        from bsfa_calib import expected
+
+        def lines(_table: ThresholdTable) -> list[str]:
+            tested = len(self._held_out) or len(self._samples)
+            return [
+                expected.report(found),
+                f"measured on {tested} samples of up to {self._arguments.length} tokens"
+                + (" that nothing was made from" if self._held_out else ""),
+                *expected.verdict(found),
+            ]
+
+        return dataclasses.replace(found.table, samples=samples), lines
+
+
+def _statistics(table: ThresholdTable) -> list[str]:
+    """What the statistics of a table say, in lines."""
+    return [report.operating_points(table), *report.verdict(table)]
