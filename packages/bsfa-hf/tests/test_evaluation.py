@@ -6,31 +6,39 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bsfa_calib.hook import BlockSparse, applied, dense_attention, forced_share, visible_count
-from bsfa_calib.language_model import LanguageModel, band_edges
+import bsfa_hf
+from bsfa_calib import Point, ThresholdTable
+from bsfa_calib.language_model import LanguageModel
 from bsfa_calib.text import read_windows
-from bsfa_calib.thresholds import ThresholdTable
-from bsfa_calib.tuning import TuningError, find_scalar, limit_loss
-from bsfa_hf.evaluation import cli, parse_configuration
-from bsfa_hf.evaluation.configurations import Configuration, ConfigurationError
+from bsfa_hf.cli import main
+from bsfa_hf.evaluation.configurations import (
+    Configuration,
+    ConfigurationError,
+    make_method,
+    parse_configuration,
+)
 from bsfa_hf.evaluation.intervals import mean_interval, share_interval, t_quantile
-from bsfa_hf.evaluation.methods import SlidingWindow, make_method
 from bsfa_hf.evaluation.needle import NEEDLE, make_prompt, noise
 from bsfa_hf.evaluation.plot import plot_results
 from bsfa_hf.evaluation.results import Results, ResultsError, load
 from bsfa_hf.evaluation.run import Evaluation, EvaluationError, Plan, rank_path
 from bsfa_hf.evaluation.summary import advice, markdown, summarise
-from bsfa_kernel import DEFAULT_GEOMETRY, Geometry, reference
+from bsfa_hf.methods import BlockSparse
+from bsfa_kernel import DEFAULT_GEOMETRY
 from tiny import small_llama
 
 LENGTH = 512
@@ -65,15 +73,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def ids() -> list[int]:
-    return np.random.default_rng(1).integers(0, 256, LENGTH).tolist()
-
-
-def a_table(path: Path, threshold: float, *, layers: int = LAYERS) -> Path:
+def a_table(path: Path, threshold: float, *, layers: int = LAYERS, model: str = "") -> Path:
     values = np.full((2, layers, HEADS, 1), threshold, np.float32)
     values[0] = -np.inf
-    table = ThresholdTable(values, (0.0, 0.5), axis="target_sparsity", rule="running_lse")
+    table = ThresholdTable(
+        values, (0.0, 0.5), axis="target_sparsity", rule="running_lse", model=model
+    )
     table.save(path)
     return path
 
@@ -129,38 +134,49 @@ def test_a_table_without_the_point_is_refused_with_those_there_are(tmp_path: Pat
         parse_configuration(f"table:file={path},target_sparsity=0.7")
 
 
-def test_thresholds_of_another_model_are_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    path = a_table(tmp_path / "table", -1.0, layers=3)
-    configuration = parse_configuration(f"table:file={path},target_sparsity=0.5")
-    with pytest.raises(ConfigurationError, match="is for 3 layers of 4 heads"):
-        make_method(configuration, model)
+def test_a_point_is_written_by_its_axis_or_as_a_point(tmp_path: Path) -> None:
+    path = a_table(tmp_path / "table", -1.0)
+    for point in ("target_sparsity=0.5", "point=target_sparsity=0.5"):
+        method = make_method(parse_configuration(f"table:file={path},{point}"))
+        assert method == BlockSparse(str(path), Point("target_sparsity", 0.5))
 
 
-def test_sparge_attention_that_is_not_installed_is_told(model: LlamaForCausalLM) -> None:
-    with pytest.raises(ConfigurationError, match="needs the package spas_sage_attn"):
-        make_method(parse_configuration("sparge_attn:topk=0.5"), model)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 3}, "are for 3 layers and 4 query heads, and this model has 2 layers"),
+        ({"model": "org/other"}, "thresholds are of org/other, and this model is org/tiny"),
+    ],
+    ids=str,
+)
+def test_thresholds_of_another_model_are_refused_before_anything_is_run(
+    changes: dict[str, Any],
+    message: str,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model.config, "_name_or_path", "org/tiny")
+    path = a_table(tmp_path / "table", -1.0, **changes)
+    plan = a_plan(text, f"table:file={path},target_sparsity=0.5")
+    with pytest.raises(ValueError, match=message):
+        Evaluation(model, tokenizer, plan, tmp_path / "results.json")
+    if "model" in changes:
+        plan = dataclasses.replace(plan, check_model=False)
+        Evaluation(model, tokenizer, plan, tmp_path / "results.json")
 
 
-# -------------------------------------------------------------------------------------- methods
+def test_sparge_attention_that_is_not_installed_is_told(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    plan = a_plan(text, "sparge_attn:topk=0.5")
+    with pytest.raises(ImportError, match="spas_sage_attn_meansim_topk_cuda of the package"):
+        Evaluation(model, tokenizer, plan, tmp_path / "results.json")
 
 
-@pytest.mark.parametrize(("window", "sink"), [(1, 0), (100, 0), (100, 30), (600, 7), (1000, 5000)])
-def test_a_sliding_window_sees_its_last_keys_and_the_first_ones(window: int, sink: int) -> None:
-    torch.manual_seed(0)
-    q = torch.randn(1, 700, 4, 16)
-    k, v = torch.randn(2, 1, 700, 2, 16)
-    rows, columns = torch.arange(700)[:, None], torch.arange(700)
-    mask = (columns <= rows) & ((columns > rows - window) | (columns < sink))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
-    )
-    found = SlidingWindow(window, sink)(q, k, v, 0, 0.25)
-    assert torch.allclose(found.out.transpose(1, 2), expected, atol=1e-5)
-    blocks = torch.zeros(768, 704, dtype=torch.bool)
-    blocks[:700, :700] = mask
-    kept = blocks.view(6, 128, 11, 64).any(3).any(1).sum()
-    share = 1 - float(kept) / visible_count(700, 700, DEFAULT_GEOMETRY)
-    assert found.skipped.tolist() == pytest.approx([share] * 4, abs=1e-6)
+# ------------------------------------------------------------------------- intervals and needles
 
 
 def test_intervals_are_those_of_the_textbook() -> None:
@@ -172,9 +188,6 @@ def test_intervals_are_those_of_the_textbook() -> None:
     assert share_interval(0, 10) == pytest.approx((0.0, 0.0, 0.2775), abs=1e-3)
     with pytest.raises(ValueError, match="at least one value"):
         mean_interval([])
-
-
-# ------------------------------------------------------------------------------ text and needles
 
 
 @pytest.mark.parametrize("keys", [1, 4])
@@ -229,11 +242,79 @@ def test_an_evaluation_compares_every_configuration_with_dense(
     assert scalar.sparsity > 0
     assert scalar.kl.mean > 1e-4
     assert rows["needle", "dense"].accuracy_change == (0, 0, 0)
+    window = rows["text", "sliding_window(window=128)"]
+    assert window.sparsity == pytest.approx(1 - (2 + 4 + 4 + 4) / (2 + 4 + 6 + 8), abs=1e-6)
     table_text = markdown(content)
     assert "| sliding_window(window=128) |" in table_text
+    for record in content["records"]:
+        layers = [] if record["configuration"] == "dense" else [HEADS] * LAYERS
+        assert [len(layer) for layer in record["skipped"]] == layers
 
     made = {path.name for path in plot_results([out], tmp_path / "plots")}
     assert made >= {"table.md", "accuracy-text-512.png", "heads-text-512.png", "needle-1.png"}
+
+
+def test_what_is_evaluated_is_what_enable_gives(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    path = a_table(tmp_path / "table", 0.0)
+    plan = a_plan(text, f"table:file={path},target_sparsity=0.5", tasks=("kl",), samples=1)
+    Evaluation(model, tokenizer, plan, tmp_path / "results.json").run()
+    assert model.config._attn_implementation == "sdpa"
+    record = load(tmp_path / "results.json")["records"][1]
+    window = read_windows(text, tokenizer, length=LENGTH, count=1, part=(0.5, 1.0))[0]
+    ids = torch.tensor([window.ids])
+    with torch.no_grad():
+        dense = model(ids).logits[0, :-1].log_softmax(-1)
+        with bsfa_hf.enabled(model, path, "target_sparsity=0.5") as stats:
+            sparse = model(ids).logits[0, :-1].log_softmax(-1)
+    divergence = (dense.exp() * (dense - sparse)).sum(-1).mean()
+    assert record["bands"][0]["kl"] == pytest.approx(float(divergence), rel=1e-3)
+    assert record["sparsity"] == pytest.approx(1 - stats.mean_kept_fraction, abs=1e-6)
+    kept = torch.tensor(record["skipped"]).sub(1).neg()
+    assert torch.allclose(kept, stats.kept_fraction_by_head.float(), atol=1e-4)
+    assert 0.1 < record["sparsity"] < 0.9
+
+
+def test_sparge_attention_is_measured_by_its_own_count(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, float]:
+        assert options["return_sparsity"] is True
+        assert options["cdfthreshd"] == 0.9
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=options["scale"])
+        return out, 0.3
+
+    package = ModuleType("spas_sage_attn")
+    package.spas_sage_attn_meansim_cuda = kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "spas_sage_attn", package)
+    plan = a_plan(text, "sparge=sparge_attn:cdfthreshd=0.9", tasks=("kl",), samples=1)
+    Evaluation(model, tokenizer, plan, tmp_path / "results.json").run()
+    record = load(tmp_path / "results.json")["records"][1]
+    assert record["sparsity"] == pytest.approx(0.3)
+    assert record["skipped"] == [[0.3] * HEADS] * LAYERS
+    assert record["bands"][0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("tasks", [("kl",), ("needle",)], ids=str)
+def test_a_configuration_that_leaves_the_model_dense_is_an_error(
+    tasks: tuple[str, ...],
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model.config, "is_causal", False, raising=False)
+    plan = a_plan(text, "always=scalar:rule=absolute,threshold=1", tasks=tasks, depths=(0.5,))
+    out = tmp_path / "results.json"
+    with pytest.raises(EvaluationError, match=r"always leaves the model dense.*not causal"):
+        Evaluation(model, tokenizer, plan, out).run()
+    assert {record["configuration"] for record in load(out)["records"]} == {"dense"}
 
 
 def test_an_evaluation_that_was_stopped_goes_on_where_it_was(
@@ -355,6 +436,7 @@ def test_a_model_that_gains_nothing_is_told_so(
         (["--k", "4"], "give --thresholds"),
         (["--thresholds", "none.safetensors"], "a table needs points"),
         (["--thresholds", "none.safetensors", "--k", "4"], "there is no threshold file"),
+        (["--point", "k4", "--thresholds", "none"], "AXIS=NUMBER"),
         (["--config", "sliding_window:window=8"], "need text"),
         (["--config", "sliding_window:window=8", "--text", "x", "--text-part", "1:0"], "A:B"),
     ],
@@ -362,7 +444,7 @@ def test_a_model_that_gains_nothing_is_told_so(
 def test_the_command_line_says_what_is_wrong_before_it_loads_a_model(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["evaluate", "--model", "nowhere", *arguments]) == 2
+    assert main(["evaluate", "--model", "nowhere", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -371,7 +453,7 @@ def test_plotting_without_pairs_is_refused(
 ) -> None:
     path = tmp_path / "results.json"
     Results(path, {"model": {}, "configurations": {}}).write()
-    assert cli.main(["plot", str(path), "--out", str(tmp_path / "plots")]) == 2
+    assert main(["plot", str(path), "--out", str(tmp_path / "plots")]) == 2
     assert "no results" in capsys.readouterr().err
 
 
@@ -386,7 +468,7 @@ def test_the_real_model_is_evaluated_from_the_command_line(
         *("--tasks", "kl,needle", "--depths", "0.5", "--out", str(out)),
         *("--config", "lse=scalar:rule=running_lse,threshold=-5"),
     ]
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| lse |" in printed
     rows = {(row.task, row.name): row for row in summarise(json.loads(out.read_text()))}

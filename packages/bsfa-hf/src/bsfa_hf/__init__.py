@@ -6,6 +6,7 @@ Importing this package makes ``attn_implementation="bsfa"`` known to transformer
 `disable` and `enabled` switch a model; the names of the paper's repository are here too.
 """
 
+from bsfa_calib.point import Point
 from bsfa_calib.reasons import Reason
 from bsfa_calib.statistics import Statistics
 from bsfa_hf import attention as _attention
@@ -28,6 +29,7 @@ _baselines.register()
 
 __all__ = [
     "AttentionConfig",
+    "Point",
     "Reason",
     "Statistics",
     "__version__",
