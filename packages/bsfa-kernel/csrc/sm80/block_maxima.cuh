@@ -31,8 +31,6 @@ __device__ __forceinline__ float warp_max(float x) {
 
 template <class Config>
 class BlockMaxima {
-  using SharedQueries = SharedTile<Config::kTileQ, Config::kHeadDim>;
-  using SharedKeys = SharedTile<Config::kTileK, Config::kHeadDim>;
   using Scores = Accumulators<Config::kRowBlocks, Config::kTileK / 8>;
   static constexpr int kRows = Config::kThreadRows;
 
@@ -59,8 +57,8 @@ class BlockMaxima {
     if (tile_keys.visible == 0) {
       return;
     }
-    load_tile<Config, SharedQueries>(ptx::shared_address(storage_.q), queries_, params_.q_strides.seqlen,
-                                     first_query_, params_.seqlen_q);
+    load_tile<Config, SharedQueries<Config>>(ptx::shared_address(storage_.q), queries_,
+                                             params_.q_strides.seqlen, first_query_, params_.seqlen_q);
     request_keys(tile_keys.visible - 1);
     for (int key_block = tile_keys.visible - 1; key_block >= 0; --key_block) {
       ptx::wait_for_copies<0>();
@@ -68,9 +66,10 @@ class BlockMaxima {
       request_keys(key_block - 1);
       store_previous(key_block + 1, tile_keys.visible);
       Scores scores;
-      const uint32_t lane_queries = ptx::shared_address(storage_.q) + SharedQueries::lane_of_left() +
-                                    threadIdx.x / 32 * (Config::kWarpRows * SharedQueries::kRowBytes);
-      multiply_scores<Config>(scores, lane_queries, keys_address(key_block) + SharedKeys::lane_of_right());
+      const uint32_t lane_queries = ptx::shared_address(storage_.q) + SharedQueries<Config>::lane_of_left() +
+                                    threadIdx.x / 32 * (Config::kWarpRows * SharedQueries<Config>::kRowBytes);
+      multiply_scores<Config>(scores, lane_queries,
+                              keys_address(key_block) + SharedKeys<Config>::lane_of_right());
       if (key_block >= tile_keys.full) {
         ptx::keep_branch();
         mask(scores, key_block);
@@ -96,8 +95,8 @@ class BlockMaxima {
 
   __device__ __forceinline__ void request_keys(int key_block) const {
     if (key_block >= 0) {
-      load_tile<Config, SharedKeys>(keys_address(key_block), keys_, params_.k_strides.seqlen,
-                                    key_block * Config::kTileK, params_.seqlen_k);
+      load_tile<Config, SharedKeys<Config>>(keys_address(key_block), keys_, params_.k_strides.seqlen,
+                                            key_block * Config::kTileK, params_.seqlen_k);
     }
     ptx::commit_copies();
   }

@@ -8,6 +8,7 @@
 
 #include "../common/ptx.cuh"
 #include "../common/quad.cuh"
+#include "../common/softmax_rows.cuh"
 
 namespace bsfa::sm80 {
 
@@ -26,17 +27,10 @@ __device__ __forceinline__ void row_maxima(Matrix& scores, float (&maxima)[kRows
 
 // The state of the rows that a thread has a part in.
 template <int kRows>
-struct Softmax {
-  float maximum[kRows];  // of the scores so far, not scaled; the same in the four threads of a quad
-  float sum[kRows];      // of exp(scale * (score - maximum)) over the thread's columns
-
-  __device__ __forceinline__ Softmax() {
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      maximum[row] = -CUDART_INF_F;
-      sum[row] = 0.0f;
-    }
-  }
+struct Softmax : SoftmaxRows<kRows> {
+  using SoftmaxRows<kRows>::finite_maximum;
+  using SoftmaxRows<kRows>::maximum;
+  using SoftmaxRows<kRows>::sum;
 
   // Takes the thread's maxima of a block of scores into the state, which is then relative to the new maxima.
   // Returns whether a maximum of the warp has risen; only then must the output be multiplied by `factors`.
@@ -45,11 +39,8 @@ struct Softmax {
     bool raised = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float previous = maximum[row];
-      maximum[row] = fmaxf(previous, quad_max(block_maxima[row]));
-      raised |= maximum[row] > previous;
-      factors[row] = ptx::exp2_approx((previous - finite_maximum(row)) * scale_log2);
-      sum[row] *= factors[row];
+      const float highest = fmaxf(maximum[row], quad_max(block_maxima[row]));
+      raised |= this->raise_row(row, highest, scale_log2, factors[row]);
     }
     return __any_sync(0xffffffff, raised);
   }
@@ -66,11 +57,6 @@ struct Softmax {
         sum[row] += scores(row, column);
       }
     }
-  }
-
-  // A row that has seen nothing has maximum -inf, and -inf - -inf would be NaN.
-  __device__ __forceinline__ float finite_maximum(int row) const {
-    return maximum[row] == -CUDART_INF_F ? 0.0f : maximum[row];
   }
 };
 

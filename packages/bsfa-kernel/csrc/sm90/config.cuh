@@ -39,7 +39,7 @@ struct ForwardConfig {
   static constexpr int kTileSlots = 4;   // of published tiles
   static constexpr int kVoteStages = 8;  // how far the loader of V may be behind the votes
 
-  // What follows was measured: docs/performance-sm90.md, versions 15 and 16.
+  // What follows was measured: docs/lab/sm90.md, versions 15 and 16.
   // 64x64, relative rules: ping-pong when both consumers keep the block.
   static constexpr bool kPingPongRelative = kHeadDim == 64;
   // Dense tiles begin, and all tiles end, by shorter code; at head_dim 64 it would slow the loop between.

@@ -10,6 +10,7 @@
 
 #include "../common/ptx.cuh"
 #include "../common/quad.cuh"
+#include "../common/softmax_rows.cuh"
 #include "config.cuh"
 
 namespace bsfa::sm90 {
@@ -114,24 +115,11 @@ struct RowFlags {
 };
 
 // The state of the rows that a thread has a part in.
-struct Softmax {
-  // What the scores of a row are seen relative to, not scaled; the same in the four threads of a quad. About
-  // the largest so far: see kSlack.
-  float maximum[kThreadRows];
-  float sum[kThreadRows];  // of exp(scale * (score - maximum)) over the thread's columns
-
+struct Softmax : SoftmaxRows<kThreadRows> {
   // How far scores may be above the maximum, in powers of two. Multiplying the output by exp(old - new
   // maximum) takes long, and need not be done as long as the probabilities stay well in the range of 16 bits.
   static constexpr float kSlack = 8.0f;
   static constexpr float kMostProbability = 256.0f;  // 2^kSlack
-
-  __device__ __forceinline__ Softmax() {
-    CUTE_UNROLL
-    for (int row = 0; row < kThreadRows; ++row) {
-      maximum[row] = -CUDART_INF_F;
-      sum[row] = 0.0f;
-    }
-  }
 
   // Which rows must get a new maximum, in three ways. Each goes by the row's own scores and what the row has
   // seen, so that its results do not depend on which rows it shares a warp with.
@@ -180,12 +168,8 @@ struct Softmax {
     bool raised = false;
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
-      const float previous = maximum[row];
-      const float highest = fmaxf(previous, quad_max(block_maxima[row]));
-      maximum[row] = quad_any(exceeded[row]) ? highest : previous;
-      raised |= maximum[row] > previous;
-      factors[row] = ptx::exp2_approx((previous - finite_maximum(row)) * scale_log2);
-      sum[row] *= factors[row];
+      const float highest = fmaxf(maximum[row], quad_max(block_maxima[row]));
+      raised |= raise_row(row, quad_any(exceeded[row]) ? highest : maximum[row], scale_log2, factors[row]);
     }
     return __any_sync(0xffffffff, raised);
   }
@@ -223,11 +207,6 @@ struct Softmax {
       const auto rounded = cutlass::NumericArrayConverter<Element, float, 2>{}(pair);
       pairs(i / 2) = reinterpret_cast<const uint32_t&>(rounded);
     }
-  }
-
-  // A row that has seen nothing has maximum -inf, and -inf - -inf would be NaN.
-  __device__ __forceinline__ float finite_maximum(int row) const {
-    return maximum[row] == -CUDART_INF_F ? 0.0f : maximum[row];
   }
 };
 
