@@ -23,7 +23,7 @@ import torch
 import bsfa_kernel
 import models
 from attention import list_of, parse_length
-from bsfa_calib.capture import calibrate
+from bsfa_calib.capture import Settings, calibrate
 from bsfa_kernel import Geometry
 from harness import ROOT, Record, Results, clocks, environment, progress
 
@@ -46,13 +46,13 @@ def measure(
         samples: token ids.
         rule: what to calibrate.
         geometry: of the blocks.
-        points: ``k_values`` or ``target_sparsities`` of `bsfa_calib.capture.calibrate`.
+        points: ``k_values`` or ``target_sparsities`` of `bsfa_calib.capture.Settings`.
         repetitions: passes over all samples, of each.
 
     Returns:
         The part of a record that was measured.
     """
-    options = {"rule": rule, "q_block": geometry.q_block, "k_block": geometry.k_block, **points}
+    settings = Settings(rule=rule, geometry=geometry, **points)
     cuda = model.device.type == "cuda"
     warm_up = samples[0][:_WARM_UP_TOKENS]
 
@@ -61,13 +61,13 @@ def measure(
             models.prefill(model, ids, use_cache=False)
 
     models.prefill(model, warm_up, use_cache=False)
-    calibrate(model, [warm_up], **options)
+    calibrate(model, [warm_up], settings)
     dense, calibration, peak = [], [], 0.0
     for _ in range(repetitions):
         dense.append(_seconds(dense_passes))
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        calibration.append(_seconds(lambda: calibrate(model, samples, **options)))
+        calibration.append(_seconds(lambda: calibrate(model, samples, settings)))
         if cuda:
             peak = max(peak, torch.cuda.max_memory_allocated() / 2**30)
     dense_seconds, calibration_seconds = map(statistics.median, (dense, calibration))

@@ -254,13 +254,7 @@ class Benchmark:
             for geometry in self.arguments.geometries:
                 progress(f"  calibrating {rule}, {geometry}")
                 table = calibrate(
-                    self.model,
-                    [ids],
-                    target_sparsities=targets,
-                    rule=rule,
-                    q_block=geometry.q_block,
-                    k_block=geometry.k_block,
-                    model_name=self.name,
+                    self.model, [ids], target_sparsities=targets, rule=rule, geometry=geometry
                 )
                 runs += [self._sparse_run(table, target, rule, geometry) for target in targets]
         return runs

@@ -24,8 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from bsfa_calib.hook import Attended, applied, attention_shape, dense_attention
+from bsfa_calib.hook import Attended, applied, attention_shape
 from bsfa_calib.language_model import LanguageModel
 from bsfa_kernel import Geometry
 from study.emulation import emulate
@@ -88,7 +89,9 @@ class _Recording:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
-        out = dense_attention(query, key, value, scale).transpose(1, 2)
+        out = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        ).transpose(1, 2)
         out.retain_grad()
         self.layers[layer] = _Layer(q.detach(), k.detach(), v.detach(), out, scale)
         return Attended(out, q.new_zeros(q.shape[2]))
@@ -115,7 +118,7 @@ def profile(
         thresholds: ascending, in units of scaled scores.
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
-        order: see ``emulation.emulate``.
+        order: see ``study.emulation.emulate``.
         draws: times that tokens are drawn for each context.
         seed: what they are drawn with.
         progress: told of each context.

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Block-sparse attention under many thresholds at once, for whole prompts.
 
-The same verdicts as ``bsfa_kernel.reference``, computed for all query blocks together: a few large
+The verdicts of ``bsfa_kernel.reference``, for all query blocks together: a few large
 operations rather than many small ones, which is what a GPU wants, and what makes a study of
 thresholds affordable. Memory grows with the square of the length.
 """
@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bsfa_calib.hook import Attended, visible_count
+from bsfa_calib.hook import Attended
 from bsfa_kernel import RULES, Geometry
+from bsfa_kernel.geometry import count_visible, full_blocks
+from bsfa_kernel.reference import verdicts
 
 ORDERS = ("last_first", "sink_last_first", "first_last")
 
@@ -100,7 +102,7 @@ def emulate(
 
 @dataclass(frozen=True)
 class EmulatedSparse:
-    """A method (see ``methods.Method``) that emulates; for orders that no kernel has.
+    """A method (see ``bsfa_calib.hook.Method``) that emulates; for orders that no kernel has.
 
     Attributes:
         thresholds: float32 [layers, heads, rows].
@@ -115,7 +117,7 @@ class EmulatedSparse:
     order: str = "last_first"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
-        """See ``methods.Method``."""
+        """See ``bsfa_calib.hook.Method``."""
         found = emulate(
             *(q, k, v, self.thresholds[layer][None]),
             rule=self.rule,
@@ -153,18 +155,17 @@ def _emulate_heads(
     scores = torch.baddbmm(hidden, q * scale, k.transpose(1, 2))
     largest = scores.amax(-1)
     weights = scores.sub_(largest[..., None])
-    # [k_blocks, heads, q_blocks, q_block]: the scan takes one block of keys at a time.
+    # [k_blocks, heads, q_blocks, q_block]: verdicts are made of one block of keys at a time.
     row_maxima = weights.view(heads, q_blocks, q_block, k_blocks, k_block).amax(-1)
     row_maxima = row_maxima.permute(3, 0, 1, 2).contiguous()
     weights = weights.exp_().view(heads, q_blocks, q_block, k_blocks, k_block)
     masses = weights.sum(-1).permute(3, 0, 1, 2).contiguous()
-    full = (torch.arange(q_blocks, device=q.device) * q_block + 1) // k_block
-    kept = _scan(
-        row_maxima,
-        masses,
-        largest.view(heads, q_blocks, q_block),
+    by_block = largest.view(heads, q_blocks, q_block)
+    kept = _kept(
+        (row_maxima + by_block).movedim(0, -1),
+        (masses.log() + by_block).movedim(0, -1),
         thresholds.expand(-1, -1, q_blocks),
-        full,
+        full_blocks(torch.arange(q_blocks, device=q.device), seqlen, seqlen, geometry),
         rule,
         order,
     )
@@ -186,7 +187,7 @@ def _emulate_heads(
     out = out.permute(2, 0, 1, 3, 4).reshape(points, heads, seqlen, head_dim)
     share = 1 - denominator / total.sum(2, keepdim=True)
     lost = share.clamp_(min=0).permute(2, 0, 1, 3).reshape(points, heads, seqlen)
-    visible = visible_count(seqlen, seqlen, geometry)
+    visible = count_visible(seqlen, seqlen, geometry)
     beyond = (torch.arange(k_blocks, device=q.device) * k_block) >= (
         torch.arange(1, q_blocks + 1, device=q.device)[:, None] * q_block
     )
@@ -194,10 +195,9 @@ def _emulate_heads(
     return Emulated(out, 1 - counted / visible, lost)
 
 
-def _scan(
+def _kept(
     row_maxima: Tensor,
-    masses: Tensor,
-    largest: Tensor,
+    row_lse: Tensor,
     thresholds: Tensor,
     full: Tensor,
     rule: str,
@@ -206,9 +206,8 @@ def _scan(
     """Which blocks each threshold keeps.
 
     Args:
-        row_maxima: [k_blocks, heads, q_blocks, q_block], relative to ``largest``.
-        masses: as row_maxima: sums of exp(score - largest).
-        largest: [heads, q_blocks, q_block], the largest score of each row.
+        row_maxima: [heads, q_blocks, q_block, k_blocks], scaled scores.
+        row_lse: as row_maxima: log-sum-exp of the scores.
         thresholds: [T, heads, q_blocks].
         full: [q_blocks], number of unforced blocks.
         rule: one of ``bsfa_kernel.RULES``.
@@ -217,33 +216,23 @@ def _scan(
     Returns:
         bool [T, heads, q_blocks, k_blocks]; True beyond the unforced blocks.
     """
-    k_blocks, heads = row_maxima.shape[:2]
-    points = len(thresholds)
-    columns = torch.arange(k_blocks, device=full.device)
-    kept = (columns >= full[:, None]).expand(points, heads, -1, -1).clone()
-    if rule == "absolute":
-        maxima = (row_maxima + largest).amax(-1).permute(1, 2, 0)
-        return kept | (maxima >= thresholds[..., None])
-    # A row's maxima and masses are relative to its largest score, and so is its reference.
-    forced = kept[0].permute(2, 0, 1)[..., None]
-    if rule == "running_max":
-        reference = row_maxima.masked_fill(~forced, -torch.inf).amax(0)
-    else:
-        reference = (masses * forced).sum(0)
-    reference = reference.expand(points, -1, -1, -1).clone()
-    sequence = list(range(k_blocks))
-    if order == "last_first":
-        sequence.reverse()
-    elif order == "sink_last_first":
-        sequence = [0, *reversed(sequence[1:])]
-    for column in sequence:
-        known = reference if rule == "running_max" else reference.log()
-        excess = (row_maxima[column] - known).amax(-1)
-        keep = (excess >= thresholds) & (thresholds < torch.inf) & (full > column)
-        kept[..., column] |= keep
-        if rule == "running_max":
-            gain = torch.where(keep[..., None], row_maxima[column], -torch.inf)
-            reference = torch.maximum(reference, gain)
-        else:
-            reference = reference + masses[column] * keep[..., None]
-    return kept
+    if order == "last_first" or rule == "absolute":
+        return verdicts(row_maxima, thresholds, rule=rule, row_lse=row_lse, full=full).keep
+    # What comes last is decided first. Forced blocks are met before all, and not again.
+    k_blocks = row_maxima.shape[-1]
+    first_last = list(range(k_blocks))
+    columns = [*first_last[1:], 0] if order == "sink_last_first" else first_last[::-1]
+    index = torch.tensor(columns, device=full.device)
+    forced = (torch.arange(k_blocks, device=full.device) >= full[:, None])[:, None]
+    gains = row_maxima if rule == "running_max" else row_lse
+    known = gains.masked_fill(~forced, -torch.inf)
+    found = verdicts(
+        row_maxima.masked_fill(forced, -torch.inf)[..., index],
+        thresholds,
+        rule=rule,
+        row_lse=row_lse.masked_fill(forced, -torch.inf)[..., index],
+        reference=known.amax(-1) if rule == "running_max" else known.logsumexp(-1),
+    )
+    keep = torch.empty_like(found.keep)
+    keep[..., index] = found.keep
+    return keep | forced[:, 0]

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bsfa_calib.hook import Attended, applied, dense_attention, visible_count
+from bsfa_calib.hook import applied
 from bsfa_calib.language_model import LanguageModel
 from bsfa_kernel import RULES, Geometry, reference
+from bsfa_kernel.geometry import count_visible
 from study import allotment
 from study.allotment import (
     Profile,
@@ -55,7 +56,7 @@ def test_emulation_decides_and_computes_as_the_reference(rule: str, geometry: Ge
     thresholds[1, 2] = math.inf
     alone = emulate(q, k, v, thresholds[2:], rule=rule, geometry=geometry, scale=0.25)
     found = emulate(q, k, v, thresholds, rule=rule, geometry=geometry, scale=0.25)
-    visible = visible_count(512, 512, geometry)
+    visible = count_visible(512, 512, geometry)
     for point in range(3):
         expected = reference.attention(
             q, k, v, thresholds[point], scale=0.25, rule=rule, geometry=geometry
@@ -127,12 +128,8 @@ def test_the_mass_of_a_profile_is_that_which_rows_lose_on_average(
 ) -> None:
     given = {}
 
-    def record(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float
-    ) -> Attended:
+    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float) -> None:
         given[layer] = (q, k, v, scale)
-        out = dense_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale)
-        return Attended(out.transpose(1, 2), q.new_zeros(q.shape[2]))
 
     geometry, thresholds = Geometry(64, 64), (-3.0, -1.5, 0.0)
     contexts = [np.random.default_rng(seed).integers(0, 128, 256).tolist() for seed in (0, 1)]

@@ -13,9 +13,34 @@ import pytest
 import torch
 
 import bsfa_kernel
-from bsfa_calib import capture, estimate
-from bsfa_calib.capture import CaptureError, Progress, Recorder, calibrate, capturing
+from bsfa_calib import estimate, hook, recording
+from bsfa_calib.capture import CaptureError, Progress, Recorder, Settings, calibrate, capturing
+from bsfa_calib.report import verdict
+from bsfa_kernel import DEFAULT_GEOMETRY
+from bsfa_kernel.geometry import count_visible
 from tiny_calib import HEADS, LAYERS, random_tokens, tiny_model
+
+MLA = {
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+}
+GPT_OSS = {
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "sliding_window": 200,
+    "layer_types": ["full_attention"] * 2,
+}
 
 SAMPLES = [random_tokens(1024, 0), random_tokens(900, 1), random_tokens(640, 2)]
 
@@ -82,7 +107,7 @@ def test_layers_may_be_reduced_together_or_one_by_one(
     model: Any, points: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     together = calibrate(model, SAMPLES, checkpoint=tmp_path / "together", **points)
-    monkeypatch.setattr(capture, "_MAXIMA_TOGETHER", 0)
+    monkeypatch.setattr(recording, "_MAXIMA_TOGETHER", 0)
     one_by_one = calibrate(model, SAMPLES, **points)
     assert np.array_equal(together.thresholds, one_by_one.thresholds)
     found_again = calibrate(model, SAMPLES, checkpoint=tmp_path / "together", **points)
@@ -102,7 +127,7 @@ def test_the_model_is_restored_after_an_error(model: Any) -> None:
 def test_the_attention_function_is_of_no_use_outside(model: Any) -> None:
     with capturing(model, recorder_into({})):
         pass
-    model.set_attn_implementation(capture.ATTENTION_NAME)
+    model.set_attn_implementation(hook.ATTENTION_NAME)
     try:
         with pytest.raises(RuntimeError, match="works within"):
             run(model, SAMPLES[2])
@@ -125,7 +150,7 @@ def test_mean_kept_is_k_on_the_samples_and_the_attention_agrees(model: Any) -> N
         recorded: dict[int, Any] = {}
         with capturing(model, recorder_into(recorded)):
             run(model, tokens)
-        unforced = estimate.unforced_blocks(len(tokens), q_block=128, k_block=64)
+        unforced = estimate.unforced_blocks(len(tokens), DEFAULT_GEOMETRY)
         hidden = recorded[0].masked_fill(
             torch.arange(recorded[0].shape[-1]) >= torch.from_numpy(unforced)[:, None], -torch.inf
         )
@@ -157,8 +182,7 @@ def test_a_scalar_meets_its_target_sparsity(model: Any, rule: str) -> None:
     kept = np.zeros(3)
     visible = 0
     for tokens in SAMPLES:
-        blocks = estimate.visible_blocks(len(tokens), q_block=128, k_block=64)
-        visible += int(blocks.sum()) * HEADS * LAYERS
+        visible += count_visible(len(tokens), len(tokens)) * HEADS * LAYERS
         kept += _kept_with(model, tokens, table.thresholds[:, 0, 0, 0], rule)
     # This model has flat heads: thresholds are above 0, where the estimate promises too much.
     sparsity = 1 - kept / visible
@@ -198,21 +222,54 @@ def test_layers_with_a_window_stay_dense_and_are_named(caplog: pytest.LogCapture
     assert np.isneginf(table.thresholds[:, 0]).all()
     assert np.isfinite(table.thresholds[:, 1, :, -1]).all()
     assert np.isnan(table.statistics["kept"][:, 0]).all()
-    assert "layers 0: its mask is not plainly causal" in table.provenance["dense_layers"]
-    assert "layers left dense" in caplog.text
+    assert not table.statistics["sparsity"][:, 0].any()
+    assert table.provenance["dense_layers"] == "layers 0: sliding-window layer"
+    assert "these run dense and are counted so: layers 0" in caplog.text
+    assert "These run dense and skip nothing: layers 0: sliding-window" in verdict(table)[0]
 
 
 def test_a_model_with_windows_everywhere_is_refused() -> None:
     model = tiny_model("mistral", sliding_window=256)
-    with pytest.raises(CaptureError, match="no layer of this model can be measured"):
+    with pytest.raises(CaptureError, match="all run dense: layers 0, 1: sliding-window"):
         calibrate(model, SAMPLES, k_values=[2])
 
 
-def test_a_model_that_caps_its_scores_is_refused() -> None:
-    model = tiny_model("gemma2", sliding_window=4096, query_pre_attn_scalar=16)
-    with pytest.raises(CaptureError, match=r"caps its scores \(softcap\)"):
+@pytest.mark.parametrize(
+    ("kind", "extra", "reason"),
+    [
+        ("gemma2", {"sliding_window": 4096, "query_pre_attn_scalar": 16}, "soft-capped scores"),
+        ("gpt_oss", GPT_OSS, "attention sinks"),
+        ("deepseek_v3", MLA, "keys and values differ in head_dim"),
+    ],
+)
+def test_a_model_that_will_run_dense_is_promised_nothing(
+    kind: str, extra: dict[str, Any], reason: str
+) -> None:
+    model = tiny_model(kind, implementation="eager" if kind != "deepseek_v3" else "sdpa", **extra)
+    before = run(model, SAMPLES[2])
+    with pytest.raises(CaptureError, match=f"all run dense: layers 0, 1: {reason}"):
         calibrate(model, SAMPLES, k_values=[2])
-    assert model.config._attn_implementation != capture.ATTENTION_NAME
+    assert model.config._attn_implementation != hook.ATTENTION_NAME
+    with capturing(model, recorder_into({})) as meter:
+        torch.testing.assert_close(run(model, SAMPLES[2]), before, rtol=1e-4, atol=1e-4)
+    assert meter.dense_layers == {0: reason, 1: reason}
+
+
+def test_a_model_that_passes_what_nobody_knows_is_refused_by_name() -> None:
+    model = tiny_model(
+        "minimax_m3_vl_text",
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["minimax_m3_sparse", "full_attention"],
+        index_n_heads=2,
+        index_head_dim=16,
+        index_block_size=16,
+        index_topk_blocks=3,
+        index_local_blocks=1,
+    )
+    with pytest.raises(hook.HookError, match="passes block_indices to its attention function"):
+        calibrate(model, SAMPLES, k_values=[2])
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_nan_scores_are_refused() -> None:
@@ -289,3 +346,15 @@ def test_cut_maxima_that_do_not_suffice_are_warned_of(
     with caplog.at_level(logging.WARNING):
         calibrate(model, SAMPLES, k_values=[4], keep_maxima=5)
     assert "thresholds may be too low" in caplog.text
+
+
+def test_settings_come_as_one_value_or_by_name(model: Any) -> None:
+    settings = Settings(k_values=[4, 2, 4])
+    assert (settings.points, settings.keep) == ((2, 4), 16)
+    by_value = calibrate(model, SAMPLES, settings)
+    by_name = calibrate(model, SAMPLES, k_values=[2, 4])
+    np.testing.assert_array_equal(by_value.thresholds, by_name.thresholds)
+    with pytest.raises(TypeError, match="or their fields by name, got both"):
+        calibrate(model, SAMPLES, settings, rule="absolute")
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        calibrate(model, SAMPLES, k_value=[2])

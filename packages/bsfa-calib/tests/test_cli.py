@@ -1,11 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line as a user types it."""
+"""The command lines as a user types them."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from bsfa_calib import ThresholdTable
+from bsfa_calib import ThresholdTable, learned
 from bsfa_calib.capture import Progress
-from bsfa_calib.cli import main, parse_k_values
+from bsfa_calib.cli import main
+from bsfa_calib.cli.calibrate import METHODS
+from bsfa_calib.cli.common import k_values, table_path
 from bsfa_calib.progress import Interrupted, ProgressReporter
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -45,8 +49,9 @@ def test_calibrating_writes_a_table_and_says_what_to_expect(
     table = ThresholdTable.load(output)
     assert table.k_values == (2, 3, 4, 6)
     assert (table.model, table.samples, table.max_seqlen) == ("tiny-llama", 4, 1024)
-    assert "bsfa-calibrate run --model" in table.provenance["command"]
-    assert "prose: 0.txt from token 0" in table.provenance["data"]
+    assert table.provenance["command"].startswith("bsfa-calibrate calibrate --method topk --model")
+    assert "--geometry 128x64" in table.provenance["command"]
+    assert table.provenance["data"].startswith("prose/0.txt+@0; prose/0.txt+@1023; verse/")
     captured = capsys.readouterr()
     assert "k  sparsity  kept  held-out sparsity  held-out kept" in captured.out
     for text in ("On the calibration samples", "On held-out text"):
@@ -71,40 +76,91 @@ def test_the_papers_command_line_works(
     ]
     assert main(command) == 0
     assert ThresholdTable.load(output).samples == 4
-    assert "tables are safetensors files" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "tables are safetensors files" in captured.err
+    assert "4 samples of 1024 to 1024 tokens, 2 held out (t0: 2 + 1" in captured.err
 
 
 def test_a_target_sparsity_gives_scalars(
     model_directory: Path, text_directory: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ("--rule", "running_lse", "--target-sparsity", "0.3", "0.5")
+    more = ("--rule", "running_lse", "--target-sparsity", "0.3", "0.5", "--no-resume")
     assert calibrate(model_directory, text_directory, output, *more) == 0
     table = ThresholdTable.load(output)
     assert (table.axis, table.rule, table.rows) == ("target_sparsity", "running_lse", 1)
+    assert (table.geometry, len(table.provenance["expected_kl"].split(", "))) == ("128x64", 2)
     out = capsys.readouterr().out
-    assert "target_sparsity  threshold" in out
-    assert "On held-out text, the sparsity is within" in out
+    assert "target_sparsity  sparsity   KL, nats  change of NLL" in out
+    assert "measured on 2 samples of up to 1024 tokens that nothing was made from" in out
+    more = (*more, "--holdout_samples", "0")
+    assert calibrate(model_directory, text_directory, output, *more) == 0
+    assert "No text was held out" in capsys.readouterr().out
 
 
-def test_info_tells_what_a_table_holds(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [["info"], ["table", "info"]])
+def test_info_tells_what_a_table_holds(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     golden = str(Path(__file__).parent / "golden" / "v1.safetensors")
-    assert main(["info", golden]) == 0
+    assert main([*command, golden]) == 0
     out = capsys.readouterr().out
     for fact in ("example/tiny", "running_max", "128x64", "2 layers, 3 heads, 4 rows", "sha256:00"):
         assert fact in out
-    assert main(["info", golden, "--json"]) == 0
+    assert main([*command, golden, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["points"] == [16, 64]
+
+
+def test_info_does_to_a_terminal_nothing_that_a_table_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ThresholdTable(
+        np.zeros((1, 2, 4, 1)),
+        (8,),
+        model="\x1b[31mred\u202e",
+        provenance={"note": "x\nk  sparsity\n1  99.9 %", "dense_layers": "\x07"},
+    ).save(tmp_path / "t.safetensors")
+    assert main(["table", "info", str(tmp_path / "t.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert r"\x1b[31mred\u202e" in out
+    assert r"x\nk  sparsity\n1  99.9 %" in out
+
+
+def test_info_reads_the_papers_files_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"thresholds": torch.zeros(1, 2, 4, 6), "k_values": [8]}, tmp_path / "a.pt")
+    assert main(["table", "info", str(tmp_path / "a.pt")]) == 0
+    assert "2 layers, 4 heads, 6 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("llama-3.1-8b", "llama-3.1-8b.safetensors"),
+        ("llama-3.1", "llama-3.1.safetensors"),
+        ("t.safetensors", "t.safetensors"),
+        ("t.pt", "t.safetensors"),
+        ("plain", "plain.safetensors"),
+    ],
+)
+def test_a_table_keeps_the_name_that_it_was_given(
+    tmp_path: Path, name: str, written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert table_path(tmp_path / name) == tmp_path / written
+    assert ("so " in capsys.readouterr().err) == (name != written)
 
 
 @pytest.mark.parametrize("rows", [1, 9])
 def test_plot_draws_a_picture(tmp_path: Path, rows: int) -> None:
     generator = np.random.default_rng(0)
-    thresholds = generator.normal(size=(5, 3, 4, rows))
+    thresholds = generator.normal(size=(5, 3, 4, rows)).astype(np.float32)
     thresholds[..., 0] = -np.inf if rows > 1 else 0
     table = ThresholdTable(
         thresholds,
         tuple(range(4, 9)),
-        statistics={"sparsity": generator.random((5, 3, 4))},
+        statistics={"sparsity": generator.random((5, 3, 4), np.float32)},
     )
     table.save(tmp_path / "t.safetensors")
     for name, more in (("a.png", []), ("b.png", ["--points", "4", "8"])):
@@ -118,7 +174,7 @@ def test_plot_of_a_table_without_statistics_and_of_a_missing_point(
     ThresholdTable(np.zeros((1, 2, 2, 3)), (4,)).save(tmp_path / "t.safetensors")
     command = ["plot", str(tmp_path / "t.safetensors"), str(tmp_path / "a.png")]
     assert main(command) == 0
-    assert main([*command, "--points", "5"]) == 1
+    assert main([*command, "--points", "5"]) == 2
     assert "its points are k = 4" in capsys.readouterr().err
 
 
@@ -130,7 +186,10 @@ def test_plot_of_a_table_without_statistics_and_of_a_missing_point(
         (["--model", "{model}", "--data_file", "/none"], "/none: there is no such file"),
         (["--model", "{model}"], "either --data_file or --text"),
         (["--model", "{model}", "--text", "a", "--data_file", "b"], "either --data_file or --text"),
-        (["--model", "{model}", "--text", "{text}", "--max_seq_len", "9999"], "4096 positions"),
+        (
+            ["--model", "{model}", "--text", "{text}", "--max_seq_len", "9999"],
+            "exceed the model's 4096 positions",
+        ),
         (["--model", "{model}", "--text", "{text}", "--num_layers", "3"], "the model has 2"),
         (["--model", "{model}", "--text", "{text}", "--k_block_size", "128"], "got 128x128"),
         (["--model", "{model}", "--text", "{text}", "--aggregate", "mode"], "aggregate must be"),
@@ -142,6 +201,7 @@ def test_plot_of_a_table_without_statistics_and_of_a_missing_point(
             ["--model", "m", "--text", "t", "--k_values", "4", "--target_sparsity", "0.5"],
             "either --k_values or --target_sparsity",
         ),
+        (["--model", "m", "--method", "topk", "--text", "/none"], "/none: there is no such file"),
         (["info", "/none"], "there is no threshold file /none"),
         (["convert", "/none", "{out}"], "there is no file /none"),
     ],
@@ -155,7 +215,7 @@ def test_mistakes_are_told_without_a_traceback(
     message: str,
 ) -> None:
     names = {"model": model_directory, "text": text_directory, "out": tmp_path / "t.safetensors"}
-    assert main([argument.format(**names) for argument in arguments]) == 1
+    assert main([argument.format(**names) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("bsfa-calibrate: error: ")
     assert message in error
@@ -184,10 +244,10 @@ def test_wrong_usage_has_status_2(arguments: list[str]) -> None:
 
 
 def test_lists_of_k_are_read() -> None:
-    assert parse_k_values("4-6") == (4, 5, 6)
-    assert parse_k_values("16, 4,4 8-9") == (4, 8, 9, 16)
+    assert k_values("4-6") == (4, 5, 6)
+    assert k_values("16, 4,4 8-9") == (4, 8, 9, 16)
     with pytest.raises(ValueError, match="no k value"):
-        parse_k_values(",")
+        k_values(",")
 
 
 def test_a_first_interrupt_finishes_the_sample_and_a_second_does_not() -> None:
@@ -226,7 +286,7 @@ def test_ctrl_c_keeps_the_samples_and_the_same_command_goes_on(
     model_directory: Path, text_directory: Path, output: Path
 ) -> None:
     command = [
-        *(sys.executable, "-m", "bsfa_calib.cli", "--model", str(model_directory)),
+        *(sys.executable, "-m", "bsfa_calib.cli", "run", "--model", str(model_directory)),
         *("--text", str(text_directory), "--max_seq_len", "1024", "--num_examples", "3"),
         *("--k_values", "2-4", "--thresholds_save_path", str(output), "--device", "cpu"),
     ]
@@ -238,7 +298,7 @@ def test_ctrl_c_keeps_the_samples_and_the_same_command_goes_on(
                 break
         rest = process.stderr.read()
         status = process.wait(timeout=60)
-    kept = list(output.with_name(f"{output.name}.samples").iterdir())
+    kept = list(output.with_name(f"{output.name}.checkpoint").iterdir())
     assert kept
     if status == 0:  # it was faster than the signal
         pytest.fail("the calibration ended before the interrupt came")
@@ -250,3 +310,208 @@ def test_ctrl_c_keeps_the_samples_and_the_same_command_goes_on(
     assert f"sample {len(kept)}/8 done before" in done.stderr
     assert f"sample {len(kept) + 1}/8 done," in done.stderr
     assert ThresholdTable.load(output).samples == 6
+
+
+# ----------------------------------------------------------------------------- one calibrate
+
+
+QUICK = {
+    "learned": ("--steps", "3", "--further-steps", "2", "--target-sparsity", "0.4", "0.5"),
+    "scalar": ("--target-sparsity", "0.4", "0.5"),
+    "topk": ("--k", "2,4"),
+}
+
+
+def command(model: Path, text: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("calibrate", "--model", str(model), "--text", str(text), "--length", "1024"),
+        *("--samples", "2", "--holdout", "1", "--device", "cpu", "--out", str(output), *more),
+    ]
+
+
+def program() -> list[str]:
+    """The installed ``bsfa-calibrate``, or what pyproject.toml says that it runs."""
+    installed = Path(sys.executable).with_name("bsfa-calibrate")
+    if installed.exists():
+        return [str(installed)]
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    found = re.search(r'^bsfa-calibrate = "([\w.]+):(\w+)"$', project, re.MULTILINE)
+    assert found is not None
+    module, function = found.groups()
+    return [sys.executable, "-c", f"import sys, {module} as m; sys.exit(m.{function}())"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_installed_program_calibrates_by_every_method(
+    model_directory: Path, text_directory: Path, output: Path, method: str
+) -> None:
+    arguments = command(model_directory, text_directory, output, "--method", method, *QUICK[method])
+    done = subprocess.run([*program(), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table = ThresholdTable.load(output)
+    assert table.points == ((2, 4) if method == "topk" else (0.4, 0.5))
+    assert (table.model, table.samples, table.max_seqlen) == ("tiny-llama", 2, 1024)
+    assert (table.rule, table.geometry) == (
+        ("absolute", "128x64") if method == "topk" else ("running_lse", "64x64")
+    )
+    assert table.provenance["data"].startswith("prose/")
+    assert "; verse/" in table.provenance["data"]
+    assert f"--method {method}" in table.provenance["command"]
+    assert ("expected_kl" in table.provenance) == (method != "topk")
+    assert "2 samples of 1024 to 1024 tokens, 1 held out" in done.stderr
+    assert f"wrote {output}" in done.stdout
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_every_method_reads_the_same_tokens(
+    model_directory: Path, text_directory: Path, tmp_path: Path
+) -> None:
+    named = []
+    for method in METHODS:
+        out = tmp_path / f"{method}.safetensors"
+        more = ("--method", method, *QUICK[method])
+        assert main(command(model_directory, text_directory, out, *more)) == 0
+        named.append(ThresholdTable.load(out).provenance["data"])
+    assert len(set(named)) == 1
+
+
+def test_a_table_may_be_learned_on_from_and_what_was_learned_is_kept(
+    model_directory: Path, text_directory: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(model_directory, text_directory, output, *QUICK["learned"])) == 0
+    again, kept = output.with_name("again.safetensors"), output.with_name("kept")
+    more = ("--start", str(output), "--max-loss", "0.5", "--steps", "2", "--further-steps", "1")
+    arguments = command(model_directory, text_directory, again, *more)
+    arguments += ["--checkpoint", str(kept), "--keep-checkpoint"]
+    assert main(arguments) == 0
+    assert ThresholdTable.load(again).points == (0.5,)
+    assert [path.name for path in kept.iterdir()] == ["learned.npz"]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "was learned before" in capsys.readouterr().err
+    assert main([*arguments, "--no-resume"]) == 0
+    assert "was learned before" not in capsys.readouterr().err
+
+
+def test_a_table_is_shifted_until_a_bound_on_the_loss_is_kept(
+    model_directory: Path, text_directory: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = output.with_name("start.safetensors")
+    values = np.full((1, 2, 4, 1), 2.0)
+    ThresholdTable(values, (0.5,), axis="target_sparsity", rule="running_lse").save(start)
+    arguments = command(model_directory, text_directory, output, "--shift-only")
+    arguments.remove("--holdout")
+    arguments.remove("1")
+    assert main([*arguments, "--start", str(start), "--max-loss", "0.05"]) == 0
+    table = ThresholdTable.load(output)
+    assert (table.points, table.axis, table.geometry) == ((0.05,), "max_loss", "128x64")
+    assert float(table.provenance["expected_kl"]) <= 0.05
+    assert "shift +0.000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_json_samples_are_read_by_every_method(
+    model_directory: Path, output: Path, tmp_path: Path, method: str
+) -> None:
+    data = tmp_path / "data.jsonl"
+    entries = [{"input_text": f"{i} word " * 300, "task_name": f"t{i % 2}"} for i in range(4)]
+    data.write_text("\n".join(map(json.dumps, entries)))
+    more = ("--method", method, *QUICK[method])
+    assert main(command(model_directory, data, output, *more)) == 0
+    table = ThresholdTable.load(output)
+    assert table.samples == 2
+    assert table.provenance["data"].startswith("t0/")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length", "1000"], "must be a multiple of 64, got 1000"),
+        (["--geometry", "32x64"], "--geometry must be 128x64 or 64x64 (queries x keys), got 32x64"),
+        (["--geometry", "64"], "a geometry is written as queries x keys"),
+        (["--holdout", "0"], "--holdout must be at least 1 for --method learned, got 0"),
+        (["--start", "missing.safetensors"], "missing.safetensors"),
+        (["--text-part", "1:0"], "A:B with 0 <= A < B <= 1"),
+        (["--k", "4"], "--k is not for --method learned"),
+        (["--aggregate", "mean"], "--aggregate is not for --method learned"),
+        (["--method", "topk", "--target-sparsity", "0.5"], "--target-sparsity is not for --method"),
+        (["--method", "topk", "--backend", "reference"], "--backend is not for --method topk"),
+        (["--method", "topk", "--aggregate", "mode"], "aggregate must be one of pooled"),
+        (["--method", "scalar", "--max-loss", "0.1"], "--max-loss is not for --method scalar"),
+        (["--method", "scalar", "--steps", "9"], "--steps is not for --method scalar"),
+        (["--method", "scalar", "--seed", "0"], "--seed is not for --method scalar"),
+        (["--method", "scalar", "--shift-only"], "--shift-only is not for --method scalar"),
+        (["--shift-only", "--start", "x"], "--shift-only needs --start and one --max-loss"),
+        (["--shift-only", "--rule", "absolute"], "--rule is not for --shift-only"),
+        (["--shift-only", "--no-resume"], "--resume is not for --shift-only"),
+    ],
+)
+def test_calibrate_says_what_is_wrong_before_it_loads_a_model(
+    text_directory: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = str(text_directory)
+    assert main(["calibrate", "--model", "none", "--text", text, *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("bsfa-calibrate: error: ")
+    assert message in printed
+    assert "loading" not in printed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_text_that_cannot_be_read_is_told_before_a_model_is_loaded(
+    tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\n\xff")
+    arguments = ["calibrate", "--model", "none", "--text", str(tmp_path), "--method", method]
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert "a.txt:2 (byte 5): not UTF-8 text" in printed
+    assert "loading" not in printed
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("learned", "nothing to gain: of prompts of 128 tokens"),
+        ("scalar", "nothing to gain: of prompts of 128 tokens"),
+        ("topk", "no query block has more than"),
+    ],
+)
+def test_samples_that_are_too_short_are_told(
+    model_directory: Path,
+    text_directory: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    message: str,
+) -> None:
+    arguments = command(model_directory, text_directory, output, "--method", method)
+    arguments[arguments.index("1024")] = "128"
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_while_learning_says_what_is_kept(
+    model_directory: Path,
+    text_directory: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learned, "calibrate", interrupt)
+    arguments = command(model_directory, text_directory, output, *QUICK["learned"])
+    assert main(arguments) == 130
+    printed = capsys.readouterr().err
+    assert f"what was learned is kept in {output}.checkpoint" in printed
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert "target 0.6 was learned before" in capsys.readouterr().err
+
+
+def test_a_traceback_is_shown_to_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BSFA_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError, match="there is no threshold file"):
+        main(["table", "info", "none.safetensors"])

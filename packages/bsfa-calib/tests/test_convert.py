@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_a_file_that_states_no_geometry_has_that_of_the_paper(tmp_path: Path) ->
     ("changes", "message"),
     [
         ({"thresholds": ...}, "it has no 'thresholds', only 'k_values'"),
-        ({"thresholds": [1.0]}, "must be a tensor of floating-point numbers"),
+        ({"thresholds": [1.0]}, "must be a dense tensor .*, got list"),
         ({"thresholds": torch.zeros(3, 2, 4, 6, dtype=torch.int32)}, "floating-point numbers"),
         ({"thresholds": torch.zeros(3, 2, 4)}, r"\[k_values, layers, heads, q_blocks\]"),
         ({"thresholds": torch.zeros(3, 2, 4, 6).to_sparse()}, "must be a dense tensor"),
@@ -70,7 +71,12 @@ def test_a_file_that_states_no_geometry_has_that_of_the_paper(tmp_path: Path) ->
         ({"k_values": [1, 2, "3"]}, "must be a list of integers"),
         ({"k_values": {1: 2}}, "must be a list of integers"),
         ({"num_heads": 8}, "'num_heads' is 8, but"),
-        ({"q_block_size": "128"}, "q_block must be an integer"),
+        ({"q_block_size": "128"}, "'q_block_size' must be an integer from 1"),
+        ({"q_block_size": None}, "'q_block_size' must be an integer from 1 to 1048576, got None"),
+        ({"num_layers": torch.ones(2)}, "'num_layers' must be an integer"),
+        ({"thresholds": torch.zeros(3, 2, 4, 6, device="meta")}, "must be a dense tensor"),
+        ({"thresholds": torch.zeros(1).expand(3, 1000, 1000, 10**6)}, "it stores 4 bytes only"),
+        ({"k_values": torch.ones(1, dtype=torch.int64).expand(10**12)}, "it stores 8 bytes only"),
     ],
 )
 def test_a_paper_file_with_another_layout_is_refused(
@@ -78,6 +84,26 @@ def test_a_paper_file_with_another_layout_is_refused(
 ) -> None:
     with pytest.raises(ThresholdFileError, match=message):
         load_pt(paper_file(tmp_path / "a.pt", **changes))
+
+
+def test_a_message_is_short_whatever_the_file_holds(tmp_path: Path) -> None:
+    for changes in ({"q_block_size": "x" * 10**5}, {"thresholds": ..., "y" * 10**5: 1}):
+        with pytest.raises(ThresholdFileError) as caught:
+            load_pt(paper_file(tmp_path / "a.pt", **changes))
+        assert len(str(caught.value)) < 400
+
+
+def test_a_file_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> None:
+    path = paper_file(
+        tmp_path / "a.pt", thresholds=torch.zeros(3, 100, 100, 10), num_layers=100, num_heads=100
+    )
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    with pytest.raises(ThresholdFileError, match=r"it unpacks to \d+ bytes, more than it has"):
+        load_pt(packed)
+    assert load_pt(path).layers == 100
 
 
 class Payload:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -12,38 +14,36 @@ from hypothesis import strategies as st
 
 import bsfa_kernel
 from bsfa_calib import estimate
-from bsfa_calib.capture import Recorder, histogram, top_maxima
+from bsfa_calib.recording import Recorder, histogram, top_maxima
+from bsfa_kernel import Geometry
+from bsfa_kernel.geometry import count_visible
 
-GEOMETRIES = [(128, 64), (64, 64)]
+PAPERS = Geometry(128, 64)
+GEOMETRIES = [PAPERS, Geometry(64, 64)]
 
 
 def sorted_maxima(
-    lengths: list[int], *, q_block: int = 128, k_block: int = 64, heads: int = 3, seed: int = 0
+    lengths: list[int], geometry: Geometry = PAPERS, *, heads: int = 3, seed: int = 0
 ) -> list[np.ndarray]:
     """Random maxima of samples, as `top_maxima` gives them: descending, padded with −inf."""
     generator = np.random.default_rng(seed)
     samples = []
     for length in lengths:
-        unforced = estimate.unforced_blocks(length, q_block=q_block, k_block=k_block)
-        width = -(-length // k_block)
+        unforced = estimate.unforced_blocks(length, geometry)
+        width = -(-length // geometry.k_block)
         values = generator.normal(size=(heads, len(unforced), width)).astype(np.float32)
         values[:, np.arange(width) >= unforced[:, None]] = -np.inf
         samples.append(-np.sort(-values, axis=-1))
     return samples
 
 
-@pytest.mark.parametrize(("q_block", "k_block"), GEOMETRIES)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("seqlen", [1, 63, 64, 65, 127, 128, 129, 300, 512, 1000])
-def test_block_counts_are_those_of_the_reference(seqlen: int, q_block: int, k_block: int) -> None:
-    geometry = bsfa_kernel.Geometry(q_block, k_block)
+def test_block_counts_are_those_of_the_reference(seqlen: int, geometry: Geometry) -> None:
     visible = bsfa_kernel.reference.visible_blocks(seqlen, seqlen, geometry=geometry)
     forced = bsfa_kernel.reference.forced_blocks(seqlen, seqlen, geometry=geometry)
-    counts = {"q_block": q_block, "k_block": k_block}
     np.testing.assert_array_equal(
-        estimate.visible_blocks(seqlen, **counts), visible.sum(-1).numpy()
-    )
-    np.testing.assert_array_equal(
-        estimate.unforced_blocks(seqlen, **counts), (visible & ~forced).sum(-1).numpy()
+        estimate.unforced_blocks(seqlen, geometry), (visible & ~forced).sum(-1).numpy()
     )
 
 
@@ -53,9 +53,7 @@ def test_one_sample_gives_the_midpoint_of_the_kth_and_the_next_maximum() -> None
     top[0, 1, :2] = [3, 1]
     top[0, 2, :4] = [8, 6, 5, -2]
     for aggregate in ("pooled", "mean", "median", "quantile:0.3"):
-        result = estimate.estimate_thresholds(
-            [top], [1, 2, 3, 4], q_block=128, k_block=64, aggregate=aggregate
-        )
+        result = estimate.estimate_thresholds([top], [1, 2, 3, 4], PAPERS, aggregate=aggregate)
         expected = [
             [-np.inf, 2, 7],
             [-np.inf, -np.inf, 5.5],
@@ -75,13 +73,11 @@ def test_one_sample_gives_the_midpoint_of_the_kth_and_the_next_maximum() -> None
     ],
 )
 def test_samples_are_combined_as_a_loop_over_the_definition_does(
-    aggregate: str, combine: object
+    aggregate: str, combine: Callable[[list[float]], float]
 ) -> None:
     samples = sorted_maxima([900, 512, 700])
-    result = estimate.estimate_thresholds(
-        samples, [1, 3, 7], q_block=128, k_block=64, aggregate=aggregate
-    )
-    unforced = estimate.unforced_blocks(900, q_block=128, k_block=64)
+    result = estimate.estimate_thresholds(samples, [1, 3, 7], PAPERS, aggregate=aggregate)
+    unforced = estimate.unforced_blocks(900, PAPERS)
     for point, k in enumerate([1, 3, 7]):
         for head in range(3):
             for row in range(8):
@@ -100,17 +96,16 @@ def test_samples_are_combined_as_a_loop_over_the_definition_does(
     seed=st.integers(0, 99),
 )
 def test_pooled_thresholds_keep_k_blocks_on_average(
-    lengths: list[int], geometry: tuple[int, int], seed: int
+    lengths: list[int], geometry: Geometry, seed: int
 ) -> None:
-    q_block, k_block = geometry
-    samples = sorted_maxima(lengths, q_block=q_block, k_block=k_block, seed=seed)
+    samples = sorted_maxima(lengths, geometry, seed=seed)
     ks = [1, 2, 5, 9]
-    result = estimate.estimate_thresholds(samples, ks, q_block=q_block, k_block=k_block)
+    result = estimate.estimate_thresholds(samples, ks, geometry)
     assert result.inexact == 0
     count = estimate.KeptCount(ks)
     for length, sample in zip(lengths, samples, strict=True):
-        count.add(sample, result.thresholds, seqlen=length, q_block=q_block, k_block=k_block)
-    most = estimate.unforced_blocks(max(lengths), q_block=q_block, k_block=k_block)[-1]
+        count.add(sample, result.thresholds, length, geometry)
+    most = estimate.unforced_blocks(max(lengths), geometry)[-1]
     for point, k in enumerate(ks):
         expected = k if most > k else np.nan
         np.testing.assert_allclose(count.mean_kept()[point], expected, rtol=1e-6)
@@ -123,21 +118,19 @@ def test_kept_counts_and_sparsity_are_those_of_the_attention() -> None:
     maxima = bsfa_kernel.block_maxima(q, k)[0]
     recorder = Recorder("absolute", 128, 64, lambda layer, values: None)
     top = top_maxima(maxima, recorder, seqlen, 100).numpy()
-    result = estimate.estimate_thresholds([top], [2, 5], q_block=128, k_block=64)
+    result = estimate.estimate_thresholds([top], [2, 5], PAPERS)
     count = estimate.KeptCount([2, 5])
-    count.add(top, result.thresholds, seqlen=seqlen, q_block=128, k_block=64)
-    visible = estimate.visible_blocks(seqlen, q_block=128, k_block=64)
+    count.add(top, result.thresholds, seqlen, PAPERS)
+    visible = count_visible(seqlen, seqlen, PAPERS)
     for point in range(2):
         thresholds = torch.from_numpy(result.thresholds[point].copy())
         kept = bsfa_kernel.reference.attention(q, k, k, thresholds).kept[0].numpy()
-        share = 1 - kept.sum(-1) / visible.sum()
+        share = 1 - kept.sum(-1) / visible
         np.testing.assert_allclose(count.sparsity()[point], share, rtol=1e-6)
 
 
 def test_thresholds_fall_as_k_rises() -> None:
-    result = estimate.estimate_thresholds(
-        sorted_maxima([2000, 1500]), list(range(1, 30)), q_block=128, k_block=64
-    )
+    result = estimate.estimate_thresholds(sorted_maxima([2000, 1500]), list(range(1, 30)), PAPERS)
     assert (result.thresholds[1:] <= result.thresholds[:-1]).all()
 
 
@@ -146,16 +139,16 @@ def test_a_tie_keeps_its_blocks_and_a_hair_of_a_gap_is_respected() -> None:
     top = np.full((1, 3, 6), -np.inf, np.float32)
     top[0, 1, :2] = [1, 1]
     top[0, 2, :4] = [above, 1, 1, 1]
-    result = estimate.estimate_thresholds([top], [1], q_block=128, k_block=64)
+    result = estimate.estimate_thresholds([top], [1], PAPERS)
     assert estimate.kept_blocks(top, result.thresholds)[..., 0].tolist() == [[0, 2, 1]]
 
 
 def test_pooling_cut_samples_is_exact_or_says_that_it_is_not() -> None:
     samples = sorted_maxima([2000] * 6)
-    full = estimate.estimate_thresholds(samples, [4, 6], q_block=128, k_block=64)
+    full = estimate.estimate_thresholds(samples, [4, 6], PAPERS)
     for keep in (8, 12, 20):
         cut = estimate.estimate_thresholds(
-            [sample[..., :keep] for sample in samples], [4, 6], q_block=128, k_block=64
+            [sample[..., :keep] for sample in samples], [4, 6], PAPERS
         )
         wrong = np.count_nonzero(cut.thresholds != full.thresholds)
         assert wrong <= cut.inexact
@@ -165,12 +158,11 @@ def test_pooling_cut_samples_is_exact_or_says_that_it_is_not() -> None:
 
 def test_leading_dimensions_are_free() -> None:
     samples = sorted_maxima([700, 900], heads=6)
-    flat = estimate.estimate_thresholds(samples, [2, 3], q_block=128, k_block=64)
+    flat = estimate.estimate_thresholds(samples, [2, 3], PAPERS)
     shaped = estimate.estimate_thresholds(
         [sample.reshape(2, 3, *sample.shape[1:]) for sample in samples],
         [2, 3],
-        q_block=128,
-        k_block=64,
+        PAPERS,
     )
     np.testing.assert_array_equal(
         shaped.thresholds, flat.thresholds.reshape(2, 2, 3, *flat.thresholds.shape[2:])
@@ -180,9 +172,9 @@ def test_leading_dimensions_are_free() -> None:
 def test_too_few_maxima_no_samples_and_unknown_aggregates_are_refused() -> None:
     samples = sorted_maxima([900])
     with pytest.raises(ValueError, match="k=5 needs 6 maxima a query block, got 4"):
-        estimate.estimate_thresholds([s[..., :4] for s in samples], [5], q_block=128, k_block=64)
+        estimate.estimate_thresholds([s[..., :4] for s in samples], [5], PAPERS)
     with pytest.raises(ValueError, match="at least one sample"):
-        estimate.estimate_thresholds([], [5], q_block=128, k_block=64)
+        estimate.estimate_thresholds([], [5], PAPERS)
     for aggregate in ("mode", "quantile", "quantile:2", "quantile:-1", "quantile:x"):
         with pytest.raises(ValueError, match="aggregate must be one of"):
             estimate.parse_aggregate(aggregate)
@@ -195,10 +187,10 @@ def test_the_histogram_gives_the_scalar_at_which_a_share_is_skipped() -> None:
     maxima = torch.randn(4, *blocks, generator=generator) * 6 - 3
     recorder = Recorder("running_max", 128, 64, lambda layer, values: None)
     counts = histogram(maxima, recorder, seqlen).numpy()
-    visible = int(estimate.visible_blocks(seqlen, q_block=128, k_block=64).sum())
+    visible = count_visible(seqlen, seqlen, PAPERS)
     targets = [0.0, 0.25, 0.5, 0.8]
     scalars = estimate.scalar_thresholds(counts, visible * 4, targets)
-    unforced = estimate.unforced_blocks(seqlen, q_block=128, k_block=64)
+    unforced = estimate.unforced_blocks(seqlen, PAPERS)
     chosen = maxima.numpy()[:, np.arange(blocks[1]) < unforced[:, None]]
     for target, scalar in zip(targets, scalars, strict=True):
         assert (chosen < scalar).sum() / (visible * 4) == pytest.approx(target, abs=2e-3)
@@ -236,7 +228,7 @@ def test_a_scalar_of_at_most_zero_gives_the_sparsity_that_was_asked_for(
     k[..., 0] = torch.linspace(0, 25, seqlen)[:, None]  # near keys matter more, as in real text
     recorder = Recorder(rule, 128, 64, lambda layer, values: None)
     counts = histogram(bsfa_kernel.block_maxima(q, k, rule=rule)[0], recorder, seqlen).numpy()
-    visible = heads * int(estimate.visible_blocks(seqlen, q_block=128, k_block=64).sum())
+    visible = heads * count_visible(seqlen, seqlen, PAPERS)
     targets = [0.2, 0.5, 0.7]
     for target, scalar in zip(
         targets, estimate.scalar_thresholds(counts, visible, targets), strict=True

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bsfa_calib.capture import calibrate
+from bsfa_kernel import Geometry
 from tiny_calib import random_tokens, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -34,7 +35,7 @@ def test_the_kernel_gives_the_references_thresholds(
     models: tuple[Any, Any], rule: str, block: tuple[int, int]
 ) -> None:
     samples = [random_tokens(1024, 0), random_tokens(900, 1)]
-    options: dict[str, Any] = {"rule": rule, "q_block": block[0], "k_block": block[1]}
+    options: dict[str, Any] = {"rule": rule, "geometry": Geometry(*block)}
     expected, table = (calibrate(m, samples, k_values=[2, 4, 6], **options) for m in models)
     np.testing.assert_allclose(table.statistics["kept"], expected.statistics["kept"], rtol=0.01)
     finite = np.isfinite(expected.thresholds)

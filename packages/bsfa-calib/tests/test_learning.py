@@ -1,36 +1,32 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""Attention with gradients, thresholds learned by them, and ``bsfa calibrate``."""
+"""Attention with gradients, and thresholds learned by them."""
 
 from __future__ import annotations
 
 import copy
 import io
 import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from bsfa_calib import gated
 from bsfa_calib import learned as calibration
+from bsfa_calib.expected import Measure
 from bsfa_calib.gated import gated_attention
-from bsfa_calib.hook import applied
+from bsfa_calib.hook import BlockSparse, applied
 from bsfa_calib.language_model import LanguageModel
-from bsfa_calib.learned import Expected, ThresholdPath, calibrate, learn_path
+from bsfa_calib.learned import ThresholdPath, calibrate, learn_path
 from bsfa_calib.learning import Learned, Settings, knot_weights, learn
-from bsfa_calib.thresholds import ThresholdTable
 from bsfa_calib.tuning import TuningError, find_scalar
-from bsfa_hf.evaluation import cli
 from bsfa_kernel import RULES, Geometry, reference
-from study.emulation import EmulatedSparse
-from tiny import small_llama
+from tiny_calib import small_llama, tiny_model
 
 LENGTH = 1024
 GEOMETRY = Geometry(128, 64)
@@ -164,7 +160,7 @@ def divergence(model: LlamaForCausalLM, thresholds: np.ndarray, ids: list[int]) 
     with applied(model, None):
         dense = language_model.predict(ids)
     values = torch.tensor(thresholds, dtype=torch.float32)
-    with applied(model, EmulatedSparse(values, "running_lse", GEOMETRY)):
+    with applied(model, BlockSparse(values, "running_lse", GEOMETRY)):
         found = language_model.predict(ids)
     bands = language_model.compare(found, dense, ids)
     return sum(band.kl * band.positions for band in bands) / (len(ids) - 1)
@@ -392,101 +388,36 @@ def test_a_prompt_too_short_is_told_so(model: LlamaForCausalLM, samples: list[li
     assert calibration.reachable(256, GEOMETRY) == ()
 
 
-@pytest.mark.parametrize(
-    ("expected", "message"),
-    [
-        (Expected(0.5, 0.2, 0.1), "Nothing to gain: even 50%"),
-        (Expected(0.2, 0.02, 0.01), "Little to gain: within a KL divergence of 0.03 nats 20%"),
-        (Expected(0.75, 0.02, 0.01), r"Up to 75% .* 1.60x"),
-    ],
-)
-def test_the_verdict_says_what_is_gained(expected: Expected, message: str) -> None:
-    (sentence,) = calibration.verdict([expected])
-    assert re.search(message, sentence)
-
-
-# --------------------------------------------------------------------------------- command line
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, model: LlamaForCausalLM) -> Path:
-    """A folder with a model, and a text of two kinds."""
-    directory = tmp_path_factory.mktemp("saved")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    model.save_pretrained(directory / "model")
-    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(directory / "model")
-    rng = np.random.default_rng(0)
-    words = ["sun", "river", "stone", "walks", "under", "old", "the", "green", "slowly", "house"]
-    for kind in ("novels", "code"):
-        (directory / "text" / kind).mkdir(parents=True)
-        sentences = (" ".join(rng.choice(words, 8)) + ". " for _ in range(300))
-        (directory / "text" / kind / "0.txt").write_text("".join(sentences))
-    return directory
-
-
-def test_a_model_and_a_text_give_a_table_and_what_to_expect_of_it(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "table.safetensors"
-    status = cli.main(
-        [
-            *("calibrate", "--model", str(saved / "model"), "--text", str(saved / "text")),
-            *("--length", "1024", "--samples", "2", "--holdout", "1", "--steps", "3"),
-            *("--further-steps", "2", "--device", "cpu", "--out", str(out)),
-        ]
+def test_layers_that_run_dense_have_no_share_in_what_is_learned() -> None:
+    model = tiny_model(
+        "gemma3_text",
+        sliding_window=256,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention"],
     )
-    assert status == 0
-    table = ThresholdTable.load(out)
-    assert (table.axis, table.rule, table.rows) == ("target_sparsity", "running_lse", 1)
-    assert (table.q_block, table.k_block) == (64, 64)
-    assert table.points == (0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
-    assert (table.model, table.samples, table.max_seqlen) == ("model", 2, 1024)
-    assert len(table.provenance["expected_kl"].split(", ")) == 6
-    assert out.stat().st_size < 10_000
-    assert not list(tmp_path.glob("*.npz"))
-    printed = capsys.readouterr().out
-    assert "measured on 1 samples of 1024 tokens not learned from" in printed
-    assert "wrote" in printed
-
-    again = tmp_path / "again.safetensors"
-    status = cli.main(
-        [
-            *("calibrate", "--model", str(saved / "model"), "--text", str(saved / "text")),
-            *("--length", "1024", "--samples", "2", "--holdout", "1", "--steps", "2"),
-            *("--start", str(out), "--max-loss", "0.5", "--device", "cpu", "--out", str(again)),
-            *("--learned", str(tmp_path / "kept.npz"), "--further-steps", "1"),
-        ]
+    samples = np.random.default_rng(1).integers(3, 256, (2, LENGTH)).tolist()
+    settings = Settings(steps=30, further_steps=1)
+    (learned,) = learn(
+        model,
+        samples[:1],
+        [0.4],
+        rule="running_lse",
+        geometry=GEOMETRY,
+        settings=settings,
+        start=np.full((2, 4), -1.0),
     )
-    assert status == 0
-    assert ThresholdTable.load(again).points == (0.5,)
-    assert (tmp_path / "kept.npz").exists()
-
-
-def test_an_unknown_dtype_is_refused_before_anything_is_learned(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["calibrate", "--model", "none", "--text", "none", "--dtype", "int9"])
-    assert "invalid choice: 'int9'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--length", "1000"], "must be a multiple of 64, got 1000"),
-        (["--geometry", "32x64"], "--geometry must be 128x64 or 64x64, got 32x64"),
-        (["--length", "128"], "nothing to gain"),
-        (["--holdout", "0"], "at least 1, got 0"),
-        (["--start", "missing.safetensors"], "missing.safetensors"),
-    ],
-)
-def test_calibrate_says_what_is_wrong_before_it_loads_a_model(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["calibrate", "--model", "none", "--text", "none", *arguments]) == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert "loading" not in printed
+    # Of both layers, twice as much of the second would have to be skipped.
+    assert learned.sparsity == pytest.approx(0.4, abs=0.15)
+    measure = Measure(model, samples[:1], rule="running_lse", geometry=GEOMETRY)
+    assert measure(learned.thresholds).sparsity == pytest.approx(0.4, abs=0.15)
+    found = calibrate(
+        model,
+        ThresholdPath([learned]),
+        samples[1:],
+        target_sparsities=(0.4,),
+        geometry=GEOMETRY,
+    )
+    assert found.expected[0].sparsity == pytest.approx(0.4, abs=0.05)
+    assert np.isneginf(found.table.thresholds[:, 0]).all()
+    assert np.isfinite(found.table.thresholds[:, 1]).all()
+    assert found.table.provenance["dense_layers"] == "layers 0: sliding-window layer"

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ import torch
 
 from bsfa_calib import ThresholdTable
 from bsfa_calib.capture import calibrate
-from bsfa_calib.data import split_texts, text_tasks
 from bsfa_calib.models import identity, load
 from bsfa_calib.report import model_means
+from bsfa_calib.text import split_by_kind
 
 pytestmark = pytest.mark.model
 
@@ -23,20 +24,18 @@ def test_blocks_kept_are_k_on_the_samples_and_near_it_on_held_out_text(
     real_model: Path, real_text: Path, tmp_path: Path
 ) -> None:
     model, tokenizer = load(real_model, dtype="float32", device="cpu")
-    tasks = {"novels": text_tasks([real_text / "novels"])["novels"]}
-    split = split_texts(tasks, tokenizer, max_seq_len=1024, examples=4, held_out=2)
-    tokens = torch.tensor([split.held_out[0].tokens[:256]])
+    split = split_by_kind(real_text / "novels", tokenizer, length=1024, each=4, held_out=2)
+    tokens = torch.tensor([split.held_out[0].ids[:256]])
     with torch.inference_mode():
         before = model(input_ids=tokens).logits
     name, revision = identity(real_model, model)
     table = calibrate(
         model,
-        [sample.tokens for sample in split.calibration],
-        held_out=[sample.tokens for sample in split.held_out],
+        [sample.ids for sample in split.calibration],
+        held_out=[sample.ids for sample in split.held_out],
         k_values=[4, 6, 8],
-        model_name=name,
-        revision=revision,
     )
+    table = dataclasses.replace(table, model=name, revision=revision)
     with torch.inference_mode():
         assert torch.equal(before, model(input_ids=tokens).logits)
 

@@ -8,8 +8,6 @@ import contextlib
 import json
 import os
 import struct
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -365,19 +363,6 @@ def test_an_interrupted_save_leaves_the_old_file(
         ThresholdTable(np.zeros((1, 1, 1, 1)), (4,)).save(good)
     assert_same(ThresholdTable.load(good), golden_table())
     assert [path.name for path in good.parent.iterdir()] == [good.name]
-
-
-def test_the_base_package_needs_no_torch() -> None:
-    program = (
-        "import sys; import bsfa_calib, bsfa_calib.estimate, bsfa_calib.data, bsfa_calib.report,"
-        "bsfa_calib.cli, bsfa_calib.store, bsfa_calib.plot, bsfa_calib.convert, bsfa_calib.models;"
-        "heavy = ('torch', 'transformers', 'matplotlib', 'bsfa_kernel');"
-        "print([name for name in heavy if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:

@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 LAYERS, HEADS = 2, 4
 
 
-def tiny_model(kind: str = "llama", **extra: Any) -> Any:
+def tiny_model(kind: str = "llama", *, implementation: str = "sdpa", **extra: Any) -> Any:
     """A model of two layers whose scores are spread wide enough for blocks to differ."""
     options = {
         "vocab_size": 300,
@@ -31,12 +37,29 @@ def tiny_model(kind: str = "llama", **extra: Any) -> Any:
     }
     config = AutoConfig.for_model(kind, **options)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "q_proj.weight" in name or "k_proj.weight" in name:
                 parameter.mul_(12)
     return model
+
+
+def small_llama() -> LlamaForCausalLM:
+    """A Llama that reads bytes, and whose attention has something to choose between."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        attn_implementation="sdpa",
+        initializer_range=0.15,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def tiny_tokenizer() -> Any:

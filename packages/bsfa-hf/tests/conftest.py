@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from bsfa_calib.point import AXES
 from tiny import tiny_model
 
 
@@ -19,7 +21,8 @@ def _two_threads() -> None:
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
-        if name.startswith("CUSTOM_") or name in ("BSFA_THRESHOLDS", "BSFA_K"):
+        points = ("BSFA_THRESHOLDS", "BSFA_POINT", *(f"BSFA_{axis.upper()}" for axis in AXES))
+        if name.startswith("CUSTOM_") or name in points:
             monkeypatch.delenv(name)
     with torch.no_grad():
         yield
@@ -29,3 +32,22 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def model() -> torch.nn.Module:
     """A tiny Llama with grouped queries, on SDPA."""
     return tiny_model("llama")
+
+
+_OUTCOMES = pytest.StashKey[dict[str, str]]()
+
+
+@pytest.fixture
+def outcomes(request: pytest.FixtureRequest) -> dict[str, str]:
+    """How each type of model ran, for the summary."""
+    return request.config.stash.setdefault(_OUTCOMES, {})
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    found = config.stash.get(_OUTCOMES, {})
+    if found:
+        counts = Counter(found.values())
+        words = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
+        terminalreporter.write_line(f"types of models: {words}")

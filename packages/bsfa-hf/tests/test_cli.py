@@ -7,16 +7,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import re
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bsfa_calib import ThresholdTable
+from bsfa_calib import Point, ThresholdTable
 from bsfa_hf import __version__
-from bsfa_hf.cli import main
+from bsfa_hf.cli import main, make_parser
 from bsfa_hf.cli.common import Loaded, find_table
 from bsfa_hf.cli.demo import make_questions
 from tiny import table, tiny_model
@@ -66,11 +70,14 @@ def test_demo_prints_its_table(
     for expected in (
         "tokens, k=8, rule absolute, blocks of 128x64",
         "questions answered",
+        "Left out: ",
+        "answers that dense attention gives are kept, and perplexity changes by",
+        "Time: on a CPU it is that of a reference",
         "perplexity (tokens",
         "KL divergence from dense",
         "key blocks kept, by layer:",
         "seconds to read one prompt",
-        "magic number for",
+        "asked for",
     ):
         assert expected in out
     assert "bsfa: loading" in err
@@ -88,10 +95,28 @@ def test_demo_calibrates_where_there_is_no_table(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["demo", "--model", str(directory), "--text", str(text), "--tokens", "700"]
-    assert main([*arguments, "--questions", "1", "--k", "4"]) == 0
+    assert main([*arguments, "--questions", "1", "--target-sparsity", "0.5"]) == 0
     out, err = capsys.readouterr()
     assert "calibrated on 2 of 2 samples" in err
-    assert "k=4" in out
+    assert "target_sparsity=0.5, rule running_lse, blocks of 64x64" in out
+
+
+def test_the_installed_command_mounts_every_subcommand() -> None:
+    # None where the tests run on a source tree that is not installed.
+    for command in metadata.entry_points(group="console_scripts", name="bsfa"):
+        assert command.load() is main
+    help_text = make_parser().format_help()
+    for name in ("demo", "generate", "calibrate", "table", "evaluate", "plot", "info"):
+        assert re.search(rf"^    {name}\b", help_text, re.M), name
+
+
+def test_table_info_says_what_a_table_holds(
+    thresholds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["table", "info", str(thresholds)]) == 0
+    out = capsys.readouterr().out
+    assert "someone/Tiny-Model" in out
+    assert out.endswith("k\n4\n8\n")
 
 
 def test_demo_finds_the_shipped_table(
@@ -120,9 +145,10 @@ def test_needles_lie_at_even_depths_and_are_asked_for() -> None:
     questions = make_questions("A short sentence. " * 200, Bytes(), 2000, 4, 0)
     said = [bytes(question.ids).decode() for question in questions]
     assert len({text.rsplit("\n\n", 1)[0] for text in said}) == 1
+    assert len({text.rsplit("\n\n", 1)[1].split()[1] for text in said}) == 4
     for question, text in zip(questions, said, strict=True):
-        assert f"for {question.word} is: {question.number}." in text
-        assert text.endswith(f"One of the special magic numbers for {question.word} is:")
+        assert f"{question.asked} {question.number}." in text
+        assert text.endswith(f"\n\n{question.asked}")
     places = [said[0].index(question.number) for question in questions]
     assert places == sorted(places)
     assert len(said[0]) < 2150
@@ -157,27 +183,55 @@ def test_a_short_prompt_is_told_that_it_gains_nothing(
     assert "gains nothing from block-sparse attention" in capsys.readouterr().err
 
 
-def test_info_describes_installation_and_table(
-    thresholds: Path, capsys: pytest.CaptureFixture[str]
+def test_a_prompt_beyond_the_models_positions_is_told(
+    directory: Path, text: Path, thresholds: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    prompt = text.parent / "long.txt"
+    prompt.write_text(text.read_text(encoding="utf-8")[:4100], encoding="utf-8")
+    arguments = ["generate", "--model", str(directory), "--prompt-file", str(prompt), "--k", "8"]
+    arguments += ["--thresholds", str(thresholds), "--max-new-tokens", "1"]
+    assert main(arguments) == 0
+    assert "has 4101 tokens, and the model was made for 4096 positions" in capsys.readouterr().err
+    assert main(["generate", *arguments[1:3], "--prompt", "short", *arguments[5:]]) == 0
+    assert "positions" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--k", "8"], ["--point", "k=8"]], ids=str)
+def test_a_point_is_named_by_its_axis_or_as_a_point(
+    option: list[str], directory: Path, thresholds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--model", str(directory), "--prompt", "Hello there. " * 20]
+    arguments += ["--thresholds", str(thresholds), "--max-new-tokens", "2", *option]
+    assert main(arguments) == 0
+    assert "no operating point" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--max-loss", "1"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_info_describes_the_installation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
-    assert "transformers" in capsys.readouterr().out
-    assert main(["info", str(thresholds)]) == 0
     out = capsys.readouterr().out
-    assert "someone/Tiny-Model" in out
-    assert "2 layers, 4 heads, 6 positions" in out
-    assert "4, 8" in out
+    assert f"torch {torch.__version__}, transformers {transformers.__version__}" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["demo", "--model", "no/such/model", "--text", "TEXT"], "no model at 'no/such/model'"),
-        (["demo", "--model", "MODEL", "--text", "no/text"], "there is no folder or file no/text"),
+        (
+            ["demo", "--model", "MODEL", "--text", "no/text"],
+            "no/text: there is no such",
+        ),
         (["demo", "--model", "MODEL", "--text", "TEXT", "--tokens", "9"], "at least 512, got 9"),
         (["demo", "--model", "MODEL", "--text", "TEXT", "--questions", "99"], "at most 9, got 99"),
-        (["info", "no.safetensors"], "no threshold file no.safetensors"),
-        (["generate", "--model", "MODEL", "--prompt-file", "no.txt"], "no prompt file no.txt"),
+        (["generate", "--model", "no/model", "--prompt-file", "DAMAGED"], "not UTF-8 text"),
+        (["generate", "--model", "no/model", "--prompt", "x\udcff"], "surrogate U+DCFF"),
+        (["table", "info", "no.safetensors"], "no threshold file no.safetensors"),
+        (
+            ["generate", "--model", "MODEL", "--prompt-file", "no.txt"],
+            "no.txt: there is no such",
+        ),
         (
             ["generate", "--model", "MODEL", "--prompt", "x", "--thresholds", "TABLE", "--k", "5"],
             "no k=5; its points are k = 4, 8",
@@ -208,7 +262,10 @@ def test_errors_are_one_line_and_status_two(
 ) -> None:
     foreign = tmp_path / "foreign.safetensors"
     table(points=(4,), model="org/other").save(foreign)
+    damaged = tmp_path / "damaged.txt"
+    damaged.write_bytes(b"text\xff")
     names = {"MODEL": directory, "TEXT": text, "TABLE": thresholds, "FOREIGN": foreign}
+    names["DAMAGED"] = damaged
     assert main([str(names.get(argument, argument)) for argument in arguments]) == 2
     last = capsys.readouterr().err.strip().split("\n")[-1]
     assert last.startswith("bsfa: error: ")
@@ -250,7 +307,12 @@ def test_of_two_shipped_tables_for_a_length_the_one_with_more_points_is_taken(
         found = find_table(loaded, tokens)
         assert found is not None
         assert found.stem == name
-    asked = find_table(loaded, 5000, ("target_sparsity", 0.92))
+    asked = find_table(loaded, 5000, Point("target_sparsity", 0.92))
     assert asked is not None
     assert asked.stem == "8k-learned-64x64"
-    assert find_table(loaded, 5000, ("k", 16)) is None
+    assert find_table(loaded, 5000, Point("k", 16)) is None
+    small = dataclasses.replace(few, q_block=64, points=(0.8,))
+    small.save(folder / "8k-small.safetensors")
+    chosen = find_table(loaded, 5000)
+    assert chosen is not None
+    assert chosen.stem == "8k-small"

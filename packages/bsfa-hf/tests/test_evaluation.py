@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,21 +16,25 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bsfa_calib.hook import BlockSparse, applied, dense_attention, forced_share, visible_count
-from bsfa_calib.language_model import LanguageModel, band_edges
+import bsfa_hf
+from bsfa_calib import Point, ThresholdTable
+from bsfa_calib.language_model import LanguageModel
 from bsfa_calib.text import read_windows
-from bsfa_calib.thresholds import ThresholdTable
-from bsfa_calib.tuning import TuningError, find_scalar, limit_loss
-from bsfa_hf.evaluation import cli, parse_configuration
-from bsfa_hf.evaluation.configurations import Configuration, ConfigurationError
+from bsfa_hf.cli import main
+from bsfa_hf.evaluation.configurations import (
+    Configuration,
+    ConfigurationError,
+    make_method,
+    parse_configuration,
+)
 from bsfa_hf.evaluation.intervals import mean_interval, share_interval, t_quantile
-from bsfa_hf.evaluation.methods import SlidingWindow, make_method
 from bsfa_hf.evaluation.needle import NEEDLE, make_prompt, noise
 from bsfa_hf.evaluation.plot import plot_results
 from bsfa_hf.evaluation.results import Results, ResultsError, load
 from bsfa_hf.evaluation.run import Evaluation, EvaluationError, Plan, rank_path
 from bsfa_hf.evaluation.summary import advice, markdown, summarise
-from bsfa_kernel import DEFAULT_GEOMETRY, Geometry, reference
+from bsfa_hf.methods import BlockSparse
+from bsfa_kernel import DEFAULT_GEOMETRY
 from tiny import small_llama
 
 LENGTH = 512
@@ -65,15 +69,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def ids() -> list[int]:
-    return np.random.default_rng(1).integers(0, 256, LENGTH).tolist()
-
-
-def a_table(path: Path, threshold: float, *, layers: int = LAYERS) -> Path:
+def a_table(path: Path, threshold: float, *, layers: int = LAYERS, model: str = "") -> Path:
     values = np.full((2, layers, HEADS, 1), threshold, np.float32)
     values[0] = -np.inf
-    table = ThresholdTable(values, (0.0, 0.5), axis="target_sparsity", rule="running_lse")
+    table = ThresholdTable(
+        values, (0.0, 0.5), axis="target_sparsity", rule="running_lse", model=model
+    )
     table.save(path)
     return path
 
@@ -129,165 +130,49 @@ def test_a_table_without_the_point_is_refused_with_those_there_are(tmp_path: Pat
         parse_configuration(f"table:file={path},target_sparsity=0.7")
 
 
-def test_thresholds_of_another_model_are_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    path = a_table(tmp_path / "table", -1.0, layers=3)
-    configuration = parse_configuration(f"table:file={path},target_sparsity=0.5")
-    with pytest.raises(ConfigurationError, match="is for 3 layers of 4 heads"):
-        make_method(configuration, model)
+def test_a_point_is_written_by_its_axis_or_as_a_point(tmp_path: Path) -> None:
+    path = a_table(tmp_path / "table", -1.0)
+    for point in ("target_sparsity=0.5", "point=target_sparsity=0.5"):
+        method = make_method(parse_configuration(f"table:file={path},{point}"))
+        assert method == BlockSparse(str(path), Point("target_sparsity", 0.5))
 
 
-def test_sparge_attention_that_is_not_installed_is_told(model: LlamaForCausalLM) -> None:
-    with pytest.raises(ConfigurationError, match="needs the package spas_sage_attn"):
-        make_method(parse_configuration("sparge_attn:topk=0.5"), model)
-
-
-# -------------------------------------------------------------------------------------- methods
-
-
-@pytest.mark.parametrize("method", ["dense", "exact", "window"])
-def test_what_leaves_nothing_out_gives_the_logits_of_sdpa(
-    model: LlamaForCausalLM, ids: list[int], method: str
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 3}, "are for 3 layers and 4 query heads, and this model has 2 layers"),
+        ({"model": "org/other"}, "thresholds are of org/other, and this model is org/tiny"),
+    ],
+    ids=str,
+)
+def test_thresholds_of_another_model_are_refused_before_anything_is_run(
+    changes: dict[str, Any],
+    message: str,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tokens = torch.tensor([ids])
-    with torch.no_grad():
-        expected = model(tokens, use_cache=False).logits
-        chosen = {
-            "dense": None,
-            "exact": BlockSparse(torch.full((LAYERS, HEADS, 1), -math.inf), "running_lse"),
-            "window": SlidingWindow(LENGTH),
-        }[method]
-        with applied(model, chosen) as meter:
-            found = model(tokens, use_cache=False).logits
-    assert model.config._attn_implementation == "sdpa"
-    assert torch.allclose(found, expected, atol=1e-4)
-    if chosen is not None:
-        assert meter.take() == [[0.0] * HEADS] * LAYERS
+    monkeypatch.setattr(model.config, "_name_or_path", "org/tiny")
+    path = a_table(tmp_path / "table", -1.0, **changes)
+    plan = a_plan(text, f"table:file={path},target_sparsity=0.5")
+    with pytest.raises(ValueError, match=message):
+        Evaluation(model, tokenizer, plan, tmp_path / "results.json")
+    if "model" in changes:
+        plan = dataclasses.replace(plan, check_model=False)
+        Evaluation(model, tokenizer, plan, tmp_path / "results.json")
 
 
-@pytest.mark.parametrize(("window", "sink"), [(1, 0), (100, 0), (100, 30), (600, 7), (1000, 5000)])
-def test_a_sliding_window_sees_its_last_keys_and_the_first_ones(window: int, sink: int) -> None:
-    torch.manual_seed(0)
-    q = torch.randn(1, 700, 4, 16)
-    k, v = torch.randn(2, 1, 700, 2, 16)
-    rows, columns = torch.arange(700)[:, None], torch.arange(700)
-    mask = (columns <= rows) & ((columns > rows - window) | (columns < sink))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
-    )
-    found = SlidingWindow(window, sink)(q, k, v, 0, 0.25)
-    assert torch.allclose(found.out.transpose(1, 2), expected, atol=1e-5)
-    blocks = torch.zeros(768, 704, dtype=torch.bool)
-    blocks[:700, :700] = mask
-    kept = blocks.view(6, 128, 11, 64).any(3).any(1).sum()
-    share = 1 - float(kept) / visible_count(700, 700, DEFAULT_GEOMETRY)
-    assert found.skipped.tolist() == pytest.approx([share] * 4, abs=1e-6)
-
-
-@pytest.mark.parametrize("window", [None, 5])
-def test_dense_attention_after_a_cache_is_aligned_to_the_last_key(window: int | None) -> None:
-    torch.manual_seed(0)
-    q = torch.randn(1, 4, 40, 16)
-    k, v = torch.randn(2, 1, 2, 40, 16)
-    whole = dense_attention(q, k, v, 0.25, window)
-    part = dense_attention(q[:, :, 33:], k, v, 0.25, window)
-    assert torch.allclose(part, whole[:, :, 33:], atol=1e-6)
-
-
-@pytest.mark.parametrize("geometry", [Geometry(128, 64), Geometry(64, 64)])
-@pytest.mark.parametrize("seqlen", [1, 64, 200, 1000])
-def test_visible_and_forced_blocks_are_those_of_the_semantics(
-    geometry: Geometry, seqlen: int
+def test_sparge_attention_that_is_not_installed_is_told(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
 ) -> None:
-    visible = reference.visible_blocks(seqlen, seqlen, geometry=geometry).sum()
-    forced = reference.forced_blocks(seqlen, seqlen, geometry=geometry).sum()
-    assert visible_count(seqlen, seqlen, geometry) == visible
-    assert forced_share(seqlen, geometry) == pytest.approx(float(forced / visible))
+    plan = a_plan(text, "sparge_attn:topk=0.5")
+    with pytest.raises(ImportError, match="spas_sage_attn_meansim_topk_cuda of the package"):
+        Evaluation(model, tokenizer, plan, tmp_path / "results.json")
 
 
-def test_the_meter_counts_what_the_kernel_kept(model: LlamaForCausalLM, ids: list[int]) -> None:
-    method = BlockSparse(torch.full((LAYERS, HEADS, 1), math.inf), "absolute")
-    with torch.no_grad(), applied(model, method) as meter:
-        model(torch.tensor([ids]), use_cache=False)
-    expected = 1 - forced_share(LENGTH, DEFAULT_GEOMETRY)
-    assert np.allclose(meter.take(), expected, atol=1e-4)
-    assert meter.take() == []
-
-
-def test_a_padded_batch_is_refused(model: LlamaForCausalLM) -> None:
-    tokens = torch.zeros(1, 8, dtype=torch.long)
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
-    with (
-        torch.no_grad(),
-        applied(model, None),
-        pytest.raises(ConfigurationError, match="without padding"),
-    ):
-        model(tokens, attention_mask=mask)
-
-
-# -------------------------------------------------------------------------------------- metrics
-
-
-def test_kl_and_nll_are_those_of_the_whole_logits(model: LlamaForCausalLM, ids: list[int]) -> None:
-    language_model = LanguageModel(model)
-    method = SlidingWindow(16)
-    dense = language_model.predict(ids)
-    with applied(model, method):
-        found = language_model.predict(ids)
-        with torch.no_grad():
-            sparse = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-    with torch.no_grad():
-        full = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-    (band,) = language_model.compare(found, dense, ids)
-    following = torch.tensor(ids)[1:, None]
-    assert band.positions == LENGTH - 1
-    assert band.kl == pytest.approx(float((full.exp() * (full - sparse)).sum(-1).mean()), rel=1e-4)
-    assert band.nll == pytest.approx(float(-sparse.gather(1, following).mean()), rel=1e-4)
-    (own,) = language_model.compare(dense, dense, ids)
-    assert (own.kl, own.agreement) == (0, 1)
-
-
-def test_a_model_whose_logits_are_scaled_is_compared_on_its_logits(ids: list[int]) -> None:
-    from transformers import CohereConfig, CohereForCausalLM
-
-    torch.manual_seed(0)
-    config = CohereConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        logit_scale=0.25,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    language_model = LanguageModel(CohereForCausalLM(config).eval())
-    found = language_model.predict(ids[:64])
-    assert found.hidden.shape == (64, 256)
-
-
-def test_an_answer_is_a_hit_iff_greedy_decoding_gives_it(
-    model: LlamaForCausalLM, ids: list[int]
-) -> None:
-    language_model = LanguageModel(model)
-    prompt = torch.tensor([ids[:300]])
-    greedy = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False
-    )[0, 300:].tolist()
-    with applied(model, None):
-        hit, likelihood, _ = language_model.answer(ids[:300], greedy)
-        miss, worse, _ = language_model.answer(ids[:300], [*greedy[:3], (greedy[3] + 1) % 256])
-    assert (hit, miss) == (True, False)
-    assert worse < likelihood < 0
-    with torch.no_grad():
-        logits = model(torch.tensor([ids[:300] + greedy[:-1]])).logits[0, 299:].log_softmax(-1)
-    expected = logits.gather(1, torch.tensor(greedy)[:, None]).sum()
-    assert likelihood == pytest.approx(float(expected), abs=1e-3)
-
-
-def test_bands_double_and_cover_every_position() -> None:
-    assert band_edges(100) == [(0, 100)]
-    assert band_edges(2047) == [(0, 512), (512, 1024), (1024, 2047)]
+# ------------------------------------------------------------------------- intervals and needles
 
 
 def test_intervals_are_those_of_the_textbook() -> None:
@@ -299,43 +184,6 @@ def test_intervals_are_those_of_the_textbook() -> None:
     assert share_interval(0, 10) == pytest.approx((0.0, 0.0, 0.2775), abs=1e-3)
     with pytest.raises(ValueError, match="at least one value"):
         mean_interval([])
-
-
-# ------------------------------------------------------------------------------ text and needles
-
-
-def test_windows_alternate_between_kinds_and_do_not_overlap(
-    text: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    windows = read_windows(text, tokenizer, length=200, count=8, part=(0.5, 1))
-    assert [window.kind for window in windows] == ["code", "novels"] * 4
-    assert {len(window.ids) for window in windows} == {200}
-    assert len({window.name for window in windows}) == 8
-
-
-def test_parts_of_the_text_have_nothing_in_common(
-    text: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    halves = [
-        read_windows(text / "code" / "0.txt", tokenizer, length=200, count=9, part=part)
-        for part in ((0, 0.5), (0.5, 1))
-    ]
-    first, second = ({window.ids for window in half} for half in halves)
-    assert not first & second
-
-
-def test_too_little_text_is_told_with_what_there_is(
-    text: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with pytest.raises(ValueError, match=r"100 windows of 5000 tokens were asked for.* gives 6"):
-        read_windows(text, tokenizer, length=5000, count=100)
-
-
-def test_short_files_are_joined(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    for index in range(5):
-        (tmp_path / f"{index}.md").write_text("ten letter" * 5)
-    (window,) = read_windows(tmp_path, tokenizer, length=200, count=1)
-    assert (window.kind, len(window.ids)) == ("text", 200)
 
 
 @pytest.mark.parametrize("keys", [1, 4])
@@ -389,12 +237,58 @@ def test_an_evaluation_compares_every_configuration_with_dense(
     assert scalar.kl is not None
     assert scalar.sparsity > 0
     assert scalar.kl.mean > 1e-4
-    assert rows["needle", "dense"].accuracy_change == (0, 0, 0)
+    change = rows["needle", "dense"].accuracy_change
+    assert change is not None
+    assert tuple(change) == (0, 0, 0)
+    window = rows["text", "sliding_window(window=128)"]
+    assert window.sparsity == pytest.approx(1 - (2 + 4 + 4 + 4) / (2 + 4 + 6 + 8), abs=1e-6)
     table_text = markdown(content)
     assert "| sliding_window(window=128) |" in table_text
+    for record in content["records"]:
+        layers = [] if record["configuration"] == "dense" else [HEADS] * LAYERS
+        assert [len(layer) for layer in record["skipped"]] == layers
 
     made = {path.name for path in plot_results([out], tmp_path / "plots")}
     assert made >= {"table.md", "accuracy-text-512.png", "heads-text-512.png", "needle-1.png"}
+
+
+def test_what_is_evaluated_is_what_enable_gives(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    path = a_table(tmp_path / "table", 0.0)
+    plan = a_plan(text, f"table:file={path},target_sparsity=0.5", tasks=("kl",), samples=1)
+    Evaluation(model, tokenizer, plan, tmp_path / "results.json").run()
+    assert model.config._attn_implementation == "sdpa"
+    record = load(tmp_path / "results.json")["records"][1]
+    window = read_windows(text, tokenizer, length=LENGTH, count=1, part=(0.5, 1.0))[0]
+    ids = torch.tensor([window.ids])
+    with torch.no_grad():
+        dense = model(ids).logits[0, :-1].log_softmax(-1)
+        with bsfa_hf.enabled(model, path, "target_sparsity=0.5") as stats:
+            sparse = model(ids).logits[0, :-1].log_softmax(-1)
+    divergence = (dense.exp() * (dense - sparse)).sum(-1).mean()
+    assert record["bands"][0]["kl"] == pytest.approx(float(divergence), rel=1e-3)
+    assert record["sparsity"] == pytest.approx(1 - stats.mean_kept_fraction, abs=1e-6)
+    kept = torch.tensor(record["skipped"]).sub(1).neg()
+    assert torch.allclose(kept, stats.kept_fraction_by_head.float(), atol=1e-4)
+    assert 0.1 < record["sparsity"] < 0.9
+
+
+@pytest.mark.parametrize("tasks", [("kl",), ("needle",)], ids=str)
+def test_a_configuration_that_leaves_the_model_dense_is_an_error(
+    tasks: tuple[str, ...],
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model.config, "is_causal", False, raising=False)
+    plan = a_plan(text, "always=scalar:rule=absolute,threshold=1", tasks=tasks, depths=(0.5,))
+    out = tmp_path / "results.json"
+    with pytest.raises(EvaluationError, match=r"always leaves the model dense.*not causal"):
+        Evaluation(model, tokenizer, plan, out).run()
+    assert {record["configuration"] for record in load(out)["records"]} == {"dense"}
 
 
 def test_an_evaluation_that_was_stopped_goes_on_where_it_was(
@@ -481,62 +375,6 @@ def test_perplexity_without_text_is_refused() -> None:
         Plan((Configuration("w", "sliding_window", (("window", "8"),)),), tasks=("perplexity",))
 
 
-# ----------------------------------------------------------------------------- operating points
-
-
-@pytest.mark.parametrize("rule", ["absolute", "running_max", "running_lse"])
-def test_a_scalar_is_found_for_a_sparsity(
-    model: LlamaForCausalLM, ids: list[int], rule: str
-) -> None:
-    found = find_scalar(model, [ids], rule=rule, target_sparsity=0.3, tolerance=0.02)
-    assert found.sparsity == pytest.approx(0.3, abs=0.05)
-
-
-def test_a_sparsity_beyond_what_is_not_forced_is_refused(
-    model: LlamaForCausalLM, ids: list[int]
-) -> None:
-    with pytest.raises(TuningError, match="are forced"):
-        find_scalar(model, [ids[:256]], rule="running_max", target_sparsity=0.9)
-
-
-def test_a_bounded_loss_is_kept_to_and_written_into_the_table(
-    model: LlamaForCausalLM, ids: list[int]
-) -> None:
-    values = np.full((1, LAYERS, HEADS, 1), 3.0, np.float32)
-    table = ThresholdTable(values, (0.5,), axis="target_sparsity", rule="running_lse")
-    found = limit_loss(model, table, [ids], max_loss=0.05)
-    assert 0 < found.kl <= 0.05
-    assert found.table.axis == "max_loss"
-    assert np.allclose(found.table.select(max_loss=0.05), 3.0 + found.shift)
-    assert float(found.table.provenance["expected_kl"]) == pytest.approx(found.kl, abs=1e-6)
-
-
-def test_a_bounded_loss_is_found_from_the_command_line(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    text: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    table, out = a_table(tmp_path / "table", 2.0), tmp_path / "limited"
-    arguments = [
-        *("limit-loss", "--model", str(tmp_path / "model"), "--thresholds", str(table)),
-        *("--max-loss", "0.05", "--text", str(text), "--length", "512", "--samples", "1"),
-        *("--device", "cpu", "--out", str(out)),
-    ]
-    assert cli.main(arguments) == 0
-    assert "thresholds shifted by" in capsys.readouterr().out
-    assert ThresholdTable.load(out).points == (0.05,)
-
-
-def test_a_table_of_another_model_is_not_shifted(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    table = ThresholdTable.load(a_table(tmp_path / "table", 2.0, layers=3))
-    with pytest.raises(TuningError, match="for 3 layers of 4 heads, and the model has 2 of 4"):
-        limit_loss(model, table, [[0] * 64], max_loss=1.0)
-
-
 # ---------------------------------------------------------------------------- advice, command line
 
 
@@ -572,6 +410,7 @@ def test_a_model_that_gains_nothing_is_told_so(
         (["--k", "4"], "give --thresholds"),
         (["--thresholds", "none.safetensors"], "a table needs points"),
         (["--thresholds", "none.safetensors", "--k", "4"], "there is no threshold file"),
+        (["--point", "k4", "--thresholds", "none"], "AXIS=NUMBER"),
         (["--config", "sliding_window:window=8"], "need text"),
         (["--config", "sliding_window:window=8", "--text", "x", "--text-part", "1:0"], "A:B"),
     ],
@@ -579,7 +418,7 @@ def test_a_model_that_gains_nothing_is_told_so(
 def test_the_command_line_says_what_is_wrong_before_it_loads_a_model(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["evaluate", "--model", "nowhere", *arguments]) == 2
+    assert main(["evaluate", "--model", "nowhere", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -588,7 +427,7 @@ def test_plotting_without_pairs_is_refused(
 ) -> None:
     path = tmp_path / "results.json"
     Results(path, {"model": {}, "configurations": {}}).write()
-    assert cli.main(["plot", str(path), "--out", str(tmp_path / "plots")]) == 2
+    assert main(["plot", str(path), "--out", str(tmp_path / "plots")]) == 2
     assert "no results" in capsys.readouterr().err
 
 
@@ -603,7 +442,7 @@ def test_the_real_model_is_evaluated_from_the_command_line(
         *("--tasks", "kl,needle", "--depths", "0.5", "--out", str(out)),
         *("--config", "lse=scalar:rule=running_lse,threshold=-5"),
     ]
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| lse |" in printed
     rows = {(row.task, row.name): row for row in summarise(json.loads(out.read_text()))}

@@ -11,15 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 import bsfa_hf
-from bsfa_calib import ThresholdFileError, ThresholdTable
-from bsfa_hf.tables import model_names, same_model
-from tiny import HEADS, LAYERS, table, tiny_model, tokens
+from bsfa_calib import Point, ThresholdFileError, ThresholdTable
+from bsfa_calib.binding import same_model
+from bsfa_hf.state import model_names
+from tiny import HALF, HEADS, LAYERS, table, tiny_model, tokens
 
 
 def test_importing_registers_function_and_mask_under_one_name() -> None:
@@ -201,19 +203,15 @@ def test_a_table_of_another_model_is_refused(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "same"),
+    ("path", "names"),
     [
-        ("org/Model-1", "Model-1", True),
-        ("SmolLM2-135M-Instruct.Q4_1", "HuggingFaceTB/SmolLM2-135M-Instruct", True),
-        ("org/Model-1", "/cache/models--org--Model-1/snapshots/0123abcd", True),
-        ("org/Model-1", "org/Model-2", False),
-        ("org/Model-1", "org/Model-10", False),
-        ("", "org/Model-1", True),
-        ("org/Model-1", "", True),
+        ("org/Model-1", ["Model-1"]),
+        ("/cache/models--org--Model-1/snapshots/0123abcd", ["0123abcd", "Model-1"]),
+        ("", []),
     ],
 )
-def test_names_of_one_model_are_recognised(name: str, path: str, same: bool) -> None:
-    assert same_model(name, model_names(SimpleNamespace(_name_or_path=path))) is same
+def test_a_configuration_gives_the_names_of_its_model(path: str, names: list[str]) -> None:
+    assert model_names(SimpleNamespace(_name_or_path=path)) == names
 
 
 def test_a_directory_with_a_gguf_file_goes_by_the_file_name(tmp_path: Path) -> None:
@@ -228,25 +226,146 @@ def test_attn_implementation_alone_says_how_to_give_a_table() -> None:
         model(tokens(300))
 
 
+@pytest.fixture
+def learned(tmp_path: Path) -> str:
+    """A table of two target sparsities, for blocks of 64x64."""
+    path = tmp_path / "learned.safetensors"
+    values = np.full((2, LAYERS, HEADS, 1), HALF["running_lse"], np.float32)
+    values[0] -= 2
+    ThresholdTable(
+        thresholds=values,
+        points=(0.5, 0.75),
+        axis="target_sparsity",
+        rule="running_lse",
+        q_block=64,
+        k_block=64,
+    ).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("point", [Point("target_sparsity", 0.75), "target_sparsity=0.75"], ids=str)
+def test_a_point_is_taken_as_value_text_or_keyword(model: Any, learned: str, point: Any) -> None:
+    with bsfa_hf.enabled(model, learned, target_sparsity=0.75) as named:
+        expected = model(tokens(300)).logits
+    with bsfa_hf.enabled(model, learned, point) as stats:
+        assert torch.equal(model(tokens(300)).logits, expected)
+    assert torch.equal(stats.kept_blocks, named.kept_blocks)
+    bsfa_hf.enable(model, learned, point)
+    assert torch.equal(model(tokens(300)).logits, expected)
+    bsfa_hf.disable(model)
+    with pytest.raises(ValueError, match="name one operating point, got"):
+        bsfa_hf.enable(model, learned, point, target_sparsity=0.5)
+    with pytest.raises(TypeError, match="sparsity"):
+        bsfa_hf.enable(model, learned, sparsity=0.5)
+
+
 @pytest.mark.parametrize("way", ["config", "environment"])
-def test_attn_implementation_takes_the_table_from_config_or_environment(
-    way: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value"), [("target_sparsity", "0.75"), ("point", "target_sparsity=0.75")]
+)
+def test_attn_implementation_takes_table_and_point_from_config_or_environment(
+    way: str, name: str, value: str, model: Any, learned: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "table.safetensors"
-    table(points=(4, 8)).save(path)
-    with bsfa_hf.enabled(model, path, k=4):
+    with bsfa_hf.enabled(model, learned, target_sparsity=0.75):
         expected = model(tokens(300)).logits
     other = tiny_model("llama", implementation="bsfa")
     if way == "config":
-        other.config.bsfa_thresholds, other.config.bsfa_k = str(path), 4
+        other.config.bsfa_thresholds = learned
+        setattr(other.config, f"bsfa_{name}", float(value) if name != "point" else value)
     else:
-        monkeypatch.setenv("BSFA_THRESHOLDS", str(path))
-        monkeypatch.setenv("BSFA_K", "four")
-        with pytest.raises(ValueError, match="BSFA_K must be a whole number, got 'four'"):
-            other(tokens(300))
-        monkeypatch.setenv("BSFA_K", "4")
+        monkeypatch.setenv("BSFA_THRESHOLDS", learned)
+        monkeypatch.setenv(f"BSFA_{name.upper()}", value)
     assert torch.equal(other(tokens(300)).logits, expected)
     assert bsfa_hf.stats(other).sparse_calls == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "name one operating point of .*; this table has target_sparsity = 0.5, 0.75"),
+        ({"BSFA_K": "four"}, "BSFA_K must be a whole number, got 'four'"),
+        ({"BSFA_MAX_LOSS": "x"}, "BSFA_MAX_LOSS must be a number, got 'x'"),
+        ({"BSFA_TARGET_SPARSITY": "1.5"}, r"BSFA_TARGET_SPARSITY: .*in \[0, 1\), got 1.5"),
+        ({"BSFA_POINT": "0.75"}, "BSFA_POINT: .*AXIS=NUMBER"),
+        ({"BSFA_K": "4", "BSFA_MAX_LOSS": "1"}, "name one operating point, got k=4 and max_loss=1"),
+    ],
+    ids=str,
+)
+def test_variables_that_name_no_point_are_refused(
+    variables: dict[str, str], message: str, learned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BSFA_THRESHOLDS", learned)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        tiny_model("llama", implementation="bsfa")(tokens(300))
+
+
+# peft asks transformers under a name that is deprecated.
+peft_warns = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+def everything(model: Any) -> list[set[str]]:
+    """The names of what each module of a model carries."""
+    return [set(vars(module)) for module in model.modules()]
+
+
+@peft_warns
+@pytest.mark.parametrize("undone", ["wrapper", "model", "unwrapped"])
+def test_a_model_that_is_wrapped_after_it_was_enabled_is_restored(model: Any, undone: str) -> None:
+    peft = pytest.importorskip("peft")
+    dense = model(tokens(300)).logits
+    bsfa_hf.enable(model, table(math.inf))
+    sparse = model(tokens(300)).logits
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": True}
+    wrapper = peft.get_peft_model(model, peft.LoraConfig(**options))
+    assert torch.equal(wrapper(tokens(300)).logits, sparse)
+    assert bsfa_hf.stats(wrapper).sparse_calls == 2 * LAYERS
+    inner = {"wrapper": wrapper, "model": model}.get(undone) or wrapper.unload()
+    bsfa_hf.disable(inner)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(inner(tokens(300)).logits, dense)
+    assert not any("bsfa" in name for names in everything(wrapper) for name in names)
+
+
+@peft_warns
+def test_a_wrapper_is_enabled_and_its_model_restored(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    wrapper = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    before = everything(wrapper)
+    with bsfa_hf.enabled(wrapper, table()) as stats:
+        wrapper(tokens(300))
+    assert stats.sparse_calls == LAYERS
+    assert everything(wrapper) == before
+    bsfa_hf.inject_custom_attention(
+        wrapper, bsfa_hf.AttentionConfig(mode="sliding_window", sliding_window_size=64)
+    )
+    bsfa_hf.restore_original_attention(model)
+    assert everything(wrapper) == before
+    assert bsfa_hf.get_current_attention_config(wrapper) is None
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_models_of_one_configuration_are_switched_each_for_itself(model: Any) -> None:
+    other = type(model)(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    before = everything(model)
+    ids = tokens(300)
+    dense = model(ids).logits
+    first = bsfa_hf.enable(model, table(math.inf))
+    sparse = model(ids).logits
+    assert torch.equal(other(ids).logits, dense)
+    second = bsfa_hf.enable(other, table(math.inf))
+    with pytest.raises(ValueError, match="another model has the same configuration object"):
+        bsfa_hf.inject_custom_attention(other, bsfa_hf.AttentionConfig())
+    assert torch.equal(other(ids).logits, sparse)
+    bsfa_hf.disable(model)
+    assert torch.equal(model(ids).logits, dense)
+    assert torch.equal(other(ids).logits, sparse)
+    assert (first.sparse_calls, second.sparse_calls) == (LAYERS, 2 * LAYERS)
+    bsfa_hf.disable(other)
+    assert model.config._attn_implementation == "sdpa"
+    assert everything(model) == everything(other) == before
 
 
 def test_a_model_that_does_not_use_the_interface_is_refused() -> None:

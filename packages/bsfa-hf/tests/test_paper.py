@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import bsfa_hf
 from bsfa_hf import AttentionConfig
-from tiny import largest_difference, table, tiny_model, tokens
+from tiny import HEADS, LAYERS, largest_difference, table, tiny_model, tokens
 
 
 @pytest.fixture
@@ -76,6 +77,24 @@ def test_change_needs_an_injected_model_and_the_right_mode(model: Any) -> None:
         ({"mode": "block_sparse", "threshold_file": "x"}, "block_sparse_topk must be given"),
         ({"mode": "sliding_window"}, "sliding_window_size must be given"),
         ({"mode": "sliding_window", "sliding_window_size": 0}, "at least 1, got 0"),
+        ({"mode": "sliding_window", "sliding_window_size": 10**20}, "at most 2147483647, got 100"),
+        (
+            {"mode": "sliding_window", "sliding_window_size": 9, "sliding_window_sink": -1},
+            "sink must be at least 0, got -1",
+        ),
+        (
+            {"mode": "block_sparse", "threshold_file": "x", "point": "target_sparsity=2"},
+            r"target_sparsity must be in \[0, 1\)",
+        ),
+        (
+            {"mode": "block_sparse", "threshold_file": "x", "point": "k=4", "block_sparse_topk": 8},
+            "name one operating point, got k=8 and k=4",
+        ),
+        (
+            {"mode": "sparge_attn", "sparge_attn_params": {"topk": math.nan}},
+            r"topk must be in \(0, 1\], got nan",
+        ),
+        ({"mode": "sparge_attn", "sparge_attn_params": {"top": 1}}, "sparge_attn takes topk, cdf"),
     ],
     ids=str,
 )
@@ -132,6 +151,70 @@ def test_environment_variables_are_read(
         mode="sparge_attn",
         sparge_attn_params={"simthreshd1": -0.1, "topk": 0.5, "pvthreshd": 15},
     )
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "value", "message"),
+    [
+        ("sliding_window", "SLIDING_WINDOW_SIZE", "1" + "0" * 20, "at most 2147483647"),
+        ("sparge_attn", "SPARGE_TOPK", "nan", r"topk must be in \(0, 1\], got nan"),
+        ("sparge_attn", "SPARGE_SIMTHRESHD1", "-7", r"simthreshd1 must be in \[-1, 1\], got -7"),
+    ],
+)
+def test_variables_out_of_range_are_refused(
+    mode: str, name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUSTOM_ATTENTION_MODE", mode)
+    monkeypatch.setenv(f"CUSTOM_{name}", value)
+    with pytest.raises(ValueError, match=message):
+        bsfa_hf.create_attention_config_from_env()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("POINT", "target_sparsity=0.5"), ("TARGET_SPARSITY", "0.5")]
+)
+def test_learned_tables_are_named_by_the_environment(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    path = tmp_path / "learned.safetensors"
+    made = dataclasses.replace(table(points=(4, 8)), points=(0.5, 0.7), axis="target_sparsity")
+    made.save(path)
+    monkeypatch.setenv("CUSTOM_ATTENTION_MODE", "block_sparse")
+    monkeypatch.setenv("CUSTOM_THRESHOLD_FILE", str(path))
+    monkeypatch.setenv(f"CUSTOM_{name}", value)
+    bsfa_hf.inject_custom_attention(model)
+    logits = model(tokens(400)).logits
+    with bsfa_hf.enabled(model, made, target_sparsity=0.5):
+        assert torch.equal(model(tokens(400)).logits, logits)
+    config = bsfa_hf.get_current_attention_config(model)
+    assert config is not None
+    assert str(config.point) == "target_sparsity=0.5"
+
+
+@pytest.mark.parametrize(("window", "sink"), [(1, 0), (100, 0), (100, 30), (300, 7), (350, 999)])
+@pytest.mark.parametrize("padding", [0, 50])
+def test_a_sliding_window_sees_its_last_keys_and_the_first_ones(
+    model: Any, window: int, sink: int, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bsfa_hf.baselines._QUERIES_AT_A_TIME", 128)
+    ids = tokens(400)
+    padded = torch.cat((torch.zeros((1, padding), dtype=torch.long), ids), 1)
+    mask = torch.ones_like(padded)
+    mask[:, :padding] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    rows, columns = torch.arange(400)[:, None], torch.arange(400)
+    seen = (columns <= rows) & ((columns > rows - window) | (columns < sink))
+    expected = model(ids, attention_mask=seen[None, None]).logits
+    config = AttentionConfig("sliding_window", sliding_window_size=window, sliding_window_sink=sink)
+    bsfa_hf.inject_custom_attention(model, config)
+    logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, padding:]
+    assert largest_difference(logits, expected) < 1e-5
+    blocks = torch.zeros(512, 448, dtype=torch.bool)
+    blocks[:400, :400] = seen
+    kept = int(blocks.view(4, 128, 7, 64).any(3).any(1).sum())
+    stats = bsfa_hf.stats(model)
+    assert stats.kept_blocks.tolist() == [[kept] * HEADS] * LAYERS
+    assert stats.visible_blocks == [2 + 4 + 6 + 7] * LAYERS
 
 
 @pytest.mark.parametrize("window", [64, 200, 1000])

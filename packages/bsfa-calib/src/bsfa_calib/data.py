@@ -1,97 +1,170 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""Calibration samples: token ids from JSON data files and from plain text."""
+"""Text from files: plain, compressed or JSON, decoded strictly, by kind.
+
+Everything is read and checked here, without a tokenizer, so that what is wrong with a file is said
+before a model is loaded.
+"""
 
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import lzma
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
-# Compressed suffixes that are read as text.
+PathLike: TypeAlias = "str | os.PathLike[str]"
+
+# What files of a folder are read. A file that is named itself may be called anything.
+SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".log", "")
+JSON_SUFFIXES = (".json", ".jsonl")
+
+# The kind of files that lie in no folder of a kind.
+PLAIN = "text"
+
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
-
-# More characters than this a token are not expected; bounds how much of a large file is tokenised.
-_CHARACTERS_A_TOKEN = 8
 
 
 class DataError(ValueError):
-    """Calibration data cannot be used; the message names file, line and what is wrong."""
-
-
-class Tokenizer(Protocol):
-    """What is needed of a transformers tokenizer."""
-
-    def __call__(self, text: str, **options: Any) -> Mapping[str, Any]:
-        """Token ids of a text, under ``input_ids``."""
+    """A text cannot be used; the message names file, line and what is wrong."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text to calibrate on.
+    """A text.
 
     Attributes:
         text: the text.
-        task: the group that it belongs to; samples are taken from every group alike.
-        source: where it came from, for messages.
+        kind: the group that it belongs to; samples are taken from every group alike.
+        source: where it came from, for messages and records.
+        whole: whether it is one sample, as those of a JSON file are, rather than text to be cut.
     """
 
     text: str
-    task: str
+    kind: str
     source: str
+    whole: bool = False
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Token ids of one calibration sample.
+def find_files(paths: PathLike | Sequence[PathLike]) -> dict[str, list[Path]]:
+    """Text files by kind.
 
-    Attributes:
-        tokens: the token ids.
-        task: the group that it belongs to.
-        source: where it came from, for messages.
+    Of one folder, each subfolder is a kind, with all text files below it, and the files of the
+    folder itself are the kind "text". One file is the kind "text". Of several paths, each gives
+    its folder's kinds, and what lies in none is called by the folder's or file's name. Hidden
+    files, and in folders those with other suffixes than ``SUFFIXES``, are passed over.
+
+    Args:
+        paths: a folder or file, or several.
+
+    Raises:
+        DataError: a path is missing or holds no text file, or two kinds have one name.
     """
+    several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    kinds: dict[str, list[Path]] = {}
+    for path in map(Path, several):
+        if not path.exists():
+            raise DataError(f"{path}: there is no such file or directory")
+        plain = PLAIN
+        if len(several) > 1:
+            plain = path.resolve().name if path.is_dir() else path.name.split(".")[0]
+        found = _folder(path, plain) if path.is_dir() else {plain: [path]}
+        if not found:
+            known = ", ".join(suffix or "none" for suffix in SUFFIXES)
+            raise DataError(f"{path}: there is no text file in this directory (suffixes: {known})")
+        for kind, files in found.items():
+            if kind in kinds:
+                raise DataError(f"{path}: another text is named {kind!r}; rename one of them")
+            kinds[kind] = files
+    return kinds
 
-    tokens: tuple[int, ...]
-    task: str
-    source: str
+
+def read_documents(paths: PathLike | Sequence[PathLike]) -> dict[str, list[Document]]:
+    """All texts of folders and files by kind, read and checked.
+
+    A file with a suffix of ``JSON_SUFFIXES`` that is named itself holds samples (`read_json`);
+    their ``task_name`` is their kind.
+
+    Args:
+        paths: as for `find_files`.
+
+    Raises:
+        DataError: as `find_files`, `read_text` and `read_json`.
+    """
+    documents: dict[str, list[Document]] = {}
+    for kind, files in find_files(paths).items():
+        for path in files:
+            if _suffix(path) in JSON_SUFFIXES:
+                found = read_json(path)
+            else:
+                found = [Document(read_text(path), kind, path.name)]
+            for name, group in by_kind(found, kind).items():
+                documents.setdefault(name, []).extend(group)
+    return documents
 
 
-@dataclass(frozen=True)
-class Split:
-    """Samples to calibrate on, and others of the same kind to test the thresholds on."""
+def by_kind(documents: Sequence[Document], default: str = PLAIN) -> dict[str, list[Document]]:
+    """Documents by their kind, or by a default where they have none."""
+    kinds: dict[str, list[Document]] = {}
+    for one in documents:
+        kinds.setdefault(one.kind or default, []).append(one)
+    return kinds
 
-    calibration: tuple[Sample, ...]
-    held_out: tuple[Sample, ...]
+
+def read_text(path: PathLike) -> str:
+    """A file's text: UTF-8, with or without a byte order mark; ``.xz`` and ``.gz`` are unpacked.
+
+    Raises:
+        DataError: the file is missing, damaged, or not such text.
+    """
+    opener = _OPENERS.get(Path(path).suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            data: bytes = file.read()
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except (OSError, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # With a mark, positions are counted from after it.
+        start = error.start + len(data) - len(error.object)
+        raise DataError(f"{_place(path, data, start)}: not UTF-8 text: {error.reason}") from None
+    if "\0" in text:
+        place = _place(path, data, data.index(b"\0"))
+        raise DataError(f"{place}: not text: it holds NUL characters")
+    return text
 
 
-def read_json(path: str | os.PathLike[str]) -> list[Document]:
-    """Documents of a JSON file: a list of objects, or one object a line.
+def read_json(path: PathLike) -> list[Document]:
+    """Samples of a JSON file: a list of objects, or one object a line.
 
-    An object has the text as ``input_text`` and, if it likes, a group as ``task_name``.
+    An object has the text as ``input_text`` and an optional group as ``task_name``.
 
     Raises:
         DataError: the file is missing or is not that; the message names the line.
     """
-    text = _read(Path(path))
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             entries = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(_json_problem(path, error, 1)) from None
         located = [(f"{path}: sample {index}", entry) for index, entry in enumerate(entries, 1)]
     else:
         located = []
-        for number, line in enumerate(text.splitlines(), 1):
+        # Other line separators of Unicode may stand within a JSON string.
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     located.append((f"{path}:{number}", json.loads(line)))
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(_json_problem(path, error, number)) from None
     documents = [_document(entry, where) for where, entry in located]
     if not documents:
@@ -99,154 +172,43 @@ def read_json(path: str | os.PathLike[str]) -> list[Document]:
     return documents
 
 
-def split_documents(
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
-    *,
-    max_seq_len: int,
-    examples: int,
-    held_out: int,
-) -> Split:
-    """Take samples from every task alike: the first ones to calibrate on, the next ones held out.
+def check_text(name: str, text: str) -> str:
+    """The text, if it can be encoded as UTF-8.
 
     Args:
-        documents: texts, each of which gives one sample, cut to max_seq_len tokens.
-        tokenizer: the model's.
-        max_seq_len: most tokens in a sample.
-        examples: samples of each task to calibrate on.
-        held_out: samples of each task to hold out, if there are so many.
-    """
-    groups: dict[str, list[Document]] = {}
-    for document in documents:
-        groups.setdefault(document.task, []).append(document)
-    streams = {
-        task: (_truncated(document, tokenizer, max_seq_len) for document in group)
-        for task, group in groups.items()
-    }
-    return _taken(streams, examples, held_out)
-
-
-def text_tasks(paths: Sequence[str | os.PathLike[str]]) -> dict[str, list[Path]]:
-    """The text files of each task.
-
-    A file is a task; so is a directory, with all files below it; a directory that holds directories
-    stands for those. Hidden files are passed over.
+        name: where the text is from, for the message.
+        text: a text that Python made of bytes or of JSON.
 
     Raises:
-        DataError: a path is missing or holds no file, or two tasks have one name.
+        DataError: it holds lone surrogates, as undecodable bytes of a command line become.
     """
-    tasks: dict[str, list[Path]] = {}
-    for path in map(Path, paths):
-        folders = _visible(path, Path.is_dir) if path.is_dir() else []
-        for root in folders or [path]:
-            if not root.exists():
-                raise DataError(f"{root}: there is no such file or directory")
-            files = [root] if root.is_file() else _visible(root, Path.is_file, deep=True)
-            if not files:
-                raise DataError(f"{root}: there is no text file in this directory")
-            name = root.name.split(".")[0] if root.is_file() else root.resolve().name
-            if name in tasks:
-                raise DataError(f"{root}: another text is named {name!r}; rename one of them")
-            tasks[name] = files
-    return tasks
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{name} is not text: character {error.start + 1} is the lone surrogate "
+            f"U+{ord(text[error.start]):04X}"
+        ) from None
+    return text
 
 
-def split_texts(
-    tasks: Mapping[str, Sequence[Path]],
-    tokenizer: Tokenizer,
-    *,
-    max_seq_len: int,
-    examples: int,
-    held_out: int,
-) -> Split:
-    """Cut plain text into samples of max_seq_len tokens, and take from every task alike.
-
-    Files take turns. Those shorter than a sample are joined by an empty line, end to end, until
-    they fill one. Every sample starts with the tokenizer's special tokens, as a prompt does.
-
-    Args:
-        tasks: text files by task, as `text_tasks` gives them.
-        tokenizer: the model's.
-        max_seq_len: tokens in a sample; fewer only where a task has no more.
-        examples: samples of each task to calibrate on.
-        held_out: samples of each task to hold out, if there are so many.
-
-    Raises:
-        DataError: a file is not text, or a task holds none.
-    """
-    prefix = special_prefix(tokenizer)
-    wanted = examples + held_out
-    streams = {
-        task: _text_samples(task, files, tokenizer, prefix, max_seq_len, wanted)
-        for task, files in tasks.items()
-    }
-    return _taken(streams, examples, held_out)
+def _folder(root: Path, plain: str) -> dict[str, list[Path]]:
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob("*")):
+        parts = path.relative_to(root).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if not hidden and path.is_file() and _suffix(path) in SUFFIXES:
+            kinds.setdefault(parts[0] if len(parts) > 1 else plain, []).append(path)
+    return kinds
 
 
-def special_prefix(tokenizer: Tokenizer) -> list[int]:
-    """Special tokens that the tokenizer puts before a text."""
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("a")["input_ids"])
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start]
-    return []
+def _suffix(path: Path) -> str:
+    """The suffix, before that of a compression."""
+    return (path.with_suffix("") if path.suffix in _OPENERS else path).suffix
 
 
-def _taken(streams: Mapping[str, Iterator[Sample]], examples: int, held_out: int) -> Split:
-    calibration: list[Sample] = []
-    rest: list[Sample] = []
-    for stream in streams.values():
-        calibration += itertools.islice(stream, examples)
-        rest += itertools.islice(stream, held_out)
-    return Split(tuple(calibration), tuple(rest))
-
-
-def _truncated(document: Document, tokenizer: Tokenizer, max_seq_len: int) -> Sample:
-    tokens = tokenizer(document.text, truncation=True, max_length=max_seq_len)["input_ids"]
-    return Sample(tuple(tokens), document.task, document.source)
-
-
-def _text_samples(
-    task: str,
-    files: Sequence[Path],
-    tokenizer: Tokenizer,
-    prefix: list[int],
-    max_seq_len: int,
-    wanted: int,
-) -> Iterator[Sample]:
-    body = max_seq_len - len(prefix)
-    if body < 1:
-        raise DataError(f"max_seq_len must be greater than {len(prefix)}, got {max_seq_len}")
-    limit = wanted * max_seq_len * _CHARACTERS_A_TOKEN
-    long: list[list[Sample]] = []
-    short: list[int] = []
-    packed: list[Sample] = []
-    for path in files:
-        text = _read(path)[:limit]
-        tokens = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if len(tokens) >= body:
-            pieces = itertools.islice(range(0, len(tokens) - body + 1, body), wanted)
-            starts = [(start, tokens[start : start + body]) for start in pieces]
-            long.append(
-                [
-                    Sample((*prefix, *piece), task, f"{path.name} from token {start}")
-                    for start, piece in starts
-                ]
-            )
-            continue
-        gap = tokenizer("\n\n", add_special_tokens=False)["input_ids"] if short else []
-        short += [*gap, *tokens]
-        while len(short) >= body and len(packed) < wanted:
-            packed.append(Sample((*prefix, *short[:body]), task, f"files up to {path.name}"))
-            short = short[body:]
-    turns = [*long, packed] if packed else long
-    if not turns and short:
-        turns = [[Sample((*prefix, *short), task, "all of the text")]]
-    if not turns:
-        raise DataError(f"{files[0]}: there is no text for the task {task!r}")
-    for row in itertools.zip_longest(*turns):
-        yield from (sample for sample in row if sample is not None)
+def _place(path: PathLike, data: bytes, start: int) -> str:
+    return f"{path}:{data.count(10, 0, start) + 1} (byte {start + 1})"
 
 
 def _document(entry: object, where: str) -> Document:
@@ -264,38 +226,15 @@ def _document(entry: object, where: str) -> Document:
     task = entry.get("task_name", "")
     if not isinstance(task, str):
         raise DataError(f"{where}: 'task_name' must be a string, got {repr(task)[:80]}")
-    return Document(text, task, where)
+    check_text(f"{where}: 'input_text'", text)
+    check_text(f"{where}: 'task_name'", task)
+    return Document(text, task, where, whole=True)
 
 
-def _json_problem(
-    path: str | os.PathLike[str], error: json.JSONDecodeError | RecursionError, line: int
-) -> str:
+def _json_problem(path: PathLike, error: ValueError | RecursionError, line: int) -> str:
     if isinstance(error, RecursionError):
         return f"{path}:{line}: not valid JSON: nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):  # a number of too many digits
+        return f"{path}:{line}: not valid JSON: {error}"
     number = line + error.lineno - 1
     return f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})"
-
-
-def _visible(root: Path, kind: Any, *, deep: bool = False) -> list[Path]:
-    found = root.rglob("*") if deep else root.iterdir()
-    return sorted(
-        path
-        for path in found
-        if kind(path) and not any(p.startswith(".") for p in path.relative_to(root).parts)
-    )
-
-
-def _read(path: Path) -> str:
-    opener = _OPENERS.get(path.suffix, open)
-    try:
-        with opener(path, "rb") as file:
-            data: bytes = file.read()
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except (OSError, lzma.LZMAError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text: {error.reason}") from None

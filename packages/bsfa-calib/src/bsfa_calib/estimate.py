@@ -23,6 +23,8 @@ from bsfa_calib.thresholds import FloatArray
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bsfa_kernel import Geometry
+
     Maxima: TypeAlias = "FloatArray | Tensor"
 
 IntArray = npt.NDArray[np.int64]
@@ -40,16 +42,12 @@ HISTOGRAM_BINS = 2 * HISTOGRAM_REACH * BINS_PER_UNIT + 2
 _POOL_ELEMENTS = 1 << 25
 
 
-def unforced_blocks(seqlen: int, *, q_block: int, k_block: int) -> IntArray:
-    """Number of key blocks that each query block may skip, int64 ``[q_blocks]``."""
-    first_query = np.arange(0, seqlen, q_block, dtype=np.int64)
-    return (first_query + 1) // k_block
+def unforced_blocks(seqlen: int, geometry: Geometry) -> IntArray:
+    """Number of key blocks that each query block of a prompt may skip, int64 ``[q_blocks]``."""
+    from bsfa_kernel.geometry import block_count, full_blocks
 
-
-def visible_blocks(seqlen: int, *, q_block: int, k_block: int) -> IntArray:
-    """Number of key blocks that each query block sees some score of, int64 ``[q_blocks]``."""
-    past_last_query = np.minimum(np.arange(0, seqlen, q_block, dtype=np.int64) + q_block, seqlen)
-    return -(-past_last_query // k_block)
+    query_blocks = np.arange(block_count(seqlen, geometry.q_block), dtype=np.int64)
+    return full_blocks(query_blocks, seqlen, seqlen, geometry)
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,8 @@ class Estimate:
 def estimate_thresholds(
     samples: Sequence[Maxima],
     k_values: Sequence[int],
+    geometry: Geometry,
     *,
-    q_block: int,
-    k_block: int,
     aggregate: str = "pooled",
 ) -> Estimate:
     """Thresholds at which a query block keeps k of its unforced blocks, for every k at once.
@@ -84,11 +81,10 @@ def estimate_thresholds(
 
     Args:
         samples: for each sample float32 ``[..., q_blocks, kept]`` as
-            `bsfa_calib.capture.top_maxima` gives them, tensors of one device or arrays. Samples may
-            differ in q_blocks and kept; a position is estimated from the samples that reach it.
+            `bsfa_calib.recording.top_maxima` gives them, tensors of one device or arrays. Samples
+            may differ in q_blocks and kept; a position is estimated from the samples that reach it.
         k_values: blocks to keep a query block, each at least 1.
-        q_block: queries in a sparsity block.
-        k_block: keys in a sparsity block.
+        geometry: the sparsity block.
         aggregate: how samples are combined.
 
     Returns:
@@ -101,7 +97,7 @@ def estimate_thresholds(
         raise ValueError("at least one sample is needed")
     combine = parse_aggregate(aggregate)
     rows = max(sample.shape[-2] for sample in samples)
-    unforced = unforced_blocks(rows * q_block, q_block=q_block, k_block=k_block)
+    unforced = unforced_blocks(rows * geometry.q_block, geometry)
     ks = np.asarray(k_values, dtype=np.int64)
     needed = min(int(ks.max()) + 1, int(unforced.max()))
     for sample in samples:
@@ -148,7 +144,7 @@ def kept_blocks(sample: Maxima, thresholds: Maxima) -> Tensor:
     """Unforced blocks that each query block of a sample keeps under the thresholds.
 
     Args:
-        sample: float32 ``[..., q_blocks, kept]`` as `bsfa_calib.capture.top_maxima` gives them.
+        sample: float32 ``[..., q_blocks, kept]`` as `bsfa_calib.recording.top_maxima` gives them.
         thresholds: float32 ``[points, ..., rows]``; the last row serves later blocks.
 
     Returns:
@@ -180,17 +176,17 @@ class KeptCount:
         self._visible = 0
         self._kept: Any = 0  # unforced blocks that these keep, int64 tensor [..., points]
 
-    def add(
-        self, sample: Maxima, thresholds: Maxima, *, seqlen: int, q_block: int, k_block: int
-    ) -> None:
+    def add(self, sample: Maxima, thresholds: Maxima, seqlen: int, geometry: Geometry) -> None:
         """Count one sample ``[..., q_blocks, kept]`` under thresholds ``[points, ..., rows]``."""
-        unforced = unforced_blocks(seqlen, q_block=q_block, k_block=k_block)
+        from bsfa_kernel.geometry import count_visible
+
+        unforced = unforced_blocks(seqlen, geometry)
         chosen = unforced[:, None] > self._ks
         kept = kept_blocks(sample, thresholds)
         self._kept = self._kept + (kept * _as_tensor(chosen).to(kept.device)).sum(-2)
         self._blocks += chosen.sum(axis=0)
         self._unforced += (unforced[:, None] * chosen).sum(axis=0)
-        self._visible += int(visible_blocks(seqlen, q_block=q_block, k_block=k_block).sum())
+        self._visible += count_visible(seqlen, seqlen, geometry)
 
     def mean_kept(self) -> FloatArray:
         """Mean unforced blocks kept where there are more than k, ``[points, ...]``, or NaN."""

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bsfa_calib.hook import visible_count
 from bsfa_kernel import RULES, Geometry
+from bsfa_kernel.geometry import count_visible, full_blocks
+from bsfa_kernel.reference import verdicts
 
 _SCORES_AT_A_TIME_CPU = 1 << 24
 _SCORES_AT_A_TIME_GPU = 1 << 26
@@ -121,13 +122,13 @@ class _GatedAttention(torch.autograd.Function):
             by_block = weights.view(heads, rows, q_block, columns, k_block)
             row_maxima = by_block.amax(-1)
             largest = row_maxima.amax(-1, keepdim=True)
-            row_maxima = row_maxima - largest
             by_block = by_block.sub_(largest[..., None]).exp_()
             masses = by_block.sum(-1)
             index = torch.arange(part.blocks.start, part.blocks.stop, device=q.device)
-            full = (index * q_block + 1) // k_block
+            full = full_blocks(index, seqlen, seqlen, geometry)
             chosen = thresholds[:, part.blocks]
-            verdict, excess = _verdicts(row_maxima, masses, largest, chosen, full, rule)
+            row_lse = masses.log() + largest
+            verdict, excess = verdicts(row_maxima, chosen, rule=rule, row_lse=row_lse, full=full)
             share = torch.sigmoid((excess - chosen[..., None]) / width)
             free = torch.arange(columns, device=q.device) < full[:, None]
             kept[:, part.blocks, :columns] = verdict
@@ -143,7 +144,7 @@ class _GatedAttention(torch.autograd.Function):
         ctx.options = (geometry, scale)
         index = torch.arange(q_blocks, device=q.device)
         seen = torch.arange(k_blocks, device=q.device) * k_block < (index[:, None] + 1) * q_block
-        visible = visible_count(seqlen, seqlen, geometry)
+        visible = count_visible(seqlen, seqlen, geometry)
         skipped = 1 - (kept & seen).sum((1, 2)).float() / visible
         of_row = slope.sum(-1) / visible
         ctx.mark_non_differentiable(skipped, of_row)
@@ -211,48 +212,3 @@ def _scores(q: Tensor, k: Tensor, part: _Part, group: int, scale: float) -> Tens
     hidden = torch.ones((own, own), dtype=torch.bool, device=q.device).triu_(1)
     scores[:, :, part.start :].masked_fill_(hidden, -torch.inf)
     return scores
-
-
-def _verdicts(
-    row_maxima: Tensor, masses: Tensor, largest: Tensor, thresholds: Tensor, full: Tensor, rule: str
-) -> tuple[Tensor, Tensor]:
-    """Which blocks are kept, and what was compared.
-
-    Args:
-        row_maxima: [heads, rows, q_block, columns], relative to ``largest``.
-        masses: as row_maxima: sums of exp(score - largest).
-        largest: [heads, rows, q_block, 1], the largest score of each query.
-        thresholds: [heads, rows].
-        full: [rows], number of unforced blocks.
-        rule: one of ``bsfa_kernel.RULES``.
-
-    Returns:
-        bool and float32 [heads, rows, columns]; forced blocks, and those beyond, are kept.
-    """
-    columns = torch.arange(row_maxima.shape[-1], device=full.device)
-    forced = columns >= full[:, None]
-    if rule == "absolute":
-        excess = (row_maxima + largest).amax(2)
-        return forced | (excess >= thresholds[..., None]), excess
-    # A verdict depends on those of the later blocks: from the last block on, one more verdict is
-    # final after every round, and far fewer rounds than blocks are needed until none changes.
-    row_maxima, masses = row_maxima.flip(-1), masses.flip(-1)
-    always = forced.flip(-1).expand(*thresholds.shape, -1)
-    kept = always
-    while True:
-        if rule == "running_max":
-            reached = row_maxima.masked_fill(~kept[:, :, None], -torch.inf)
-            reference = _shifted(reached, -torch.inf).cummax(-1).values
-        else:
-            reference = _shifted(masses * kept[:, :, None], 0.0).cumsum(-1).log()
-        # A forced block's excess is of no interest, and NaN where nothing was seen before it.
-        excess = (row_maxima - reference).amax(2).masked_fill(always, torch.inf)
-        found = always | (excess >= thresholds[..., None])
-        if torch.equal(found, kept):
-            return found.flip(-1), excess.flip(-1)
-        kept = found
-
-
-def _shifted(x: Tensor, first: float) -> Tensor:
-    """Each column in the place of the next one."""
-    return torch.nn.functional.pad(x[..., :-1], (1, 0), value=first)

@@ -17,9 +17,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from bsfa_calib.dense import dense_reason, model_attention, unknown_arguments
+from bsfa_calib.reasons import Reason
+from bsfa_calib.switch import register, switched
 from bsfa_kernel import DEFAULT_GEOMETRY, Geometry, block_sparse_attention, reference
+from bsfa_kernel.geometry import count_visible
 
 ATTENTION_NAME = "bsfa_hook"
 BACKENDS = ("auto", "reference")
@@ -44,29 +47,38 @@ class Attended(NamedTuple):
 class Method(Protocol):
     """Computes causal attention for one layer of one prompt."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
-        """Attention of q [1, seqlen_q, heads, head_dim] to k, v [1, seqlen_k, kv_heads, ...]."""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float
+    ) -> Attended | None:
+        """Attention of q [1, seqlen_q, heads, head_dim] to k, v [1, seqlen_k, kv_heads, ...].
+
+        None leaves the layer to the model's dense attention; so a method may look on only.
+        """
         ...
 
 
 @dataclass
 class Meter:
-    """What the layers left out since the configuration was applied, or since ``take``.
+    """What the layers left out since the method was applied, or since ``take``.
 
     Attributes:
-        dense: calls that ran dense, by reason.
+        dense: calls that ran dense for another reason than that there was no method, by reason.
+        dense_layers: layers that run dense whatever the prompt, and why.
     """
 
     dense: dict[str, int] = field(default_factory=dict)
+    dense_layers: dict[int, str] = field(default_factory=dict)
     _skipped: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def add(self, layer: int, skipped: Tensor) -> None:
         """Note a layer's skipped shares."""
         self._skipped.setdefault(layer, []).append(skipped)
 
-    def count_dense(self, reason: str) -> None:
+    def count_dense(self, layer: int, reason: Reason) -> None:
         """Note a call that ran dense."""
-        self.dense[reason] = self.dense.get(reason, 0) + 1
+        self.dense[str(reason)] = self.dense.get(str(reason), 0) + 1
+        if reason is not Reason.DECODE:
+            self.dense_layers[layer] = str(reason)
 
     def take(self) -> list[list[float]]:
         """Mean skipped share of the prompts since the last call, [layers][heads]; forgets them."""
@@ -95,29 +107,18 @@ def applied(model: Any, method: Method | None, *, q_block: int = 128) -> Iterato
         q_block: fewer queries than this, after others, run dense.
 
     Raises:
-        HookError: the model does not take its attention from transformers' interface.
+        SwitchError: the model does not take its attention from transformers' interface.
     """
-    _register()
-    configs = {
-        id(module.config): module.config
-        for module in model.modules()
-        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation")
-    }
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    from transformers.masking_utils import sdpa_mask
+
+    register(ATTENTION_NAME, _attention, sdpa_mask)
     meter = Meter()
     token = _applied.set(_Applied(method, meter, q_block))
     try:
-        model.set_attn_implementation(ATTENTION_NAME)
-        if model.config._attn_implementation != ATTENTION_NAME:
-            raise HookError(
-                f"{type(model).__name__} does not take its attention function from transformers' "
-                "AttentionInterface, so it cannot be evaluated"
-            )
-        yield meter
+        with switched(model, ATTENTION_NAME):
+            yield meter
     finally:
         _applied.reset(token)
-        for config, implementation in before:
-            config._attn_implementation = implementation
 
 
 def attention_shape(model: Any) -> tuple[int, int]:
@@ -158,40 +159,8 @@ class BlockSparse:
                 geometry=self.geometry,
                 return_kept=True,
             )
-        visible = visible_count(q.shape[1], k.shape[1], self.geometry)
+        visible = count_visible(q.shape[1], k.shape[1], self.geometry)
         return Attended(out, 1 - kept[0].sum(-1).float() / visible)
-
-
-def visible_count(seqlen_q: int, seqlen_k: int, geometry: Geometry) -> int:
-    """Blocks of which some score is visible to a causal prompt."""
-    starts = torch.arange(0, seqlen_q, geometry.q_block)
-    ends = (starts + geometry.q_block).clamp(max=seqlen_q) + seqlen_k - seqlen_q
-    return int(((ends + geometry.k_block - 1) // geometry.k_block).sum())
-
-
-def forced_share(seqlen: int, geometry: Geometry) -> float:
-    """Share of the visible blocks of a prompt that are always kept."""
-    starts = torch.arange(0, seqlen, geometry.q_block)
-    free = int(((starts + 1) // geometry.k_block).sum())
-    return 1 - free / visible_count(seqlen, seqlen, geometry)
-
-
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
-) -> Tensor:
-    """SDPA of q [1, heads, seqlen_q, head_dim], causal and aligned to the bottom right."""
-    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
-    plain = seqlen_q == seqlen_k and (window is None or window >= seqlen_k)
-    mask = None
-    if not plain:
-        last_seen = torch.arange(seqlen_q, device=q.device)[:, None] + seqlen_k - seqlen_q
-        keys = torch.arange(seqlen_k, device=q.device)
-        mask = keys <= last_seen
-        if window is not None:
-            mask &= keys > last_seen - window
-    return functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=True
-    )
 
 
 def _attention(
@@ -201,41 +170,59 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls."""
+    """The attention function that transformers calls.
+
+    Args:
+        module: the attention module.
+        query: [batch, heads, seqlen_q, head_dim].
+        key: [batch, kv_heads, seqlen_k, head_dim].
+        value: [batch, kv_heads, seqlen_k, head_dim of values].
+        attention_mask: None where the mask is plainly causal.
+        scaling: factor of the scores; head_dim ** -0.5 by default.
+        is_causal: whether the mask is causal, if the module does not know better.
+        options: what else the model passes.
+
+    Returns:
+        [batch, seqlen_q, heads, head_dim of values], and None for the weights.
+    """
     current = _applied.get()
     if current is None:
-        raise RuntimeError(f"{ATTENTION_NAME} is for evaluation only; set another implementation")
-    if attention_mask is not None or query.shape[0] != 1:
-        raise HookError("evaluation takes one prompt at a time, without padding")
-    if softcap is not None or s_aux is not None:
-        raise HookError("attention with softcap or sinks cannot be evaluated yet")
-    scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
-    layer = int(getattr(module, "layer_idx", 0))
+        raise RuntimeError(
+            f"attention {ATTENTION_NAME!r} works within bsfa_calib.hook.applied() only; set "
+            "another implementation"
+        )
+    unknown = unknown_arguments(options)
+    if unknown:
+        raise HookError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to its attention function, which "
+            "block-sparse attention does not know: this model cannot be calibrated"
+        )
+    if query.shape[0] != 1:
+        raise HookError(f"one prompt is read at a time, got a batch of {query.shape[0]}")
+    layer = getattr(module, "layer_idx", None)
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    reason = None
-    if sliding_window is not None and sliding_window < seqlen_k:
-        reason = "layer with a sliding window of its own"
-    elif seqlen_q < seqlen_k and seqlen_q < current.q_block:
-        reason = "decode step"
-    if current.method is None or reason is not None:
-        if current.method is not None and reason is not None:
-            current.meter.count_dense(reason)
-        out = dense_attention(query, key, value, scale, sliding_window)
-        return out.transpose(1, 2), None
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    attended = current.method(q, k, v, layer, scale)
-    current.meter.add(layer, attended.skipped)
-    return attended.out, None
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
-
-    AttentionInterface.register(ATTENTION_NAME, _attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, flash_attention_mask)
+    reason = dense_reason(module, query, key, value, is_causal, options)
+    if reason is None and seqlen_q < seqlen_k and seqlen_q < current.q_block:
+        reason = Reason.DECODE
+    elif reason is None and attention_mask is not None:
+        reason = Reason.OWN_MASK
+    attended = None
+    if isinstance(layer, int) and reason is not None:
+        current.meter.count_dense(layer, reason)
+    elif isinstance(layer, int) and current.method is not None:
+        scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        attended = current.method(q, k, v, layer, scale)
+    if attended is not None:
+        current.meter.add(layer, attended.skipped)  # type: ignore[arg-type]
+        return attended.out, None
+    out = model_attention(
+        module,
+        *(query, key, value, attention_mask),
+        is_causal=is_causal,
+        options={"scaling": scaling, **options},
+    )
+    return out, None

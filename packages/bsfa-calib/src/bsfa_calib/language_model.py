@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import time
 from collections.abc import Sequence
@@ -123,7 +124,7 @@ class LanguageModel:
 
         self._synchronize()
         begin = time.perf_counter()
-        cache = {self._cache_argument(): DynamicCache(config=self.model.config)}
+        cache = {cache_argument(self.model): DynamicCache(config=self.model.config)}
         first = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **cache)
         self._synchronize()
         seconds = time.perf_counter() - begin
@@ -144,11 +145,6 @@ class LanguageModel:
         own = self._head(hidden)
         return own.shape == logits.shape and torch.allclose(own, logits, rtol=1e-3, atol=1e-3)
 
-    def _cache_argument(self) -> str:
-        # transformers renamed it; the old name is deprecated from 5.24 on.
-        known = inspect.signature(self.model.forward).parameters
-        return "cache" if "cache" in known else "past_key_values"
-
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -162,3 +158,24 @@ def band_edges(count: int) -> list[tuple[int, int]]:
         edges.append(edge)
         edge *= 2
     return list(zip(edges, [*edges[1:], count], strict=True))
+
+
+def cache_argument(model: Any) -> str:
+    """What a model calls its cache: transformers 5.24 renamed ``past_key_values``."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def fingerprint(model: Any) -> str:
+    """Digest by which a model's measurements are told from those of another."""
+    digest = hashlib.sha256()
+    starts = []
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        starts.append(parameter.detach().flatten()[:64].float())
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for start in starts:
+        by_device.setdefault(start.device, []).append(start)
+    for group in by_device.values():
+        digest.update(torch.cat(group).cpu().numpy().tobytes())
+    return digest.hexdigest()

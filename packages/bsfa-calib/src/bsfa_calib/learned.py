@@ -15,20 +15,19 @@ import json
 import math
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from bsfa_calib.capture import fingerprint
-from bsfa_calib.hook import BlockSparse, applied, forced_share
-from bsfa_calib.language_model import LanguageModel
+from bsfa_calib.expected import Calibrated, Expected, Measure, with_expected
+from bsfa_calib.language_model import fingerprint
 from bsfa_calib.learning import Float32Array, Learned, Settings, learn
 from bsfa_calib.thresholds import ThresholdTable, write_atomically
 from bsfa_calib.tuning import TuningError
 from bsfa_kernel import Geometry
+from bsfa_kernel.geometry import forced_share
 
 # Sparsities that thresholds are learned at, one after the other, as far as they are needed.
 LADDER = (0.6, 0.75, 0.85, 0.92)
@@ -40,29 +39,6 @@ GEOMETRY = Geometry(64, 64)
 _BEYOND = 4.0
 _BISECTIONS = 9
 _CLOSE_SPARSITY, _CLOSE_LOSS = 0.002, 0.03
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What thresholds do on samples that they were not learned from.
-
-    Attributes:
-        sparsity: mean share of the blocks skipped.
-        kl: mean KL divergence from dense, in nats.
-        nll: mean change of the negative log-likelihood of the next token, in nats.
-    """
-
-    sparsity: float
-    kl: float
-    nll: float
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A table and what to expect of each of its points."""
-
-    table: ThresholdTable
-    expected: tuple[Expected, ...]
 
 
 class ThresholdPath:
@@ -135,7 +111,7 @@ def learn_path(
     if bool(target_sparsities) == bool(max_losses):
         raise TuningError("give either target sparsities or bounds on the loss")
     settings = settings or Settings()
-    most = 1 - forced_share(len(samples[0]), geometry)
+    most = 1 - forced_share(len(samples[0]), len(samples[0]), geometry)
     for target in target_sparsities:
         if not 0 < target < most:
             raise TuningError(
@@ -203,32 +179,37 @@ def calibrate(
             samples.
         rule: that of the path.
         geometry: that of the path.
-        backend: see ``make_method``.
+        backend: one of ``bsfa_calib.hook.BACKENDS``.
         progress: told of each point.
 
     Returns:
         A table that does not name the model yet, and what to expect of it.
 
     Raises:
+        HookError: no layer of the model can skip a block.
         TuningError: a bound on the loss cannot be kept, or neither or both kinds are given.
+        ValueError: there are no samples.
     """
     if bool(target_sparsities) == bool(max_losses):
         raise TuningError("give either target sparsities or bounds on the loss")
-    measure = _Measure(model, path, samples, rule, geometry, backend)
+    measure = Measure(model, samples, rule=rule, geometry=geometry, backend=backend)
+    known: dict[float, Expected] = {}
+
+    def at(place: float) -> Expected:
+        if place not in known:
+            known[place] = measure(path.at(place))
+        return known[place]
+
     axis = "target_sparsity" if target_sparsities else "max_loss"
     points = tuple(sorted(set(target_sparsities or max_losses)))
     thresholds, expected = [], []
     for point in points:
-        place, found = _find(measure, axis, point, path.last)
+        place, found = _find(at, axis, point, path.last)
         thresholds.append(path.at(place))
         expected.append(found)
         progress(
             f"{axis} {point:g}: skips {found.sparsity:.3f} at a KL divergence of {found.kl:.5f}"
         )
-    provenance = {}
-    for name in ("sparsity", "kl", "nll"):
-        values = [getattr(one, name) for one in expected]
-        provenance[f"expected_{name}"] = ", ".join(f"{value:.6g}" for value in values)
     table = ThresholdTable(
         np.stack(thresholds),
         points,
@@ -238,79 +219,13 @@ def calibrate(
         rule=rule,
         max_seqlen=len(samples[0]),
         aggregate="learned",
-        provenance=provenance,
     )
-    return Calibrated(table, tuple(expected))
+    return with_expected(table, expected, measure.dense_layers)
 
 
-def verdict(expected: Sequence[Expected]) -> list[str]:
-    """What the points mean, in sentences; says so where nothing is gained."""
-    cheap = [one.sparsity for one in expected if one.kl <= 0.03]
-    if not cheap:
-        least = min(expected, key=lambda one: one.kl)
-        return [
-            f"Nothing to gain: even {least.sparsity:.0%} of the blocks cost a KL divergence of "
-            f"{least.kl:.3g} nats. Leave this model dense at this length, or ask for less."
-        ]
-    most = max(cheap)
-    if most < 0.3:
-        return [
-            f"Little to gain: within a KL divergence of 0.03 nats {most:.0%} of the blocks can be "
-            "skipped, and below about 30% attention is hardly faster. Prompts may be too short."
-        ]
-    return [
-        f"Up to {most:.0%} of the blocks can be skipped within a KL divergence of 0.03 nats; the "
-        f"limit of attention's speed-up is then {1 / (1 - most / 2):.2f}x."
-    ]
-
-
-class _Measure:
-    """Sparsity and loss by place, remembered."""
-
-    def __init__(
-        self,
-        model: Any,
-        path: ThresholdPath,
-        samples: Sequence[Sequence[int]],
-        rule: str,
-        geometry: Geometry,
-        backend: str,
-    ) -> None:
-        if not samples:
-            raise TuningError("at least one sample is needed to measure on")
-        self._language_model = LanguageModel(model)
-        self._path, self._samples = path, samples
-        self._rule, self._geometry, self._backend = rule, geometry, backend
-        with applied(model, None):
-            self._dense = [self._language_model.predict(ids) for ids in samples]
-        self._nll = [
-            self._compare(d, d, ids)[1] for d, ids in zip(self._dense, samples, strict=True)
-        ]
-        self._known: dict[float, Expected] = {}
-
-    def __call__(self, place: float) -> Expected:
-        if place not in self._known:
-            model = self._language_model
-            values = torch.tensor(self._path.at(place), device=model.device)
-            method = BlockSparse(values, self._rule, self._geometry, self._backend)
-            rows = []
-            for ids, dense, nll in zip(self._samples, self._dense, self._nll, strict=True):
-                with applied(model.model, method) as meter:
-                    found = model.predict(ids)
-                    skipped = float(np.mean(meter.take()))
-                kl, own = self._compare(found, dense, ids)
-                rows.append((skipped, kl, own - nll))
-            self._known[place] = Expected(*(float(x) for x in np.mean(rows, axis=0)))
-        return self._known[place]
-
-    def _compare(self, found: Any, dense: Any, ids: Sequence[int]) -> tuple[float, float]:
-        bands = self._language_model.compare(found, dense, ids)
-        count = sum(band.positions for band in bands)
-        kl = sum(band.kl * band.positions for band in bands) / count
-        return kl, sum(band.nll * band.positions for band in bands) / count
-
-
-def _find(measure: _Measure, axis: str, point: float, last: float) -> tuple[float, Expected]:
+def _find(
+    measure: Callable[[float], Expected], axis: str, point: float, last: float
+) -> tuple[float, Expected]:
     """The place of a point: the closest sparsity, or the sparsest place within a loss."""
     low, high = -2.0, last + 1.5
     best: tuple[float, Expected] | None = None
@@ -339,7 +254,7 @@ def _find(measure: _Measure, axis: str, point: float, last: float) -> tuple[floa
 
 def reachable(length: int, geometry: Geometry) -> tuple[float, ...]:
     """The rungs of the ladder that prompts of a length leave room for; the forced blocks do not."""
-    most = 0.97 * (1 - forced_share(length, geometry))
+    most = 0.97 * (1 - forced_share(length, length, geometry))
     return tuple(rung for rung in LADDER if rung < most)
 
 

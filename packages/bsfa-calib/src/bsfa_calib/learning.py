@@ -5,9 +5,8 @@
 Every head gets a scalar, or a few knots over the position. The mean KL divergence of the model's
 next-token distributions from dense is measured with all heads skipping at once, and each
 threshold's gradient is what the blocks near it are worth to it (``gated``). Thresholds move until a
-block skipped costs the same everywhere, while one shift of all of them holds the sparsity. Unlike
-an allotment by measured effects (``allotment``), this sees how errors of different heads, layers
-and positions add up or cancel.
+block skipped costs the same everywhere, while one shift of all of them holds the sparsity. So it
+sees how errors of different heads, layers and positions add up or cancel.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bsfa_calib.expected import check_layers
 from bsfa_calib.gated import gated_attention
 from bsfa_calib.hook import Attended, applied, attention_shape
 from bsfa_calib.language_model import LanguageModel
@@ -122,6 +122,7 @@ def learn(
         progress: told of every tenth step.
 
     Raises:
+        HookError: no layer of the model can skip a block.
         ValueError: there are no samples, their lengths differ, or the thresholds to start from are
             not of the model's layers and heads.
     """
@@ -198,6 +199,11 @@ class _Learner:
         self.random = np.random.default_rng(settings.seed)
         self.slopes = torch.zeros((*shape, rows), device=device)
         self.skipped = torch.zeros(shape, device=device)
+        with applied(model, None) as meter:
+            self.dense[0] = self.language_model.predict(samples[0]).hidden.clone()
+        dense_layers = check_layers(meter.dense_layers, model)
+        # Sparsities are those of the layers that can skip; the others stay at 0.
+        self.free = [layer for layer in range(shape[0]) if layer not in dense_layers]
 
     def learn(self, target: float, steps: int) -> Learned:
         average = torch.zeros_like(self.knots)
@@ -225,9 +231,10 @@ class _Learner:
 
     def _step(self, target: float, rate: float) -> tuple[float, float]:
         kl, gradient = self._gradient()
-        sparsity = float(self.skipped.mean())
+        skipped = self.skipped[self.free]
         # All heads have as many blocks, so that the mean over heads is the share of all blocks.
-        slopes = self.slopes / self.skipped.numel() @ self.weights.T
+        sparsity = float(skipped.mean())
+        slopes = self.slopes / skipped.numel() @ self.weights.T
         fast, slow = _BETAS
         whole = float(slopes.sum())
         for index, total in enumerate((float(gradient.sum()), whole)):
@@ -286,13 +293,13 @@ class _Learner:
 
 @dataclass
 class _Training:
-    """A method (see ``methods.Method``) that notes what its thresholds did."""
+    """A method (see ``hook.Method``) that notes what its thresholds did."""
 
     learner: _Learner
     rows: Tensor
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
-        """See ``methods.Method``."""
+        """See ``hook.Method``."""
         learner = self.learner
         found = gated_attention(
             *(q[0], k[0], v[0], self.rows[layer]),

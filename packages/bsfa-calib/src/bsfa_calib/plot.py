@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bsfa_calib.report import model_means
+from bsfa_calib.report import model_means, printable
 from bsfa_calib.thresholds import FloatArray, ThresholdTable
 
 
@@ -53,7 +53,7 @@ def plot(
     figure = Figure(figsize=(15, 0.6 + 4 * len(chosen)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        f"{table.model or 'thresholds'}: rule {table.rule}, {table.geometry}, up to "
+        f"{printable(table.model) or 'thresholds'}: rule {table.rule}, {table.geometry}, up to "
         f"{table.max_seqlen} tokens"
     )
     axes = figure.subplots(len(chosen), 3, squeeze=False)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _LOG_INTERVAL = 30.0
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C was pressed, and the sample in progress is done.
 
     Attributes:

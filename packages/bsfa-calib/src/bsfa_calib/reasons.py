@@ -12,6 +12,7 @@ class Reason(str, enum.Enum):
 
     DECODE = "decode step"
     TOO_SHORT = "too short to skip a block"
+    CHUNK = "later chunk of a prompt"
     SLIDING_WINDOW = "sliding-window layer"
     SOFTCAP = "soft-capped scores"
     SINKS = "attention sinks"
@@ -20,6 +21,9 @@ class Reason(str, enum.Enum):
     OWN_MASK = "the model's own mask"
     TRACED_MASK = "mask that torch.compile cannot read"
     NO_KERNEL = "head_dim without a kernel"
+    OWN_ARGUMENT = "an argument of the model's own attention"
+    OWN_NAME = "the model chooses its keys itself"
+    PART_OF_BLOCK = "prefill within a query block"
     HEAD_DIMS = "keys and values differ in head_dim"
 
     def __str__(self) -> str:

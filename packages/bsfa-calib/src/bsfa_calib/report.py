@@ -21,14 +21,21 @@ _COLUMNS = {
 }
 
 
-def model_means(table: ThresholdTable, name: str) -> FloatArray | None:
+def model_means(table: ThresholdTable, name: str, *, dense_too: bool = True) -> FloatArray | None:
     """Mean of a statistic over the layers and heads that were measured, ``[points]``.
 
     None if the table does not hold the statistic, NaN where it was measured nowhere.
+
+    Args:
+        table: whose statistics are meant.
+        name: of the statistic.
+        dense_too: whether layers that run dense count, as a sparsity of 0.
     """
     values = table.statistics.get(name)
     if values is None:
         return None
+    if not dense_too:
+        values = values[:, ~np.isneginf(table.thresholds).all(axis=(0, 2, 3))]
     measured = ~np.isnan(values)
     total = np.where(measured, values, 0).sum(axis=(1, 2), dtype=np.float64)
     with np.errstate(invalid="ignore"):
@@ -55,8 +62,14 @@ def describe(table: ThresholdTable) -> str:
         "samples": f"{table.samples}, combined by {table.aggregate or 'an unknown rule'}",
         **table.provenance,
     }
-    width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+    shown = {printable(name): printable(value) for name, value in facts.items()}
+    width = max(map(len, shown))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
+
+
+def printable(text: str) -> str:
+    """A text in one line that does nothing to a terminal: control characters are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def operating_points(table: ThresholdTable) -> str:
@@ -83,8 +96,13 @@ def operating_points(table: ThresholdTable) -> str:
 def verdict(table: ThresholdTable) -> list[str]:
     """Sentences on how well the points are met, on held-out text too, and on what they gain."""
     sentences = []
+    if "dense_layers" in table.provenance:
+        sentences.append(
+            f"These run dense and skip nothing: {printable(table.provenance['dense_layers'])}."
+        )
     for prefix, text in (("", "the calibration samples"), ("held_out_", "held-out text")):
-        means = model_means(table, f"{prefix}kept" if table.axis == "k" else f"{prefix}sparsity")
+        name = f"{prefix}kept" if table.axis == "k" else f"{prefix}sparsity"
+        means = model_means(table, name, dense_too=False)
         if means is None or np.isnan(means).all():
             continue
         wanted = np.asarray(table.points, np.float64)
@@ -105,9 +123,8 @@ def verdict(table: ThresholdTable) -> list[str]:
                 f"On {text}, the sparsity is within {100 * np.nanmax(off):.1f} points of the "
                 "target."
             )
-    if "sparsity" in table.statistics and not any(
-        n.startswith("held_out") for n in table.statistics
-    ):
+    held_out = any(name.startswith("held_out") for name in table.statistics)
+    if "sparsity" in table.statistics and not held_out and "expected_kl" not in table.provenance:
         sentences.append("No text was held out, so that how well this carries over is not known.")
     sparsity = model_means(table, "sparsity")
     if sparsity is not None and table.axis == "k":

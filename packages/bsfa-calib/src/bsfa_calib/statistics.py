@@ -15,20 +15,11 @@ import torch._dynamo
 from torch import Tensor
 
 from bsfa_calib.reasons import REASONS, Reason
+from bsfa_kernel.geometry import Geometry, block_count, count_visible
 
 # Columns of the counters that compiled code keeps.
 _VISIBLE, _QUERY_BLOCKS, _SPARSE = range(3)
 _DENSE = 3
-
-
-def visible_blocks(seqlen_q: int, seqlen_k: int, q_block: int, k_block: int) -> int:
-    """Blocks of a causal call in which some query sees some key."""
-    offset = seqlen_k - seqlen_q
-    total = 0
-    for start in range(0, seqlen_q, q_block):
-        seen = max(min(start + q_block, seqlen_q) + offset, 0)
-        total += (seen + k_block - 1) // k_block
-    return total
 
 
 class _Layer:
@@ -91,7 +82,7 @@ class Statistics:
         layer: int,
         kept: Sequence[Tensor],
         lengths: Sequence[tuple[int, int]],
-        block: tuple[int, int],
+        geometry: Geometry,
     ) -> None:
         """Count a call that ran block-sparse.
 
@@ -99,24 +90,19 @@ class Statistics:
             layer: index of the layer.
             kept: int32 [..., heads, q_blocks], of each kernel call.
             lengths: queries and keys of each sequence.
-            block: queries and keys of a sparsity block.
+            geometry: the sparsity block.
         """
         counters = self._layers[layer]
         totals = [part.sum(-1).reshape(-1, part.shape[-2]).sum(0) for part in kept]
+        visible = sum(count_visible(*each, geometry) for each in lengths)
+        query_blocks = sum(block_count(seqlen_q, geometry.q_block) for seqlen_q, _ in lengths)
         if torch.compiler.is_compiling():
             for total in totals:
                 counters.kept.add_(total)
-            for seqlen_q, seqlen_k in lengths:
-                query_blocks = (seqlen_q + block[0] - 1) // block[0]
-                stops = torch.arange(1, query_blocks + 1) * block[0]
-                seen = stops.clamp(max=seqlen_q) + (seqlen_k - seqlen_q)
-                blocks = (seen.clamp(min=0) + block[1] - 1) // block[1]
-                counters.traced[_VISIBLE].add_(blocks.sum())
-                counters.traced[_QUERY_BLOCKS].add_(query_blocks)
+            counters.traced[_VISIBLE].add_(visible)
+            counters.traced[_QUERY_BLOCKS].add_(query_blocks)
             counters.traced[_SPARSE].add_(1)
             return
-        visible = sum(visible_blocks(*each, *block) for each in lengths)
-        query_blocks = sum(-(-seqlen_q // block[0]) for seqlen_q, _ in lengths)
         with self._lock:
             for total in totals:
                 if counters.kept.device != total.device:

@@ -259,6 +259,18 @@ class ThresholdTable:
         return f"{self.axis} = {_listed(self.points)}"
 
 
+def table_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """Tables in the folders of a folder, sorted by name; hidden files are passed over.
+
+    So are those that other systems leave beside a file, as ``._8k.safetensors``.
+    """
+    return [
+        path
+        for path in sorted(Path(folder).glob("*/*.safetensors"))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file under a temporary name in the same directory, then give it its name."""
     target = Path(path)

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bsfa_calib.hook import BlockSparse, applied, attention_shape, forced_share
-from bsfa_calib.language_model import LanguageModel, Predictions
+from bsfa_calib.expected import Calibrated, Expected, Measure, with_expected
+from bsfa_calib.hook import BlockSparse, applied, attention_shape
+from bsfa_calib.language_model import LanguageModel
 from bsfa_calib.thresholds import ThresholdTable
 from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
+from bsfa_kernel.geometry import forced_share
 
 # Scalars are looked for up to this far from 0, in units of scaled scores.
 _REACH = 64.0
@@ -35,22 +37,6 @@ class FoundScalar(NamedTuple):
 
     threshold: float
     sparsity: float
-
-
-class FoundShift(NamedTuple):
-    """A shifted table and what it does on the samples.
-
-    Attributes:
-        table: with one point on the axis max_loss.
-        shift: what was added to every threshold.
-        sparsity: share of blocks skipped.
-        kl: mean KL divergence from dense, in nats.
-    """
-
-    table: ThresholdTable
-    shift: float
-    sparsity: float
-    kl: float
 
 
 def find_scalar(
@@ -75,12 +61,13 @@ def find_scalar(
         target_sparsity: share of all visible blocks, forced ones included.
         geometry: the sparsity block.
         tolerance: how close is close enough.
-        backend: see ``make_method``.
+        backend: one of ``bsfa_calib.hook.BACKENDS``.
 
     Raises:
         TuningError: so many blocks are forced that the target cannot be reached.
     """
-    most = 1 - sum(forced_share(len(ids), geometry) for ids in samples) / len(samples)
+    forced = [forced_share(len(ids), len(ids), geometry) for ids in samples]
+    most = 1 - sum(forced) / len(samples)
     if target_sparsity > most:
         raise TuningError(
             f"a sparsity of {target_sparsity:g} cannot be reached: of prompts as long as these, "
@@ -92,7 +79,7 @@ def find_scalar(
     def sparsity(threshold: float) -> float:
         values = torch.full((layers, heads, 1), threshold, device=language_model.device)
         method = BlockSparse(values, rule, geometry, backend)
-        return float(np.mean([_skipped(language_model, method, ids)[1] for ids in samples]))
+        return float(np.mean([_skipped(language_model, method, ids) for ids in samples]))
 
     threshold, reached = _bisect(sparsity, -_REACH, _REACH, target_sparsity, tolerance)
     return FoundScalar(threshold, reached)
@@ -107,7 +94,7 @@ def limit_loss(
     backend: str = "auto",
     steps: int = 8,
     progress: Callable[[str], None] = lambda _: None,
-) -> FoundShift:
+) -> Calibrated:
     """Shift a table so that the mean KL divergence from dense stays within a bound.
 
     Starts from the table's point of most sparsity and adds one number to all its thresholds; which
@@ -118,51 +105,33 @@ def limit_loss(
         table: whose thresholds are shifted.
         samples: tokens of each sample, better not those that the table was calibrated on.
         max_loss: bound on the mean KL divergence, in nats.
-        backend: see ``make_method``.
+        backend: one of ``bsfa_calib.hook.BACKENDS``.
         steps: of the bisection.
         progress: told of each step.
 
     Returns:
-        A table with the axis max_loss, and what it does on these samples. Its KL divergence is at
-        most ``max_loss``.
+        A table with one point on the axis max_loss, and what it does on these samples. Its KL
+        divergence is at most ``max_loss``.
 
     Raises:
-        TuningError: even the smallest shift tried loses more, or there are no samples.
+        HookError: no layer of the model can skip a block.
+        TuningError: even the smallest shift tried loses more.
+        ValueError: there are no samples.
     """
-    if not samples:
-        raise TuningError("at least one sample is needed")
     if not max_loss > 0 or not math.isfinite(max_loss):
         raise TuningError(f"max_loss must be finite and above 0, got {max_loss}")
-    if (table.layers, table.heads) != attention_shape(model):
-        raise TuningError(
-            f"the table is for {table.layers} layers of {table.heads} heads, and the model has "
-            "{} of {}; calibrate thresholds for this model".format(*attention_shape(model))
-        )
-    language_model = LanguageModel(model)
-    with applied(model, None):
-        dense = [language_model.predict(ids) for ids in samples]
+    check_shape(table, model)
+    geometry = Geometry(table.q_block, table.k_block)
+    measure = Measure(model, samples, rule=table.rule, geometry=geometry, backend=backend)
     base = np.asarray(table.thresholds[-1])
-
-    def measure(shift: float) -> tuple[float, float]:
-        values = torch.tensor(base + np.float32(shift), device=language_model.device)
-        method = BlockSparse(values, table.rule, Geometry(table.q_block, table.k_block), backend)
-        losses, shares = [], []
-        for ids, expected in zip(samples, dense, strict=True):
-            found, skipped = _skipped(language_model, method, ids)
-            bands = language_model.compare(found, expected, ids)
-            losses.append(sum(b.kl * b.positions for b in bands) / (len(ids) - 1))
-            shares.append(skipped)
-        kl, sparsity = float(np.mean(losses)), float(np.mean(shares))
-        progress(f"shift {shift:+.3f}: sparsity {sparsity:.3f}, KL {kl:.5f}")
-        return kl, sparsity
-
     low, high = -16.0, 8.0
-    best: tuple[float, float, float] | None = None
+    best: tuple[float, Expected] | None = None
     shift = 0.0
     for _ in range(steps):
-        kl, sparsity = measure(shift)
-        if kl <= max_loss:
-            best = (shift, sparsity, kl)
+        found = measure(base + np.float32(shift))
+        progress(f"shift {shift:+.3f}: sparsity {found.sparsity:.3f}, KL {found.kl:.5f}")
+        if found.kl <= max_loss:
+            best = (shift, found)
             low = shift
         else:
             high = shift
@@ -172,7 +141,7 @@ def limit_loss(
             f"a KL divergence of {max_loss:g} is exceeded at every shift tried, down to {low:g}; "
             "in 16-bit types rounding alone may do that: allow more"
         )
-    shift, sparsity, kl = best
+    shift, found = best
     shifted = dataclasses.replace(
         table,
         thresholds=(base + np.float32(shift))[None],
@@ -182,20 +151,30 @@ def limit_loss(
         provenance={
             **table.provenance,
             "shift": f"{shift:.6g} from {table.axis}={table.points[-1]}",
-            "expected_sparsity": f"{sparsity:.4f}",
-            "expected_kl": f"{kl:.6f}",
         },
     )
-    return FoundShift(shifted, shift, sparsity, kl)
+    return with_expected(shifted, [found], measure.dense_layers)
 
 
-def _skipped(
-    language_model: LanguageModel, method: BlockSparse, ids: Sequence[int]
-) -> tuple[Predictions, float]:
+def check_shape(table: ThresholdTable, model: Any) -> None:
+    """Check that a table is for as many layers and heads as a model has.
+
+    Raises:
+        TuningError: it is not.
+    """
+    layers, heads = attention_shape(model)
+    if (table.layers, table.heads) != (layers, heads):
+        raise TuningError(
+            f"the table is for {table.layers} layers of {table.heads} heads, and the model has "
+            f"{layers} of {heads}; calibrate thresholds for this model"
+        )
+
+
+def _skipped(language_model: LanguageModel, method: BlockSparse, ids: Sequence[int]) -> float:
+    """Share of the blocks that a method skips of a sample."""
     with applied(language_model.model, method) as meter:
-        found = language_model.predict(ids)
-        skipped = meter.take()
-    return found, float(np.mean([share for layer in skipped for share in layer]))
+        language_model.predict(ids)
+        return float(np.mean(meter.take()))
 
 
 def _bisect(

@@ -11,24 +11,73 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.autograd import forward_ad
 
+from bsfa_calib.binding import State
 from bsfa_calib.reasons import Reason
+from bsfa_calib.switch import register as register_attention
 from bsfa_hf import automatic
-from bsfa_hf.dense import dense_attention, packed_mask
-from bsfa_hf.masks import Plan, bsfa_mask, equal_spans, plan_of, window_bites
-from bsfa_hf.state import State, state_of
+from bsfa_hf.dense import additive, dense_attention, packed_mask
+from bsfa_hf.masks import (
+    DeferredMask,
+    Plan,
+    bsfa_mask,
+    equal_spans,
+    known_plan,
+    plan_of,
+    window_bites,
+)
+from bsfa_hf.originals import (
+    EAGER,
+    explicit_arguments,
+    is_flash,
+    none_is_causal,
+    original_of,
+    own_attention,
+)
+from bsfa_hf.state import state_of
 from bsfa_kernel import Geometry, block_sparse_attention, build_info
+from bsfa_kernel.geometry import can_skip
 
 NAME = "bsfa"
 
 _PACKED = "_bsfa_lengths"
 
+# Arguments that name a term of the scores or a choice of keys, and why a layer with one runs dense.
+_TERMS = {
+    "softcap": Reason.SOFTCAP,
+    "s_aux": Reason.SINKS,
+    "sinks": Reason.SINKS,
+    "position_bias": Reason.BIAS,
+}
+# Arguments that say nothing of the attention between queries and keys, or are read below.
+_HARMLESS = frozenset(
+    {
+        "cache",
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "deterministic",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_ids",
+        "return_dict",
+        "seq_idx",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
 
 def register() -> None:
     """Make ``attn_implementation="bsfa"`` known to transformers."""
-    AttentionInterface.register(NAME, bsfa_attention)
-    AttentionMaskInterface.register(NAME, bsfa_mask)
+    register_attention(NAME, bsfa_attention, bsfa_mask)
 
 
 def bsfa_attention(
@@ -41,7 +90,7 @@ def bsfa_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Block-sparse attention where it applies, the model's dense attention elsewhere.
 
     Args:
@@ -57,51 +106,100 @@ def bsfa_attention(
             cu_seq_lens_q, cu_seq_lens_k, output_attentions and more.
 
     Returns:
-        [batch, seqlen_q, heads, head_dim], and None for the attention weights. Padded positions
-        are 0 where a call runs block-sparse.
+        [batch, seqlen_q, heads, head_dim], and None for the attention weights; of modules outside
+        the text decoder, what their own function returns. Padded positions are 0 where a call runs
+        block-sparse.
 
     Raises:
         ValueError: something is asked for that cannot be honoured; the message says what.
+        NotImplementedError: a forward-mode derivative is asked for.
     """
-    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    config = getattr(module, "config", None)
-    causal = causal and getattr(config, "is_causal", True) is not False
     options = {"dropout": dropout, "scaling": scaling, **kwargs}
     layer = getattr(module, "layer_idx", None)
     state = state_of(module)
+    causal = _is_causal(module, attention_mask, query.shape[2], is_causal)
     if state is None and causal and layer is not None:
         state = automatic.state_for(module)
+
+    def dense(query: Tensor, mask: Any, first: int = 0) -> tuple[Tensor, Tensor | None]:
+        return dense_attention(
+            module, query, key, value, mask, is_causal=is_causal, options=options, first=first
+        )
+
     if state is None:
         # Another part of a composite model, such as a vision tower.
-        return dense_attention(
-            module, query, key, value, attention_mask, None, causal=causal, options=options
-        ), None
-
-    check_supported(module, dropout, kwargs)
+        return dense(query, attention_mask)
     assert isinstance(layer, int)
-    check_layer(state, layer, query)
+    check_supported(module, dropout, kwargs)
+    reason = _reason_of_arguments(module, kwargs)
     if query.shape[0] == 0 or query.shape[2] == 0:
         return query.new_zeros(
             (*query.shape[:1], query.shape[2], query.shape[1], value.shape[-1])
         ), None
 
-    reason = _reason_of_layer(module, query, key, value, causal, kwargs)
+    reason = Reason.NOT_CAUSAL if not causal else reason
+    reason = reason or _reason_of_layer(module, query, key, value, kwargs)
     if kwargs.get("cu_seq_lens_q") is not None and reason is not Reason.NOT_CAUSAL:
-        return _packed(
-            state, module, query, key, value, attention_mask, reason, options, layer
-        ), None
+        if reason is None:
+            return _packed(state, query, key, value, attention_mask, options, layer), None
+        _count_dense(state, layer, reason)
+        return dense(query, _mask_of_packed(module, query, attention_mask, options))[0], None
     plan: Plan | None = None
     if reason is None:
         reason, plan = _reason_of_call(attention_mask, query, key, state.geometry)
-    elif attention_mask is not None and attention_mask.ndim == 2:
-        plan = plan_of(attention_mask, query.shape[2], key.shape[2])
     if reason is not None:
-        state.statistics.count_dense(layer, reason)
-        return dense_attention(
-            module, query, key, value, attention_mask, plan, causal=causal, options=options
-        ), None
+        _count_dense(state, layer, reason)
+        return dense(query, attention_mask)[0], None
+    check_layer(state, layer, query)
+    query, key, value = _arguments_of_kernel(query, key, value)
     thresholds = state.layer_thresholds(layer, query.device)
-    return _sparse(state, layer, query, key, value, thresholds, plan, scaling), None
+    if plan is None or not plan.drafts:
+        return _sparse(state, layer, query, key, value, thresholds, plan, scaling), None
+    first = query.shape[2] - plan.drafts
+    seen = plan.offset + first
+    prompt = query[:, :, :first], key[:, :, :seen], value[:, :, :seen]
+    out = _sparse(state, layer, *prompt, thresholds, plan, scaling)
+    drafts, _ = dense(query[:, :, first:], attention_mask, first=first)
+    return torch.cat([out, drafts], 1), None
+
+
+def _is_causal(module: torch.nn.Module, mask: Any, seqlen_q: int, is_causal: bool | None) -> bool:
+    """Whether a call is one of causal attention, if its mask does not say otherwise."""
+    config = getattr(module, "config", None)
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    if not causal or getattr(config, "is_causal", True) is False:
+        return False
+    # An eager function without a mask hides nothing.
+    return mask is not None or seqlen_q == 1 or none_is_causal(original_of(config))
+
+
+def _count_dense(state: State, layer: int, reason: Reason) -> None:
+    """Count a dense call, of layers that the table knows."""
+    if layer < state.statistics.layers:
+        state.statistics.count_dense(layer, reason)
+
+
+def _arguments_of_kernel(*tensors: Tensor) -> list[Tensor]:
+    """Query, key and value in the dtype that autocast would give SDPA.
+
+    Raises:
+        NotImplementedError: one of them carries a forward-mode derivative.
+    """
+    if any(_tangent(x) is not None for x in tensors):
+        raise NotImplementedError(
+            "block-sparse attention has no forward-mode derivative (torch.func.jvp, dual tensors): "
+            'use attn_implementation="sdpa" for it'
+        )
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+def _tangent(x: Tensor) -> Tensor | None:
+    unpack: Any = forward_ad.unpack_dual
+    return unpack(x).tangent  # type: ignore[no-any-return]
 
 
 def check_supported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -121,6 +219,28 @@ def check_supported(module: torch.nn.Module, dropout: float, kwargs: dict[str, A
             f"block-sparse attention has no dropout, got dropout={dropout}: call model.eval(), or "
             'train with attn_implementation="sdpa"'
         )
+
+
+def _reason_of_arguments(module: torch.nn.Module, kwargs: dict[str, Any]) -> Reason | None:
+    """Why the arguments that a model passes let its layer run dense.
+
+    Raises:
+        ValueError: an argument is known neither here nor to the model's own attention function.
+    """
+    reason: Reason | None = None
+    for name, value in kwargs.items():
+        if value is None or name in _HARMLESS:
+            continue
+        if name not in _TERMS:
+            original = original_of(module.config)
+            if name not in explicit_arguments(own_attention(module, original)):
+                raise ValueError(
+                    f"{type(module).__name__} passes the argument {name!r} to its attention "
+                    'function, and attn_implementation="bsfa" does not know what it means: leave '
+                    "it away, or run this model without bsfa"
+                )
+        reason = reason or _TERMS.get(name, Reason.OWN_ARGUMENT)
+    return reason
 
 
 def check_layer(state: State, layer: int, query: Tensor) -> None:
@@ -147,21 +267,15 @@ def _reason_of_layer(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    causal: bool,
     kwargs: dict[str, Any],
 ) -> Reason | None:
     """Why a layer runs dense whatever the mask."""
-    if not causal:
-        return Reason.NOT_CAUSAL
-    if kwargs.get("softcap") is not None:
-        return Reason.SOFTCAP
-    if kwargs.get("s_aux") is not None:
-        return Reason.SINKS
-    if kwargs.get("position_bias") is not None:
-        return Reason.BIAS
     window = kwargs.get("sliding_window")
-    if window is not None and window_bites(getattr(module, "config", None), window):
-        return Reason.SLIDING_WINDOW
+    if window is not None:
+        seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+        config = getattr(module, "config", None)
+        if window_bites(config, window, seqlen_k - seqlen_q, seqlen_q):
+            return Reason.SLIDING_WINDOW
     if value.shape[-1] != key.shape[-1]:
         return Reason.HEAD_DIMS
     if query.is_cuda:
@@ -179,41 +293,36 @@ def kernel_head_dims() -> tuple[int, ...]:
 
 
 def _reason_of_call(
-    mask: Tensor | None, query: Tensor, key: Tensor, geometry: Geometry
+    mask: Any, query: Tensor, key: Tensor, geometry: Geometry
 ) -> tuple[Reason | None, Plan | None]:
     """Why a call runs dense, and the plan of its mask."""
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    plan: Plan | None = None
     if mask is None:
         if seqlen_q == 1:
             return Reason.DECODE, None
         offset, spans = seqlen_k - seqlen_q, [(seqlen_q, seqlen_k)]
-        plan = None
     elif torch.compiler.is_compiling():
         return Reason.DECODE if seqlen_q == 1 else Reason.TRACED_MASK, None
+    elif not isinstance(mask, Tensor):
+        return Reason.OWN_MASK, None
     else:
-        if seqlen_q == 1 and mask.ndim == 4:
+        if seqlen_q == 1 and mask.ndim == 4 and known_plan(mask) is None:
             return Reason.DECODE, None
         plan = plan_of(mask, seqlen_q, seqlen_k)
         if plan.reason is not None:
             return plan.reason, plan
-        offset = plan.offset
-        spans = [(span.seqlen_q, span.seqlen_k) for span in plan.spans or ()]
-    # Chunks of a prefill begin with a block; what begins within one and is shorter is a decode
-    # step of several tokens (a draft to be verified, the next line of a chat).
-    prefill = plan is not None and plan.prefill
-    if not prefill and offset % geometry.q_block and seqlen_q < geometry.q_block:
-        return Reason.DECODE, plan
+        offset, seqlen_q = plan.offset, seqlen_q - plan.drafts
+        spans = [(seqlen_q, offset + seqlen_q)]
+        if plan.spans is not None:
+            spans = [(span.seqlen_q, span.seqlen_k) for span in plan.spans]
+    # Chunks of a prefill begin with a block. What begins within one and is shorter is dense: it may
+    # be a decode step of several tokens (a draft to be verified, the next line of a chat).
+    if offset % geometry.q_block and seqlen_q < geometry.q_block:
+        return Reason.PART_OF_BLOCK if plan is not None and plan.prefill else Reason.DECODE, plan
     if not any(can_skip(*span, geometry) for span in spans):
         return Reason.TOO_SHORT, plan
     return None, plan
-
-
-def can_skip(seqlen_q: int, seqlen_k: int, geometry: Geometry) -> bool:
-    """Whether a causal call has a block that is not forced."""
-    if seqlen_q == 0:
-        return False
-    last_block = (seqlen_q - 1) // geometry.q_block * geometry.q_block
-    return last_block + seqlen_k - seqlen_q + 1 >= geometry.k_block
 
 
 def _sparse(
@@ -245,6 +354,8 @@ def _sparse(
         return out
 
     spans = plan.spans if plan is not None else None
+    if spans is not None and len(spans) < q.shape[0]:
+        spans = spans * q.shape[0]  # one row of a mask for the whole batch
     lengths: Sequence[tuple[int, int]]
     if spans is None:
         out = attend(q, k, v)
@@ -266,32 +377,47 @@ def _sparse(
     return out
 
 
+def _mask_of_packed(
+    module: torch.nn.Module, query: Tensor, mask: Any, options: dict[str, Any]
+) -> Any:
+    """The mask with which packed sequences run dense."""
+    original = original_of(getattr(module, "config", None))
+    if mask is not None or is_flash(original):
+        return mask
+    starts_q, starts_k = _starts(options)
+    mask = packed_mask(starts_q, starts_k, query.device)
+    return additive(mask, query.dtype) if original == EAGER else mask
+
+
+def _starts(options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    starts_q: Tensor = options["cu_seq_lens_q"]
+    starts_k: Tensor | None = options.get("cu_seq_lens_k")
+    return starts_q, starts_q if starts_k is None else starts_k
+
+
 def _packed(
     state: State,
-    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    reason: Reason | None,
+    mask: Any,
     options: dict[str, Any],
     layer: int,
 ) -> Tensor:
     """Several sequences in one batch row, told apart by cu_seq_lens_q and cu_seq_lens_k."""
-    starts_q = options["cu_seq_lens_q"]
-    starts_k = options.get("cu_seq_lens_k")
-    starts_k = starts_q if starts_k is None else starts_k
-    if query.shape[0] != 1 or (mask is not None and mask.ndim == 2):
+    starts_q, starts_k = _starts(options)
+    padded = isinstance(mask, Tensor) and (
+        mask.ndim == 2 or (isinstance(mask, DeferredMask) and mask.plan.spans is not None)
+    )
+    if query.shape[0] != 1 or padded:
         raise ValueError(
             "packed sequences (cu_seq_lens_q) must lie in one batch row without padding, got "
-            f"{query.shape[0]} rows" + (" and a padding mask" if mask is not None else "")
+            f"{query.shape[0]} rows" + (" and a padding mask" if padded else "")
         )
     lengths = _lengths(starts_q, starts_k, query.shape[2], key.shape[2])
-    if reason is not None:
-        if mask is None:
-            mask = packed_mask(starts_q, starts_k, query.device)
-        state.statistics.count_dense(layer, reason)
-        return dense_attention(module, query, key, value, mask, None, causal=True, options=options)
+    check_layer(state, layer, query)
+    query, key, value = _arguments_of_kernel(query, key, value)
+    reason: Reason | None = None
     thresholds = state.layer_thresholds(layer, query.device)
     if all(seqlen_q <= 1 for seqlen_q, _ in lengths):
         reason, thresholds = Reason.DECODE, torch.full_like(thresholds, -math.inf)

@@ -7,17 +7,20 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bsfa_hf.state import State
-from bsfa_hf.tables import load_table, make_state
+from bsfa_calib.binding import State, bind
+from bsfa_calib.point import AXES, Point, as_point
+from bsfa_hf.patch import holders
+from bsfa_hf.state import model_shape
 
 _HOW = (
-    'attn_implementation="bsfa" needs a threshold table: call bsfa_hf.enable(model, table, k=...), '
-    "or set config.bsfa_thresholds (and config.bsfa_k) or the environment variables "
-    "BSFA_THRESHOLDS and BSFA_K before the first forward pass"
+    'attn_implementation="bsfa" needs a threshold table: call bsfa_hf.enable(model, table, point), '
+    "or set config.bsfa_thresholds and config.bsfa_point, or the environment variables "
+    "BSFA_THRESHOLDS and BSFA_POINT (as target_sparsity=0.75), before the first forward pass"
 )
 
 # By the identity of the configuration, which its model's modules share; it has no hash.
@@ -25,8 +28,12 @@ _states: dict[int, State] = {}
 _lock = threading.Lock()
 
 
-def state_for(module: torch.nn.Module) -> State:
+def state_for(module: torch.nn.Module) -> State | None:
     """The state of a module whose model was not enabled, made from configuration or environment.
+
+    Returns:
+        The state; None if another model with the same configuration object was enabled, and this
+        one is to run as it did before.
 
     Raises:
         ValueError: no table is named, or it does not fit the model.
@@ -37,15 +44,58 @@ def state_for(module: torch.nn.Module) -> State:
         if state is None:
             path = getattr(config, "bsfa_thresholds", None) or os.environ.get("BSFA_THRESHOLDS")
             if config is None or not path:
+                if config is not None and holders(config):
+                    return None
                 raise ValueError(_HOW)
-            named = getattr(config, "bsfa_k", None) or os.environ.get("BSFA_K")
-            try:
-                k = None if named is None else int(named)
-            except ValueError:
-                raise ValueError(f"BSFA_K must be a whole number, got {named!r}") from None
+            point = named_point(lambda name: getattr(config, name, None), "bsfa_")
+            point = point or named_point(os.environ.get, "BSFA_")
             parameter = next(module.parameters(), torch.zeros(0))
-            state = make_state(load_table(path), config, [parameter.device], k=k)
+            state = bind(path, model_shape(config), point, devices=[parameter.device])
             _states[id(config)] = state
             weakref.finalize(config, _states.pop, id(config), None)
     object.__setattr__(module, "_bsfa_state", state)
     return state
+
+
+def named_point(lookup: Callable[[str], Any], prefix: str) -> Point | None:
+    """The operating point that attributes or variables name.
+
+    Args:
+        lookup: gives the value of a name, or None.
+        prefix: what the names begin with, "point" or the name of an axis comes after it; they are
+            in upper case if the prefix is.
+
+    Raises:
+        ValueError: a value is not a point or not a number, or several points are named.
+    """
+    given = []
+    for name in ("point", *AXES):
+        variable = prefix + (name.upper() if prefix.isupper() else name)
+        value = lookup(variable)
+        if value is None or value == "":
+            continue
+        try:
+            if name == "point":
+                given.append(as_point(value))
+            else:
+                number = read_number(variable, str(value), int if name == "k" else float)
+                given.append(Point(name, number))
+        except (TypeError, ValueError) as error:
+            text = str(error)
+            raise ValueError(text if variable in text else f"{variable}: {text}") from None
+    if len(given) > 1:
+        raise ValueError(f"name one operating point, got {' and '.join(map(str, given))}")
+    return given[0] if given else None
+
+
+def read_number(name: str, text: str, kind: type) -> Any:
+    """A number that a variable holds as text.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {wanted}, got {text!r}") from None

@@ -1,28 +1,34 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""The attention functions that the paper compares with: a sliding window, and SpargeAttn."""
+"""What the paper compares with: a sliding window, and SpargeAttn."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
 
+from bsfa_calib.binding import State
+from bsfa_calib.reasons import Reason
+from bsfa_calib.statistics import Statistics
+from bsfa_calib.switch import register as register_attention
 from bsfa_hf.attention import check_supported
 from bsfa_hf.dense import dense_attention
-from bsfa_hf.masks import Plan, bsfa_mask, padding_of, plan_of
-from bsfa_hf.state import state_of
+from bsfa_hf.masks import DeferredMask, Plan, bsfa_mask, plan_of
+from bsfa_hf.state import layer_devices, local_heads, model_shape, state_of, text_config
+from bsfa_kernel.geometry import DEFAULT_GEOMETRY, block_count, count_visible, visible_blocks
 
 WINDOW_NAME = "bsfa_sliding_window"
 SPARGE_NAME = "bsfa_sparge"
 
-SPARGE_DEFAULTS = {"simthreshd1": -0.1, "topk": 0.35, "pvthreshd": 15}
+SPARGE_DEFAULTS: Mapping[str, float] = {"simthreshd1": -0.1, "topk": 0.35, "pvthreshd": 15}
 
+_LARGEST = (1 << 31) - 1
 # Shorter calls run dense under SpargeAttn, as in the paper's comparison.
 _SPARGE_SHORTEST = 129
 _QUERIES_AT_A_TIME = 1024
@@ -30,26 +36,116 @@ _QUERIES_AT_A_TIME = 1024
 
 def register() -> None:
     """Make both known to transformers."""
-    AttentionInterface.register(WINDOW_NAME, sliding_window_attention)
-    AttentionMaskInterface.register(WINDOW_NAME, bsfa_mask)
-    AttentionInterface.register(SPARGE_NAME, sparge_attention)
-    AttentionMaskInterface.register(SPARGE_NAME, bsfa_mask)
+    register_attention(WINDOW_NAME, sliding_window_attention, bsfa_mask)
+    register_attention(SPARGE_NAME, sparge_attention, bsfa_mask)
 
 
-def sparge_function() -> Callable[..., Tensor]:
-    """SpargeAttn's kernel.
+@dataclass(frozen=True)
+class SlidingWindow:
+    """A method: each query sees itself and the window - 1 keys before it, in decode steps too.
+
+    Attributes:
+        window: keys that a query sees, itself among them.
+        sink: the first keys of each sequence, which every query sees too.
 
     Raises:
-        ImportError: the package is not installed.
+        ValueError: one of them is no number of keys.
     """
-    try:
-        module = importlib.import_module("spas_sage_attn")
-    except ImportError as error:
-        raise ImportError(
-            'mode "sparge_attn" needs the package spas_sage_attn, which is not part of bsfa-hf: '
-            "install SpargeAttn from https://github.com/thu-ml/SpargeAttn"
-        ) from error
-    return module.spas_sage_attn_meansim_topk_cuda  # type: ignore[no-any-return]
+
+    implementation: ClassVar[str] = WINDOW_NAME
+
+    window: int
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, least in (("window", 1), ("sink", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST}, got {value}")
+
+    def state(self, model: torch.nn.Module) -> State:
+        """See `bsfa_hf.methods.Method`."""
+        return _Running(_statistics(model), method=self)
+
+    def kept(self, seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
+        """Blocks of 128x64 in which a query sees a key, int64 [query blocks]."""
+        q_block, k_block = DEFAULT_GEOMETRY
+        index = torch.arange(block_count(seqlen_q, q_block), device=device)
+        first_seen = index * q_block + seqlen_k - seqlen_q - self.window + 1
+        first = first_seen.clamp(min=0) // k_block
+        sinks = first.clamp(max=block_count(self.sink, k_block))
+        blocks: Tensor = visible_blocks(index, seqlen_q, seqlen_k, DEFAULT_GEOMETRY)
+        return (blocks - first).clamp(min=0) + torch.minimum(sinks, blocks)
+
+
+@dataclass(frozen=True)
+class SpargeAttention:
+    """A method: SpargeAttn (arXiv 2502.18137) for whole prompts, dense attention for the rest.
+
+    Attributes:
+        params: arguments of its kernel: ``topk`` or ``cdfthreshd``, ``simthreshd1``, ``pvthreshd``.
+        measure: whether the kernel is asked for the share of blocks that it skips.
+
+    Raises:
+        ValueError: a parameter is unknown or out of its range.
+    """
+
+    implementation: ClassVar[str] = SPARGE_NAME
+
+    params: Mapping[str, float] = field(default_factory=lambda: SPARGE_DEFAULTS)
+    measure: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        limits = {"topk": (0, 1), "cdfthreshd": (0, 1), "simthreshd1": (-1, 1)}
+        limits["pvthreshd"] = (0, _LARGEST)
+        for name, value in self.params.items():
+            if name not in limits:
+                raise ValueError(f"sparge_attn takes {', '.join(limits)}, got {name}={value!r}")
+            low, high = limits[name]
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+            # topk and cdfthreshd of 0 would keep nothing. A NaN fails every comparison.
+            if not low <= value <= high or (value == 0 and name in ("topk", "cdfthreshd")):
+                bracket = "(" if name in ("topk", "cdfthreshd") else "["
+                raise ValueError(f"{name} must be in {bracket}{low}, {high}], got {value}")
+        if "topk" in self.params and "cdfthreshd" in self.params:
+            raise ValueError("sparge_attn takes topk or cdfthreshd, not both")
+
+    def state(self, model: torch.nn.Module) -> State:
+        """See `bsfa_hf.methods.Method`."""
+        return _Running(_statistics(model), method=self, kernel=self._kernel())
+
+    def _kernel(self) -> Callable[..., Any]:
+        by = "meansim" if "cdfthreshd" in self.params else "meansim_topk"
+        name = f"spas_sage_attn_{by}_cuda"
+        try:
+            return getattr(importlib.import_module("spas_sage_attn"), name)  # type: ignore[no-any-return]
+        except (ImportError, AttributeError, OSError) as error:
+            raise ImportError(
+                f'"sparge_attn" needs {name} of the package spas_sage_attn, which is not part of '
+                "bsfa-hf: install SpargeAttn from https://github.com/thu-ml/SpargeAttn "
+                f"({error})"
+            ) from error
+
+
+@dataclass
+class _Running(State):
+    """State of a model with a baseline."""
+
+    method: Any = None
+    kernel: Callable[..., Any] | None = None
+
+
+def _statistics(model: torch.nn.Module) -> Statistics:
+    shape = model_shape(text_config(model))
+    heads = local_heads(model, shape.heads)
+    return Statistics(layer_devices(model, shape.layers), heads.stop - heads.start)
 
 
 def sliding_window_attention(
@@ -62,54 +158,71 @@ def sliding_window_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention in which each query sees itself and the window - 1 keys before it.
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention in which each query sees a window of the last keys, and the first ones.
 
-    Arguments and result as for `bsfa_hf.attention.bsfa_attention`. Decode steps see the window too.
+    Arguments and result as for `bsfa_hf.attention.bsfa_attention`.
     """
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     state = state_of(module)
-    options = {"dropout": dropout, "scaling": scaling, **kwargs}
-    if state is None or state.window is None or not causal:
-        out = dense_attention(
-            module, query, key, value, attention_mask, None, causal=causal, options=options
+    if not isinstance(state, _Running) or not causal:
+        options = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return dense_attention(
+            module, query, key, value, attention_mask, is_causal=is_causal, options=options
         )
-        return out, None
     check_supported(module, dropout, kwargs)
     _refuse_extras(kwargs)
+    method: SlidingWindow = state.method
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     plan = Plan(offset=seqlen_k - seqlen_q)
     visible: Tensor | None = None
-    if attention_mask is not None and attention_mask.ndim == 4:
-        visible = attention_mask
-        if visible.dtype != torch.bool:
-            visible = visible == 0
+    is_sink: Tensor | None = None
+    if attention_mask is not None:
         if seqlen_q > 1 and not torch.compiler.is_compiling():
             plan = plan_of(attention_mask, seqlen_q, seqlen_k)
             if plan.reason is not None:
                 plan = Plan(offset=seqlen_k - seqlen_q)
-    elif attention_mask is not None:
-        plan = plan_of(attention_mask, seqlen_q, seqlen_k)
-        visible = padding_of(attention_mask, plan, seqlen_k)[:, None, None, :]
+        visible = attention_mask
+        if isinstance(visible, DeferredMask):
+            visible = visible.explicit()
+        if visible.ndim == 2:
+            visible = visible.bool()[:, None, None, :]
+        elif visible.dtype != torch.bool:
+            visible = visible == 0
+        if method.sink:
+            # The first keys of a row are those after its padding.
+            seen_at_all = visible.any(-2, keepdim=True)
+            is_sink = seen_at_all & (seen_at_all.cumsum(-1) <= method.sink)
     out = torch.empty_like(query)
     for start in range(0, seqlen_q, _QUERIES_AT_A_TIME):
         stop = min(start + _QUERIES_AT_A_TIME, seqlen_q)
-        first = max(start + plan.offset - state.window + 1, 0)
         last = min(stop + plan.offset, seqlen_k)
+        first = min(max(start + plan.offset - method.window + 1, 0), last)
         queries = torch.arange(start, stop, device=query.device)[:, None] + plan.offset
         keys = torch.arange(first, last, device=query.device)
-        seen = ((keys <= queries) & (keys > queries - state.window))[None, None]
+        if method.sink:
+            sinks = first if is_sink is not None else min(method.sink, first)
+            keys = torch.cat((torch.arange(sinks, device=query.device), keys))
+        near = keys > queries - method.window
+        near = near | (keys < method.sink if is_sink is None else is_sink[..., keys])
+        seen = (keys <= queries) & near
         if visible is not None:
             rows = slice(None) if visible.shape[2] == 1 else slice(start, stop)
-            seen = seen & visible[:, :, rows, first:last]
+            seen = seen & visible[:, :, rows][..., keys]
         out[:, :, start:stop] = scaled_dot_product_attention(
             query[:, :, start:stop],
-            key[:, :, first:last],
-            value[:, :, first:last],
-            attn_mask=seen,
+            key[:, :, keys],
+            value[:, :, keys],
+            attn_mask=seen if seen.ndim == 4 else seen[None, None],
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+    lengths = [(span.seqlen_q, span.seqlen_k) for span in plan.spans or ()]
+    lengths = lengths or [(seqlen_q, seqlen_k)] * query.shape[0]
+    kept = [
+        method.kept(*each, query.device).expand(query.shape[1], -1) for each in lengths if each[0]
+    ]
+    state.statistics.count_sparse(int(module.layer_idx), kept, lengths, DEFAULT_GEOMETRY)  # type: ignore[arg-type]
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -123,7 +236,7 @@ def sparge_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """SpargeAttn for whole prompts, dense attention for the rest.
 
     Arguments and result as for `bsfa_hf.attention.bsfa_attention`.
@@ -132,29 +245,25 @@ def sparge_attention(
     state = state_of(module)
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     plan: Plan | None = None
-    if attention_mask is not None and attention_mask.ndim == 2:
-        plan = plan_of(attention_mask, seqlen_q, seqlen_k)
-    dense = (
-        state is None
-        or not causal
-        or seqlen_q < _SPARGE_SHORTEST
-        or (attention_mask is not None and attention_mask.ndim == 4)
-        or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-        or (seqlen_q != seqlen_k if plan is None else plan.offset != 0)
-    )
-    if dense or state is None:
+    if isinstance(attention_mask, DeferredMask):
+        plan = attention_mask.plan
+    reason = _sparge_reason(query, key, attention_mask, plan, causal, kwargs)
+    if reason is not None or not isinstance(state, _Running):
+        if reason is not None and state is not None:
+            state.statistics.count_dense(int(module.layer_idx), reason)  # type: ignore[arg-type]
         options = {"dropout": dropout, "scaling": scaling, **kwargs}
-        out = dense_attention(
-            module, query, key, value, attention_mask, plan, causal=causal, options=options
+        return dense_attention(
+            module, query, key, value, attention_mask, is_causal=is_causal, options=options
         )
-        return out, None
     check_supported(module, dropout, kwargs)
+    assert state.kernel is not None
+    kernel, method = state.kernel, state.method
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    function = sparge_function()
+    kept: list[Tensor] = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return function(
+        found = kernel(
             q=q,
             k=k,
             v=v,
@@ -162,20 +271,56 @@ def sparge_attention(
             scale=scaling,
             tensor_layout="HND",
             output_dtype=q.dtype,
-            return_sparsity=False,
-            **state.sparge,
+            return_sparsity=method.measure,
+            **method.params,
         )
+        out, sparsity = found if method.measure else (found, 0.0)
+        # The kernel gives one share for all heads.
+        blocks = count_visible(q.shape[2], k.shape[2], DEFAULT_GEOMETRY)
+        number = round((1 - float(sparsity)) * blocks)
+        kept.append(torch.full((q.shape[0], q.shape[1], 1), number, device=q.device))
+        return out  # type: ignore[no-any-return]
 
+    lengths = [(seqlen_q, seqlen_k)] * query.shape[0]
     if plan is None or plan.spans is None:
-        return attend(query, key, value).transpose(1, 2).contiguous(), None
-    out = torch.zeros_like(query)
-    for row, span in enumerate(plan.spans):
-        if span.seqlen_q:
-            rows = slice(row, row + 1)
-            out[row, :, span.queries] = attend(
-                query[rows, :, span.queries], key[rows, :, span.keys], value[rows, :, span.keys]
-            )[0]
+        out = attend(query, key, value)
+    else:
+        lengths = [(span.seqlen_q, span.seqlen_k) for span in plan.spans]
+        out = torch.zeros_like(query)
+        for row, span in enumerate(plan.spans):
+            if span.seqlen_q:
+                rows = slice(row, row + 1)
+                out[row, :, span.queries] = attend(
+                    query[rows, :, span.queries], key[rows, :, span.keys], value[rows, :, span.keys]
+                )[0]
+    state.statistics.count_sparse(int(module.layer_idx), kept, lengths, DEFAULT_GEOMETRY)  # type: ignore[arg-type]
     return out.transpose(1, 2).contiguous(), None
+
+
+def _sparge_reason(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    plan: Plan | None,
+    causal: bool,
+    kwargs: dict[str, Any],
+) -> Reason | None:
+    """Why a call runs dense under SpargeAttn."""
+    names = {"softcap": Reason.SOFTCAP, "s_aux": Reason.SINKS, "position_bias": Reason.BIAS}
+    for name, reason in names.items():
+        if kwargs.get(name) is not None:
+            return reason
+    if not causal:
+        return Reason.NOT_CAUSAL
+    if mask is not None and (plan is None or plan.reason is not None):
+        return plan.reason if plan is not None else Reason.OWN_MASK
+    if query.shape[2] < _SPARGE_SHORTEST:
+        return Reason.DECODE if query.shape[2] == 1 else Reason.TOO_SHORT
+    if plan is not None and plan.drafts > 0:
+        return Reason.DECODE
+    if plan.offset if plan is not None else key.shape[2] - query.shape[2]:
+        return Reason.CHUNK
+    return None
 
 
 def _refuse_extras(kwargs: dict[str, Any]) -> None:

@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from bsfa_hf.masks import Plan, causal_mask, padding_of
+from bsfa_hf.masks import DeferredMask, causal_mask
+from bsfa_hf.originals import SDPA, UnderOriginalName, is_flash, original_of, own_attention
 
 
 def dense_attention(
@@ -19,53 +18,57 @@ def dense_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    plan: Plan | None,
+    mask: Any,
     *,
-    causal: bool,
+    is_causal: bool | None,
     options: dict[str, Any],
-) -> Tensor:
-    """What SDPA computes, or the model's own eager function where SDPA cannot.
+    first: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """What the model's original implementation computes with its own mask.
 
     Args:
         module: the attention module.
         query: [batch, heads, seqlen_q, head_dim].
         key: [batch, kv_heads, seqlen_k, head_dim].
         value: as key.
-        mask: None, or [batch, seqlen_k] with a plan, or [batch, heads or 1, seqlen_q, seqlen_k].
-        plan: the plan of the mask.
-        causal: whether no mask means the causal one, aligned to the last key.
-        options: the arguments that the attention function got beside these.
+        mask: what the attention function got: None, a `DeferredMask`, what the original
+            implementation takes, or [batch, heads or 1, seqlen_q, seqlen_k] of the model or user.
+        is_causal: what the attention function got.
+        options: the other arguments that it got.
+        first: leave out the queries before this one; ``query`` holds those from it on.
 
     Returns:
-        [batch, seqlen_q, heads, head_dim of value].
+        [batch, seqlen_q, heads, head_dim of value], and the attention weights, if the original
+        implementation returns them.
+
+    Raises:
+        NotImplementedError: the model's own eager function cannot be found.
     """
+    original = original_of(getattr(module, "config", None))
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    eager = options.get("softcap") is not None or options.get("s_aux") is not None
-    if mask is not None and mask.ndim == 2:
-        plan = plan or Plan(offset=seqlen_k - seqlen_q)
-        padding = padding_of(mask, plan, seqlen_k)
-        mask = plan.explicit(padding, seqlen_q, seqlen_k, query.device)
-    elif mask is None and causal and seqlen_q > 1 and (eager or seqlen_q != seqlen_k):
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if isinstance(mask, DeferredMask):
+        mask = mask.own(first)
+    elif mask is not None:
+        mask = mask[:, :, first:] if first else mask
+    elif original == SDPA and causal and 1 < seqlen_q < seqlen_k:
+        # Without a mask the queries are the last of the keys; SDPA would take them for the first.
         mask = causal_mask(seqlen_q, seqlen_k, seqlen_k - seqlen_q, query.device)
-    if not eager:
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, mask, is_causal=causal, **options
-        )
-        return out
-    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if function is None:
-        raise NotImplementedError(
-            f"{type(module).__name__} caps its scores or has attention sinks, which SDPA cannot "
-            "compute, and its module has no eager_attention_forward to compute them with"
-        )
-    if mask is not None and mask.dtype == torch.bool:
-        hidden = torch.finfo(query.dtype).min
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(
-            ~mask, hidden
-        )
-    out, _ = function(module, query, key, value, mask, **options)
-    return out  # type: ignore[no-any-return]
+    if is_flash(original):
+        if mask is not None and mask.ndim == 4:
+            original = SDPA  # FlashAttention takes no 4-D masks
+        else:
+            module = UnderOriginalName(module)  # type: ignore[assignment]
+    if is_causal is not None:
+        options = {**options, "is_causal": is_causal}
+    out, weights = own_attention(module, original)(module, query, key, value, mask, **options)
+    return out, weights
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as numbers to be added to scores: 0, or the lowest number of a dtype."""
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
 
 
 def packed_mask(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, device: torch.device) -> Tensor:

@@ -6,34 +6,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
+from bsfa_calib import switch as switching
+from bsfa_calib.binding import State, Table
+from bsfa_calib.point import PointLike, PointOptions, as_point
 from bsfa_calib.statistics import Statistics
-from bsfa_hf import attention
-from bsfa_hf.state import (
-    State,
-    attention_shape,
-    layer_devices,
-    local_heads,
-    model_state,
-    set_state,
-    text_config,
-)
-from bsfa_hf.tables import Table, load_table, make_state
+from bsfa_hf.methods import BlockSparse, Method
+from bsfa_hf.originals import rename, takes_interface
+from bsfa_hf.patch import Patch, holders, originals, patch_of
+from bsfa_hf.state import attention_modules, model_state, set_state, text_decoder
 
-_ORIGINAL = "_bsfa_original"
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def enable(
     model: torch.nn.Module,
     table: Table,
+    point: PointLike | None = None,
     *,
-    k: int | None = None,
-    target_sparsity: float | None = None,
-    max_loss: float | None = None,
     check_model: bool = True,
+    **named: Unpack[PointOptions],
 ) -> Statistics:
     """Switch a transformers model to block-sparse attention.
 
@@ -41,81 +38,51 @@ def enable(
     transformers' ``AttentionInterface``. Calling it on an enabled model replaces the thresholds.
 
     Args:
-        model: a decoder model of transformers that takes its attention function from there.
+        model: a decoder model of transformers that takes its attention function from there, or
+            what wraps one, as a PEFT model.
         table: thresholds of this model, or the path of a file that holds them.
-        k: the operating point: key blocks kept a query block beside the forced ones. One of k,
-            target_sparsity and max_loss is needed unless the table holds a single point.
-        target_sparsity: the operating point, of a table with that axis.
-        max_loss: the operating point, of a table with that axis.
+        point: the operating point, a `Point` or its text, as ``"target_sparsity=0.75"``. One is
+            needed unless the table holds a single point.
         check_model: refuse a table that names another model than the configuration does.
+        named: or the point by the name of its axis: ``k``, ``target_sparsity`` or ``max_loss``.
 
     Returns:
         The model's statistics, a live view.
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: the point is not one.
         ValueError: the table does not fit the model or lacks the operating point, or the model does
             not take its attention function from transformers' interface.
     """
-    config = text_config(model)
-    layers, heads = attention_shape(config)
-    state = make_state(
-        load_table(table),
-        config,
-        layer_devices(model, layers),
-        k=k,
-        target_sparsity=target_sparsity,
-        max_loss=max_loss,
-        heads=local_heads(model, heads),
-        check_model=check_model,
-    )
-    switch(model, attention.NAME, state)
-    return state.statistics
-
-
-def disable(model: torch.nn.Module) -> None:
-    """Give a model the attention that it had before `enable`; without one, do nothing."""
-    original = getattr(model, _ORIGINAL, None)
-    set_state(model, None)
-    if original is not None:
-        _set_implementations(model, original)
-        delattr(model, _ORIGINAL)
+    method = BlockSparse(table, as_point(point, **named), check_model)
+    return _statistics(switch(model, method))
 
 
 @contextlib.contextmanager
 def enabled(
     model: torch.nn.Module,
     table: Table,
+    point: PointLike | None = None,
     *,
-    k: int | None = None,
-    target_sparsity: float | None = None,
-    max_loss: float | None = None,
     check_model: bool = True,
+    **named: Unpack[PointOptions],
 ) -> Iterator[Statistics]:
     """`enable` for the time of a ``with`` statement; then the model is as it was before.
 
     Yields:
         The statistics of what is run within; they can be read afterwards too.
     """
-    state, original = model_state(model), getattr(model, _ORIGINAL, None)
-    current = _implementations(model)
-    statistics = enable(
-        model,
-        table,
-        k=k,
-        target_sparsity=target_sparsity,
-        max_loss=max_loss,
-        check_model=check_model,
-    )
-    try:
-        yield statistics
-    finally:
-        disable(model)
-        if state is not None:
-            set_state(model, state)
-        if original is not None:
-            setattr(model, _ORIGINAL, original)
-        _set_implementations(model, current)
+    with applied(model, BlockSparse(table, as_point(point, **named), check_model)) as state:
+        yield _statistics(state)
+
+
+def disable(model: torch.nn.Module) -> None:
+    """Give a model the attention that it had before `enable`; without one, do nothing."""
+    set_state(model, None)
+    patch = patch_of(model)
+    if patch is not None:
+        patch.undo(model)
 
 
 def stats(model: torch.nn.Module) -> Statistics:
@@ -141,47 +108,79 @@ def reset(model: torch.nn.Module) -> None:
     stats(model).reset()
 
 
-def switch(model: torch.nn.Module, implementation: str, state: State | None) -> None:
-    """Give a model another attention function, with its state, and remember the original one.
+def switch(model: torch.nn.Module, method: Method, about: Any = None) -> State | None:
+    """Give a model another attention, and let its modules remember the original one.
+
+    Args:
+        model: a model of transformers, or what wraps one.
+        method: the attention.
+        about: what the patch is to remember beside that.
+
+    Returns:
+        The state of the method, if it has one.
 
     Raises:
-        ValueError: the model does not take its attention function from transformers' interface.
+        ImportError: the method needs a package that is not there.
+        ValueError: the method does not fit the model, the model does not take its attention
+            function from transformers' interface, or another model with the same configuration
+            has another method.
     """
-    current = _implementations(model)
-    settable: Any = model
-    if hasattr(model, "set_attn_implementation"):
-        settable.set_attn_implementation(implementation)
-    config: Any = model.config
-    if text_config(model)._attn_implementation != implementation:
-        _set_implementations(model, current)
-        raise ValueError(
+    model = _switchable(model)
+    state = method.state(model)
+    patch = patch_of(model)
+    current = switching.implementations(model)
+    for config, name in current:
+        others = [other for other in holders(config) if other is not patch]
+        if others and name != method.implementation:
+            raise ValueError(
+                "another model has the same configuration object and runs with the attention "
+                f"{name!r}, so that this one cannot have {method.implementation!r}: give one of "
+                "them a copy of the configuration"
+            )
+    kinds: set[Any] = {type(module) for module in attention_modules(model)}
+    if not any(map(takes_interface, kinds)):
+        raise switching.SwitchError(
             f"{type(model).__name__} does not take its attention function from transformers' "
-            f"AttentionInterface (it stays {config._attn_implementation!r}): it cannot be switched"
+            "AttentionInterface: it cannot be switched"
         )
-    if not hasattr(model, _ORIGINAL):
-        setattr(model, _ORIGINAL, current)
-    set_state(model, None)
+    saved = originals(model)
+    switching.switch(model, method.implementation)
+    rename(saved, model, text_decoder(model), method.implementation)
+    patch = patch or Patch(saved)
+    patch.about = about
+    patch.put(model)
     set_state(model, state)
+    return state
 
 
-def _configs(model: torch.nn.Module) -> list[Any]:
-    """Every configuration in a model that names an attention implementation."""
-    found: dict[int, Any] = {}
-    pending = [getattr(module, "config", None) for module in model.modules()]
-    while pending:
-        config = pending.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation"):
-            continue
-        found[id(config)] = config
-        pending += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return list(found.values())
+@contextlib.contextmanager
+def applied(model: torch.nn.Module, method: Method) -> Iterator[State | None]:
+    """`switch` for the time of a ``with`` statement; then the model is as it was before."""
+    model = _switchable(model)
+    state, patch = model_state(model), patch_of(model)
+    before = None if patch is None else (patch.saved, patch.about)
+    # A view of a configuration under its original name has its own only with what it shows.
+    current = [
+        (config, name)
+        for config, name in switching.implementations(model)
+        if getattr(config, "_attn_implementation_internal", name) is name
+    ]
+    within = switch(model, method)
+    try:
+        yield within
+    finally:
+        disable(model)
+        if before is not None:
+            Patch(*before).put(model)
+            switching.set_implementations(current)
+        set_state(model, state)
 
 
-def _implementations(model: torch.nn.Module) -> list[tuple[Any, Any]]:
-    return [(config, config._attn_implementation) for config in _configs(model)]
+def _switchable(model: torch.nn.Module) -> torch.nn.Module:
+    """The model of transformers that a wrapper holds, which has the configurations."""
+    return next((each for each in model.modules() if isinstance(each, PreTrainedModel)), model)
 
 
-def _set_implementations(model: torch.nn.Module, implementations: list[tuple[Any, Any]]) -> None:
-    for config, implementation in implementations:
-        # The internal name, because setting the public one sets that of sub-configurations too.
-        config._attn_implementation_internal = implementation
+def _statistics(state: State | None) -> Statistics:
+    assert state is not None
+    return state.statistics

@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 
-from bsfa_calib.statistics import Statistics
-from bsfa_hf import attention, baselines
+from bsfa_calib.point import PointLike, as_point
+from bsfa_hf.automatic import named_point, read_number
+from bsfa_hf.baselines import SPARGE_DEFAULTS, SlidingWindow, SpargeAttention
 from bsfa_hf.integration import disable, switch
-from bsfa_hf.state import State, attention_shape, layer_devices, local_heads, text_config
-from bsfa_hf.tables import load_table, make_state
+from bsfa_hf.methods import BlockSparse, Method, Sdpa
+from bsfa_hf.patch import patch_of
 
 MODES = ("sdpa", "block_sparse", "sparge_attn", "sliding_window")
-
-_CONFIG = "_bsfa_attention_config"
 
 
 @dataclass
@@ -37,9 +36,11 @@ class AttentionConfig:
         block_sparse_topk: the operating point k, for block_sparse.
         sparge_attn_params: parameters of SpargeAttn, for sparge_attn; by default the paper's.
         sliding_window_size: keys that a query sees, for sliding_window.
+        point: any operating point, for block_sparse, instead of block_sparse_topk.
+        sliding_window_sink: the first keys, which every query sees too, for sliding_window.
 
     Raises:
-        ValueError: the mode is unknown, or lacks what it needs.
+        ValueError: the mode is unknown, lacks what it needs, or a value is out of its range.
     """
 
     mode: str = "sdpa"
@@ -47,28 +48,48 @@ class AttentionConfig:
     block_sparse_topk: int | None = None
     sparge_attn_params: dict[str, Any] | None = None
     sliding_window_size: int | None = None
+    point: PointLike | None = None
+    sliding_window_sink: int = 0
 
     def __post_init__(self) -> None:
         """Check that the mode has what it needs."""
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if self.mode == "block_sparse":
-            _needs(self, "threshold_file")
-            _needs(self, "block_sparse_topk")
+            self._needs("threshold_file")
+            if self.point is None:
+                self._needs("block_sparse_topk", ", or another point")
         if self.mode == "sparge_attn" and self.sparge_attn_params is None:
-            self.sparge_attn_params = dict(baselines.SPARGE_DEFAULTS)
+            self.sparge_attn_params = dict(SPARGE_DEFAULTS)
         if self.mode == "sliding_window":
-            _needs(self, "sliding_window_size")
-            size = self.sliding_window_size
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(
-                    f"sliding_window_size must be an integer of at least 1, got {size!r}"
-                )
+            self._needs("sliding_window_size")
+        # What is out of range is refused here, before there is a model.
+        self.method()
 
+    def method(self, *, check_model: bool = True) -> Method:
+        """The attention that this describes.
 
-def _needs(config: AttentionConfig, name: str) -> None:
-    if getattr(config, name) is None:
-        raise ValueError(f"{name} must be given for mode {config.mode!r}")
+        Args:
+            check_model: refuse thresholds that name another model.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        if self.mode == "sdpa":
+            return Sdpa()
+        if self.mode == "block_sparse":
+            point = as_point(self.point, k=self.block_sparse_topk)
+            return BlockSparse(str(self.threshold_file), point, check_model)
+        if self.mode == "sliding_window":
+            try:
+                return SlidingWindow(self.sliding_window_size, self.sliding_window_sink)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ValueError(f"sliding_window_size and its sink: {error}") from None
+        return SpargeAttention(dict(self.sparge_attn_params or {}))
+
+    def _needs(self, name: str, more: str = "") -> None:
+        if getattr(self, name) is None:
+            raise ValueError(f"{name} must be given for mode {self.mode!r}{more}")
 
 
 def create_attention_config_from_env(
@@ -76,17 +97,23 @@ def create_attention_config_from_env(
 ) -> AttentionConfig | None:
     """The configuration that environment variables describe.
 
-    ``CUSTOM_ATTENTION_MODE`` names the mode; ``CUSTOM_THRESHOLD_FILE`` and
-    ``CUSTOM_BLOCK_SPARSE_TOPK`` are for block_sparse, ``CUSTOM_SPARGE_SIMTHRESHD1``,
-    ``CUSTOM_SPARGE_TOPK`` and ``CUSTOM_SPARGE_PVTHRESHD`` for sparge_attn,
-    ``CUSTOM_SLIDING_WINDOW_SIZE`` for sliding_window.
+    ``CUSTOM_ATTENTION_MODE`` names the mode. For block_sparse: ``CUSTOM_THRESHOLD_FILE``, and
+    ``CUSTOM_BLOCK_SPARSE_TOPK`` or another point, as ``CUSTOM_POINT=target_sparsity=0.75`` or
+    ``CUSTOM_TARGET_SPARSITY=0.75``. For sparge_attn: ``CUSTOM_SPARGE_SIMTHRESHD1``,
+    ``CUSTOM_SPARGE_TOPK`` and ``CUSTOM_SPARGE_PVTHRESHD``. For sliding_window:
+    ``CUSTOM_SLIDING_WINDOW_SIZE`` and ``CUSTOM_SLIDING_WINDOW_SINK``.
 
     Returns:
         The configuration; None if ``CUSTOM_ATTENTION_MODE`` is not set.
 
     Raises:
-        ValueError: a variable is missing or not a number.
+        ValueError: a variable is missing, not a number, or out of its range.
     """
+
+    def number(name: str, kind: type) -> Any:
+        text = environment.get(f"CUSTOM_{name}")
+        return read_number(f"CUSTOM_{name}", text, kind) if text else None
+
     mode = environment.get("CUSTOM_ATTENTION_MODE")
     if not mode:
         return None
@@ -94,30 +121,23 @@ def create_attention_config_from_env(
         return AttentionConfig(
             mode=mode,
             threshold_file=environment.get("CUSTOM_THRESHOLD_FILE"),
-            block_sparse_topk=_number(environment, "CUSTOM_BLOCK_SPARSE_TOPK", int),
+            block_sparse_topk=number("BLOCK_SPARSE_TOPK", int),
+            point=named_point(environment.get, "CUSTOM_"),
         )
     if mode == "sparge_attn":
-        params = dict(baselines.SPARGE_DEFAULTS)
+        params = dict(SPARGE_DEFAULTS)
         for name, kind in (("simthreshd1", float), ("topk", float), ("pvthreshd", int)):
-            value = _number(environment, f"CUSTOM_SPARGE_{name.upper()}", kind)
+            value = number(f"SPARGE_{name.upper()}", kind)
             if value is not None:
                 params[name] = value
         return AttentionConfig(mode=mode, sparge_attn_params=params)
     if mode == "sliding_window":
-        size = _number(environment, "CUSTOM_SLIDING_WINDOW_SIZE", int)
-        return AttentionConfig(mode=mode, sliding_window_size=size)
+        return AttentionConfig(
+            mode=mode,
+            sliding_window_size=number("SLIDING_WINDOW_SIZE", int),
+            sliding_window_sink=number("SLIDING_WINDOW_SINK", int) or 0,
+        )
     return AttentionConfig(mode=mode)
-
-
-def _number(environment: Mapping[str, str], name: str, kind: type) -> Any:
-    text = environment.get(name)
-    if not text:
-        return None
-    try:
-        return kind(text)
-    except ValueError:
-        wanted = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} must be {wanted}, got {text!r}") from None
 
 
 def inject_custom_attention(
@@ -147,41 +167,7 @@ def inject_custom_attention(
             "no attention config: pass an AttentionConfig, or set the environment variable "
             "CUSTOM_ATTENTION_MODE"
         )
-    if config.mode == "sdpa":
-        switch(model, "sdpa", None)
-    elif config.mode == "block_sparse":
-        switch(model, attention.NAME, _block_sparse_state(model, config, check_model))
-    elif config.mode == "sliding_window":
-        state = _baseline_state(model)
-        state.window = config.sliding_window_size
-        switch(model, baselines.WINDOW_NAME, state)
-    else:
-        baselines.sparge_function()
-        state = _baseline_state(model)
-        state.sparge = dict(config.sparge_attn_params or {})
-        switch(model, baselines.SPARGE_NAME, state)
-    setattr(model, _CONFIG, config)
-
-
-def _block_sparse_state(
-    model: torch.nn.Module, config: AttentionConfig, check_model: bool
-) -> State:
-    assert config.threshold_file is not None
-    shape = text_config(model)
-    layers, heads = attention_shape(shape)
-    return make_state(
-        load_table(config.threshold_file),
-        shape,
-        layer_devices(model, layers),
-        k=config.block_sparse_topk,
-        heads=local_heads(model, heads),
-        check_model=check_model,
-    )
-
-
-def _baseline_state(model: torch.nn.Module) -> State:
-    layers, heads = attention_shape(text_config(model))
-    return State(Statistics(layer_devices(model, layers), heads))
+    switch(model, config.method(check_model=check_model), about=config)
 
 
 def change_attention_config(
@@ -211,7 +197,8 @@ def update_block_sparse_topk(
     """
     config = _current(model, "block_sparse")
     file = threshold_file or config.threshold_file
-    change_attention_config(model, replace(config, block_sparse_topk=new_topk, threshold_file=file))
+    new = replace(config, block_sparse_topk=new_topk, point=None, threshold_file=file)
+    change_attention_config(model, new)
 
 
 def update_sparge_attn_params(model: torch.nn.Module, **new_params: Any) -> None:
@@ -227,14 +214,13 @@ def update_sparge_attn_params(model: torch.nn.Module, **new_params: Any) -> None
 
 def get_current_attention_config(model: torch.nn.Module) -> AttentionConfig | None:
     """The configuration that a model was injected with; None if it was not."""
-    return getattr(model, _CONFIG, None)
+    patch = patch_of(model)
+    return patch.about if patch is not None else None
 
 
 def restore_original_attention(model: torch.nn.Module) -> None:
     """Give a model the attention that it had before it was first injected."""
     disable(model)
-    if get_current_attention_config(model) is not None:
-        delattr(model, _CONFIG)
 
 
 def _current(model: torch.nn.Module, mode: str | None = None) -> AttentionConfig:

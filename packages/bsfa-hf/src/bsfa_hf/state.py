@@ -1,51 +1,23 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a patched model carries with it: thresholds, rule, geometry and counters."""
+"""What a patched model carries with it, and what of a model a table must fit."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bsfa_calib.statistics import Statistics
-from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
+from bsfa_calib.binding import ModelShape, State
+from bsfa_calib.reasons import Reason
+from bsfa_hf.originals import Implementation, asks_for_name, with_original_name
 
 _ATTRIBUTE = "_bsfa_state"
-
-
-@dataclass
-class State:
-    """State of one patched model. Each of its attention modules refers to it.
-
-    Attributes:
-        statistics: counters of the calls.
-        thresholds: for each layer, float32 [heads, rows] on its device; empty for the baselines.
-        rule: what scores are compared with.
-        geometry: the sparsity block of the thresholds.
-        description: the model and operating point that the thresholds are of.
-        window: size of the sliding window, for that baseline.
-        sparge: parameters of SpargeAttn, for that baseline.
-    """
-
-    statistics: Statistics
-    thresholds: list[Tensor] = field(default_factory=list)
-    rule: str = "absolute"
-    geometry: Geometry = DEFAULT_GEOMETRY
-    description: str = ""
-    window: int | None = None
-    sparge: dict[str, Any] = field(default_factory=dict)
-
-    def layer_thresholds(self, layer: int, device: torch.device) -> Tensor:
-        """Thresholds of a layer, float32 [heads, rows], on a device."""
-        thresholds = self.thresholds[layer]
-        if thresholds.device != device:
-            # The model has been moved since it was patched.
-            thresholds = self.thresholds[layer] = thresholds.to(device)
-        return thresholds
+_OWN_CONFIG = "_bsfa_own_config"
+_HOOK = "_bsfa_hook"
 
 
 def state_of(module: torch.nn.Module) -> State | None:
@@ -63,20 +35,56 @@ def model_state(model: torch.nn.Module) -> State | None:
 
 
 def set_state(model: torch.nn.Module, state: State | None) -> None:
-    """Give all attention modules of a model a state, or take it from them."""
+    """Give the attention modules of a model's text decoder a state, or take it from all modules."""
     for module in model.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            if state is not None:
-                setattr(module, _ATTRIBUTE, state)
-            elif state_of(module) is not None:
-                delattr(module, _ATTRIBUTE)
+        vars(module).pop(_ATTRIBUTE, None)
+        if _OWN_CONFIG in vars(module):
+            module.config = vars(module).pop(_OWN_CONFIG)
+            vars(module).pop(_HOOK).remove()
+    if state is None:
+        return
+    for module in attention_modules(model):
+        setattr(module, _ATTRIBUTE, state)
+        config = getattr(module, "config", None)
+        name = getattr(config, "_attn_implementation", "")
+        kind: Any = type(module)
+        if isinstance(name, Implementation) and asks_for_name(kind, name.original, name):
+            # It does what it did before, our function is never called, and it is counted here.
+            setattr(module, _OWN_CONFIG, config)
+            module.config = with_original_name(config)
+            setattr(module, _HOOK, module.register_forward_pre_hook(_count_own_name))
+
+
+def _count_own_name(module: torch.nn.Module, _: Any) -> None:
+    state, layer = state_of(module), getattr(module, "layer_idx", None)
+    if state is not None and isinstance(layer, int) and layer < state.statistics.layers:
+        state.statistics.count_dense(layer, Reason.OWN_NAME)
+
+
+def text_decoder(model: torch.nn.Module) -> torch.nn.Module:
+    """The part of a model that writes text; the whole, if it does not say which."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if find is not None else None
+    # Some models name their output layer so.
+    if isinstance(decoder, torch.nn.Module) and any(map(_has_index, decoder.modules())):
+        return decoder
+    return model
+
+
+def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules of the text decoder that know which layer they belong to."""
+    return list(filter(_has_index, text_decoder(model).modules()))
+
+
+def _has_index(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "layer_idx", None), int)
 
 
 def layer_devices(model: torch.nn.Module, layers: int) -> list[torch.device]:
     """Where each layer computes, as far as its parameters tell."""
     fallback = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     devices = [fallback or torch.device("cpu")] * layers
-    for module in model.modules():
+    for module in attention_modules(model):
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and 0 <= index < layers:
             parameter = next(module.parameters(), None)
@@ -86,13 +94,63 @@ def layer_devices(model: torch.nn.Module, layers: int) -> list[torch.device]:
 
 
 def text_config(model: torch.nn.Module) -> Any:
-    """The configuration of a model's language part."""
-    return model.config.get_text_config()  # type: ignore[operator,union-attr]
+    """The configuration of a model's text decoder."""
+    config = getattr(text_decoder(model), "config", model.config)
+    return config.get_text_config()  # type: ignore[operator,union-attr]
+
+
+def model_shape(config: Any) -> ModelShape:
+    """What a table for a model with a configuration, that of its text decoder, must fit.
+
+    Raises:
+        ValueError: there is no one number of heads.
+    """
+    layers, heads = attention_shape(config)
+    return ModelShape(
+        layers=layers,
+        heads=heads,
+        names=tuple(model_names(config)),
+        shown=str(getattr(config, "_name_or_path", "") or ""),
+    )
 
 
 def attention_shape(config: Any) -> tuple[int, int]:
-    """Layers and query heads of a configuration."""
-    return int(config.num_hidden_layers), int(config.num_attention_heads)
+    """Layers and query heads of the text decoder that a configuration describes.
+
+    Where layers differ in their number of heads, those with full attention count.
+
+    Raises:
+        ValueError: there is no one number of heads.
+    """
+    layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+    try:
+        heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+    except AttributeError:
+        raise ValueError(f"a model of type {config.model_type} has no attention heads") from None
+    except RuntimeError:  # transformers' word for what differs between layers
+        kinds = zip(config.layer_types, config.per_layer_config, strict=True)
+        found = {each.num_attention_heads for kind, each in kinds if kind == "full_attention"}
+        if len(found) != 1:
+            raise ValueError(
+                "the layers with full attention must have one number of query heads, and this "
+                f"model's have {sorted(found)}"
+            ) from None
+        (heads,) = found
+    return int(layers), int(heads)
+
+
+def model_names(config: Any) -> list[str]:
+    """The names that a model may go by, as far as its configuration tells."""
+    path = str(getattr(config, "_name_or_path", "") or "")
+    if not path:
+        return []
+    names = [path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]]
+    # A snapshot in the cache of the Hub lies in .../models--owner--name/snapshots/commit.
+    names += [part.rsplit("--", 1)[-1] for part in Path(path).parts if part.startswith("models--")]
+    if os.path.isdir(path):
+        names.append(Path(path).resolve().name)
+        names += [file.stem for file in Path(path).glob("*.gguf")]
+    return names
 
 
 def local_heads(model: torch.nn.Module, heads: int) -> slice:

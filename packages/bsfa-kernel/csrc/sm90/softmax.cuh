@@ -9,6 +9,7 @@
 #include <math_constants.h>
 
 #include "../common/ptx.cuh"
+#include "../common/quad.cuh"
 #include "config.cuh"
 
 namespace bsfa::sm90 {
@@ -23,20 +24,6 @@ __device__ __forceinline__ auto accumulator_matrix(Accumulators&& accumulators) 
   constexpr int kGroups = decltype(size(accumulators))::value / 4;
   return make_tensor(accumulators.data(),
                      Layout<Shape<_2, Shape<_2, Int<kGroups>>>, Stride<_2, Stride<_1, _4>>>{});
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-}
-
-__device__ __forceinline__ bool quad_any(bool x) {
-  return __ballot_sync(0xffffffff, x) >> threadIdx.x % 32 / 4 * 4 & 0xf;
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffff, x, 1);
-  return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
 // The largest score of each of the thread's rows among the thread's columns. Four chains a row: the warp has

@@ -5,15 +5,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from bsfa_calib.cli import add_calibrate, add_table, guarded
+from bsfa_calib.cli.common import USAGE_ERROR
 from bsfa_hf._version import __version__
-
-_USAGE_ERROR = 2
-_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,24 +19,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if "run" not in arguments:
         parser.print_help()
-        return _USAGE_ERROR
-    try:
-        return int(arguments.run(arguments))
-    except KeyboardInterrupt:
-        print("bsfa: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except (ValueError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
-        if os.environ.get("BSFA_TRACEBACK"):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"bsfa: error: {reason}", file=sys.stderr)
-        return _USAGE_ERROR
+        return USAGE_ERROR
+    return guarded("bsfa", lambda: int(arguments.run(arguments)))
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each sets ``run``."""
-    from bsfa_hf.cli import demo, generate, info
-    from bsfa_hf.evaluation import add_subcommands
+    from bsfa_hf.cli import demo, evaluate, generate, info
 
     parser = argparse.ArgumentParser(
         prog="bsfa",
@@ -51,8 +37,10 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND")
     demo.add_subcommand(subparsers)
     generate.add_subcommand(subparsers)
+    add_calibrate(subparsers)
+    add_table(subparsers)
+    evaluate.add_subcommands(subparsers)
     info.add_subcommand(subparsers)
-    add_subcommands(subparsers)
     return parser
 
 

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from bsfa_calib import ThresholdTable
-from bsfa_hf.tables import load_table, model_names, same_model
+from bsfa_calib.binding import load_table, same_model
+from bsfa_calib.cli.common import checked
+from bsfa_calib.cli.common import positive as _positive
+from bsfa_calib.language_model import cache_argument
+from bsfa_calib.point import AXES, Point
+from bsfa_hf.state import model_names
+
+# Converters for argparse.
+positive = checked(_positive)
 
 _MISSING_EXTRA = 'this command needs {}: pip install "bsfa-hf[cli]"'
 
@@ -47,10 +55,12 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="threshold table (default: the longest fitting one in ./thresholds/<model>)",
     )
-    point = parser.add_mutually_exclusive_group()
-    point.add_argument("--k", type=int, help="key blocks kept a query block")
-    point.add_argument("--target-sparsity", type=float, metavar="S", help="share of blocks skipped")
-    point.add_argument("--max-loss", type=float, metavar="L", help="bound on the loss")
+    add_point_options(parser)
+    add_any_model_option(parser)
+
+
+def add_any_model_option(parser: argparse.ArgumentParser) -> None:
+    """An option that takes a table of another model."""
     parser.add_argument(
         "--any-model",
         action="store_true",
@@ -58,12 +68,44 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
+def add_point_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Options that name an operating point, or several on one axis."""
+    group = parser.add_mutually_exclusive_group()
+    more: dict[str, Any] = {"nargs": "+"} if several else {}
+    what = "operating points" if several else "operating point"
+    group.add_argument(
+        "--point",
+        metavar="AXIS=NUMBER",
+        help=f"{what} of the table, as target_sparsity=0.7",
+        **more,
+    )
+    for axis in AXES:
+        option = "--" + axis.replace("_", "-")
+        kind = int if axis == "k" else float
+        group.add_argument(
+            option, type=kind, metavar="NUMBER", help=f"short for --point {axis}=NUMBER", **more
+        )
+
+
+def named_points(arguments: argparse.Namespace) -> list[Point]:
+    """The operating points that `add_point_options` read.
+
+    Raises:
+        ValueError: one is not a point.
+    """
+    given = {axis: getattr(arguments, axis) for axis in ("point", *AXES)}
+    return [
+        Point.parse(value) if axis == "point" else Point(axis, value)
+        for axis, values in given.items()
+        for value in (values if isinstance(values, list) else [values])
+        if value is not None
+    ]
+
+
+def named_point(arguments: argparse.Namespace) -> Point | None:
+    """The operating point that the arguments name, if they name one."""
+    points = named_points(arguments)
+    return points[0] if points else None
 
 
 @dataclass(frozen=True)
@@ -130,12 +172,13 @@ def quiet() -> Iterator[None]:
             untyped.enable_progress_bar()
 
 
-def find_table(loaded: Loaded, tokens: int, wanted: tuple[str, float] | None = None) -> Path | None:
+def find_table(loaded: Loaded, tokens: int, wanted: Point | None = None) -> Path | None:
     """The shipped table for a model and a prompt: the shortest that suffices, else the longest.
 
-    Of two for one length, that with the point ``wanted``, (axis, value), else that with more
-    points. Looked for in ``thresholds/<model>`` of the current directory and those above it. Tables
-    of learned thresholds come before those for k blocks, unless ``wanted`` names an axis.
+    Of several for one length, that with the point ``wanted``, else that with the smaller blocks,
+    else that with more points. Looked for in ``thresholds/<model>`` of the current directory and
+    those above it. Tables of learned thresholds come before those for k blocks, unless ``wanted``
+    names an axis.
     """
     found: list[tuple[ThresholdTable, Path]] = []
     here = Path.cwd()
@@ -146,7 +189,7 @@ def find_table(loaded: Loaded, tokens: int, wanted: tuple[str, float] | None = N
         for path in sorted(folder.glob("*/*.safetensors")):
             if same_model(path.parent.name, loaded.names):
                 table = load_table(path)
-                if wanted is None or wanted[0] == table.axis:
+                if wanted is None or wanted.axis == table.axis:
                     found.append((table, path))
         if found:
             break
@@ -155,9 +198,10 @@ def find_table(loaded: Loaded, tokens: int, wanted: tuple[str, float] | None = N
     learned = [entry for entry in found if entry[0].axis == "target_sparsity"]
     found = learned or found
 
-    def fit(entry: tuple[ThresholdTable, Path]) -> tuple[bool, int]:
-        points = entry[0].points
-        return wanted is not None and wanted[1] in points, len(points)
+    def fit(entry: tuple[ThresholdTable, Path]) -> tuple[bool, int, int]:
+        table = entry[0]
+        has_it = wanted is not None and wanted.value in table.points
+        return has_it, -table.q_block * table.k_block, len(table.points)
 
     found.sort(key=fit, reverse=True)
     longest = max(found, key=lambda entry: entry[0].max_seqlen)
@@ -165,42 +209,36 @@ def find_table(loaded: Loaded, tokens: int, wanted: tuple[str, float] | None = N
     return min(fitting, key=lambda entry: entry[0].max_seqlen, default=longest)[1]
 
 
-def wanted_point(arguments: argparse.Namespace) -> tuple[str, float] | None:
-    """Axis and value of the operating point that the arguments name, if they name one."""
-    for axis in ("k", "target_sparsity", "max_loss"):
-        value = getattr(arguments, axis)
-        if value is not None:
-            return axis, value
-    return None
+def choose_point(table: ThresholdTable, arguments: argparse.Namespace, tokens: int) -> Point:
+    """The operating point that the arguments name, or one that skips something at this length.
 
-
-def choose_point(
-    table: ThresholdTable, arguments: argparse.Namespace, tokens: int
-) -> dict[str, Any]:
-    """The operating point that the arguments name, or one that skips something at this length."""
-    named = {
-        "k": arguments.k,
-        "target_sparsity": arguments.target_sparsity,
-        "max_loss": arguments.max_loss,
-    }
-    if any(value is not None for value in named.values()):
-        table.select(**named)  # an unknown point is refused before any work is done
-        return {axis: value for axis, value in named.items() if value is not None}
+    Raises:
+        ValueError: the table does not hold the point.
+    """
+    named = named_point(arguments)
+    if named is not None:
+        table.select(named)  # an unknown point is refused before any work is done
+        return named
     if table.axis == "k":
         wanted: float = tokens / table.k_block / 3
     elif table.axis == "target_sparsity":
         wanted = 0.7
     else:
         wanted = float(table.points[len(table.points) // 2])
-    value = min(table.points, key=lambda point: abs(point - wanted))
-    note(f"no operating point given: taking {table.axis}={value}")
-    return {table.axis: value}
+    point = Point(table.axis, min(table.points, key=lambda point: abs(point - wanted)))
+    note(f"no operating point given: taking {point}")
+    return point
 
 
-def cache_name(model: Any) -> str:
-    """What the model calls its cache: transformers 5.24 renamed ``past_key_values``."""
-    parameters = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
+def check_positions(model: Any, tokens: int) -> None:
+    """Tell the user of a prompt that is longer than the model's positions."""
+    config = model.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        note(
+            f"warning: the prompt has {tokens} tokens, and the model was made for {positions} "
+            "positions: what it says beyond them may be worthless, dense or not"
+        )
 
 
 @dataclass
@@ -237,7 +275,7 @@ def read(
         cache = DynamicCache(config=model.config)
     elif not grow:
         cache = copy.deepcopy(cache)
-    options: dict[str, Any] = {cache_name(model): cache, "use_cache": True}
+    options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = keep
     synchronize(model.device)

@@ -14,28 +14,43 @@ import math
 import random
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from bsfa_calib import ThresholdTable
+from bsfa_calib import Point, ThresholdTable
+from bsfa_calib.binding import load_table
+from bsfa_calib.data import Document, read_documents
 from bsfa_calib.statistics import Statistics
-from bsfa_calib.text import encode, find_files, read_windows
+from bsfa_calib.text import encode, read_windows, special_prefix
 from bsfa_hf.cli import common
 from bsfa_hf.cli.generate import gain_note
-from bsfa_hf.evaluation.needle import INTRODUCTION, NEEDLE, QUESTION
+from bsfa_hf.evaluation.needle import INTRODUCTION, NEEDLE
 from bsfa_hf.integration import enabled
-from bsfa_hf.tables import load_table
+
+Texts: TypeAlias = "Mapping[str, Sequence[Document]]"
 
 _SHORTEST = 512
 _SCORED = 512
 _ANSWER_TOKENS = 12
+# Readings that are timed on a GPU.
+_TIMED = 5
 _CALIBRATION_SAMPLES = 2
-_CALIBRATION_K = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+_CALIBRATION_SPARSITIES = (0.4, 0.5, 0.6, 0.7)
 _WORDS = ("anchor", "basket", "candle", "falcon", "garden", "island", "lantern", "marble", "orchid")
+# What is hidden; the question is the sentence up to the number. Small models mix up sentences that
+# differ in one word or end alike, dense or not.
+_NEEDLES = (
+    NEEDLE,
+    "The safe behind the {word} opens with the code {number}.",
+    "Calls for the {word} office are taken on telephone {number}.",
+    "The ticket to the {word} museum was printed with serial {number}.",
+)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -53,13 +68,13 @@ def add_subcommand(subparsers: Any) -> None:
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="make thresholds now, from the first half of the text's files (a short calibration)",
+        help="find one threshold for the model now, in the first half of the text's files",
     )
     parser.add_argument(
         "--text", required=True, type=Path, metavar="PATH", help="a text file, or a folder of them"
     )
     parser.add_argument(
-        "--tokens", type=common.positive, default=2304, help="of text and needles (default: 2304)"
+        "--tokens", type=common.positive, default=6000, help="of text and needles (default: 6000)"
     )
     parser.add_argument(
         "--questions", type=common.positive, default=4, help=f"1 to {len(_WORDS)} (default: 4)"
@@ -70,9 +85,9 @@ def add_subcommand(subparsers: Any) -> None:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a needle."""
+    """A question about a needle: the whole prompt, which the number should follow."""
 
-    word: str
+    asked: str
     number: str
     ids: list[int]
 
@@ -93,49 +108,43 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--questions must be at most {len(_WORDS)}, got {arguments.questions}")
     if arguments.tokens < _SHORTEST:
         raise ValueError(f"--tokens must be at least {_SHORTEST}, got {arguments.tokens}")
-    find_files(arguments.text)
+    texts = _prose(read_documents(arguments.text))
     table = load_table(arguments.thresholds) if arguments.thresholds else None
     loaded = common.load_model(arguments)
-    text = _haystack(arguments, loaded.tokenizer)
+    text = _haystack(arguments, loaded.tokenizer, texts)
     questions = make_questions(
         text, loaded.tokenizer, arguments.tokens, arguments.questions, arguments.seed
     )
-    table = table or _table(arguments, loaded)
+    table = table or _table(arguments, loaded, texts)
     point = common.choose_point(table, arguments, len(questions[0].ids))
 
+    common.check_positions(loaded.model, len(questions[0].ids))
     common.note(f"{len(questions)} questions about {len(questions[0].ids)} tokens: dense")
     dense = _ask(loaded, questions, table.q_block)
-    common.note(f"dense took {dense.seconds:.1f} s; block-sparse")
-    with enabled(loaded.model, table, **point, check_model=not arguments.any_model) as stats:
+    common.note(f"dense read the prompt in {dense.seconds:.2f} s; block-sparse")
+    with enabled(loaded.model, table, point, check_model=not arguments.any_model) as stats:
         sparse = _ask(loaded, questions, table.q_block)
-    common.note(f"block-sparse took {sparse.seconds:.1f} s")
+    common.note(f"block-sparse read the prompt in {sparse.seconds:.2f} s")
 
     print(_report(loaded, table, point, questions, dense, sparse, stats))
     gain_note(stats, len(questions[0].ids))
-    if loaded.model.device.type == "cpu":
-        common.note(
-            "on a CPU the block-sparse back end is a reference that shows what is computed, not "
-            "how fast; the speed is that of the CUDA kernels"
-        )
     common.note(f"done in {time.perf_counter() - started:.0f} s")
     return 0
 
 
-def _haystack(arguments: argparse.Namespace, tokenizer: Any) -> str:
+def _prose(documents: Texts) -> Texts:
+    """The kind of text that reads best: essays, if there are some."""
+    return {"essays": documents["essays"]} if "essays" in documents else documents
+
+
+def _haystack(arguments: argparse.Namespace, tokenizer: Any, texts: Texts) -> str:
     """Text of one kind, from the second half of its files."""
-    directory = _prose(arguments.text)
     windows = read_windows(
-        directory, tokenizer, length=arguments.tokens, count=1 + arguments.seed % 8, part=(0.5, 1.0)
+        texts, tokenizer, length=arguments.tokens, count=1 + arguments.seed % 8, part=(0.5, 1.0)
     )
     window = windows[-1]
     common.note(f"text: {window.name}")
-    return str(tokenizer.decode(window.ids))
-
-
-def _prose(path: Path) -> Path:
-    """The folder of a collection that reads best: essays, if it has some."""
-    essays = path / "essays"
-    return essays if essays.is_dir() else path
+    return str(tokenizer.decode(window.body))
 
 
 def make_questions(
@@ -153,7 +162,14 @@ def make_questions(
     draw = random.Random(seed)
     words = draw.sample(_WORDS, number)
     numbers = [str(draw.randrange(1_000_000, 10_000_000)) for _ in words]
-    needles = [NEEDLE.format(word=w, number=n) for w, n in zip(words, numbers, strict=True)]
+    forms = draw.sample(_NEEDLES, len(_NEEDLES)) * (1 + number // len(_NEEDLES))
+    needles = [
+        form.format(word=word, number=value)
+        for form, word, value in zip(forms, words, numbers, strict=False)
+    ]
+    asked = [
+        needle.removesuffix(f" {value}.") for needle, value in zip(needles, numbers, strict=True)
+    ]
     sentences = _SENTENCE_END.split(text.strip())
     added = len(encode(tokenizer, INTRODUCTION + " ".join(needles)))
     while len(sentences) > 1 and len(encode(tokenizer, " ".join(sentences))) + added > tokens:
@@ -161,31 +177,32 @@ def make_questions(
     for index in reversed(range(number)):
         sentences.insert(round((index + 0.5) / number * len(sentences)), needles[index])
     context = INTRODUCTION + " ".join(sentences)
+    special = special_prefix(tokenizer)
     return [
-        Question(word, value, list(encode(tokenizer, context + QUESTION.format(word=word))))
-        for word, value in zip(words, numbers, strict=True)
+        Question(text, value, [*special, *encode(tokenizer, f"{context}\n\n{text}")])
+        for text, value in zip(asked, numbers, strict=True)
     ]
 
 
-def _table(arguments: argparse.Namespace, loaded: common.Loaded) -> ThresholdTable:
+def _table(arguments: argparse.Namespace, loaded: common.Loaded, texts: Texts) -> ThresholdTable:
     """The shipped table, or one that is made now."""
     if not arguments.calibrate:
-        path = common.find_table(loaded, arguments.tokens, common.wanted_point(arguments))
+        path = common.find_table(loaded, arguments.tokens, common.named_point(arguments))
         if path is not None:
             common.note(f"thresholds: {path}")
             return load_table(path)
         common.note(f"no table for {loaded.name} in ./thresholds: calibrating")
     from bsfa_calib import models
-    from bsfa_calib.capture import Progress, calibrate
+    from bsfa_calib.capture import Progress
+    from bsfa_calib.scalar import one_pass
 
     windows = read_windows(
-        _prose(arguments.text),
+        texts,
         loaded.tokenizer,
         length=arguments.tokens,
         count=_CALIBRATION_SAMPLES,
         part=(0.0, 0.5),
     )
-    most = arguments.tokens // 64 - 1
     name, revision = models.identity(arguments.model, loaded.model)
 
     def progress(state: Progress) -> None:
@@ -193,15 +210,13 @@ def _table(arguments: argparse.Namespace, loaded: common.Loaded) -> ThresholdTab
             common.note(f"calibrated on {state.sample} of {state.samples} samples")
 
     with common.quiet():
-        return calibrate(
+        table = one_pass(
             loaded.model,
             [list(window.ids) for window in windows],
-            k_values=[k for k in _CALIBRATION_K if k < most],
-            model_name=name,
-            revision=revision,
-            provenance={"command": "bsfa demo --calibrate"},
+            target_sparsities=_CALIBRATION_SPARSITIES,
             progress=progress,
         )
+    return replace(table, model=name, revision=revision)
 
 
 def _ask(loaded: common.Loaded, questions: list[Question], q_block: int) -> Run:
@@ -216,6 +231,9 @@ def _ask(loaded: common.Loaded, questions: list[Question], q_block: int) -> Run:
         if index == 0:
             seconds += reading.seconds
         answers.append(common.answer(loaded.model, loaded.tokenizer, reading, _ANSWER_TOKENS))
+    if loaded.model.device.type == "cuda":
+        # By now everything is warm.
+        seconds = median(common.read(loaded.model, ids[0]).seconds for _ in range(_TIMED))
     return Run(answers, text.logits[:-1].log_softmax(-1), seconds)
 
 
@@ -230,56 +248,50 @@ def _shared(prompts: list[list[int]], q_block: int) -> int:
 def _report(
     loaded: common.Loaded,
     table: ThresholdTable,
-    point: dict[str, Any],
+    point: Point,
     questions: list[Question],
     dense: Run,
     sparse: Run,
     stats: Statistics,
 ) -> str:
-    """The table, for people."""
-    ((axis, value),) = point.items()
+    """The tables, for people, and in a sentence what they say."""
     length = len(questions[0].ids)
-    rows = [["tokens", "question", "answer", "dense", "", "block-sparse", ""]]
+    rows = [["asked for", "answer", "dense", "", "block-sparse", ""]]
     for question, first, second in zip(questions, dense.answers, sparse.answers, strict=True):
         marks = ["hit" if question.number in said else "miss" for said in (first, second)]
-        rows.append(
-            [
-                str(len(question.ids)),
-                f"magic number for {question.word}",
-                question.number,
-                first[:24],
-                marks[0],
-                second[:24],
-                marks[1],
-            ]
-        )
-    hits = [
-        sum(q.number in said for q, said in zip(questions, run.answers, strict=True))
-        for run in (dense, sparse)
-    ]
+        rows.append([question.asked, question.number, first[:12], marks[0], second[:12], marks[1]])
+    hits = [sum(row[column] == "hit" for row in rows) for column in (3, 5)]
     scored, start = _scored_tokens(questions, dense, table.q_block)
-    losses = [-run.logits.gather(1, scored[:, None]).mean().item() for run in (dense, sparse)]
+    perplexity = [
+        math.exp(-run.logits.gather(1, scored[:, None]).mean().item()) for run in (dense, sparse)
+    ]
     divergence = (dense.logits.exp() * (dense.logits - sparse.logits)).sum(-1).mean().item()
-    kept = stats.mean_kept_fraction
+    kept = 1.0 if math.isnan(stats.mean_kept_fraction) else stats.mean_kept_fraction
+    on_cpu = loaded.model.device.type == "cpu"
     summary = [
         ["", "dense", "block-sparse"],
         ["questions answered", f"{hits[0]} of {len(questions)}", f"{hits[1]} of {len(questions)}"],
         [
             f"perplexity (tokens {start} to {start + len(scored)})",
-            f"{math.exp(losses[0]):.3f}",
-            f"{math.exp(losses[1]):.3f}",
+            *(f"{value:.3f}" for value in perplexity),
         ],
         ["KL divergence from dense, nats a token", "0", f"{divergence:.4f}"],
+        ["key blocks kept", "100%", f"{kept:.1%}"],
         [
-            "key blocks kept",
-            "100%",
-            "100%" if math.isnan(kept) else f"{kept:.1%}",
+            "seconds to read one prompt" + (" (reference on a CPU)" if on_cpu else ""),
+            f"{dense.seconds:.3g}",
+            f"{sparse.seconds:.3g}",
         ],
-        ["seconds to read one prompt", f"{dense.seconds:.1f}", f"{sparse.seconds:.1f}"],
     ]
+    both = sum(row[3] == row[5] == "hit" for row in rows)
+    change = perplexity[1] / perplexity[0] - 1
+    sentence = (
+        f"Left out: {1 - kept:.0%} of the key blocks; {both} of the {hits[0]} answers that dense "
+        f"attention gives are kept, and perplexity changes by {change:+.2%}."
+    )
     return "\n".join(
         [
-            f"{loaded.name}: {length} tokens, {axis}={value}, rule {table.rule}, blocks of "
+            f"{loaded.name}: {length} tokens, {point}, rule {table.rule}, blocks of "
             f"{table.q_block}x{table.k_block}",
             "",
             common.columns(rows),
@@ -288,7 +300,23 @@ def _report(
             "",
             "key blocks kept, by layer:",
             *_by_layer(stats),
+            "",
+            sentence,
+            _about_time(dense.seconds, sparse.seconds, on_cpu),
         ]
+    )
+
+
+def _about_time(dense: float, sparse: float, on_cpu: bool) -> str:
+    if on_cpu:
+        return (
+            "Time: on a CPU it is that of a reference in PyTorch, which computes every block and "
+            "gains nothing; the CUDA kernels are what is fast."
+        )
+    return (
+        f"Time to read the prompt: {dense * 1000:.1f} ms dense, {sparse * 1000:.1f} ms "
+        f"block-sparse (median of {_TIMED}, the whole model); the longer the prompt, the larger "
+        "the share of attention."
     )
 
 

@@ -8,15 +8,15 @@ import argparse
 import contextlib
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bsfa_calib.binding import load_table
+from bsfa_calib.data import check_text, read_text
 from bsfa_calib.statistics import Statistics
 from bsfa_hf.cli import common
 from bsfa_hf.integration import enabled
-from bsfa_hf.tables import load_table
 
 # Above this share of kept blocks there is nothing to be gained.
 _NO_GAIN = 0.95
@@ -66,12 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
     length = int(inputs["input_ids"].shape[1])
     if length == 0:
         raise ValueError("the prompt is empty")
+    common.check_positions(loaded.model, length + arguments.max_new_tokens)
     if table is None:
-        path = common.find_table(loaded, length, common.wanted_point(arguments))
+        path = common.find_table(loaded, length, common.named_point(arguments))
         if path is None:
             raise ValueError(
                 f"there is no threshold table for {loaded.name} in ./thresholds: make one with "
-                "bsfa-calibrate, and name it with --thresholds"
+                "bsfa calibrate, and name it with --thresholds"
             )
         common.note(f"thresholds: {path}")
         table = load_table(path)
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"tokens, got {arguments.prefill_chunk_size}"
         )
     dense = _generate(loaded, inputs, arguments) if arguments.compare else None
-    with enabled(loaded.model, table, **point, check_model=not arguments.any_model) as stats:
+    with enabled(loaded.model, table, point, check_model=not arguments.any_model) as stats:
         sparse = _generate(loaded, inputs, arguments)
     if dense is None:
         print(sparse[0])
@@ -95,15 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
-        return str(arguments.prompt)
+        return check_text("--prompt", str(arguments.prompt))
     if arguments.prompt_file == "-":
-        return sys.stdin.read()
-    try:
-        return Path(arguments.prompt_file).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no prompt file {arguments.prompt_file}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{arguments.prompt_file} is not UTF-8 text") from None
+        return check_text("stdin", sys.stdin.read())
+    return read_text(arguments.prompt_file)
 
 
 @torch.inference_mode()

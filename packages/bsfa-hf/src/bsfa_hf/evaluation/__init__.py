@@ -5,19 +5,3 @@
 ``bsfa evaluate`` and ``bsfa plot`` are the command line; docs/evaluation.md says what each figure
 means.
 """
-
-from bsfa_hf.evaluation.cli import add_subcommands
-from bsfa_hf.evaluation.configurations import (
-    Configuration,
-    ConfigurationError,
-    make_configuration,
-    parse_configuration,
-)
-
-__all__ = [
-    "Configuration",
-    "ConfigurationError",
-    "add_subcommands",
-    "make_configuration",
-    "parse_configuration",
-]

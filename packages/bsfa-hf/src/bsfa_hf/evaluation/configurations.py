@@ -13,12 +13,15 @@ from pathlib import Path
 
 from bsfa_calib.point import AXES
 from bsfa_calib.thresholds import ThresholdTable
+from bsfa_hf.automatic import named_point
+from bsfa_hf.baselines import SlidingWindow, SpargeAttention
+from bsfa_hf.methods import BlockSparse, Method, OneThreshold
 from bsfa_kernel import DEFAULT_GEOMETRY, GEOMETRIES, RULES, Geometry
 
 # The options that each kind takes, and whether it must have them.
 _OPTIONS: dict[str, dict[str, bool]] = {
     "dense": {},
-    "table": {"file": True, **dict.fromkeys(AXES, False)},
+    "table": {"file": True, **dict.fromkeys(("point", *AXES), False)},
     "scalar": {"rule": True, "threshold": False, "sparsity": False, "geometry": False},
     "sliding_window": {"window": True, "sink": False},
     "sparge_attn": dict.fromkeys(("topk", "simthreshd1", "cdfthreshd", "pvthreshd"), False),
@@ -65,8 +68,8 @@ def make_configuration(
     """A checked configuration.
 
     * ``dense``: SDPA, what everything is compared with.
-    * ``table``: thresholds of ``file`` at one of ``k``, ``target_sparsity`` and ``max_loss``; rule
-      and geometry are the table's.
+    * ``table``: thresholds of ``file`` at a ``point``, which may be named by its axis, as ``k``;
+      rule and geometry are the table's.
     * ``scalar``: one threshold for the whole model under ``rule`` (running_max is BLASST's, arXiv
       2512.12087); either ``threshold``, or ``sparsity``, for which it is then found on text that
       is not evaluated on.
@@ -134,14 +137,28 @@ def check_names(configurations: Iterable[Configuration]) -> None:
         seen.add(configuration.name)
 
 
-def table_point(configuration: Configuration) -> dict[str, float]:
-    """The operating point of a table's configuration, as ``ThresholdTable.select`` takes it."""
+def make_method(
+    configuration: Configuration, *, check_model: bool = True, threshold: float | None = None
+) -> Method | None:
+    """What a model is switched to for a configuration; None for dense.
+
+    Args:
+        configuration: what to compute.
+        check_model: refuse a table that names another model.
+        threshold: for a scalar that was asked for by its sparsity: the threshold that was found.
+    """
     options = dict(configuration.options)
-    return {axis: _point(axis, options[axis]) for axis in AXES if axis in options}
-
-
-def _point(axis: str, value: str) -> float:
-    return int(value) if axis == "k" else float(value)
+    if configuration.kind == "dense":
+        return None
+    if configuration.kind == "table":
+        return BlockSparse(options["file"], named_point(options.get, ""), check_model)
+    if configuration.kind == "scalar":
+        if threshold is None:
+            threshold = float(options["threshold"])
+        return OneThreshold(threshold, options["rule"], configuration.geometry)
+    if configuration.kind == "sliding_window":
+        return SlidingWindow(int(options["window"]), int(options.get("sink", 0)))
+    return SpargeAttention({name: float(options[name]) for name in options}, measure=True)
 
 
 def _check_values(kind: str, options: Mapping[str, str]) -> str:
@@ -149,24 +166,13 @@ def _check_values(kind: str, options: Mapping[str, str]) -> str:
     try:
         if kind == "table":
             table = ThresholdTable.load(options["file"])
-            chosen = {axis: _point(axis, options[axis]) for axis in AXES if axis in options}
-            values = table.select(**chosen)  # type: ignore[arg-type]
+            values = table.select(named_point(options.get, ""))
             identity = hashlib.sha256(values.tobytes()).hexdigest()
             return f"{identity} {table.rule} {table.geometry}"
         if kind == "scalar":
             _check_scalar(options)
-        if kind == "sliding_window":
-            for name, least in (("window", 1), ("sink", 0)):
-                if int(options.get(name, least)) < least:
-                    raise ConfigurationError(
-                        f"{name} must be at least {least}, got {options[name]}"
-                    )
-        if kind == "sparge_attn":
-            for name in ("topk", "cdfthreshd"):
-                if not 0 < float(options.get(name, 1)) <= 1:
-                    raise ConfigurationError(f"{name} must be in (0, 1], got {options[name]}")
-            if "topk" in options and "cdfthreshd" in options:
-                raise ConfigurationError("sparge_attn takes topk or cdfthreshd, not both")
+            return ""
+        make_method(Configuration("", kind, tuple(options.items())))
     except (ConfigurationError, FileNotFoundError):
         raise
     except ValueError as error:

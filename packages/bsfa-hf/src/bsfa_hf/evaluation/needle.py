@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bsfa_calib.text import encode
+from bsfa_calib.text import encode, special_prefix
 
 NEEDLE = "One of the special magic numbers for {word} is: {number}."
 QUESTION = "\n\nOne of the special magic numbers for {word} is:"
@@ -93,7 +93,8 @@ def make_prompt(
     question = QUESTION.format(word=words[0])
     answer = f" {numbers[0]}"
     added = INTRODUCTION + " ".join(needles) + question + answer
-    room = length - len(encode(tokenizer, added)) - 4 * keys
+    special = special_prefix(tokenizer)
+    room = length - len(special) - len(encode(tokenizer, added)) - 4 * keys
     if room < 16:
         raise ValueError(f"{length} tokens are too few for {keys} needles and a haystack")
 
@@ -104,8 +105,8 @@ def make_prompt(
         for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
             sentences.insert(round(place * len(sentences)), needle)
         text = INTRODUCTION + " ".join(sentences) + question
-        prompt = encode(tokenizer, text)
-        both = encode(tokenizer, text + answer)
+        prompt = special + encode(tokenizer, text)
+        both = special + encode(tokenizer, text + answer)
         if len(both) <= length:
             break
         room -= len(both) - length  # text that was decoded and encoded again can grow

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,15 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bsfa_calib.hook import BACKENDS, Method, applied, attention_shape
-from bsfa_calib.language_model import LanguageModel, Predictions
-from bsfa_calib.text import Window, check_part, read_windows
+from bsfa_calib.language_model import LanguageModel, Predictions, fingerprint
+from bsfa_calib.statistics import Statistics
+from bsfa_calib.text import Source, Window, check_part, read_windows
 from bsfa_calib.tuning import find_scalar
-from bsfa_hf.evaluation.configurations import Configuration, check_names
-from bsfa_hf.evaluation.methods import make_method
+from bsfa_hf.evaluation.configurations import Configuration, check_names, make_method
 from bsfa_hf.evaluation.needle import make_prompt, noise
 from bsfa_hf.evaluation.results import Record, Results, load, record_key
 from bsfa_hf.evaluation.ruler import OFFLINE_TASKS, RULER_TASKS, Harness
+from bsfa_hf.integration import applied
+from bsfa_hf.methods import Method
+from bsfa_hf.state import model_shape, text_config
 
 TEXT_TASKS = ("kl", "perplexity")
 TASKS = (*TEXT_TASKS, "needle", "ruler")
@@ -46,11 +49,11 @@ class Plan:
         tasks: of ``TASKS``, names of RULER's tasks, or "harness:NAME" for any task of the harness.
         lengths: tokens in a sample.
         samples: samples for a length (and task, and needle depth).
-        text: a folder of text; needed for kl and perplexity, and for needles in text.
+        text: as `read_windows` takes it; needed for kl and perplexity, and for needles in text.
         part: stretch of each file that is evaluated on; scalars are found on what is before it.
         depths: of needles, 0 to 1.
         needle_keys: needles in a haystack, of which one is asked for.
-        backend: see ``make_method``.
+        check_model: refuse a table that names another model.
         seed: for needles.
     """
 
@@ -58,11 +61,11 @@ class Plan:
     tasks: tuple[str, ...] = ("kl", "perplexity")
     lengths: tuple[int, ...] = (4096,)
     samples: int = 8
-    text: Path | None = None
+    text: Source | None = None
     part: tuple[float, float] = (0.5, 1.0)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     needle_keys: int = 1
-    backend: str = "auto"
+    check_model: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,10 +90,6 @@ class Plan:
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise EvaluationError(f"depths are between 0 and 1, got {depth}")
-        if self.backend not in BACKENDS:
-            raise EvaluationError(
-                f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}"
-            )
 
     @property
     def harness_tasks(self) -> tuple[str, ...]:
@@ -134,9 +133,10 @@ class Evaluation:
             world: number of processes.
 
         Raises:
-            ConfigurationError: a configuration does not fit the model, or needs what is not there.
             EvaluationError: a length is beyond the model's positions.
+            ImportError: a configuration needs a package that is not there.
             ResultsError: the file of results is of something else.
+            ValueError: a configuration does not fit the model.
         """
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.language_model = LanguageModel(model)
@@ -159,12 +159,14 @@ class Evaluation:
         # What is wrong with one is to be known before hours have passed.
         for configuration in others:
             if not configuration.option("sparsity"):
-                make_method(configuration, model, backend=plan.backend)
-        layers, heads = attention_shape(model)
+                method = make_method(configuration, check_model=plan.check_model)
+                assert method is not None
+                method.state(model)
+        shape = model_shape(text_config(model))
         header = {
             "model": {"name": model_name, "digest": fingerprint(model)},
-            "layers": layers,
-            "heads": heads,
+            "layers": shape.layers,
+            "heads": shape.heads,
             "configurations": {
                 c.digest: {
                     "name": c.name,
@@ -174,7 +176,7 @@ class Evaluation:
                 }
                 for c in self.configurations
             },
-            "environment": environment(model, plan.backend),
+            "environment": environment(model),
         }
         path = out if rank == 0 else rank_path(out, rank)
         self.results = Results(path, header)
@@ -213,21 +215,17 @@ class Evaluation:
             missing = self._missing(base)
             dense: Predictions | None = None
             for configuration in missing:
-                method = self._method(configuration, length)
                 if dense is None:
-                    with applied(self.model, None):
-                        dense = self.language_model.predict(window.ids)
-                found = dense
-                skipped: list[list[float]] = []
+                    dense = self.language_model.predict(window.ids)
+                found, statistics = dense, None
                 if configuration.kind != "dense":
-                    with applied(self.model, method) as meter:
+                    with self._under(configuration, length) as statistics:
                         found = self.language_model.predict(window.ids)
-                        skipped = meter.take()
                 bands = self.language_model.compare(found, dense, window.ids)
                 self._add(
                     base,
                     configuration,
-                    skipped,
+                    statistics,
                     seconds=found.seconds,
                     bands=[dataclasses.asdict(band) for band in bands],
                 )
@@ -241,7 +239,7 @@ class Evaluation:
             windows = read_windows(
                 plan.text, self.tokenizer, length=length, count=plan.samples, part=plan.part
             )
-            haystacks = [(window.kind, window.ids) for window in windows]
+            haystacks = [(window.kind, window.body) for window in windows]
         cells = [(i, depth) for i in range(plan.samples) for depth in plan.depths]
         for index, depth in self._mine(cells):
             kind, haystack = haystacks[index]
@@ -266,15 +264,14 @@ class Evaluation:
                 seed=plan.seed + index,
             )
             for configuration in missing:
-                with applied(self.model, self._method(configuration, length)) as meter:
+                with self._under(configuration, length) as statistics:
                     hit, likelihood, seconds = self.language_model.answer(
                         prompt.prompt, prompt.answer
                     )
-                    skipped = meter.take()
                 self._add(
                     base,
                     configuration,
-                    skipped,
+                    statistics,
                     seconds=seconds,
                     tokens=len(prompt.prompt),
                     hit=hit,
@@ -299,14 +296,35 @@ class Evaluation:
             # A few samples at a time: a call of the harness has no stop between two.
             for start in range(0, len(mine), _HARNESS_SAMPLES):
                 some = mine[start : start + _HARNESS_SAMPLES]
-                with applied(self.model, self._method(configuration, length)) as meter:
+                with self._under(configuration, length) as statistics:
                     begin = time.perf_counter()
                     scores = harness.scores(loaded, [int(base["sample"]) for base in some])
                     seconds = (time.perf_counter() - begin) / len(some)
-                    skipped = meter.take()
                 for base in some:
                     score = scores.get(int(base["sample"]))
-                    self._add(base, configuration, skipped, seconds=seconds, score=score)
+                    self._add(base, configuration, statistics, seconds=seconds, score=score)
+
+    @contextlib.contextmanager
+    def _under(self, configuration: Configuration, length: int) -> Iterator[Statistics | None]:
+        """Run what is within under a configuration; yields what it counts, None for dense.
+
+        Raises:
+            EvaluationError: nothing within ran under it: all calls were dense.
+        """
+        method = self._method(configuration, length)
+        if method is None:
+            yield None
+            return
+        with applied(self.model, method) as state:
+            assert state is not None
+            yield state.statistics
+        if not state.statistics.sparse_calls:
+            reasons = state.statistics.dense_calls
+            raise EvaluationError(
+                f"{configuration.name} leaves the model dense, so that there is nothing to "
+                f"evaluate; calls by reason: "
+                + (", ".join(f"{reason} {n}" for reason, n in reasons.items()) or "there were none")
+            )
 
     def _method(self, configuration: Configuration, length: int) -> Method | None:
         """The method of a configuration; for a sparsity asked for, its threshold is found first."""
@@ -316,7 +334,7 @@ class Evaluation:
             if configuration.option("sparsity"):
                 threshold = self._find_scalar(configuration, length)
             self._methods[key] = make_method(
-                configuration, self.model, backend=self.plan.backend, threshold=threshold
+                configuration, check_model=self.plan.check_model, threshold=threshold
             )
         return self._methods[key]
 
@@ -337,7 +355,6 @@ class Evaluation:
             rule=configuration.option("rule"),
             geometry=configuration.geometry,
             target_sparsity=target,
-            backend=self.plan.backend,
         )
         self._progress(
             f"{configuration.name}: a threshold of {found.threshold:.3f} skips {found.sparsity:.3f}"
@@ -360,14 +377,19 @@ class Evaluation:
         self,
         base: Record,
         configuration: Configuration,
-        skipped: list[list[float]],
+        statistics: Statistics | None,
         **measured: Any,
     ) -> None:
-        heads = [share for layer in skipped for share in layer]
+        sparsity, skipped = 0.0, []
+        if statistics is not None:
+            sparsity = 1 - statistics.mean_kept_fraction
+            # Layers that always run dense have no kept fraction: they skip nothing.
+            shares = (1 - statistics.kept_fraction_by_head).nan_to_num(0.0)
+            skipped = [[round(share, 4) for share in layer] for layer in shares.tolist()]
         record = {
             **base,
             "configuration": configuration.digest,
-            "sparsity": round(sum(heads) / len(heads), 6) if heads else 0.0,
+            "sparsity": round(sparsity, 6),
             "skipped": skipped,
             **measured,
         }
@@ -397,16 +419,7 @@ def content_digest(ids: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:12]
 
 
-def fingerprint(model: Any) -> str:
-    """Digest of a model's shape, dtype, and a few of its weights."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some)
-    return digest.hexdigest()[:16]
-
-
-def environment(model: Any, backend: str) -> dict[str, str]:
+def environment(model: Any) -> dict[str, str]:
     """What a time or a last digit may depend on."""
     import importlib.metadata as metadata
 
@@ -422,7 +435,7 @@ def environment(model: Any, backend: str) -> dict[str, str]:
     return {
         "device": name,
         "dtype": str(parameter.dtype).removeprefix("torch."),
-        "backend": "reference" if backend == "reference" or device.type == "cpu" else "native",
+        "backend": "reference" if device.type == "cpu" else "native",
         **versions,
     }
 

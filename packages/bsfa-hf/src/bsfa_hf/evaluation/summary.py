@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from bsfa_calib.hook import forced_share
 from bsfa_hf.evaluation.intervals import Interval, mean_interval, share_interval
 from bsfa_hf.evaluation.results import Record
-from bsfa_kernel import Geometry
+from bsfa_kernel.geometry import Geometry, forced_share
 
 # Below this, skipping cannot pay for deciding; above that KL, the model is another one.
 _LITTLE_SPARSITY = 0.1
@@ -179,7 +178,7 @@ def advice(content: Mapping[str, Any]) -> list[str]:
             continue
         best = max(sparse, key=lambda row: row.sparsity)
         geometry = Geometry.parse(known[best.digest].get("geometry", "128x64"))
-        forced = forced_share(length, geometry)
+        forced = forced_share(length, length, geometry)
         limit = 1 / (1 - best.sparsity / 2)
         if best.sparsity < _LITTLE_SPARSITY:
             why = (

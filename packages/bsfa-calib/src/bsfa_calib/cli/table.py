@@ -1,0 +1,90 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""``table info``, ``table plot`` and ``table convert``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bsfa_calib import report
+from bsfa_calib.cli.common import table_path
+from bsfa_calib.report import printable
+from bsfa_calib.thresholds import ThresholdTable
+
+
+def add_table(subparsers: Any) -> None:
+    """Add ``table`` to the commands of a parser; each of its own sets ``run``."""
+    parser = subparsers.add_parser(
+        "table",
+        help="look at a threshold table, draw it, or convert one of the paper's repository",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="say what a table holds", allow_abbrev=False)
+    info.add_argument("file", help="a .safetensors table, or a .pt file of the paper's repository")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+    plot = commands.add_parser(
+        "plot", help="draw thresholds and predicted sparsity", allow_abbrev=False
+    )
+    plot.add_argument("file", help="a .safetensors table, or a .pt file of the paper's repository")
+    plot.add_argument("output", help="the image to write, as thresholds.png")
+    plot.add_argument(
+        "--points", nargs="+", type=float, help="operating points to draw (default: three)"
+    )
+    plot.set_defaults(run=_plot)
+
+    convert = commands.add_parser(
+        "convert", help="convert a .pt file of the paper's repository", allow_abbrev=False
+    )
+    convert.add_argument("file", help="the .pt file")
+    convert.add_argument("output", help="the .safetensors table to write")
+    convert.add_argument("--name", default="", help="name of the model that it belongs to")
+    convert.set_defaults(run=_convert)
+
+
+def _load(name: str) -> ThresholdTable:
+    if Path(name).suffix in (".pt", ".pth"):
+        from bsfa_calib.convert import load_pt
+
+        return load_pt(name)
+    return ThresholdTable.load(name)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    table = _load(arguments.file)
+    if arguments.json:
+        print(report.as_json(table))
+        return 0
+    print(report.describe(table))
+    print()
+    print(report.operating_points(table))
+    for sentence in report.verdict(table):
+        print(sentence)
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from bsfa_calib.plot import plot
+
+    plot(_load(arguments.file), arguments.output, points=arguments.points)
+    print(f"wrote {printable(arguments.output)}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from bsfa_calib.convert import load_pt
+
+    output = table_path(arguments.output)
+    table = load_pt(arguments.file, model=arguments.name)
+    table.save(output)
+    print(
+        f"wrote {printable(str(output))}: k = {', '.join(map(str, table.k_values))}; "
+        f"{table.layers} layers, {table.heads} heads, {table.rows} query blocks; geometry "
+        f"{table.geometry}"
+    )
+    return 0

@@ -1,0 +1,172 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""A model under another attention function, and given back as it was."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from bsfa_calib import switch
+from bsfa_calib.dense import named, unknown_arguments
+from bsfa_calib.hook import ATTENTION_NAME, BlockSparse, HookError, applied
+from bsfa_calib.language_model import cache_argument
+from bsfa_kernel.geometry import forced_share
+from tiny_calib import HEADS, LAYERS, small_llama, tiny_model
+
+LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return small_llama()
+
+
+@pytest.fixture
+def ids() -> list[int]:
+    return np.random.default_rng(1).integers(0, 256, LENGTH).tolist()
+
+
+@pytest.mark.parametrize("method", ["dense", "exact", "onlooker"])
+def test_what_leaves_nothing_out_gives_the_logits_of_sdpa(
+    model: LlamaForCausalLM, ids: list[int], method: str
+) -> None:
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        chosen = {
+            "dense": None,
+            "exact": BlockSparse(torch.full((LAYERS, HEADS, 1), -math.inf), "running_lse"),
+            "onlooker": lambda *_: None,
+        }[method]
+        with applied(model, chosen) as meter:
+            found = model(tokens, use_cache=False).logits
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert meter.take() == ([[0.0] * HEADS] * LAYERS if method == "exact" else [])
+
+
+def test_the_meter_counts_what_the_kernel_kept(model: LlamaForCausalLM, ids: list[int]) -> None:
+    method = BlockSparse(torch.full((LAYERS, HEADS, 1), math.inf), "absolute")
+    with torch.no_grad(), applied(model, method) as meter:
+        model(torch.tensor([ids]), use_cache=False)
+    expected = 1 - forced_share(LENGTH, LENGTH)
+    assert np.allclose(meter.take(), expected, atol=1e-4)
+    assert meter.take() == []
+
+
+def test_padding_runs_dense_and_several_prompts_are_refused(model: LlamaForCausalLM) -> None:
+    tokens = torch.arange(200)[None]
+    mask = (torch.arange(200) >= 9).long()[None]
+    method = BlockSparse(torch.full((LAYERS, HEADS, 1), math.inf), "absolute")
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask).logits[:, 9:]
+        with applied(model, method) as meter:
+            found = model(tokens, attention_mask=mask).logits[:, 9:]
+            with pytest.raises(HookError, match="one prompt is read at a time, got a batch of 2"):
+                model(tokens.repeat(2, 1))
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert meter.dense == {"the model's own mask": LAYERS}
+    assert meter.take() == []
+
+
+def test_steps_after_a_prompt_run_dense(model: LlamaForCausalLM, ids: list[int]) -> None:
+    method = BlockSparse(torch.full((LAYERS, HEADS, 1), -math.inf), "absolute")
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        expected = model(tokens).logits[:, 500:]
+        with applied(model, method) as meter:
+            cache = model(tokens[:, :500], use_cache=True).past_key_values
+            name = cache_argument(model)
+            found = model(tokens[:, 500:], **{name: cache}).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert meter.dense == {"decode step": LAYERS}
+    assert meter.dense_layers == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("gemma2", {"sliding_window": 64, "query_pre_attn_scalar": 16}),
+        ("gemma3_text", {"sliding_window": 64, "query_pre_attn_scalar": 16}),
+        ("mistral", {"sliding_window": 64}),
+    ],
+)
+def test_layers_that_run_dense_run_as_the_model_would(kind: str, extra: dict[str, object]) -> None:
+    implementation = "eager" if kind == "gemma2" else "sdpa"
+    model = tiny_model(kind, implementation=implementation, **extra)
+    tokens = torch.arange(3, 253)[None].repeat(1, 2)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        with applied(model, None):
+            found = model(tokens).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_arguments_that_nobody_knows_are_named() -> None:
+    options = {"block_indices": torch.zeros(1), "indices": None, "use_cache": True, "softcap": 5.0}
+    assert unknown_arguments(options) == ["block_indices"]
+    assert unknown_arguments({"output_attentions": False, "new": False}) == []
+    assert named({2: "b", 0: "a", 1: "b"}) == "layers 0: a; layers 1, 2: b"
+
+
+def fail_within(model: LlamaForCausalLM) -> None:
+    with switch.switched(model, "eager"):
+        assert model.config._attn_implementation == "eager"
+        raise KeyError
+
+
+def test_switches_may_be_nested_and_left_by_an_error(model: LlamaForCausalLM) -> None:
+    with applied(model, None):
+        with pytest.raises(KeyError):
+            fail_within(model)
+        assert model.config._attn_implementation == ATTENTION_NAME
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_cannot_be_switched_is_left_as_it_is(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda _: False)
+    with (
+        pytest.raises(switch.SwitchError, match="it stays 'sdpa'\\): it cannot be switched"),
+        applied(model, None),
+    ):
+        pass
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_composite_models_are_switched_and_restored_part_by_part() -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        text_config={
+            "model_type": "llama",
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        },
+        image_token_index=5,
+        attn_implementation={"text_config": "sdpa", "vision_config": "eager"},
+    )
+    composite = LlavaForConditionalGeneration(config).eval()
+    saved = switch.implementations(composite)
+    assert {name for _, name in saved} >= {"sdpa", "eager"}
+    with torch.no_grad(), applied(composite, None):
+        composite(torch.arange(10, 40)[None])
+    assert switch.implementations(composite) == saved

@@ -1,0 +1,89 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a model's predictions are compared by, on small random models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from bsfa_calib.hook import BlockSparse, applied
+from bsfa_calib.language_model import LanguageModel, band_edges
+from tiny_calib import HEADS, LAYERS, small_llama
+
+LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return small_llama()
+
+
+@pytest.fixture
+def ids() -> list[int]:
+    return np.random.default_rng(1).integers(0, 256, LENGTH).tolist()
+
+
+def test_kl_and_nll_are_those_of_the_whole_logits(model: LlamaForCausalLM, ids: list[int]) -> None:
+    language_model = LanguageModel(model)
+    method = BlockSparse(torch.full((LAYERS, HEADS, 1), torch.inf), "absolute")
+    dense = language_model.predict(ids)
+    with applied(model, method):
+        found = language_model.predict(ids)
+        with torch.no_grad():
+            sparse = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    with torch.no_grad():
+        full = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    (band,) = language_model.compare(found, dense, ids)
+    following = torch.tensor(ids)[1:, None]
+    assert band.positions == LENGTH - 1
+    assert band.kl == pytest.approx(float((full.exp() * (full - sparse)).sum(-1).mean()), rel=1e-4)
+    assert band.nll == pytest.approx(float(-sparse.gather(1, following).mean()), rel=1e-4)
+    (own,) = language_model.compare(dense, dense, ids)
+    assert (own.kl, own.agreement) == (0, 1)
+
+
+def test_a_model_whose_logits_are_scaled_is_compared_on_its_logits(ids: list[int]) -> None:
+    from transformers import CohereConfig, CohereForCausalLM
+
+    torch.manual_seed(0)
+    config = CohereConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        logit_scale=0.25,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    language_model = LanguageModel(CohereForCausalLM(config).eval())
+    found = language_model.predict(ids[:64])
+    assert found.hidden.shape == (64, 256)
+
+
+def test_an_answer_is_a_hit_iff_greedy_decoding_gives_it(
+    model: LlamaForCausalLM, ids: list[int]
+) -> None:
+    language_model = LanguageModel(model)
+    prompt = torch.tensor([ids[:300]])
+    greedy = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False
+    )[0, 300:].tolist()
+    with applied(model, None):
+        hit, likelihood, _ = language_model.answer(ids[:300], greedy)
+        miss, worse, _ = language_model.answer(ids[:300], [*greedy[:3], (greedy[3] + 1) % 256])
+    assert (hit, miss) == (True, False)
+    assert worse < likelihood < 0
+    with torch.no_grad():
+        logits = model(torch.tensor([ids[:300] + greedy[:-1]])).logits[0, 299:].log_softmax(-1)
+    expected = logits.gather(1, torch.tensor(greedy)[:, None]).sum()
+    assert likelihood == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_bands_double_and_cover_every_position() -> None:
+    assert band_edges(100) == [(0, 100)]
+    assert band_edges(2047) == [(0, 512), (512, 1024), (1024, 2047)]

@@ -1,0 +1,108 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The attentions that a model can be switched to: the paper's API and the evaluation share them.
+
+The baselines that block-sparse attention is compared with are in `bsfa_hf.baselines`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from bsfa_calib.binding import State, Table, bind, make_state
+from bsfa_calib.point import PointLike
+from bsfa_hf import attention
+from bsfa_hf.state import layer_devices, local_heads, model_shape, text_config
+from bsfa_kernel import Geometry
+
+
+class Method(Protocol):
+    """An attention that a model can be switched to.
+
+    Attributes:
+        implementation: name of the attention function in transformers' interface.
+    """
+
+    implementation: ClassVar[str]
+
+    def state(self, model: torch.nn.Module) -> State | None:
+        """What the model's attention modules are to refer to.
+
+        Raises:
+            ImportError: a package is missing.
+            ValueError: the method does not fit the model.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Sdpa:
+    """torch's own dense attention."""
+
+    implementation: ClassVar[str] = "sdpa"
+
+    def state(self, model: torch.nn.Module) -> None:
+        """See `Method`."""
+        del model
+
+
+@dataclass(frozen=True)
+class BlockSparse:
+    """Block-sparse attention with a table of thresholds.
+
+    Attributes:
+        table: thresholds of the model, or the path of a file that holds them.
+        point: the operating point; not needed if the table holds a single one.
+        check_model: refuse a table that names another model than the configuration does.
+    """
+
+    implementation: ClassVar[str] = attention.NAME
+
+    table: Table
+    point: PointLike | None = None
+    check_model: bool = True
+
+    def state(self, model: torch.nn.Module) -> State:
+        """See `Method`."""
+        shape = model_shape(text_config(model))
+        return bind(
+            self.table,
+            shape,
+            self.point,
+            devices=layer_devices(model, shape.layers),
+            heads=local_heads(model, shape.heads),
+            check_model=self.check_model,
+        )
+
+
+@dataclass(frozen=True)
+class OneThreshold:
+    """Block-sparse attention with one threshold for the whole model.
+
+    Attributes:
+        threshold: that of every head and query block.
+        rule: one of ``bsfa_kernel.RULES``.
+        geometry: the sparsity block.
+    """
+
+    implementation: ClassVar[str] = attention.NAME
+
+    threshold: float
+    rule: str
+    geometry: Geometry
+
+    def state(self, model: torch.nn.Module) -> State:
+        """See `Method`."""
+        shape = model_shape(text_config(model))
+        heads = local_heads(model, shape.heads)
+        return make_state(
+            np.full((shape.layers, heads.stop - heads.start, 1), self.threshold),
+            rule=self.rule,
+            geometry=self.geometry,
+            devices=layer_devices(model, shape.layers),
+            description=f"one threshold of {self.threshold:g}",
+        )

@@ -1,0 +1,77 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// The online softmax over accumulators of mma.sync, in which the four threads of a quad share a row.
+#pragma once
+
+#include <math_constants.h>
+
+#include "../common/ptx.cuh"
+#include "../common/quad.cuh"
+
+namespace bsfa::sm80 {
+
+// The largest score of each of the thread's rows among the thread's columns.
+template <class Matrix, int kRows>
+__device__ __forceinline__ void row_maxima(Matrix& scores, float (&maxima)[kRows]) {
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    maxima[row] = -CUDART_INF_F;
+#pragma unroll
+    for (int column = 0; column < Matrix::kColumns; ++column) {
+      maxima[row] = fmaxf(maxima[row], scores(row, column));
+    }
+  }
+}
+
+// The state of the rows that a thread has a part in.
+template <int kRows>
+struct Softmax {
+  float maximum[kRows];  // of the scores so far, not scaled; the same in the four threads of a quad
+  float sum[kRows];      // of exp(scale * (score - maximum)) over the thread's columns
+
+  __device__ __forceinline__ Softmax() {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      maximum[row] = -CUDART_INF_F;
+      sum[row] = 0.0f;
+    }
+  }
+
+  // Takes the thread's maxima of a block of scores into the state, which is then relative to the new maxima.
+  // Returns whether a maximum of the warp has risen; only then must the output be multiplied by `factors`.
+  __device__ __forceinline__ bool raise(const float (&block_maxima)[kRows], float scale_log2,
+                                        float (&factors)[kRows]) {
+    bool raised = false;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float previous = maximum[row];
+      maximum[row] = fmaxf(previous, quad_max(block_maxima[row]));
+      raised |= maximum[row] > previous;
+      factors[row] = ptx::exp2_approx((previous - finite_maximum(row)) * scale_log2);
+      sum[row] *= factors[row];
+    }
+    return __any_sync(0xffffffff, raised);
+  }
+
+  // scores = exp(scale * (scores - maximum)), and takes them into the sums.
+  template <class Matrix>
+  __device__ __forceinline__ void exponentiate(Matrix& scores, float scale_log2) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float shift = finite_maximum(row) * scale_log2;
+#pragma unroll
+      for (int column = 0; column < Matrix::kColumns; ++column) {
+        scores(row, column) = ptx::exp2_approx(fmaf(scores(row, column), scale_log2, -shift));
+        sum[row] += scores(row, column);
+      }
+    }
+  }
+
+  // A row that has seen nothing has maximum -inf, and -inf - -inf would be NaN.
+  __device__ __forceinline__ float finite_maximum(int row) const {
+    return maximum[row] == -CUDART_INF_F ? 0.0f : maximum[row];
+  }
+};
+
+}  // namespace bsfa::sm80
