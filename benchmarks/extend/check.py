@@ -5,7 +5,7 @@ r"""Does an extended model read long texts? Loss by position, and needles, with 
 On one GPU, or on several that share the work::
 
     accelerate launch --num_processes 8 benchmarks/extend/check.py --model MODEL \
-        --adapter ADAPTER --text TEXT --lengths 32K,64K,128K --out benchmarks/results/FILE.jsonl
+        --adapter ADAPTER --text TEXT --lengths 32K,64K,128K --out ADAPTER/check.jsonl
 
 ``TEXT`` is what ``benchmarks/assets.py`` fetches; of the novels, only those that no adapter is
 trained on are read. One record a length goes to ``--out``: negative log-likelihood by eighth of the
@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
         losses, found = gather_object(losses), gather_object(found)
         if state.is_main_process:
             machine = harness.environment(model.device, command=command)
-            del machine["sources"]  # of the native kernels, which nothing here runs
+            machine.pop("sources", None)  # of the native kernels, which nothing here runs
             record = {
                 **machine,
                 "kind": "extension",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import models
-from extend import check, data, tasks, train
+from extend import check, data, merge, tasks, train
 
 WORDS = [f"{a}{b}" for a in ("ash", "bel", "cor", "dun", "elm") for b in "abcdefghijklmnopqrst"]
 pytestmark = pytest.mark.filterwarnings(
@@ -214,6 +214,23 @@ def test_a_merged_adapter_adds_the_product_and_sets_the_rotary_base(
         assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
 
 
+def test_a_merged_model_reads_back_the_same(shape: str, tokenizer: Any, tmp_path: Path) -> None:
+    from bsfa_calib.models import load
+
+    model = build(shape)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_adapter(tmp_path / "adapter", model)
+    words = ["--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "adapter")]
+    assert merge.main([*words, "--dtype", "float32", "--out", str(tmp_path / "merged")]) == 0
+    models.merge_adapter(model, tmp_path / "adapter")
+    again = load(tmp_path / "merged", dtype="float32", device="cpu").model
+    assert again.config.max_position_embeddings == 65536
+    ids = torch.arange(64)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_an_adapter_that_does_not_fit_is_refused(shape: str, tmp_path: Path) -> None:
     model = build(shape)
     write_adapter(tmp_path / "dora", model, use_dora=True)
@@ -393,3 +410,32 @@ def test_a_shipped_adapter_is_small_complete_and_for_its_model(name: str) -> Non
         "emma",
         "mansfieldpark",
     ]
+
+
+def test_the_card_has_the_figures_of_the_records() -> None:
+    folder = Path(train.__file__).parent / "smollm2-135m-instruct-long"
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (folder / "README.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    records = [json.loads(line) for line in (folder / "check.jsonl").read_text().splitlines()]
+    assert [record["seqlen"] for record in records] == [32768, 65536, 131072]
+    for column, record in enumerate(records, start=1):
+        (by_position,) = [row[1:] for row in rows if row[0] == f"{record['seqlen'] >> 10}K"]
+        expected = record["nll_mean"]["by_position"]
+        assert [float(cell) for cell in by_position] == pytest.approx(expected, abs=6e-4)
+        for label, value in zip(
+            ("NLL of the last", "the same tokens"), record["nll_mean"]["last_near_far"], strict=True
+        ):
+            (cell,) = [row[column] for row in rows if row[0].startswith(label)]
+            assert float(cell) == pytest.approx(value, abs=6e-4)
+        wordings = {
+            "evaluation": "the evaluation's wording",
+            "question": "a question in other words",
+        }
+        for one in record["needles"]:
+            keys = "one key" if one["keys"] == 1 else "four keys"
+            label = f"{keys}, {wordings[one['wording']]}"
+            (cell,) = [row[column] for row in rows if row[0] == label]
+            assert cell.startswith(f"{one['hits']} of {one['count']} (")
