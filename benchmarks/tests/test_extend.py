@@ -291,6 +291,12 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(
     assert extension["max_position_embeddings"] == 512
     assert extension["steps"] == 6
 
+    # A run that starts from it and learns nothing ends with it.
+    words += ["--start-from", str(straight), "--steps", "1", "--learning-rate", "0"]
+    assert train.main([*words, "--out", str(tmp_path / "further")]) == 0
+    further = load_file(tmp_path / "further" / "adapter_model.safetensors")
+    assert all(torch.equal(one[name], further[name]) for name in one)
+
 
 def test_an_adapter_merges_to_what_peft_computes(
     shape: str, prepared: Path, tmp_path: Path
