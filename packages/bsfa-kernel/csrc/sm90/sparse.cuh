@@ -85,14 +85,16 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // running_max, whose reference is the maximum itself, has none of.
   bool exceeded = false;
   const float slack = params.rule == Rule::kRunningMax ? 0.0f : Softmax::kSlack;
-  // Whether a row passes.
-  const auto passes = [&](auto& scores) BSFA_INLINE_LAMBDA {
-    float values[kThreadRows];
+  // What of a block's scores is compared with the bounds.
+  const auto find_votes = [&](auto& scores, float (&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
     if constexpr (kRelative) {
       row_maxima<true>(accumulator_matrix(scores), values);
     } else {
       scores_against<kBounds == Bounds::kPositive>(accumulator_matrix(scores), values);
     }
+  };
+  // Whether a row passes.
+  const auto any_passes = [&](const float (&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
     bool pass = false;
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
@@ -102,6 +104,11 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       exceeded = softmax.exceeded_by_maxima(values, scale_log2, slack).any();
     }
     return pass;
+  };
+  const auto passes = [&](auto& scores) BSFA_INLINE_LAMBDA {
+    float values[kThreadRows];
+    find_votes(scores, values);
+    return any_passes(values);
   };
   // Of the block that was started before `after` others.
   const auto release_keys = [&](int after) BSFA_INLINE_LAMBDA {
@@ -240,10 +247,14 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // that ptxas keeps each of them free of further branches.
   const auto step = [&](auto& current, auto& next, auto& last) BSFA_INLINE_LAMBDA {
     bool passed = false;
+    float next_maxima[kThreadRows];
+    if constexpr (kRelative) {
+      find_votes(next, next_maxima);  // for both arms
+    }
     if (keeps(kRelative ? 0 : 1)) {
       exponentiate(current);
       if constexpr (kRelative) {
-        cast_vote(passes(next));
+        cast_vote(any_passes(next_maxima));
       }
       finish_gemm<0>(last);
       release_keys(0);
@@ -267,7 +278,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       release_values();
     } else {
       if constexpr (kRelative) {
-        cast_vote(passes(next));
+        cast_vote(any_passes(next_maxima));
       }
       finish_gemm<0>(last);
       if constexpr (!kRelative) {
