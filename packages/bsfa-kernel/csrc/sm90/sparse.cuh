@@ -246,8 +246,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // instructions of a GEMM are issued. What both ways have in common at their end stands behind them, so
   // that ptxas keeps each of them free of further branches.
   const auto step = [&](auto& current, auto& next, auto& last) BSFA_INLINE_LAMBDA {
-    bool passed = false;
-    float next_maxima[kThreadRows];
+    [[maybe_unused]] bool passed = false;
+    [[maybe_unused]] float next_maxima[kThreadRows];
     if constexpr (kRelative) {
       find_votes(next, next_maxima);  // for both arms
     }
