@@ -45,7 +45,7 @@ struct ForwardConfig {
   // Dense tiles begin, and all tiles end, by shorter code; at head_dim 64 it would slow the loop between.
   static constexpr bool kShortEnds = kHeadDim == 128;
   // No-ops in front of the dense pass, whose loop wants to lie at 32 or 48 modulo 128 bytes.
-  static constexpr int kDensePadding = kHeadDim == 64 ? 8 : 0;
+  static constexpr int kDensePadding = kHeadDim == 64 ? 10 : 0;
 
   // The copy engine moves boxes of 64 rows x 64 columns: 128 bytes a row, the width of the swizzle.
   static constexpr int kBoxColumns = 64;

@@ -52,13 +52,14 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   auto probabilities = make_tensor<Element>(
       values_slice.partition_fragment_A(make_tensor<Element>(Shape<_64, _64>{})).layout());
 
-  // What the scaled scores of a row must reach; NaN where a row must not or cannot vote.
-  const float threshold = block.threshold == CUDART_INF_F ? CUDART_NAN_F : block.threshold;
+  // What the scaled scores of a row must reach, and whether the row votes.
+  const float threshold = block.threshold;
   float bounds[kThreadRows];
+  bool votes[kThreadRows];
   CUTE_UNROLL
   for (int row = 0; row < kThreadRows; ++row) {
-    const bool votes = context.first_query() + who.row(row) < tile.sequence.seqlen_q;
-    bounds[row] = votes ? threshold + (kRelative ? -CUDART_INF_F : 0.0f) : CUDART_NAN_F;
+    votes[row] = threshold < CUDART_INF_F && context.first_query() + who.row(row) < tile.sequence.seqlen_q;
+    bounds[row] = threshold + (kRelative ? -CUDART_INF_F : 0.0f);
   }
   int kept = 0;
   // The bits that say that a warp of the query block keeps a key block.
@@ -85,30 +86,23 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // running_max, whose reference is the maximum itself, has none of.
   bool exceeded = false;
   const float slack = params.rule == Rule::kRunningMax ? 0.0f : Softmax::kSlack;
-  // What of a block's scores is compared with the bounds.
-  const auto find_votes = [&](auto& scores, float (&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
+  // Whether a row passes. A score that is NaN does, and so does any where the bound is NaN.
+  const auto passes = [&](auto& scores) BSFA_INLINE_LAMBDA {
+    float values[kThreadRows];
     if constexpr (kRelative) {
       row_maxima<true>(accumulator_matrix(scores), values);
     } else {
       scores_against<kBounds == Bounds::kPositive>(accumulator_matrix(scores), values);
     }
-  };
-  // Whether a row passes.
-  const auto any_passes = [&](const float (&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
     bool pass = false;
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
-      pass |= reaches(params.scale * values[row], bounds[row]);
+      pass |= votes[row] & !(params.scale * values[row] < bounds[row]);
     }
     if constexpr (kRelative) {
       exceeded = softmax.exceeded_by_maxima(values, scale_log2, slack).any();
     }
     return pass;
-  };
-  const auto passes = [&](auto& scores) BSFA_INLINE_LAMBDA {
-    float values[kThreadRows];
-    find_votes(scores, values);
-    return any_passes(values);
   };
   // Of the block that was started before `after` others.
   const auto release_keys = [&](int after) BSFA_INLINE_LAMBDA {
@@ -199,7 +193,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       if constexpr (kRelative) {
         const float sum = params.rule == Rule::kRunningLse ? quad_sum(softmax.sum[row]) : softmax.sum[row];
         const float reference = row_reference(params.rule, params.scale, softmax.maximum[row], sum);
-        bounds[row] = isnan(bounds[row]) ? CUDART_NAN_F : raised_bound(threshold, reference);
+        bounds[row] = threshold + reference;
       }
     }
   };
@@ -247,14 +241,10 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // that ptxas keeps each of them free of further branches.
   const auto step = [&](auto& current, auto& next, auto& last) BSFA_INLINE_LAMBDA {
     [[maybe_unused]] bool passed = false;
-    [[maybe_unused]] float next_maxima[kThreadRows];
-    if constexpr (kRelative) {
-      find_votes(next, next_maxima);  // for both arms
-    }
     if (keeps(kRelative ? 0 : 1)) {
       exponentiate(current);
       if constexpr (kRelative) {
-        cast_vote(any_passes(next_maxima));
+        cast_vote(passes(next));
       }
       finish_gemm<0>(last);
       release_keys(0);
@@ -278,7 +268,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       release_values();
     } else {
       if constexpr (kRelative) {
-        cast_vote(any_passes(next_maxima));
+        cast_vote(passes(next));
       }
       finish_gemm<0>(last);
       if constexpr (!kRelative) {
