@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import bsfa_calib
 from bsfa_calib import ThresholdFileError, ThresholdTable
+from bsfa_calib.thresholds import table_files
 from golden_v1 import golden_table
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -368,3 +369,12 @@ def test_an_interrupted_save_leaves_the_old_file(
 def test_the_version_is_that_of_the_installed_package() -> None:
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f'\nversion = "{bsfa_calib.__version__}"\n' in pyproject
+
+
+def test_tables_of_a_folder_are_found_and_what_other_systems_leave_is_not(tmp_path: Path) -> None:
+    for name in ("b/8k.safetensors", "a/4k.safetensors", "a/._4k.safetensors", ".c/x.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a" / "notes.txt").write_text("")
+    found = [str(path.relative_to(tmp_path)) for path in table_files(tmp_path)]
+    assert found == ["a/4k.safetensors", "b/8k.safetensors"]

@@ -75,6 +75,11 @@ def dense_reason(
     window = options.get("sliding_window")
     if window is not None and window < key.shape[2]:
         return Reason.SLIDING_WINDOW
+    return head_dim_reason(query, key, value)
+
+
+def head_dim_reason(query: Tensor, key: Tensor, value: Tensor) -> Reason | None:
+    """Why a layer runs dense because of its head_dim, the last extent of each tensor."""
     if value.shape[-1] != key.shape[-1]:
         return Reason.HEAD_DIMS
     if query.is_cuda:

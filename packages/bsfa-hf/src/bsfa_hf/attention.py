@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bsfa_calib.binding import State
+from bsfa_calib.dense import head_dim_reason
 from bsfa_calib.reasons import Reason
 from bsfa_calib.switch import register as register_attention
 from bsfa_hf import automatic
@@ -36,7 +36,7 @@ from bsfa_hf.originals import (
     own_attention,
 )
 from bsfa_hf.state import state_of
-from bsfa_kernel import Geometry, block_sparse_attention, build_info
+from bsfa_kernel import Geometry, block_sparse_attention
 from bsfa_kernel.geometry import can_skip
 
 NAME = "bsfa"
@@ -276,20 +276,7 @@ def _reason_of_layer(
         config = getattr(module, "config", None)
         if window_bites(config, window, seqlen_k - seqlen_q, seqlen_q):
             return Reason.SLIDING_WINDOW
-    if value.shape[-1] != key.shape[-1]:
-        return Reason.HEAD_DIMS
-    if query.is_cuda:
-        # Without any kernel the call is left to bsfa-kernel, whose error tells why there is none.
-        head_dims = kernel_head_dims()
-        if head_dims and query.shape[-1] not in head_dims:
-            return Reason.NO_KERNEL
-    return None
-
-
-@functools.cache
-def kernel_head_dims() -> tuple[int, ...]:
-    """Head dimensions that the native library has kernels for."""
-    return build_info().head_dims
+    return head_dim_reason(query, key, value)
 
 
 def _reason_of_call(

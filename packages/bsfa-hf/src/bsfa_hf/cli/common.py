@@ -27,6 +27,7 @@ from bsfa_calib.cli.common import checked
 from bsfa_calib.cli.common import positive as _positive
 from bsfa_calib.language_model import cache_argument
 from bsfa_calib.point import AXES, Point
+from bsfa_calib.thresholds import table_files
 from bsfa_hf.state import model_names
 
 # Converters for argparse.
@@ -191,7 +192,7 @@ def find_table(loaded: Loaded, tokens: int, wanted: Point | None = None) -> Path
         folder = root / "thresholds"
         if not folder.is_dir():
             continue
-        for path in sorted(folder.glob("*/*.safetensors")):
+        for path in table_files(folder):
             if same_model(path.parent.name, loaded.names):
                 table = load_table(path)
                 if wanted is None or wanted.axis == table.axis:

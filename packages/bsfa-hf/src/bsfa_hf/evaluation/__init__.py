@@ -5,3 +5,7 @@
 ``bsfa evaluate`` and ``bsfa plot`` are the command line; docs/evaluation.md says what each figure
 means.
 """
+
+from bsfa_calib import text
+
+__all__ = ["text"]
