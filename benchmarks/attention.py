@@ -76,6 +76,8 @@ class Sweep:
 _K = 1024
 _LONG = (64 * _K, 128 * _K)
 _HOPPER = tuple(name for name in kernels.NAMES if name != "bsfa_sm80")
+_PEERS = ("bsfa_sm90", "fa3", "cudnn")
+_SKIPPING = ("0.5", "0.75", "0.9", "0.95")
 _AMPERE = tuple(name for name in kernels.NAMES if name != "bsfa_sm90")
 
 # In each, the most important comes first, so that a budget cuts the rest.
@@ -91,7 +93,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
         Sweep(_LONG[:1], dtypes=(_FP16,), kernels=_HOPPER),
         Sweep(
             _LONG[:1],
-            ("0.5", "0.75", "0.9", "0.95"),
+            _SKIPPING,
             inputs=("irregular",),
             kernels=("bsfa_sm90", "fa3"),
         ),
@@ -105,6 +107,63 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
         Sweep(_LONG[:1], head_dims=(64,), kernels=_HOPPER),
         Sweep(_LONG[1:], dtypes=(_FP16,), kernels=_HOPPER),
         Sweep(_LONG[1:], head_dims=(64,), kernels=_HOPPER),
+    ),
+    # What docs/results.md shows, the default rule and geometry first.
+    "results": (
+        Sweep(
+            _LONG[:1],
+            _SKIPPING,
+            rules=("running_lse",),
+            inputs=("irregular", "planted"),
+            kernels=_PEERS,
+            geometries=_BOTH[1:],
+        ),
+        Sweep(_LONG[:1], (DENSE, "0", *_SKIPPING), kernels=_PEERS, geometries=_BOTH[:1]),
+        Sweep(_LONG[:1], _SKIPPING, inputs=("irregular",), kernels=_PEERS, geometries=_BOTH[:1]),
+        Sweep(
+            _LONG[1:],
+            _SKIPPING,
+            rules=("running_lse",),
+            inputs=("irregular",),
+            kernels=_PEERS,
+            geometries=_BOTH[1:],
+        ),
+        Sweep(_LONG[1:], (DENSE, *_SKIPPING), kernels=_PEERS, geometries=_BOTH[:1]),
+        Sweep(
+            tuple(n * _K for n in (2, 4, 8, 16, 32)),
+            (DENSE,),
+            kernels=_PEERS,
+            geometries=_BOTH[:1],
+        ),
+        Sweep(
+            _LONG[:1],
+            (DENSE, *_SKIPPING),
+            dtypes=(_FP16,),
+            rules=("running_lse",),
+            inputs=("irregular",),
+            kernels=_PEERS,
+            geometries=_BOTH[1:],
+        ),
+        Sweep(
+            _LONG[:1],
+            (DENSE, *_SKIPPING),
+            head_dims=(64,),
+            rules=("running_lse",),
+            inputs=("irregular",),
+            kernels=_PEERS,
+            geometries=_BOTH[1:],
+        ),
+        Sweep(
+            (4 * _K, 8 * _K),
+            (DENSE, "0.64", "0.73", "0.83"),
+            head_dims=(64,),
+            heads=(9,),
+            kv_heads=(3,),
+            rules=("running_lse",),
+            inputs=("irregular",),
+            kernels=(*_PEERS, "fa2"),
+            geometries=_BOTH[1:],
+        ),
     ),
     "full": (
         Sweep(tuple(n * _K for n in (2, 4, 8, 16, 32, 64, 128)), (*_SPARSITIES, "1")),
@@ -565,7 +624,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status is 1 where a kernel of ours is wrong or missing."""
     arguments = parser().parse_args(argv)
     device = torch.device(arguments.device)
-    if device.type == "cuda" and device.index is None:
+    if arguments.device == "cuda":
         device = torch.device("cuda", 0)
     timer_options: dict[str, Any] = {"seconds": arguments.seconds}
     if device.type == "cpu":

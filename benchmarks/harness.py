@@ -97,6 +97,32 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "calibration_seconds": _NUMBER,
         "ratio": _NUMBER,
     },
+    "overhead": {**_COMMON, "host_microseconds": (dict,)},
+    "thresholds_study": {
+        **_COMMON,
+        "model": (str,),
+        "seqlen": (int,),
+        "contexts": (list,),
+        "calibration_contexts": (list,),
+        "candidate": (str,),
+        "asked": _NUMBER,
+        "sparsity": (list,),
+        "kl": (list,),
+        "nll_change": (list,),
+    },
+    "thresholds_study_summary": {**_COMMON, "compared": (dict,)},
+    "evaluation": {
+        **_COMMON,
+        "model": (str,),
+        "task": (str,),
+        "seqlen": (int,),
+        "keys": (int,),
+        "method": (str,),
+        "geometry": (str,),
+        "options": (dict,),
+        "contexts": (list,),
+        "sparsity": (list,),
+    },
 }
 
 
@@ -144,7 +170,7 @@ class Results:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a result file, checked; those of other programs' kinds are passed over.
+    """The records of a result file, checked.
 
     Raises:
         ValueError: a line is no record; the message names the file and line.
@@ -155,9 +181,8 @@ def read_records(path: Path) -> Iterator[Record]:
                 continue
             try:
                 record = json.loads(line)
-                kind = record.get("kind") if isinstance(record, dict) else None
-                if isinstance(kind, str) and kind not in FIELDS:
-                    continue
+                if not isinstance(record, dict):
+                    raise ValueError(f"a record must be an object, got {record!r}")
                 check_record(record)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="GGUF file, model directory or hub id")
     which.add_argument("--model-shape", choices=SHAPES, help="this shape, with random weights")
+    parser.add_argument("--adapter", type=Path, help="folder of an adapter for --model to merge in")
     parser.add_argument("--text", type=Path, help="text to read; random tokens without")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a self-test")
@@ -74,7 +76,10 @@ def build(shape: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0
 def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     """The model that the options name, its tokenizer or None, and its name for a record."""
     device = torch.device(arguments.device)
+    adapter: Path | None = getattr(arguments, "adapter", None)
     if arguments.model_shape:
+        if adapter is not None:
+            raise ValueError("--adapter needs --model: random weights have nothing to adapt")
         dtype = getattr(torch, arguments.dtype)
         model = build(arguments.model_shape, dtype=dtype, device=device, seed=arguments.seed)
         return model, None, f"{arguments.model_shape}, random weights"
@@ -82,7 +87,80 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
 
     model, tokenizer = models.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     name = Path(arguments.model).name.removesuffix(".gguf")
+    if adapter is not None:
+        merge_adapter(model, adapter)
+        name = f"{name} + {adapter.resolve().name}"
     return model, tokenizer, name
+
+
+def set_rotary(model: Any, theta: float, positions: int) -> None:
+    """Give a model another rotary base, and let it be used up to another position.
+
+    Args:
+        model: a decoder of transformers with plain rotary embeddings, as Llama's.
+        theta: the base.
+        positions: the longest sequence, in tokens.
+
+    Raises:
+        ValueError: its embeddings are not rotary, or are scaled in some other way.
+    """
+    decoder, config = model.get_decoder(), model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None)
+    if not hasattr(decoder, "rotary_emb") or not parameters:
+        raise ValueError(f"{type(model).__name__} has no rotary embeddings that can be changed")
+    if parameters.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"rotary embeddings must be of type default, got {parameters['rope_type']}"
+        )
+    config.rope_parameters = {"rope_type": "default", "rope_theta": float(theta)}
+    config.max_position_embeddings = int(positions)
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(model.device)
+
+
+def merge_adapter(model: Any, folder: Path) -> None:
+    """Add a LoRA adapter to the weights of a model, and set its rotary base and positions.
+
+    The product of the adapter's factors is taken in float32, and the sum is rounded once.
+
+    Args:
+        model: the model that the adapter was trained on, in any dtype.
+        folder: what ``extend/train.py`` wrote: ``adapter_config.json`` and
+            ``adapter_model.safetensors`` in PEFT's format, and ``extension.json`` with
+            ``rope_theta`` and ``max_position_embeddings``.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the adapter is not one for this model, or of a kind other than plain LoRA.
+    """
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    extension = json.loads((folder / "extension.json").read_text())
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        raise ValueError(f"{folder} must hold a plain LoRA adapter, got {config.get('peft_type')}")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise ValueError(f"{folder} must have one rank and one alpha for all layers")
+    scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1.0)
+    factors = load_file(folder / "adapter_model.safetensors")
+    modules = dict(model.named_modules())
+    merged = 0
+    with torch.no_grad():
+        for key, down in factors.items():
+            name, found, _ = key.removeprefix("base_model.model.").partition(".lora_A")
+            if not found:
+                continue
+            up = factors[key.replace(".lora_A", ".lora_B")]
+            weight = getattr(modules.get(name), "weight", None)
+            if weight is None or weight.shape != (up.shape[0], down.shape[1]):
+                raise ValueError(f"{folder} is not for this model: {name} does not fit")
+            if not weight.is_floating_point():
+                raise ValueError(f"weights must not be packed to add an adapter, {name} is")
+            change = scale * (up.to(weight.device).float() @ down.to(weight.device).float())
+            weight.copy_(weight.float() + change)
+            merged += 2
+    if merged != len(factors) or not merged:
+        raise ValueError(f"{folder} must hold pairs of LoRA factors and nothing else")
+    set_rotary(model, extension["rope_theta"], extension["max_position_embeddings"])
 
 
 def tokens(

@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables and plots from result files.
+"""Tables and plots from result files, and the page of current results.
 
 ::
 
-    python benchmarks/report.py                                # results into docs/performance.md
+    python benchmarks/report.py                                # records into docs/results.md
+    python benchmarks/report.py add new.jsonl                  # new records into the current ones
     python benchmarks/report.py table benchmarks/results/*.jsonl  # to the terminal
     python benchmarks/report.py compare old.jsonl new.jsonl       # two runs, by ratio
 
@@ -14,10 +15,11 @@ Where several records measure the same thing, the latest counts. Records of a se
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import sys
+import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +40,36 @@ _NAMES = {
     "math": "torch's plain attention",
     "bsfa_reference": "BSFA's reference back end",
 }
-# What makes two attention records comparable.
-_GROUP = ("gpu", "dtype", "head_dim", "heads", "kv_heads", "batch", "causal", "inputs", "source")
+# What makes two attention records comparable: one table.
+_SHAPE = ("gpu", "dtype", "head_dim", "heads", "kv_heads", "batch", "causal")
+_GROUP = (*_SHAPE, "inputs", "source")
 _KEYS = {
     "attention": (*_GROUP, "kernel", "seqlen", "asked", "rule", "geometry"),
     "prefill": ("gpu", "model", "implementation", "seqlen", "asked", "rule", "geometry"),
     "calibration": ("gpu", "model", "seqlen", "samples", "rule", "geometry", "points"),
+    "overhead": ("gpu",),
+    "thresholds_study": (
+        *("gpu", "model", "dtype", "seqlen", "contexts", "calibration_contexts"),
+        *("paper_samples", "candidate", "asked"),
+    ),
+    "thresholds_study_summary": ("gpu", "model", "seqlen", "command"),
+    "evaluation": (
+        *("gpu", "model", "dtype", "task", "seqlen", "keys", "method", "geometry", "options"),
+        "contexts",
+    ),
 }
+# The order of rows: what is recommended comes first.
+_RULES = ("running_lse", "running_max", "absolute", "")
+_INPUTS = ("model", "irregular", "planted")
+DEFAULT, PAPER = ("running_lse", "64x64"), ("absolute", "128x64")
 # a cell says which sparsity it has where that is further from the one asked for
 _LIMIT = "FLOP limit, at its rate"
 _SPARSITY_TOLERANCE = 0.01
+
+
+def current() -> list[Path]:
+    """The files of current results."""
+    return sorted(RESULTS.glob("*.jsonl"))
 
 
 def load(paths: Iterable[Path]) -> list[Record]:
@@ -69,7 +91,8 @@ def load(paths: Iterable[Path]) -> list[Record]:
 def key_of(record: Record) -> tuple[object, ...]:
     """What a record measures."""
     names = _KEYS[record["kind"]]
-    return (record["kind"], *(record.get(name) for name in names))
+    values = (record.get(name) for name in names)
+    return (record["kind"], *(str(v) if isinstance(v, list | dict) else v for v in values))
 
 
 def _refuse_self_test(record: Record, where: str) -> None:
@@ -95,26 +118,33 @@ def attention_tables(records: Sequence[Record], *, self_test: bool = False) -> s
         for record in chosen:
             _refuse_self_test(record, "attention")
     parts = []
-    for group in _grouped(chosen, (*_GROUP,)):
+    for group in _by_importance(grouped(chosen, _SHAPE)):
         ours = [record for record in group if record["rule"] is not None]
-        parts.append(f"#### {_describe(group[0])}")
-        parts.append(_dense_table(group))
+        parts.append(f"### {describe(group[0])}")
         parts.extend(
             _speedup_table(ours, baseline, group)
             for baseline in _BASELINES
             if any(baseline in record["speedup"] for record in ours)
         )
-        parts.append(_provenance(group))
+        parts.append(_dense_table(group))
+        parts.append(provenance(group))
     return "\n\n".join(parts) + ("\n" if parts else "")
 
 
-def _describe(record: Record) -> str:
+def _by_importance(groups: Iterable[list[Record]]) -> list[list[Record]]:
+    """Groups, the shape with the most heads first; bfloat16 before float16, long heads first."""
+    return sorted(
+        groups,
+        key=lambda g: (-g[0]["heads"], g[0]["dtype"] != "bfloat16", -g[0]["head_dim"]),
+    )
+
+
+def describe(record: Record) -> str:
+    """The shape of a record of attention, in words."""
     mask = "causal" if record["causal"] else "not causal"
-    source = f" ({record['source']})" if record.get("source") else ""
     return (
-        f"{record['gpu']}: {record['dtype']}, head_dim {record['head_dim']}, "
-        f"{record['heads']} heads, {record['kv_heads']} kv heads, batch {record['batch']}, {mask}, "
-        f"{record['inputs']} inputs{source}"
+        f"{record['dtype']}, head_dim {record['head_dim']}, {record['heads']} heads, "
+        f"{record['kv_heads']} kv heads, batch {record['batch']}, {mask} ({record['gpu']})"
     )
 
 
@@ -133,21 +163,30 @@ def _dense_table(group: Sequence[Record]) -> str:
 
 
 def _speedup_table(ours: Sequence[Record], baseline: str, group: Sequence[Record]) -> str:
-    """One row for each kernel, geometry, rule and length; one column for each sparsity asked."""
+    """One row for each kernel, rule, geometry, inputs and length; a column for each sparsity."""
     others = [record for record in group if record["kernel"] == "flashinfer"]
     chosen = [record for record in (*ours, *others) if baseline in record["speedup"]]
     columns = sorted({record["asked"] for record in chosen}, key=_sparsity_order)
-    rows: dict[tuple[object, ...], dict[str, str]] = defaultdict(dict)
+    rows: dict[tuple[Any, ...], dict[str, str]] = defaultdict(dict)
     for record in chosen:
-        key = (record["seqlen"], record["rule"] or "", _row_name(record))
+        rule, geometry = record["rule"] or "", record["geometry"] or ""
+        key = (
+            record["kernel"] == "bsfa_sm80",
+            _RULES.index(rule),
+            geometry != "64x64",
+            _INPUTS.index(record["inputs"]),
+            record["seqlen"],
+            (_name(record), rule, geometry, record["inputs"]),
+        )
         rows[key][record["asked"]] = _cell(record, record["speedup"][baseline])
-    header = [f"times {_NAMES.get(baseline, baseline)}", "tokens", "rule", *columns]
-    limit = [_LIMIT, "", "", *(_flop_limit(asked) for asked in columns)]
-    body = [
-        [str(name), _length(int(str(seqlen))), str(rule), *(row.get(c, "") for c in columns)]
-        for (seqlen, rule, name), row in sorted(rows.items(), key=lambda item: str(item[0]))
-    ]
-    body.sort(key=lambda row: _order_of_length(row[1]))
+    title = f"times {_NAMES.get(baseline, baseline)}"
+    header = [title, "rule", "blocks", "pattern", "tokens", *columns]
+    limit = [_LIMIT, "", "", "", "", *(_flop_limit(asked) for asked in columns)]
+    body = []
+    for (*_, seqlen, (name, rule, geometry, inputs)), row in sorted(rows.items()):
+        mark = "**" if (rule, geometry) == DEFAULT else "*" if (rule, geometry) == PAPER else ""
+        about = [f"{mark}{name}{mark}", rule, geometry, inputs, _length(seqlen)]
+        body.append([*about, *(row.get(c, "") for c in columns)])
     return markdown_table(header, [limit, *body])
 
 
@@ -162,10 +201,13 @@ def _flop_limit(asked: str) -> str:
     return f"{1 / (1 - (0.0 if asked == 'dense' else float(asked)) / 2):.2f}"
 
 
+def _name(record: Record) -> str:
+    return str(_NAMES.get(record["kernel"], record["kernel"]))
+
+
 def _row_name(record: Record) -> str:
-    name = _NAMES.get(record["kernel"], record["kernel"])
     note = f" ({record['note']})" if record.get("note") else ""
-    return f"{name}, {record['geometry']}" if record["geometry"] else f"{name}{note}"
+    return f"{_name(record)}, {record['geometry']}" if record["geometry"] else _name(record) + note
 
 
 def _is_dense(record: Record) -> bool:
@@ -180,21 +222,32 @@ def _length(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
 
 
-def _order_of_length(text: str) -> int:
-    return int(text[:-1]) * 1024 if text.endswith("K") else int(text)
+def provenance(group: Sequence[Record]) -> str:
+    """When, with what and how records were measured, folded."""
 
-
-def _provenance(group: Sequence[Record]) -> str:
     def joined(name: str) -> str:
-        return ", ".join(sorted({str(record.get(name)) for record in group}))
+        return ", ".join(sorted({str(record[name]) for record in group if record.get(name)}))
 
-    dates = sorted({record["date"][:10] for record in group})
+    about = f"Measured {', '.join(sorted({record['date'][:10] for record in group}))}"
+    packages = {
+        f"{name} {version}"
+        for record in group
+        for name, version in record.get("packages", {}).items()
+        if name != "bsfa-kernel"
+    }
+    versions = [f"torch {joined('torch')}"]
+    versions += [f"CUDA {joined('cuda')}"] if joined("cuda") else []
+    versions += [f"driver {joined('driver')}"] if joined("driver") else []
+    about += f": {', '.join([*versions, *sorted(packages)])}."
+    if joined("sources"):
+        about += f" Kernel sources {joined('sources')}."
     commands = sorted({record["command"] for record in group})
-    return (
-        f"Measured {' and '.join(dates)}; torch {joined('torch')}, CUDA {joined('cuda')}, driver "
-        f"{joined('driver')}; sources {joined('sources')}. "
-        + " ".join(f"`{command}`" for command in commands)
-    )
+    lines = ["<details><summary>Date, versions, commands</summary>", "", *_wrapped(about), ""]
+    return "\n".join([*lines, "```", *commands, "```", "", "</details>"])
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 def prefill_tables(records: Sequence[Record]) -> str:
@@ -205,7 +258,7 @@ def prefill_tables(records: Sequence[Record]) -> str:
     """
     chosen = [record for record in records if record["kind"] == "prefill"]
     parts = []
-    for group in _grouped(chosen, ("gpu", "model")):
+    for group in grouped(chosen, ("gpu", "model")):
         for record in group:
             _refuse_self_test(record, "prefill")
         baselines = [b for b in _BASELINES if any(b in r["speedup"] for r in group)]
@@ -227,8 +280,8 @@ def prefill_tables(records: Sequence[Record]) -> str:
             ]
             for record in group
         ]
-        parts += [f"#### {group[0]['gpu']}: {group[0]['model']}", markdown_table(header, body)]
-        parts.append(_provenance(group))
+        parts += [f"### {group[0]['model']} ({group[0]['gpu']})", markdown_table(header, body)]
+        parts.append(provenance(group))
     return "\n\n".join(parts) + ("\n" if parts else "")
 
 
@@ -265,7 +318,7 @@ def calibration_tables(records: Sequence[Record]) -> str:
         ]
         for record in sorted(chosen, key=lambda r: (r["model"], r["seqlen"], r["rule"]))
     ]
-    return markdown_table(header, body) + "\n\n" + _provenance(chosen) + "\n"
+    return markdown_table(header, body) + "\n\n" + provenance(chosen) + "\n"
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -278,7 +331,8 @@ def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, body)])
 
 
-def _grouped(records: Sequence[Record], names: Sequence[str]) -> list[list[Record]]:
+def grouped(records: Sequence[Record], names: Sequence[str]) -> list[list[Record]]:
+    """Records that agree in the fields of these names, in the order of their first ones."""
     groups: dict[tuple[object, ...], list[Record]] = defaultdict(list)
     for record in records:
         groups[tuple(record.get(name) for name in names)].append(record)
@@ -290,10 +344,10 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
     pyplot = _pyplot()
     files = []
     chosen = [record for record in records if record["kind"] == "attention"]
-    for group in _grouped(chosen, (*_GROUP,)):
+    for group in grouped(chosen, (*_GROUP,)):
         ours = [r for r in group if (r["rule"] or r["kernel"] == "flashinfer") and r["speedup"]]
         baselines = [b for b in _BASELINES if any(b in r["speedup"] for r in ours)]
-        lines = _grouped(ours, ("kernel", "geometry", "rule", "seqlen"))
+        lines = grouped(ours, ("kernel", "geometry", "rule", "seqlen"))
         lines = [line for line in lines if len({r["asked"] for r in line}) > 2]
         if not lines or not baselines:
             continue
@@ -327,7 +381,7 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
         first = group[0]
-        figure.suptitle(_describe(first), fontsize=9)
+        figure.suptitle(f"{describe(first)}, {first['inputs']} inputs", fontsize=9)
         rules = "" if any(r["rule"] == "absolute" for r in ours) else "-relative"
         name = (
             f"attention-{first['dtype']}-d{first['head_dim']}-h{first['heads']}-{first['kv_heads']}"
@@ -342,9 +396,9 @@ def plot_prefill(records: Sequence[Record], folder: Path) -> list[Path]:
     pyplot = _pyplot()
     files = []
     chosen = [record for record in records if record["kind"] == "prefill"]
-    for group in _grouped(chosen, ("gpu", "model")):
+    for group in grouped(chosen, ("gpu", "model")):
         figure, axis = pyplot.subplots(figsize=(6, 4.2))
-        lines = _grouped(group, ("implementation", "asked", "rule", "geometry"))
+        lines = grouped(group, ("implementation", "asked", "rule", "geometry"))
         for line in lines:
             points = sorted((r["seqlen"] / 1024, r["ms"] / 1000) for r in line)
             asked = line[0]["asked"]
@@ -379,50 +433,57 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def replace_section(text: str, name: str, content: str) -> str:
-    """Put generated content between the two marker comments of a section.
-
-    They are appended where they are missing.
+def overhead_tables(records: Sequence[Record]) -> str:
+    """Markdown: host time of a call.
 
     Raises:
-        ValueError: one marker is there without the other, or they are in the wrong order.
+        ValueError: a record is one of a self-test.
     """
-    begin, end = f"<!-- begin benchmark: {name} -->", f"<!-- end benchmark: {name} -->"
-    if begin not in text and end not in text:
-        text = f"{text.rstrip()}\n\n{begin}\n{end}\n".lstrip()
-    start, stop = text.find(begin), text.find(end)
-    if start < 0 or stop < start:
-        raise ValueError(f"the markers of section {name} must be {begin} and then {end}")
-    return f"{text[: start + len(begin)]}\n\n{content.strip()}\n\n{text[stop:]}"
+    parts = []
+    for record in records:
+        if record["kind"] == "overhead":
+            _refuse_self_test(record, "overhead")
+            body = [[name, f"{us:.1f}"] for name, us in record["host_microseconds"].items()]
+            parts += [markdown_table(["call", "host time, µs"], body), provenance([record])]
+    return "\n\n".join(parts) + ("\n" if parts else "")
 
 
-def write(records: Sequence[Record], docs: Path, images: Path) -> list[Path]:
-    """Write tables and plots of all records into a page. Sections without records stay as they are.
+def add(files: Iterable[Path], results: Path = RESULTS, *, drop: Sequence[str] = ()) -> list[Path]:
+    """Take records over into the current ones: one file a kind, the latest of each measurement.
+
+    Args:
+        files: new records.
+        results: the folder of the current ones.
+        drop: builds, by the hash of their kernel sources, whose records go.
 
     Returns:
         The files written.
+
+    Raises:
+        ValueError: a line is no record, or one of a self-test.
     """
-    text = docs.read_text(encoding="utf-8") if docs.is_file() else "# Performance\n"
-    files: list[Path] = []
-    sections: tuple[tuple[str, Callable[..., str], Callable[..., list[Path]] | None], ...] = (
-        ("attention", attention_tables, plot_attention),
-        ("prefill", prefill_tables, plot_prefill),
-        ("calibration", calibration_tables, None),
-    )
-    for name, tables, plot in sections:
-        content = tables(records)
-        if not content:
-            continue
-        pictures = plot(records, images) if plot else []
-        links = [
-            f"![{picture.stem}]({Path(os.path.relpath(picture, docs.parent)).as_posix()})"
-            for picture in pictures
-        ]
-        text = replace_section(text, name, "\n\n".join([*links, content]))
-        files += pictures
-    docs.parent.mkdir(parents=True, exist_ok=True)
-    docs.write_text(text, encoding="utf-8")
-    return [*files, docs]
+    kinds: dict[str, list[Record]] = defaultdict(list)
+    for record in load([*sorted(results.glob("*.jsonl")), *files]):
+        if record["sources"] not in drop:
+            kinds[record["kind"]].append(record)
+    written = []
+    for kind, records in sorted(kinds.items()):
+        path = results / f"{kind}.jsonl"
+        lines = [json.dumps(_rounded(record), ensure_ascii=False) for record in records]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        written.append(path)
+    for path in set(results.glob("*.jsonl")) - set(written):
+        path.unlink()
+    return written
+
+
+def _rounded(value: Any) -> Any:
+    """The same with six significant digits, more than any measurement has."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def compare(old: Sequence[Record], new: Sequence[Record]) -> list[tuple[float, str, str, str]]:
@@ -465,10 +526,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Tables and plots from result files.")
     commands = parser.add_subparsers(dest="command")
-    writer = commands.add_parser("write", help="write tables and plots into the documentation")
-    writer.add_argument("files", nargs="*", type=Path, help="default: all of benchmarks/results")
-    writer.add_argument("--docs", type=Path, default=ROOT / "docs" / "performance.md")
+    writer = commands.add_parser("write", help="write the page of current results")
+    writer.add_argument("--docs", type=Path, default=ROOT / "docs" / "results.md")
     writer.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
+    adder = commands.add_parser("add", help="take records over into benchmarks/results")
+    adder.add_argument("files", nargs="*", type=Path)
+    adder.add_argument(
+        "--drop",
+        nargs="+",
+        default=[],
+        metavar="SOURCES",
+        help="drop the records of these builds, which the page names by a hash",
+    )
     table = commands.add_parser("table", help="print the tables")
     table.add_argument("files", nargs="+", type=Path)
     comparer = commands.add_parser("compare", help="compare two runs by ratio")
@@ -487,12 +556,19 @@ def main(argv: list[str] | None = None) -> int:
             header = ["new over old", "measurement", "old", "new"]
             print(markdown_table(header, [[f"{r:.3f}", *rest] for r, *rest in rows]))
             return 1 if any(row[0] < 1 - arguments.tolerance for row in rows) or not rows else 0
-        records = load(arguments.files or sorted(RESULTS.glob("*.jsonl")))
+        if arguments.command == "add":
+            for path in add(arguments.files, drop=arguments.drop):
+                print(path)
+            return 0
+        files = arguments.files if arguments.command == "table" else current()
+        records = load(files)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.command == "write":
-        for path in write(records, arguments.docs, arguments.images):
+        import page
+
+        for path in page.write(records, arguments.docs, arguments.images):
             print(path)
     else:
         for tables in (attention_tables, prefill_tables, calibration_tables):

@@ -12,27 +12,11 @@ Usage::
 
 from __future__ import annotations
 
-import itertools
 import sys
 from pathlib import Path
-from typing import Any
 
-from packaging.requirements import Requirement
+from packages import read_projects, requirements
 from packaging.utils import canonicalize_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
-def read_projects(packages: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Return the ``[project]`` table of every package, by canonical name."""
-    projects = {}
-    for path in sorted(packages.glob("*/pyproject.toml")):
-        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-        projects[str(canonicalize_name(project["name"]))] = (path.parent, project)
-    return projects
 
 
 def problems(packages: Path) -> list[str]:
@@ -44,10 +28,7 @@ def problems(packages: Path) -> list[str]:
         changelog = directory / "CHANGELOG.md"
         if not changelog.exists() or f"## {version}" not in changelog.read_text(encoding="utf-8"):
             found.append(f"{changelog} has no entry '## {version}'")
-        extras = project.get("optional-dependencies", {})
-        optional = itertools.chain.from_iterable(extras.values())
-        for text in [*project.get("dependencies", []), *optional]:
-            requirement = Requirement(text)
+        for requirement in requirements(project):
             needed = str(canonicalize_name(requirement.name))
             if needed in projects and needed != name:
                 there = projects[needed][1]["version"]

@@ -9,15 +9,7 @@ from pathlib import Path
 import check_versions
 import pytest
 
-
-def write_package(root: Path, name: str, version: str, *needs: str, log: str | None = None) -> None:
-    directory = root / name
-    directory.mkdir()
-    needs_list = ", ".join(f'"{need}"' for need in needs)
-    (directory / "pyproject.toml").write_text(
-        f'[project]\nname = "{name}"\nversion = "{version}"\ndependencies = [{needs_list}]\n'
-    )
-    (directory / "CHANGELOG.md").write_text(log or f"# Changes\n\n## {version}\n\nFirst.\n")
+from conftest import write_package
 
 
 def test_packages_that_fit_have_no_problems(tmp_path: Path) -> None:

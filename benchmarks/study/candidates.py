@@ -31,13 +31,13 @@ from study.allotment import (
     scalar_for,
     sensitivity_offsets,
 )
+from study.compare import PAPER
 from study.tables import COARSE, mass_thresholds, paper_thresholds
 
 SPARSITIES = (0.45, 0.55, 0.65, 0.75, 0.85, 0.9)
 PAPER_SPARSITIES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.75)  # it reaches the same divergence sooner
 PAPER_SAMPLES = 16  # it takes the mean over
 FINE = Geometry(64, 64)
-PAPER, BLASST = "absolute top-k 128x64", "running_max scalar 128x64"
 
 Array = npt.NDArray[np.float64]
 

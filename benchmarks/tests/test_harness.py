@@ -55,13 +55,12 @@ def test_a_line_that_is_no_record_is_named(records: list[dict[str, Any]], tmp_pa
         list(harness.read_records(path))
 
 
-def test_records_of_other_programs_are_passed_over(
-    records: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_record_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    other = json.dumps({"kind": "study", "schema": 7})
-    path.write_text(f"{other}\n{json.dumps(records[0])}\n{other}\n", encoding="utf-8")
-    assert list(harness.read_records(path)) == records[:1]
+    for line in (json.dumps({"kind": "study", "schema": 1}), "[]"):
+        path.write_text(line + "\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"results\.jsonl:1"):
+            list(harness.read_records(path))
 
 
 def test_an_environment_without_a_gpu_makes_records_self_tests() -> None:

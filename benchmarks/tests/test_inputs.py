@@ -67,9 +67,9 @@ def test_irregular_inputs_skip_the_share_of_every_query_block(
 ) -> None:
     problem = inputs.irregular(SHAPE, sparsity, CPU, geometry=geometry, seed=4)
     kept = attend(problem, geometry).kept
-    options = {"geometry": geometry}
-    visible = reference.visible_blocks(SHAPE.seqlen, SHAPE.seqlen, **options).sum(1)
-    forced = reference.forced_blocks(SHAPE.seqlen, SHAPE.seqlen, **options).sum(1)
+    seqlen = SHAPE.seqlen
+    visible = reference.visible_blocks(seqlen, seqlen, geometry=geometry).sum(1)
+    forced = reference.forced_blocks(seqlen, seqlen, geometry=geometry).sum(1)
     expected = torch.maximum(visible - torch.round(sparsity * visible).long(), forced)
     assert torch.equal(kept, expected.to(kept.dtype).expand_as(kept))
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 import attention
+import bsfa_kernel
 import harness
+import kernels
 
 TINY = ["--model-shape", "tiny", "--device", "cpu", "--dtype", "float32"]
 
@@ -33,13 +36,13 @@ def test_the_self_test_measures_every_rule_and_kind_of_input(tmp_path: Path) -> 
 def test_a_wrong_kernel_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = attention.bsfa_kernel.block_sparse_attention
+    right: Callable[..., Any] = bsfa_kernel.block_sparse_attention
 
-    def wrong(*args: object, **options: object) -> object:
-        result = right(*args, **options)  # type: ignore[call-overload]
+    def wrong(*args: object, **options: object) -> Any:
+        result = right(*args, **options)
         return result if isinstance(result, tuple) else result * 1.1
 
-    monkeypatch.setattr(attention.bsfa_kernel, "block_sparse_attention", wrong)
+    monkeypatch.setattr(bsfa_kernel, "block_sparse_attention", wrong)
     out = tmp_path / "self-test.jsonl"
     assert attention.main(["--device", "cpu", "--out", str(out)]) == 1
     assert {record["kernel"] for record in harness.read_records(out)} == {"math"}
@@ -117,7 +120,7 @@ def test_prefill_takes_flash_attention_3_where_it_is_installed(
     package = types.ModuleType("fa3_fwd_interface")
     monkeypatch.setattr(package, "flash_attn_func", flash_attn_func, raising=False)
     monkeypatch.setitem(sys.modules, "fa3_fwd_interface", package)
-    monkeypatch.setattr(prefill.FlashAttention3, "available", lambda *_: None)
+    monkeypatch.setattr(kernels.FlashAttention3, "available", lambda *_: None)
     out = tmp_path / "prefill.jsonl"
     options = ["--seqlens", "1K", "--sparsities", "0.5", "--repetitions", "1", "--out", str(out)]
     assert prefill.main([*TINY, *options]) == 0
@@ -132,7 +135,7 @@ def test_a_case_that_fails_does_not_stop_the_others(
     def unsupported(*args: object, **options: object) -> object:
         raise NotImplementedError("there is no such kernel")
 
-    monkeypatch.setattr(attention.bsfa_kernel, "block_maxima", unsupported)
+    monkeypatch.setattr(bsfa_kernel, "block_maxima", unsupported)
     out = tmp_path / "self-test.jsonl"
     arguments = ["--device", "cpu", "--out", str(out), "--inputs", "irregular,planted"]
     assert attention.main(arguments) == 1

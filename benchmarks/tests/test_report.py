@@ -45,14 +45,11 @@ def test_the_table_has_a_row_for_each_kernel_and_a_column_for_each_sparsity(
 ) -> None:
     lines = report.attention_tables(records).splitlines()
     header = next(line for line in lines if "times FlashAttention-3" in line)
-    assert [cell.strip() for cell in header.split("|")[4:-1]] == ["dense", "0.5", "0.9"]
-    row = next(line for line in lines[lines.index(header) :] if "BSFA sm_90a, 128x64" in line)
-    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
-        "64K",
-        "absolute",
-        "0.98",
-        "1.25",
-        "1.72",
+    assert [cell.strip() for cell in header.split("|")[6:-1]] == ["dense", "0.5", "0.9"]
+    row = next(line for line in lines[lines.index(header) :] if "BSFA sm_90a" in line)
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        *("*BSFA sm_90a*", "absolute", "128x64", "planted", "64K"),
+        *("0.98", "1.25", "1.72"),
     ]
     assert any("FLOP limit" in line and "1.33" in line and "1.82" in line for line in lines)
     assert any("50.00 (700)" in line for line in lines)
@@ -84,33 +81,69 @@ def test_records_of_a_self_test_are_refused(
     assert "self-test" in capsys.readouterr().err
 
 
-def test_writing_twice_leaves_one_copy_and_all_else_as_it_was(
+def test_the_default_comes_first_and_the_papers_last() -> None:
+    choices = [
+        ("absolute", "128x64", "planted"),
+        ("running_lse", "64x64", "planted"),
+        ("absolute", "64x64", "irregular"),
+        ("running_lse", "64x64", "irregular"),
+        ("running_max", "128x64", "planted"),
+    ]
+    table = report.attention_tables(
+        [
+            attention_record(rule=r, geometry=g, inputs=i, speedup={"fa3": 1.5})
+            for r, g, i in choices
+        ]
+    )
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:5]]
+        for line in table.splitlines()
+        if "BSFA sm_90a" in line and "1.50" in line
+    ]
+    assert rows == [
+        ["**BSFA sm_90a**", "running_lse", "64x64", "irregular"],
+        ["**BSFA sm_90a**", "running_lse", "64x64", "planted"],
+        ["BSFA sm_90a", "running_max", "128x64", "planted"],
+        ["BSFA sm_90a", "absolute", "64x64", "irregular"],
+        ["*BSFA sm_90a*", "absolute", "128x64", "planted"],
+    ]
+
+
+def test_adding_keeps_the_latest_of_each_measurement_in_one_file_a_kind(
     records: Records, tmp_path: Path
 ) -> None:
-    docs = tmp_path / "docs" / "performance.md"
-    docs.parent.mkdir()
-    docs.write_text(
-        "# Performance\n\nBefore.\n\n<!-- begin benchmark: attention -->\nold\n"
-        "<!-- end benchmark: attention -->\n\nAfter.\n",
-        encoding="utf-8",
-    )
-    path = save(tmp_path / "a.jsonl", [*records, prefill_record(), calibration_record()])
-    arguments = ["write", str(path), "--docs", str(docs), "--images", str(docs.parent / "images")]
-    assert report.main(arguments) == 0
-    once = docs.read_text(encoding="utf-8")
-    assert report.main(arguments) == 0
-    assert docs.read_text(encoding="utf-8") == once
-    assert once.startswith("# Performance\n\nBefore.\n\n<!-- begin benchmark: attention -->")
-    assert "\n\nAfter.\n" in once
-    assert "\nold\n" not in once
-    for section in ("attention", "prefill", "calibration"):
-        assert once.count(f"<!-- begin benchmark: {section} -->") == 1
-    pictures = sorted(picture.name for picture in (docs.parent / "images").glob("*.png"))
-    assert pictures == [
-        "attention-bfloat16-d128-h32-8-b1-planted.png",
-        "prefill-llama-3.1-8b--random-weights.png",
+    results = tmp_path / "results"
+    results.mkdir()
+    save(results / "old.jsonl", [*records, calibration_record()])
+    later = attention_record(date="2026-02-01T00:00:00+00:00", ms=12.3456789, speedup={"fa3": 2.0})
+    new = save(tmp_path / "new.jsonl", [later])
+    written = report.add([new], results)
+    assert sorted(path.name for path in results.iterdir()) == [
+        "attention.jsonl",
+        "calibration.jsonl",
     ]
-    assert all(f"(images/{picture})" in once for picture in pictures)
+    assert sorted(results.iterdir()) == written
+    kept = {report.key_of(record): record for record in report.load(written)}
+    assert len(kept) == len(records) + 1
+    assert kept[report.key_of(later)]["ms"] == 12.3457
+    before = [path.read_bytes() for path in written]
+    assert [path.read_bytes() for path in report.add([new], results)] == before
+
+
+def test_the_records_of_a_build_can_be_dropped(tmp_path: Path) -> None:
+    old = attention_record(asked="0.9", sources="old")
+    save(tmp_path / "attention.jsonl", [attention_record(), old])
+    (path,) = report.add([], tmp_path, drop=["old"])
+    assert [record["sources"] for record in report.load([path])] == [attention_record()["sources"]]
+
+
+def test_adding_a_self_test_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    kept = save(tmp_path / "attention.jsonl", [attention_record()])
+    before = kept.read_bytes()
+    new = save(tmp_path / "new", [attention_record(self_test=True)])
+    with pytest.raises(ValueError, match="self-test"):
+        report.add([new], tmp_path)
+    assert kept.read_bytes() == before
 
 
 def test_a_line_has_no_place_beside_a_baseline_that_was_not_in_its_run(
@@ -122,11 +155,6 @@ def test_a_line_has_no_place_beside_a_baseline_that_was_not_in_its_run(
     ]
     (picture,) = report.plot_attention([*records, *shorter], tmp_path)
     assert picture.stat().st_size > 0
-
-
-def test_a_section_with_one_marker_is_refused() -> None:
-    with pytest.raises(ValueError, match="markers"):
-        report.replace_section("<!-- end benchmark: a -->", "a", "new")
 
 
 def test_prefill_and_calibration_have_tables() -> None:

@@ -134,8 +134,8 @@ def test_as_many_blocks_are_dropped_as_the_budget_allows(budget: float) -> None:
             assert values.max() < np.float32(found[index]) < values.max() + 1e-3
         else:
             assert found[index] == threshold
-        dropped += np.sum(values < found[index])
-    share = dropped / (free.sum() * 2 * 3 * 4)
+        dropped += int(np.sum(values < found[index]))
+    share = float(dropped) / (free.sum() * 2 * 3 * 4)
     assert share == {0.0: 0, 1e3: 1}.get(budget, share)
     assert (0 < share < 1) == (0 < budget < 1e3)
 
@@ -152,11 +152,11 @@ def test_blocks_that_lose_exactly_the_budget_are_dropped() -> None:
 @pytest.fixture(scope="module")
 def small_model() -> LlamaForCausalLM:
     """With weights so large that its attention has something to choose between."""
-    model = models.build("tiny", dtype=torch.float32, device=torch.device("cpu"))
+    model: LlamaForCausalLM = models.build("tiny", dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter *= 25
+                parameter.mul_(25)
     return model
 
 

@@ -155,12 +155,12 @@ def test_a_table_keeps_the_name_that_it_was_given(
 @pytest.mark.parametrize("rows", [1, 9])
 def test_plot_draws_a_picture(tmp_path: Path, rows: int) -> None:
     generator = np.random.default_rng(0)
-    thresholds = generator.normal(size=(5, 3, 4, rows))
+    thresholds = generator.normal(size=(5, 3, 4, rows)).astype(np.float32)
     thresholds[..., 0] = -np.inf if rows > 1 else 0
     table = ThresholdTable(
         thresholds,
         tuple(range(4, 9)),
-        statistics={"sparsity": generator.random((5, 3, 4))},
+        statistics={"sparsity": generator.random((5, 3, 4), np.float32)},
     )
     table.save(tmp_path / "t.safetensors")
     for name, more in (("a.png", []), ("b.png", ["--points", "4", "8"])):

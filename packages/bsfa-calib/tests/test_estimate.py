@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -71,7 +73,7 @@ def test_one_sample_gives_the_midpoint_of_the_kth_and_the_next_maximum() -> None
     ],
 )
 def test_samples_are_combined_as_a_loop_over_the_definition_does(
-    aggregate: str, combine: object
+    aggregate: str, combine: Callable[[list[float]], float]
 ) -> None:
     samples = sorted_maxima([900, 512, 700])
     result = estimate.estimate_thresholds(samples, [1, 3, 7], PAPERS, aggregate=aggregate)

@@ -59,9 +59,9 @@ void launch(const std::initializer_list<Kernel<Params>>& kernels, const Request&
   BSFA_CUDA_CHECK(cudaGetLastError());
 }
 
-// Packed sequences leave columns of `kept` to which no query block belongs; no kernel comes by there.
-void clear_packed_kept(const ForwardParams& params, cudaStream_t stream) {
-  const int64_t columns = int64_t{params.seqlen_q} / params.q_block + params.batch;
+// The columns of `kept` of sequences none of which has a query: elsewhere the kernel clears what is spare.
+void clear_kept(const ForwardParams& params, cudaStream_t stream) {
+  const int64_t columns = params.batch;
   BSFA_CUDA_CHECK(cudaMemsetAsync(params.kept, 0, sizeof(int32_t) * columns * params.heads, stream));
 }
 #endif
@@ -69,20 +69,19 @@ void clear_packed_kept(const ForwardParams& params, cudaStream_t stream) {
 void forward(const bsfa_forward_args* args) {
   const ForwardParams params = validate(args);
   const bool no_query = params.batch == 0 || params.seqlen_q == 0;
-  const bool packed_kept = params.kept != nullptr && params.cu_seqlens_q != nullptr && params.batch > 0;
-  if (no_query && !packed_kept) {
+  if (no_query && (params.kept == nullptr || !params.is_packed() || params.batch == 0)) {
     return;
   }
-  const Request request{"forward", args->arch, args->dtype, static_cast<int>(args->head_dim)};
+  const bsfa_problem& problem = args->problem;
+  const Request request{"forward", problem.arch, problem.dtype, static_cast<int>(problem.head_dim)};
   check_built(kForwardKernels, request);
 #if defined(BSFA_WITH_CUDA)
-  const auto stream = static_cast<cudaStream_t>(args->stream);
-  const DeviceGuard guard(args->device);
-  if (packed_kept) {
-    clear_packed_kept(params, stream);
-  }
-  if (!no_query) {
-    launch(kForwardKernels, request, params, args->device, stream);
+  const auto stream = static_cast<cudaStream_t>(problem.stream);
+  const DeviceGuard guard(problem.device);
+  if (no_query) {
+    clear_kept(params, stream);
+  } else {
+    launch(kForwardKernels, request, params, problem.device, stream);
   }
 #endif
 }
@@ -92,11 +91,12 @@ void block_maxima(const bsfa_block_maxima_args* args) {
   if (params.maxima == nullptr) {
     return;  // no block
   }
-  const Request request{"block_maxima", args->arch, args->dtype, static_cast<int>(args->head_dim)};
+  const bsfa_problem& problem = args->problem;
+  const Request request{"block_maxima", problem.arch, problem.dtype, static_cast<int>(problem.head_dim)};
   check_built(kBlockMaximaKernels, request);
 #if defined(BSFA_WITH_CUDA)
-  const DeviceGuard guard(args->device);
-  launch(kBlockMaximaKernels, request, params, args->device, static_cast<cudaStream_t>(args->stream));
+  const DeviceGuard guard(problem.device);
+  launch(kBlockMaximaKernels, request, params, problem.device, static_cast<cudaStream_t>(problem.stream));
 #endif
 }
 

@@ -20,12 +20,11 @@ struct Strides {
   int64_t heads;
 };
 
-struct ForwardParams {
+// What every kernel is told.
+struct Problem {
   const void* q;  // [batch, seqlen_q, heads, head_dim], varlen: [total_q, heads, head_dim]
   const void* k;  // [batch, seqlen_k, kv_heads, head_dim], varlen: [total_k, kv_heads, head_dim]
-  const void* v;  // as k
-  void* out;      // as q
-  Strides q_strides, k_strides, v_strides, out_strides;
+  Strides q_strides, k_strides;
 
   int32_t batch;
   int32_t heads;
@@ -38,33 +37,26 @@ struct ForwardParams {
   bool causal;      // aligned to the bottom right
   int32_t q_block;  // queries in a sparsity block: 128 or 64
 
-  const float* thresholds;  // [heads, threshold_rows], units of scaled scores
-  int32_t threshold_rows;
-
   const int32_t* cu_seqlens_q;  // [batch + 1], or null where not varlen
   const int32_t* cu_seqlens_k;  // [batch + 1], or null where not varlen
+
+  constexpr bool is_packed() const { return cu_seqlens_q != nullptr; }
+};
+
+struct ForwardParams : Problem {
+  const void* v;  // as k
+  void* out;      // as q
+  Strides v_strides, out_strides;
+
+  const float* thresholds;  // [heads, threshold_rows], units of scaled scores
+  int32_t threshold_rows;
 
   float* lse;     // [batch, heads, seqlen_q], varlen: [heads, total_q]; or null
   int32_t* kept;  // [batch, heads, q_blocks], varlen: [heads, total_q / q_block + batch]; or null
 };
 
-struct BlockMaximaParams {
-  const void* q;  // [batch, seqlen_q, heads, head_dim]
-  const void* k;  // [batch, seqlen_k, kv_heads, head_dim]
-  Strides q_strides, k_strides;
-
-  int32_t batch;
-  int32_t heads;
-  int32_t kv_heads;
-  int32_t seqlen_q;
-  int32_t seqlen_k;
-
-  float scale;
-  Rule rule;
-  bool causal;
-  int32_t q_block;
-
-  float* maxima;  // [batch, heads, q_blocks, k_blocks], every element is written
+struct BlockMaximaParams : Problem {  // not packed
+  float* maxima;                      // [batch, heads, q_blocks, k_blocks], every element is written
 };
 
 }  // namespace bsfa

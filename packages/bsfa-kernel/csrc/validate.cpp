@@ -43,9 +43,36 @@ void check_version(const Args* args) {
              args->struct_size);
 }
 
-// The fields that both structs have.
-template <class Args>
-void check_problem(const Args& args) {
+// Fields that this version has no use for.
+void check_reserved(const bsfa_problem& args) {
+  const struct {
+    const char* name;
+    bool absent;
+  } fields[] = {{"seqused_k", args.seqused_k == nullptr},
+                {"block_table", args.block_table == nullptr},
+                {"block_table_stride", args.block_table_stride == 0},
+                {"pages", args.pages == 0},
+                {"page_size", args.page_size == 0},
+                {"selection", args.selection == 0},
+                {"sinks", args.sinks == nullptr}};
+  for (const auto& [name, absent] : fields) {
+    BSFA_CHECK_SUPPORTED(absent, name, " is reserved: this libbsfa has no use for it, and it must be 0");
+  }
+}
+
+// One CTA computes no fewer than 64 queries of a head, and a grid has fewer than 2^31 CTAs.
+void check_grid(int64_t sequences, int64_t heads, int64_t tiles) {
+  // Each factor is below 2^32 and the first two are below 2^31, so that no product that is evaluated
+  // overflows.
+  const int64_t rows = sequences * heads;
+  BSFA_CHECK(rows <= INT32_MAX && rows * tiles <= INT32_MAX,
+             "batch * heads * ceil(seqlen_q / 64) must be at most ", INT32_MAX, ", got ", sequences, " * ",
+             heads, " * ", tiles);
+}
+
+// The fields of a problem but for its tensors.
+Problem check_problem(const bsfa_problem& args) {
+  check_reserved(args);
   BSFA_CHECK(args.device >= 0, "device must be a CUDA device ordinal, 0 or more, got ", args.device);
   BSFA_CHECK(args.arch == 0 || args.arch == 80 || args.arch == 90,
              "arch must be 0 (pick by device), 80 or 90, got ", args.arch);
@@ -70,18 +97,36 @@ void check_problem(const Args& args) {
       "head_dim must be a multiple of ", kRowAlignment, " up to ", kMaxHeadDim, ", got ", args.head_dim);
   check_range("seqlen_q", args.seqlen_q, 0, kMaxSeqlen);
   check_range("seqlen_k", args.seqlen_k, 0, kMaxSeqlen);
+
+  BSFA_CHECK((args.cu_seqlens_q == nullptr) == (args.cu_seqlens_k == nullptr),
+             "cu_seqlens_q and cu_seqlens_k must both be given or both be null, got ",
+             args.cu_seqlens_q == nullptr ? "only cu_seqlens_k" : "only cu_seqlens_q");
+  if (args.cu_seqlens_q != nullptr) {
+    BSFA_CHECK(args.batch >= 1 || (args.seqlen_q == 0 && args.seqlen_k == 0),
+               "batch must be at least 1 where cu_seqlens are given and there are queries or keys, got 0");
+    check_pointer("cu_seqlens_q", args.cu_seqlens_q, sizeof(int32_t));
+    check_pointer("cu_seqlens_k", args.cu_seqlens_k, sizeof(int32_t));
+    check_grid(1, args.heads, args.seqlen_q / 64 + args.batch);
+  } else {
+    check_grid(args.batch, args.heads, (args.seqlen_q + 63) / 64);
+  }
+
+  Problem problem{};
+  problem.batch = static_cast<int32_t>(args.batch);
+  problem.heads = static_cast<int32_t>(args.heads);
+  problem.kv_heads = static_cast<int32_t>(args.kv_heads);
+  problem.seqlen_q = static_cast<int32_t>(args.seqlen_q);
+  problem.seqlen_k = static_cast<int32_t>(args.seqlen_k);
+  problem.scale = args.scale;
+  problem.rule = static_cast<Rule>(args.rule);
+  problem.causal = args.causal != 0;
+  problem.q_block = args.q_block;
+  problem.cu_seqlens_q = args.cu_seqlens_q;
+  problem.cu_seqlens_k = args.cu_seqlens_k;
+  return problem;
 }
 
-// One CTA computes no fewer than 64 queries of a head, and a grid has fewer than 2^31 CTAs.
-void check_grid(int64_t sequences, int64_t heads, int64_t tiles) {
-  // Each factor is below 2^32 and the first two are below 2^31, so that no product that is evaluated
-  // overflows.
-  const int64_t rows = sequences * heads;
-  BSFA_CHECK(rows <= INT32_MAX && rows * tiles <= INT32_MAX,
-             "batch * heads * ceil(seqlen_q / 64) must be at most ", INT32_MAX, ", got ", sequences, " * ",
-             heads, " * ", tiles);
-}
-
+// A tensor of the caller, with its shape.
 struct Tensor {
   const char* name;
   const void* data;
@@ -91,6 +136,16 @@ struct Tensor {
   int64_t heads;
   int64_t head_dim;
 };
+
+Tensor like_queries(const char* name, const bsfa_tensor& tensor, const bsfa_problem& args) {
+  const int64_t batch = args.cu_seqlens_q != nullptr ? 1 : args.batch;
+  return {name, tensor.data, tensor.strides, batch, args.seqlen_q, args.heads, args.head_dim};
+}
+
+Tensor like_keys(const char* name, const bsfa_tensor& tensor, const bsfa_problem& args) {
+  const int64_t batch = args.cu_seqlens_q != nullptr ? 1 : args.batch;
+  return {name, tensor.data, tensor.strides, batch, args.seqlen_k, args.kv_heads, args.head_dim};
+}
 
 // Checks one tensor and returns its strides; those of dimensions that have one entry, which mean nothing, as
 // if it were contiguous.
@@ -141,67 +196,43 @@ void check_distinct(const Tensor& tensor) {
   }
 }
 
+// The queries, which there are, and the keys if there are any.
+void check_operands(const bsfa_problem& args, Problem& problem) {
+  problem.q = args.q.data;
+  problem.q_strides = check_tensor(like_queries("q", args.q, args));
+  if (args.seqlen_k > 0) {
+    problem.k = args.k.data;
+    problem.k_strides = check_tensor(like_keys("k", args.k, args));
+  }
+}
+
 }  // namespace
 
 ForwardParams validate(const bsfa_forward_args* pointer) {
   check_version(pointer);
   const bsfa_forward_args& args = *pointer;
-  check_problem(args);
-  check_range("threshold_rows", args.threshold_rows, 1, kMaxExtent);
-  BSFA_CHECK((args.cu_seqlens_q == nullptr) == (args.cu_seqlens_k == nullptr),
-             "cu_seqlens_q and cu_seqlens_k must both be given or both be null, got ",
-             args.cu_seqlens_q == nullptr ? "only cu_seqlens_k" : "only cu_seqlens_q");
-  const bool packed = args.cu_seqlens_q != nullptr;
-  BSFA_CHECK(!packed || args.batch >= 1 || (args.seqlen_q == 0 && args.seqlen_k == 0),
-             "batch must be at least 1 where cu_seqlens are given and there are queries or keys, got 0");
-  if (packed) {
-    check_grid(1, args.heads, args.seqlen_q / 64 + args.batch);
-  } else {
-    check_grid(args.batch, args.heads, (args.seqlen_q + 63) / 64);
-  }
-
+  const bsfa_problem& problem = args.problem;
   ForwardParams params{};
-  params.batch = static_cast<int32_t>(args.batch);
-  params.heads = static_cast<int32_t>(args.heads);
-  params.kv_heads = static_cast<int32_t>(args.kv_heads);
-  params.seqlen_q = static_cast<int32_t>(args.seqlen_q);
-  params.seqlen_k = static_cast<int32_t>(args.seqlen_k);
-  params.scale = args.scale;
-  params.rule = static_cast<Rule>(args.rule);
-  params.causal = args.causal != 0;
-  params.q_block = args.q_block;
+  static_cast<Problem&>(params) = check_problem(problem);
+  check_range("threshold_rows", args.threshold_rows, 1, kMaxExtent);
   params.threshold_rows = static_cast<int32_t>(args.threshold_rows);
-
-  if (packed) {
-    check_pointer("cu_seqlens_q", args.cu_seqlens_q, sizeof(int32_t));
-    check_pointer("cu_seqlens_k", args.cu_seqlens_k, sizeof(int32_t));
-    params.cu_seqlens_q = args.cu_seqlens_q;
-    params.cu_seqlens_k = args.cu_seqlens_k;
-  }
   if (args.kept != nullptr) {
     check_pointer("kept", args.kept, sizeof(int32_t));
     params.kept = args.kept;
   }
-  if (args.batch == 0 || args.seqlen_q == 0) {
+  if (problem.batch == 0 || problem.seqlen_q == 0) {
     return params;  // no query: the tensors have no data, and nothing says where they are
   }
 
-  const int64_t batch = packed ? 1 : args.batch;
-  const Tensor q{"q", args.q, args.q_strides, batch, args.seqlen_q, args.heads, args.head_dim};
-  const Tensor out{"out", args.out, args.out_strides, batch, args.seqlen_q, args.heads, args.head_dim};
-  params.q = args.q;
-  params.q_strides = check_tensor(q);
-  params.out = args.out;
+  check_operands(problem, params);
+  const Tensor out = like_queries("out", args.out, problem);
+  params.out = args.out.data;
   params.out_strides = check_tensor(out);
   check_distinct(out);
-  if (args.seqlen_k > 0) {
-    const Tensor k{"k", args.k, args.k_strides, batch, args.seqlen_k, args.kv_heads, args.head_dim};
-    const Tensor v{"v", args.v, args.v_strides, batch, args.seqlen_k, args.kv_heads, args.head_dim};
-    params.k = args.k;
-    params.k_strides = check_tensor(k);
-    params.v = args.v;
-    params.v_strides = check_tensor(v);
-    BSFA_CHECK(args.out != args.q && args.out != args.k && args.out != args.v,
+  if (problem.seqlen_k > 0) {
+    params.v = args.v.data;
+    params.v_strides = check_tensor(like_keys("v", args.v, problem));
+    BSFA_CHECK(params.out != params.q && params.out != params.k && params.out != params.v,
                "out must not be one of the inputs: blocks of it are written while others are still read");
   }
   check_pointer("thresholds", args.thresholds, sizeof(float));
@@ -216,28 +247,15 @@ ForwardParams validate(const bsfa_forward_args* pointer) {
 BlockMaximaParams validate(const bsfa_block_maxima_args* pointer) {
   check_version(pointer);
   const bsfa_block_maxima_args& args = *pointer;
-  check_problem(args);
-  check_grid(args.batch, args.heads, (args.seqlen_q + 63) / 64);
-
+  const bsfa_problem& problem = args.problem;
   BlockMaximaParams params{};
-  params.batch = static_cast<int32_t>(args.batch);
-  params.heads = static_cast<int32_t>(args.heads);
-  params.kv_heads = static_cast<int32_t>(args.kv_heads);
-  params.seqlen_q = static_cast<int32_t>(args.seqlen_q);
-  params.seqlen_k = static_cast<int32_t>(args.seqlen_k);
-  params.scale = args.scale;
-  params.rule = static_cast<Rule>(args.rule);
-  params.causal = args.causal != 0;
-  params.q_block = args.q_block;
-  if (args.batch == 0 || args.seqlen_q == 0 || args.seqlen_k == 0) {
+  static_cast<Problem&>(params) = check_problem(problem);
+  BSFA_CHECK_SUPPORTED(problem.cu_seqlens_q == nullptr,
+                       "block maxima are not made of packed sequences: cu_seqlens_q must be null");
+  if (problem.batch == 0 || problem.seqlen_q == 0 || problem.seqlen_k == 0) {
     return params;  // no block
   }
-  params.q = args.q;
-  params.q_strides =
-      check_tensor({"q", args.q, args.q_strides, args.batch, args.seqlen_q, args.heads, args.head_dim});
-  params.k = args.k;
-  params.k_strides =
-      check_tensor({"k", args.k, args.k_strides, args.batch, args.seqlen_k, args.kv_heads, args.head_dim});
+  check_operands(problem, params);
   check_pointer("maxima", args.maxima, sizeof(float));
   params.maxima = args.maxima;
   return params;

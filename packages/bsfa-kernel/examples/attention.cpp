@@ -21,28 +21,28 @@ constexpr int64_t kHeads = 4;
 constexpr int64_t kHeadDim = 128;
 
 // One sequence of contiguous [seqlen, heads, head_dim] tensors in float16, and one threshold a head.
-bsfa_forward_args make_args(const void* q, const void* k, const void* v, void* out, const float* thresholds) {
+bsfa_forward_args make_args(void* q, void* k, void* v, void* out, const float* thresholds) {
   const bsfa_strides strides{kSeqlen * kHeads * kHeadDim, kHeads * kHeadDim, kHeadDim};
   bsfa_forward_args args{};
   args.abi_version = BSFA_ABI_VERSION;
   args.struct_size = sizeof(args);
-  args.dtype = BSFA_FLOAT16;
-  args.rule = BSFA_RULE_ABSOLUTE;
-  args.causal = 1;
-  args.q_block = 128;
-  args.k_block = 64;
-  args.scale = 0.08838835f;  // head_dim ^ -0.5
-  args.batch = 1;
-  args.heads = kHeads;
-  args.kv_heads = kHeads;
-  args.head_dim = kHeadDim;
-  args.seqlen_q = kSeqlen;
-  args.seqlen_k = kSeqlen;
-  args.q = q;
-  args.k = k;
-  args.v = v;
-  args.out = out;
-  args.q_strides = args.k_strides = args.v_strides = args.out_strides = strides;
+  bsfa_problem& problem = args.problem;
+  problem.dtype = BSFA_FLOAT16;
+  problem.rule = BSFA_RULE_ABSOLUTE;
+  problem.causal = 1;
+  problem.q_block = 128;
+  problem.k_block = 64;
+  problem.scale = 0.08838835f;  // head_dim ^ -0.5
+  problem.batch = 1;
+  problem.heads = kHeads;
+  problem.kv_heads = kHeads;
+  problem.head_dim = kHeadDim;
+  problem.seqlen_q = kSeqlen;
+  problem.seqlen_k = kSeqlen;
+  problem.q = {q, strides};
+  problem.k = {k, strides};
+  args.v = {v, strides};
+  args.out = {out, strides};
   args.thresholds = thresholds;
   args.threshold_rows = 1;
   return args;
@@ -50,7 +50,7 @@ bsfa_forward_args make_args(const void* q, const void* k, const void* v, void* o
 
 void show_an_error() {
   bsfa_forward_args args = make_args(nullptr, nullptr, nullptr, nullptr, nullptr);
-  args.head_dim = 100;
+  args.problem.head_dim = 100;
   if (bsfa_forward(&args) == BSFA_INVALID_ARGUMENT) {
     std::printf("a wrong argument: %s\n", bsfa_last_error());
   }

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from bsfa_kernel import Geometry, _native, reference
+from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
 from bsfa_kernel.geometry import block_count
-from bsfa_kernel.rules import RULE_CODES
 
 GUARD = 64
 """Elements before and after an output."""
 
 _UNWRITTEN = -77
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 
 
 @dataclass
@@ -66,7 +65,7 @@ def forward(
     geometry: Geometry,
 ) -> tuple[Guarded, Guarded, Guarded]:
     """bsfa_forward on CUDA tensors; on CPU tensors the reference, copied, to try the guards."""
-    batch, seqlen_q, heads, head_dim = q.shape
+    batch, seqlen_q, heads, _ = q.shape
     device = str(q.device)
     q_blocks = block_count(seqlen_q, geometry.q_block)
     out = Guarded.rows(tuple(q.shape), q.dtype, device)
@@ -79,42 +78,18 @@ def forward(
         for guarded, result in ((out, expected.out), (lse, expected.lse), (kept, expected.kept)):
             guarded.view.copy_(result)
         return out, lse, kept
-    _native.forward(
-        q.device.index,
-        _native.insisted_arch(),
-        torch.cuda.current_stream().cuda_stream,
-        _DTYPES[q.dtype],
-        RULE_CODES[rule],
-        causal,
-        *geometry,
-        head_dim**-0.5,
-        batch,
-        heads,
-        k.shape[2],
-        head_dim,
-        seqlen_q,
-        k.shape[1],
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.view.data_ptr(),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.view.stride()[:3],
-        thresholds.data_ptr(),
-        thresholds.shape[1],
-        0,
-        0,
-        lse.view.data_ptr(),
-        kept.view.data_ptr(),
+    call = ForwardCall(
+        *(q, k, v, thresholds, None, None, causal, None, rule, *geometry),
+        return_lse=True,
+        return_kept=True,
     )
+    _native.forward(call, out.view, lse.view, kept.view)
     return out, lse, kept
 
 
 def block_maxima(q: Tensor, k: Tensor, *, causal: bool, rule: str, geometry: Geometry) -> Guarded:
     """bsfa_block_maxima on CUDA tensors; on CPU tensors the reference, copied."""
-    batch, seqlen_q, heads, head_dim = q.shape
+    batch, seqlen_q, heads, _ = q.shape
     shape = (
         batch,
         heads,
@@ -125,25 +100,5 @@ def block_maxima(q: Tensor, k: Tensor, *, causal: bool, rule: str, geometry: Geo
     if not q.is_cuda:
         maxima.view.copy_(reference.block_maxima(q, k, causal=causal, rule=rule, geometry=geometry))
         return maxima
-    _native.block_maxima(
-        q.device.index,
-        _native.insisted_arch(),
-        torch.cuda.current_stream().cuda_stream,
-        _DTYPES[q.dtype],
-        RULE_CODES[rule],
-        causal,
-        *geometry,
-        head_dim**-0.5,
-        batch,
-        heads,
-        k.shape[2],
-        head_dim,
-        seqlen_q,
-        k.shape[1],
-        q.data_ptr(),
-        k.data_ptr(),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        maxima.view.data_ptr(),
-    )
+    _native.block_maxima(BlockMaximaCall(q, k, causal, None, rule, *geometry), maxima.view)
     return maxima

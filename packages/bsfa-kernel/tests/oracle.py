@@ -24,6 +24,7 @@ class Expected(NamedTuple):
     maxima: np.ndarray  # [batch, heads, q_blocks, k_blocks]
 
 
+@np.errstate(invalid="ignore")
 def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block) -> Expected:
     """All that the package's functions return, for arrays [batch, seqlen, heads, head_dim]."""
     batch, seqlen_q, heads, head_dim = q.shape
@@ -57,6 +58,7 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block) -> Exp
                     left = {j: s for j, s in scores[r].items() if j // k_block in kept_blocks}
                     if left:
                         lse[b, h, r] = log_sum_exp(list(left.values()))
+                    if lse[b, h, r] != -INF:
                         for j, s in left.items():
                             out[b, r, h] += math.exp(s - lse[b, h, r]) * v[b, j, kv_head]
     return Expected(out, lse, mask.sum(-1), mask, maxima)
@@ -80,9 +82,12 @@ def visit(scores, rows, k_blocks, k_block, rule, threshold):
             elif not seen:
                 reference = -INF
             else:
-                reference = max(seen) if rule == "running_max" else log_sum_exp(seen)
-            excesses[block] = max(excesses[block], score - reference)
-            if threshold < INF and score >= threshold + reference:
+                reference = log_sum_exp(seen)
+                if rule == "running_max" and not math.isnan(reference):
+                    reference = max(seen)
+            if score != -INF:
+                excesses[block] = np.maximum(excesses[block], score - reference)  # with NaN, NaN
+            if threshold < INF and not score < threshold + reference:
                 keep = True
         if keep:
             kept.append(block)
@@ -90,5 +95,9 @@ def visit(scores, rows, k_blocks, k_block, rule, threshold):
 
 
 def log_sum_exp(values) -> float:
+    if any(math.isnan(value) or value == INF for value in values):
+        return math.nan  # inf - inf
     largest = max(values)
+    if largest == -INF:
+        return -INF
     return largest + math.log(math.fsum(math.exp(value - largest) for value in values))

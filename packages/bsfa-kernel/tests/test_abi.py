@@ -16,6 +16,8 @@ from native_build import INCLUDE, NATIVE_TESTS, library, run, run_well, tool
 
 MIRRORS = {
     "bsfa_strides": _native.Strides,
+    "bsfa_tensor": _native.TensorArg,
+    "bsfa_problem": _native.Problem,
     "bsfa_forward_args": _native.ForwardArgs,
     "bsfa_block_maxima_args": _native.BlockMaximaArgs,
 }

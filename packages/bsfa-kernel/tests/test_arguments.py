@@ -17,10 +17,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import bsfa_kernel
 from bsfa_kernel import _native
-from bsfa_kernel._native import BlockMaximaArgs, ForwardArgs, Strides
+from bsfa_kernel._calls import ForwardCall
+from bsfa_kernel._native import (
+    RESERVED,
+    BlockMaximaArgs,
+    ForwardArgs,
+    Problem,
+    Strides,
+    TensorArg,
+)
+from native_build import INCLUDE
 
 OK, INVALID, UNSUPPORTED, CUDA_ERROR = range(4)
 NO_SUCH_DEVICE = 9999
@@ -30,56 +40,68 @@ INT32_MAX = 2**31 - 1
 Args = ForwardArgs | BlockMaximaArgs
 
 
-def strides(seqlen: int, heads: int) -> Strides:
-    """Strides of a contiguous tensor."""
-    return Strides(seqlen * heads * HEAD_DIM, heads * HEAD_DIM, HEAD_DIM)
+def tensor(data: int | None, seqlen: int, heads: int) -> TensorArg:
+    """A contiguous tensor."""
+    strides = Strides(seqlen * heads * HEAD_DIM, heads * HEAD_DIM, HEAD_DIM)
+    return TensorArg(data, strides)
 
 
-def problem(struct: type[Args]) -> dict[str, Any]:
-    """The fields that both structs have."""
-    return {
-        "abi_version": _native.ABI_VERSION,
-        "struct_size": ctypes.sizeof(struct),
-        "device": NO_SUCH_DEVICE,
-        "arch": 0,
-        "stream": None,
-        "dtype": 1,
-        "rule": 0,
-        "causal": 1,
-        "q_block": 128,
-        "k_block": 64,
-        "scale": HEAD_DIM**-0.5,
-        "batch": BATCH,
-        "heads": HEADS,
-        "kv_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "seqlen_q": SEQLEN_Q,
-        "seqlen_k": SEQLEN_K,
-        "q": 0x10000,
-        "k": 0x20000,
-        "q_strides": strides(SEQLEN_Q, HEADS),
-        "k_strides": strides(SEQLEN_K, KV_HEADS),
-    }
+PROBLEM = {
+    "device": NO_SUCH_DEVICE,
+    "dtype": 1,
+    "causal": 1,
+    "q_block": 128,
+    "k_block": 64,
+    "scale": HEAD_DIM**-0.5,
+    "batch": BATCH,
+    "heads": HEADS,
+    "kv_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "seqlen_q": SEQLEN_Q,
+    "seqlen_k": SEQLEN_K,
+    "q": tensor(0x10000, SEQLEN_Q, HEADS),
+    "k": tensor(0x20000, SEQLEN_K, KV_HEADS),
+}
+FORWARD_ARGS = {
+    "v": tensor(0x30000, SEQLEN_K, KV_HEADS),
+    "out": tensor(0x40000, SEQLEN_Q, HEADS),
+    "thresholds": 0x50000,
+    "threshold_rows": 3,
+    "lse": 0x60000,
+    "kept": 0x70000,
+}
+
+
+def make(struct: type[Args], own: dict[str, Any], changes: dict[str, Any]) -> Any:
+    """A structure with changes to its own fields or to those of its problem.
+
+    A tensor is changed by its address, or by ``<name>_strides``.
+    """
+    values = {"abi_version": _native.ABI_VERSION, "struct_size": ctypes.sizeof(struct), **own}
+    problem = dict(PROBLEM)
+    for name, value in changes.items():
+        tensor_name = name.removesuffix("_strides")
+        known = problem if tensor_name in {field for field, *_ in Problem._fields_} else values
+        before = known.get(tensor_name)
+        if isinstance(before, TensorArg):
+            changed = TensorArg(before.data, before.strides)
+            setattr(changed, "data" if tensor_name == name else "strides", value)
+            known[tensor_name] = changed
+        else:
+            known[name] = value
+    return struct(problem=Problem(**problem), **values)
 
 
 def forward_args(**changes: Any) -> ForwardArgs:
     """Arguments of bsfa_forward that break no rule, but for the changes."""
-    own = {
-        "v": 0x30000,
-        "out": 0x40000,
-        "v_strides": strides(SEQLEN_K, KV_HEADS),
-        "out_strides": strides(SEQLEN_Q, HEADS),
-        "thresholds": 0x50000,
-        "threshold_rows": 3,
-        "lse": 0x60000,
-        "kept": 0x70000,
-    }
-    return ForwardArgs(**{**problem(ForwardArgs), **own, **changes})
+    args: ForwardArgs = make(ForwardArgs, FORWARD_ARGS, changes)
+    return args
 
 
 def maxima_args(**changes: Any) -> BlockMaximaArgs:
     """Arguments of bsfa_block_maxima that break no rule, but for the changes."""
-    return BlockMaximaArgs(**{**problem(BlockMaximaArgs), "maxima": 0x40000, **changes})
+    args: BlockMaximaArgs = make(BlockMaximaArgs, {"maxima": 0x40000}, changes)
+    return args
 
 
 def call(args: Args | None, function: str = "") -> tuple[int, str]:
@@ -129,6 +151,8 @@ BOTH = [
     ("seqlen_k", -1, "seqlen_k must be between 0 and 1073741824, got -1"),
     ("seqlen_k", 2**40, "seqlen_k must be between 0 and 1073741824, got 1099511627776"),
     ("batch", 2**29, r"batch \* heads \* ceil\(seqlen_q / 64\) must be at most 2147483647, got"),
+    ("cu_seqlens_q", 0x80000, "must both be given or both be null, got only cu_seqlens_q"),
+    ("cu_seqlens_k", 0x80000, "must both be given or both be null, got only cu_seqlens_k"),
     ("q", None, "q must not be null"),
     ("k", None, "k must not be null"),
     ("q", 0x10008, "q must be aligned to 16 bytes, and is 8 bytes off"),
@@ -152,8 +176,6 @@ FORWARD = [
         f"threshold_rows must be between 1 and {INT32_MAX}, got 2147483648",
         {},
     ),
-    ("cu_seqlens_q", 0x80000, "must both be given or both be null, got only cu_seqlens_q", {}),
-    ("cu_seqlens_k", 0x80000, "must both be given or both be null, got only cu_seqlens_k", {}),
     ("cu_seqlens_q", 0x80001, "cu_seqlens_q must be aligned to 4 bytes", {"cu_seqlens_k": 0x80000}),
     ("cu_seqlens_k", 0x80002, "cu_seqlens_k must be aligned to 4 bytes", {"cu_seqlens_q": 0x80000}),
     (
@@ -195,12 +217,12 @@ MAXIMA = [
 ]
 
 
-@pytest.mark.parametrize("make", [forward_args, maxima_args])
+@pytest.mark.parametrize("make_args", [forward_args, maxima_args])
 @pytest.mark.parametrize(("name", "value", "message"), BOTH)
 def test_both_functions_refuse(
-    name: str, value: object, message: str, make: Callable[..., Args]
+    name: str, value: object, message: str, make_args: Callable[..., Args]
 ) -> None:
-    status, said = call(make(**{name: value}))
+    status, said = call(make_args(**{name: value}))
     assert status == INVALID
     assert re.search(message, said), said
 
@@ -217,6 +239,26 @@ def test_block_maxima_refuses(name: str, value: object, message: str) -> None:
     status, said = call(maxima_args(**{name: value}))
     assert status == INVALID
     assert re.search(message, said), said
+
+
+@pytest.mark.parametrize("make_args", [forward_args, maxima_args])
+@pytest.mark.parametrize("name", RESERVED)
+def test_a_reserved_field_is_refused_by_name(name: str, make_args: Callable[..., Args]) -> None:
+    message = f"{name} is reserved: this libbsfa has no use for it, and it must be 0"
+    assert call(make_args(**{name: 0x100})) == (UNSUPPORTED, message)
+
+
+def test_the_header_reserves_what_is_refused() -> None:
+    header = (INCLUDE / "bsfa" / "bsfa.h").read_text()
+    block = header[header.index("/* Reserved:") : header.index("} bsfa_problem;")]
+    code = re.sub(r"/\*.*?\*/", "", block, flags=re.DOTALL)
+    assert tuple(re.findall(r"(\w+);", code)) == RESERVED
+
+
+def test_block_maxima_of_packed_sequences_are_refused() -> None:
+    status, said = call(maxima_args(cu_seqlens_q=0x80000, cu_seqlens_k=0x80000))
+    assert status == UNSUPPORTED
+    assert "cu_seqlens_q must be null" in said
 
 
 @pytest.mark.parametrize("function", ["bsfa_forward", "bsfa_block_maxima"])
@@ -329,24 +371,24 @@ def test_messages_belong_to_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "error"),
+    ("changes", "error"),
     [
-        (forward_args(causal=5), ValueError),
-        (forward_args(head_dim=72), NotImplementedError),
+        ({"q_block": 32}, ValueError),
+        ({"q": torch.zeros(1, 10, 4, 72, dtype=torch.float16)}, NotImplementedError),
     ],
 )
-def test_python_raises_what_the_status_means(args: ForwardArgs, error: type[Exception]) -> None:
-    fields = [getattr(args, name) for name, *_ in args._fields_][2:]
-    with pytest.raises(error, match=r"causal must be|forward kernel"):
-        _native.forward(*flat(fields))
-
-
-def flat(fields: list[Any]) -> list[float]:
-    """The fields as _native takes them: strides written out, 0 for a null pointer."""
-    written: list[float] = []
-    for field in fields:
-        if isinstance(field, Strides):
-            written += [field.batch, field.seqlen, field.heads]
-        else:
-            written.append(0 if field is None else field)
-    return written
+def test_python_raises_what_the_status_means(
+    changes: dict[str, Any], error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "_device", lambda q: NO_SUCH_DEVICE)
+    monkeypatch.setattr(_native, "_current_stream", lambda device: 0)
+    q = torch.zeros(1, 10, 4, 64, dtype=torch.float16)
+    valid = ForwardCall(
+        *(q, q, q, torch.zeros(4, 1), None, None, True, None, "absolute", 128, 64),
+        return_lse=False,
+        return_kept=False,
+    )
+    wrong = valid._replace(**changes)
+    wrong = wrong._replace(k=wrong.q, v=wrong.q)
+    with pytest.raises(error, match=r"sparsity block|forward kernel"):
+        _native.forward(wrong, torch.zeros_like(wrong.q), None, None)

@@ -243,6 +243,48 @@ def test_dense_error_is_at_most_twice_that_of_torch_flash_attention(arch, dtype,
     assert_lse_close(lse, expected.lse, LSE_TOLERANCE / 4)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("value", [math.nan, INF, -INF], ids=str)
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_scores_that_are_not_finite_are_never_hidden(target, rule, geometry, head_dim, name, value):
+    """A key's NaN is in all rows that see it, a query's in one; what they miss is as without it."""
+    target.require("forward", torch.bfloat16, head_dim)
+    case = cases.Case(
+        "not finite", "", seqlen_q=1000, seqlen_k=1000, heads=4, kv_heads=2, head_dim=head_dim
+    )
+    q, k, v = case.inputs(torch.bfloat16, target.device)
+    options = {"rule": rule, "geometry": geometry}
+    thresholds = torch.full((4, 1), cases.MIXED_LEVELS[rule], device=target.device)
+    thresholds[1] = INF
+    thresholds[2] += 0.5
+    exact = {**options, "compute_dtype": torch.float64}
+    sound = reference.attention(q, k, v, thresholds, **exact)
+    budget = error_budget(q, k, v, sound, causal=True, scale=None, geometry=geometry)
+    {"q": q, "k": k}[name][0, 300, 1, 5] = value
+    expected = reference.attention(q, k, v, thresholds, **exact)
+    assert expected.out.isnan().any()
+    assert not expected.out.isnan().all()
+    found = block_sparse_attention(
+        q, k, v, thresholds, return_lse=True, return_kept=True, **options
+    )
+    clear = expected.margin > cases.VERDICT_MARGIN
+    assert_matches(found, expected, clear, budget, geometry)
+
+
+@pytest.mark.parametrize("value", [math.nan, INF, -INF], ids=str)
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_block_maxima_show_scores_that_are_not_finite(target, rule, geometry, name, value):
+    target.require("block_maxima", torch.bfloat16, 64)
+    case = cases.Case("not finite", "", seqlen_q=500, seqlen_k=500, heads=4, kv_heads=2)
+    q, k, _ = case.inputs(torch.bfloat16, target.device)
+    {"q": q, "k": k}[name][0, 200, 1, 5] = value
+    options = {"rule": rule, "geometry": geometry}
+    expected = reference.block_maxima(q, k, compute_dtype=torch.float64, **options)
+    assert expected.isnan().any() or not math.isnan(value)
+    found = block_maxima(q, k, **options)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

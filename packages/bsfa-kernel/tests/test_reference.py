@@ -168,6 +168,10 @@ def small_calls(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shapes = [(1, seqlen_q, kv_heads * group, 3)] + [(1, seqlen_k, kv_heads, 3)] * 2
     q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    for x in (q, k):
+        value = draw(st.sampled_from([None, None, None, math.nan, INF, -INF]))
+        if value is not None:
+            x.view(-1)[draw(st.integers(0, x.numel() - 1))] = value
     rows = draw(st.integers(1, 4))
     thresholds = torch.randn((kv_heads * group, rows), generator=generator)
     thresholds *= draw(st.sampled_from([0.5, 2.0]))
@@ -199,10 +203,12 @@ def test_reference_matches_the_score_by_score_oracle(call):
     if (result.margin > 1e-12).all():
         assert result.mask.tolist() == expected.mask.tolist()
         assert result.kept.tolist() == expected.kept.tolist()
-        torch.testing.assert_close(result.out, torch.from_numpy(expected.out), rtol=0, atol=1e-12)
-        torch.testing.assert_close(result.lse, torch.from_numpy(expected.lse), rtol=0, atol=1e-12)
+        exactly = {"rtol": 0, "atol": 1e-12, "equal_nan": True}
+        torch.testing.assert_close(result.out, torch.from_numpy(expected.out), **exactly)
+        torch.testing.assert_close(result.lse, torch.from_numpy(expected.lse), **exactly)
     maxima = block_maxima(q, k, **options)
-    torch.testing.assert_close(maxima, torch.from_numpy(expected.maxima), rtol=0, atol=1e-12)
+    expected_maxima = torch.from_numpy(expected.maxima)
+    torch.testing.assert_close(maxima, expected_maxima, rtol=0, atol=1e-12, equal_nan=True)
 
 
 @settings(max_examples=max(30, settings().max_examples))

@@ -69,12 +69,23 @@ def test_kernels_take_what_was_reviewed() -> None:
     assert differences(built, reviewed) == [], message
 
 
-def test_no_products_are_serialised() -> None:
+def serialised(report: str) -> list[str]:
     """What ptxas says (C7510 to C7520) where it waits for each wgmma: several times as slow."""
+    return [line for line in report.splitlines() if "Potential Performance Loss" in line]
+
+
+def test_no_wgmma_is_serialised() -> None:
     if bsfa_kernel.build_info().cuda is None:
         pytest.skip("the library was built without CUDA")
-    report = report_path().read_text()
-    assert [line for line in report.splitlines() if "Potential Performance Loss" in line] == []
+    assert serialised(report_path().read_text()) == []
+
+
+def test_serialised_wgmma_is_noticed() -> None:
+    warning = (
+        "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to insufficient register resources for the wgmma pipeline"
+    )
+    assert serialised(f"{REPORT}\n{warning}\n") == [warning]
 
 
 def test_report_is_read_in_full() -> None:
@@ -130,7 +141,7 @@ def test_shared_memory_of_the_kernels_fits_as_many_blocks_as_they_are_made_for(
 
 @pytest.mark.slow
 def test_dense_loop_of_head_dim_64_lies_where_it_is_fast() -> None:
-    """What ForwardConfig::kDensePadding is for: 4 % of its time (docs/performance-sm90.md)."""
+    """What ForwardConfig::kDensePadding is for: 4 % of its time (docs/lab/sm90.md)."""
     kernels = [
         kernel
         for kernel in bsfa_kernel.build_info().kernels

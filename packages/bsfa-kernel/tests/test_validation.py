@@ -25,6 +25,7 @@ from bsfa_kernel import (
     reference,
     threshold_row,
 )
+from bsfa_kernel._calls import ForwardCall
 from bsfa_kernel.rules import RULE_CODES, RULES
 
 INF = math.inf
@@ -444,10 +445,8 @@ def fake_library(monkeypatch):
     fake = FakeLibrary()
     monkeypatch.setattr(_native, "library", lambda: fake)
 
-    monkeypatch.setattr(_torch_op, "_current_stream", lambda device: 0x5EED)
-    real = _native.forward, _native.block_maxima
-    monkeypatch.setattr(_native, "forward", lambda device, *rest: real[0](3, *rest))
-    monkeypatch.setattr(_native, "block_maxima", lambda device, *rest: real[1](3, *rest))
+    monkeypatch.setattr(_native, "_current_stream", lambda device: 0x5EED)
+    monkeypatch.setattr(_native, "_device", lambda q: 3)
     return fake
 
 
@@ -461,41 +460,59 @@ def test_native_arguments_arrive_in_their_fields(fake_library):
             q, k, v, thresholds, None, None, True, None, "running_lse", 64, 64, True, True
         )
     (passed,) = fake_library.calls
-    found = _native.ForwardArgs.from_buffer_copy(passed)
-    fields = {name: getattr(found, name) for name, _ in found._fields_}
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-        strides = fields.pop(f"{name}_strides")
-        assert (strides.batch, strides.seqlen, strides.heads) == tensor.stride()[:3]
-    assert fields == {
+    found = fields(_native.ForwardArgs.from_buffer_copy(passed))
+    tensors = {
+        name: [x.data_ptr(), *x.stride()[:3]] for name, x in zip("qkv", (q, k, v), strict=True)
+    }
+    assert found == {
         "abi_version": _native.ABI_VERSION,
         "struct_size": ctypes.sizeof(_native.ForwardArgs),
-        "device": 3,
-        "arch": 90,
-        "stream": 0x5EED,
-        "dtype": 1,
-        "rule": 2,
-        "causal": 1,
-        "q_block": 64,
-        "k_block": 64,
-        "scale": 0.125,
-        "batch": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "head_dim": 64,
-        "seqlen_q": 10,
-        "seqlen_k": 12,
-        "q": q.data_ptr(),
-        "k": k.data_ptr(),
-        "v": v.data_ptr(),
-        "out": out.data_ptr(),
+        "problem": {
+            "device": 3,
+            "arch": 90,
+            "stream": 0x5EED,
+            "dtype": 1,
+            "rule": 2,
+            "causal": 1,
+            "q_block": 64,
+            "k_block": 64,
+            "scale": 0.125,
+            "batch": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_dim": 64,
+            "seqlen_q": 10,
+            "seqlen_k": 12,
+            "q": tensors["q"],
+            "k": tensors["k"],
+            "cu_seqlens_q": None,
+            "cu_seqlens_k": None,
+            "seqused_k": None,
+            "block_table": None,
+            "block_table_stride": 0,
+            "pages": 0,
+            "page_size": 0,
+            "selection": 0,
+            "sinks": None,
+        },
+        "v": tensors["v"],
+        "out": [out.data_ptr(), *out.stride()[:3]],
         "thresholds": thresholds.data_ptr(),
         "threshold_rows": 3,
-        "cu_seqlens_q": None,
-        "cu_seqlens_k": None,
         "lse": lse.data_ptr(),
         "kept": kept.data_ptr(),
     }
     assert _native.insisted_arch() == 0
+
+
+def fields(struct):
+    """The members of a structure by name; a tensor as its address and strides."""
+    if isinstance(struct, _native.TensorArg):
+        strides = struct.strides
+        return [struct.data, strides.batch, strides.seqlen, strides.heads]
+    if not isinstance(struct, ctypes.Structure):
+        return struct
+    return {name: fields(getattr(struct, name)) for name, _ in struct._fields_}
 
 
 def test_native_arguments_of_packed_sequences_arrive_in_their_fields(fake_library):
@@ -505,14 +522,22 @@ def test_native_arguments_of_packed_sequences_arrive_in_their_fields(fake_librar
     out, lse, kept = _torch_op._forward_cuda(
         q, k, k, torch.zeros(4, 3), starts_q, starts_k, False, 0.5, "absolute", 128, 64, False, True
     )
-    found = _native.ForwardArgs.from_buffer_copy(fake_library.calls[0])
-    assert (found.batch, found.seqlen_q, found.seqlen_k, found.causal) == (2, 300, 200, 0)
-    assert (found.cu_seqlens_q, found.cu_seqlens_k) == (starts_q.data_ptr(), starts_k.data_ptr())
-    assert (found.q_strides.seqlen, found.q_strides.heads) == (256, 64)
-    assert found.lse is None
+    found = fields(_native.ForwardArgs.from_buffer_copy(fake_library.calls[0]))
+    problem = found["problem"]
+    assert [problem[name] for name in ("batch", "seqlen_q", "seqlen_k", "causal")] == [
+        2,
+        300,
+        200,
+        0,
+    ]
+    assert problem["cu_seqlens_q"] == starts_q.data_ptr()
+    assert problem["cu_seqlens_k"] == starts_k.data_ptr()
+    assert problem["q"] == [q.data_ptr(), 0, 256, 64]
+    assert problem["k"] == found["v"] == [k.data_ptr(), 0, 128, 64]
+    assert found["out"] == [out.data_ptr(), 0, 256, 64]
+    assert found["lse"] is None
     assert lse.numel() == 0
     assert kept.shape == (4, 300 // 128 + 2)
-    assert (kept == 0).all()
     assert out.shape == q.shape
 
 
@@ -522,24 +547,31 @@ def test_native_arguments_of_block_maxima_arrive_in_their_fields(fake_library):
     maxima = _torch_op._block_maxima_cuda(q, k, True, 0.25, "running_max", 128, 64)
     found = _native.BlockMaximaArgs.from_buffer_copy(fake_library.calls[0])
     assert found.struct_size == ctypes.sizeof(_native.BlockMaximaArgs)
-    assert (found.device, found.dtype, found.rule, found.causal) == (3, 0, 1, 1)
-    assert (found.scale, found.seqlen_q, found.seqlen_k, found.kv_heads) == (0.25, 10, 12, 2)
-    assert (found.q, found.k, found.maxima) == (q.data_ptr(), k.data_ptr(), maxima.data_ptr())
-    assert (found.k_strides.batch, found.k_strides.heads) == (12 * 2 * 64, 64)
+    assert found.maxima == maxima.data_ptr()
+    problem = found.problem
+    assert (problem.device, problem.dtype, problem.rule, problem.causal) == (3, 0, 1, 1)
+    assert (problem.scale, problem.seqlen_q, problem.seqlen_k, problem.kv_heads) == (
+        0.25,
+        10,
+        12,
+        2,
+    )
+    assert fields(problem.q) == [q.data_ptr(), *q.stride()[:3]]
+    assert fields(problem.k) == [k.data_ptr(), *k.stride()[:3]]
 
 
-def test_calls_without_queries_or_keys_do_not_reach_the_library(fake_library):
+def test_calls_without_queries_or_keys_reach_the_library_too(fake_library):
     options = (None, None, True, None, "absolute", 128, 64, True, True)
     some = torch.zeros(1, 10, 4, 64, dtype=torch.float16)
     none = some[:, :0]
     thresholds = torch.zeros(4, 1)
     _torch_op._forward_cuda(none, some, some, thresholds, *options)
-    out, lse, kept = _torch_op._forward_cuda(some, none, none, thresholds, *options)
-    assert (out == 0).all()
-    assert (lse == -INF).all()
-    assert (kept == 0).all()
+    _torch_op._forward_cuda(some, none, none, thresholds, *options)
     _torch_op._block_maxima_cuda(some, none, True, None, "absolute", 128, 64)
-    assert not fake_library.calls
+    passed = [_native.ForwardArgs.from_buffer_copy(call) for call in fake_library.calls[:2]]
+    passed.append(_native.BlockMaximaArgs.from_buffer_copy(fake_library.calls[2]))
+    lengths = [(found.problem.seqlen_q, found.problem.seqlen_k) for found in passed]
+    assert lengths == [(0, 10), (10, 0), (10, 0)]
 
 
 def test_kernels_take_sixteen_bit_rows_without_gaps_only(fake_library):
@@ -571,28 +603,50 @@ def test_a_status_becomes_an_exception_with_the_library_s_message(fake_library, 
         _torch_op._block_maxima_cuda(q, q, True, None, "absolute", 128, 64)
 
 
-# Values of CUDA thresholds are not looked at, and only CUDA tensors come by.
-@pytest.mark.parametrize("name", sorted(REFUSED.keys() - {"a NaN threshold", "another device"}))
-def test_nothing_that_is_refused_passes_for_plainly_right(name):
+def forward_call(arguments):
+    """The call that the public function makes of its arguments, without its outputs."""
+    q, k, v, thresholds = (arguments[name] for name in ("q", "k", "v", "thresholds"))
+    starts = (arguments.get("cu_seqlens_q"), arguments.get("cu_seqlens_k"))
+    scale, rule = arguments.get("scale"), arguments.get("rule", "absolute")
+    geometry = arguments.get("geometry", DEFAULT_GEOMETRY)
+    return ForwardCall(
+        *(q, k, v, thresholds, *starts, True, scale, rule, *geometry),
+        return_lse=False,
+        return_kept=False,
+    )
+
+
+# Values of CUDA thresholds are not looked at, and only CUDA tensors come by; a geometry is refused
+# before the call is made.
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name
+        for name in REFUSED.keys() - {"a NaN threshold", "another device"}
+        if "geometry" not in name
+    ),
+)
+def test_nothing_that_is_refused_passes_the_fast_check(name):
     call = REFUSED[name][0]
-    tensors = [call[key] for key in ("q", "k", "v", "thresholds")]
-    if not all(isinstance(x, torch.Tensor) for x in tensors) or "cu_seqlens_q" in call:
+    if not all(isinstance(call[key], torch.Tensor) for key in ("q", "k", "v", "thresholds")):
         return  # not asked about these
     # In the dtype of the kernels, so that it is not that which is refused.
-    if all(x.dtype == torch.float32 for x in tensors[:3]):
-        tensors[:3] = [x.half() for x in tensors[:3]]
-    options = (call.get("scale"), call.get("rule", "absolute"), call.get("geometry", (128, 64)))
-    assert not _checks.is_plainly_right(*tensors, *options)
+    if all(call[key].dtype == torch.float32 for key in "qkv"):
+        call = {**call, **{key: call[key].half() for key in "qkv"}}
+    assert not _checks.passes_fast_check(forward_call(call))
 
 
-def test_a_right_call_passes_for_plainly_right():
-    q, k, v, thresholds = arguments().values()
-    half = q.half(), k.half(), v.half(), thresholds
-    options = (0.5, "running_max", GEOMETRIES[1])
-    assert _checks.is_plainly_right(*half, *options)
-    assert not _checks.is_plainly_right(q, k, v, thresholds, *options)
-    gaps = torch.zeros(2, 12, 2, 16, dtype=torch.float16)[..., ::2]
-    assert not _checks.is_plainly_right(half[0], half[1], gaps, thresholds, *options)
+def test_a_right_call_passes_the_fast_check():
+    right = {key: x.half() if key in "qkv" else x for key, x in arguments().items()}
+    right |= {"scale": 0.5, "rule": "running_max", "geometry": GEOMETRIES[1]}
+    assert _checks.passes_fast_check(forward_call(right))
+    wrong = {
+        "q": arguments()["q"],
+        "v": torch.zeros(2, 12, 2, 16, dtype=torch.float16)[..., ::2],
+        "cu_seqlens_q": starts(0, 10),
+    }
+    for name, value in wrong.items():
+        assert not _checks.passes_fast_check(forward_call({**right, name: value}))
 
 
 def test_rules_have_the_numbers_of_the_c_interface():

@@ -16,6 +16,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// The larger one, and NaN where one is NaN.  [max.NaN.f32]
+__device__ __forceinline__ float max_nan(float x, float y) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
+}
+
 // The float with the largest bits of three, as signed integers.  [max.s32, of which ptxas makes VIMNMX3]
 __device__ __forceinline__ float max_bits(float x, float y, float z) {
   float result;

@@ -34,9 +34,9 @@ inline Schedule make_schedule(int tiles, int kv_heads, int group, int64_t bytes_
 }
 
 struct Work {
-  int tile;     // place among Schedule::tiles
-  int kv_head;  // place among Schedule::kv_heads
-  int member;   // place in the group
+  int tile;     // of Schedule::tiles
+  int kv_head;  // of Schedule::kv_heads
+  int member;   // of the group
 };
 
 __device__ __forceinline__ Work find_work(const Schedule& schedule, int cta) {
@@ -47,42 +47,9 @@ __device__ __forceinline__ Work find_work(const Schedule& schedule, int cta) {
   const int heads = min(schedule.section, schedule.kv_heads - first_kv_head) * schedule.group;
   const int head = in_section % heads;
   const int sections_after = (schedule.kv_heads - 1) / schedule.section - section;
-  const int place = in_section / heads;
-  return {sections_after % 2 == 0 ? schedule.tiles - 1 - place : place, first_kv_head + head / schedule.group,
+  const int tile = in_section / heads;
+  return {sections_after % 2 == 0 ? schedule.tiles - 1 - tile : tile, first_kv_head + head / schedule.group,
           head % schedule.group};
-}
-
-// One sequence and where it lies in the tensors.
-struct Sequence {
-  int index;    // in the batch
-  int first_q;  // row of its first query in packed tensors, else 0
-  int first_k;
-  int seqlen_q;
-  int seqlen_k;
-};
-
-// Where the tiles (or the blocks of queries) of sequence `index` begin among those of all packed sequences,
-// when each holds `rows` queries. One more place than the sequence can need is set aside.
-__device__ __forceinline__ int packed_place(const int32_t* cu_seqlens, int index, int rows) {
-  return cu_seqlens[index] / rows + index;
-}
-
-// The packed sequence that the tile at place `tile` belongs to.
-__device__ __forceinline__ Sequence find_sequence(const ForwardParams& params, int tile, int tile_rows) {
-  int low = 0;
-  int high = params.batch;  // packed_place(low) <= tile < packed_place(high)
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (packed_place(params.cu_seqlens_q, middle, tile_rows) <= tile) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  const int first_q = params.cu_seqlens_q[low];
-  const int first_k = params.cu_seqlens_k[low];
-  return {low, first_q, first_k, params.cu_seqlens_q[low + 1] - first_q,
-          params.cu_seqlens_k[low + 1] - first_k};
 }
 
 }  // namespace bsfa

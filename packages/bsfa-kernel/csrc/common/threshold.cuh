@@ -4,6 +4,8 @@
 // The thresholds and the rules that compare with them (docs/semantics.md).
 #pragma once
 
+#include <math_constants.h>
+
 #include "../params.hpp"
 
 namespace bsfa {
@@ -16,12 +18,22 @@ __device__ __forceinline__ int threshold_row(int first_query, int seqlen_q, int 
 }
 
 // What the scaled scores of a row must reach to keep an unforced block, given the largest score `maximum`
-// (not scaled) and the sum of exponentials `sum` of what the row has kept so far.
+// (not scaled) and the sum of exponentials `sum` of what the row has kept so far. NaN where the sum is.
 __device__ __forceinline__ float row_reference(Rule rule, float scale, float maximum, float sum) {
   if (rule == Rule::kAbsolute) {
     return 0.0f;
   }
-  return scale * maximum + (rule == Rule::kRunningLse ? __logf(sum) : 0.0f);
+  return scale * maximum + (rule == Rule::kRunningLse ? __logf(sum) : 0.0f * sum);
+}
+
+// The bound that follows from a reference; one that is NaN is passed by all scores.
+__device__ __forceinline__ float raised_bound(float threshold, float reference) {
+  return fmaxf(threshold + reference, -CUDART_INF_F);
+}
+
+// Whether a score votes to keep: one that is NaN does. A bound of NaN is reached by none.
+__device__ __forceinline__ bool reaches(float scaled_score, float bound) {
+  return fminf(scaled_score, CUDART_INF_F) >= bound;
 }
 
 }  // namespace bsfa

@@ -10,44 +10,41 @@
 #include <cstdint>
 
 #include "../check.hpp"
+#include "../common/layout.cuh"
 #include "../common/mask.cuh"
-#include "../common/schedule.cuh"
-#include "../common/softmax.cuh"
 #include "../common/threshold.cuh"
 #include "block_maxima.hpp"
 #include "config.cuh"
+#include "softmax.cuh"
 #include "tiles.cuh"
 
 namespace bsfa::sm80 {
 
-// The largest x of the warp.
+// The largest x of the warp, or NaN.
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
+    x = ptx::max_nan(x, __shfl_xor_sync(0xffffffff, x, distance));
   }
   return x;
 }
 
 template <class Config>
 class BlockMaxima {
-  using QueryTile = SharedTile<Config::kTileQ, Config::kHeadDim>;
-  using KeyTile = SharedTile<Config::kTileK, Config::kHeadDim>;
   using Scores = Accumulators<Config::kRowBlocks, Config::kTileK / 8>;
   static constexpr int kRows = Config::kThreadRows;
 
  public:
-  __device__ __forceinline__ BlockMaxima(const BlockMaximaParams& params, int batch, int head,
-                                         int first_query, typename Config::SharedStorage& storage)
+  __device__ __forceinline__ BlockMaxima(const BlockMaximaParams& params, const QueryTile& tile,
+                                         typename Config::SharedStorage& storage)
       : params_(params),
         storage_(storage),
         sees_{params.seqlen_q, params.seqlen_k, params.causal},
-        first_query_(first_query),
-        maxima_(params.maxima + (int64_t{batch} * params.heads + head) * q_blocks() * k_blocks()),
-        keys_(static_cast<const uint16_t*>(params.k) + batch * params.k_strides.batch +
-              head / (params.heads / params.kv_heads) * params.k_strides.heads),
-        queries_(static_cast<const uint16_t*>(params.q) + batch * params.q_strides.batch +
-                 head * params.q_strides.heads) {}
+        first_query_(tile.first_query),
+        maxima_(params.maxima +
+                (int64_t{tile.sequence.index} * params.heads + tile.head) * q_blocks() * k_blocks()),
+        keys_(first_element(params, params.k, params.k_strides, tile.sequence, 0, tile.kv_head)),
+        queries_(first_element(params, params.q, params.q_strides, tile.sequence, 0, tile.head)) {}
 
   __device__ __forceinline__ void run() {
     const KeyBlocks tile_keys = key_blocks(sees_, first_query_, Config::kTileQ);
@@ -60,8 +57,8 @@ class BlockMaxima {
     if (tile_keys.visible == 0) {
       return;
     }
-    load_tile<Config, QueryTile>(ptx::shared_address(storage_.q), queries_, params_.q_strides.seqlen,
-                                 first_query_, params_.seqlen_q);
+    load_tile<Config, SharedQueries<Config>>(ptx::shared_address(storage_.q), queries_,
+                                             params_.q_strides.seqlen, first_query_, params_.seqlen_q);
     request_keys(tile_keys.visible - 1);
     for (int key_block = tile_keys.visible - 1; key_block >= 0; --key_block) {
       ptx::wait_for_copies<0>();
@@ -69,9 +66,10 @@ class BlockMaxima {
       request_keys(key_block - 1);
       store_previous(key_block + 1, tile_keys.visible);
       Scores scores;
-      const uint32_t lane_queries = ptx::shared_address(storage_.q) + QueryTile::lane_of_left() +
-                                    threadIdx.x / 32 * (Config::kWarpRows * QueryTile::kRowBytes);
-      multiply_scores<Config>(scores, lane_queries, keys_address(key_block) + KeyTile::lane_of_right());
+      const uint32_t lane_queries = ptx::shared_address(storage_.q) + SharedQueries<Config>::lane_of_left() +
+                                    threadIdx.x / 32 * (Config::kWarpRows * SharedQueries<Config>::kRowBytes);
+      multiply_scores<Config>(scores, lane_queries,
+                              keys_address(key_block) + SharedKeys<Config>::lane_of_right());
       if (key_block >= tile_keys.full) {
         ptx::keep_branch();
         mask(scores, key_block);
@@ -97,8 +95,8 @@ class BlockMaxima {
 
   __device__ __forceinline__ void request_keys(int key_block) const {
     if (key_block >= 0) {
-      load_tile<Config, KeyTile>(keys_address(key_block), keys_, params_.k_strides.seqlen,
-                                 key_block * Config::kTileK, params_.seqlen_k);
+      load_tile<Config, SharedKeys<Config>>(keys_address(key_block), keys_, params_.k_strides.seqlen,
+                                            key_block * Config::kTileK, params_.seqlen_k);
     }
     ptx::commit_copies();
   }
@@ -128,8 +126,8 @@ class BlockMaxima {
     for (int row = 0; row < kRows; ++row) {
       const int query = first_query_ + threadIdx.x / 32 * Config::kWarpRows + scores.row_of_warp(row);
       const float reference = row_reference(params_.rule, params_.scale, softmax_.maximum[row], totals_[row]);
-      if (maxima[row] > -CUDART_INF_F && query < params_.seqlen_q) {
-        excess = fmaxf(excess, params_.scale * maxima[row] - reference);
+      if (maxima[row] != -CUDART_INF_F && query < params_.seqlen_q) {
+        excess = ptx::max_nan(excess, params_.scale * maxima[row] - reference);
       }
     }
     if (params_.rule != Rule::kAbsolute) {
@@ -137,13 +135,10 @@ class BlockMaxima {
       const float scale_log2 = params_.scale * CUDART_L2E_F;
       float factors[kRows];
       softmax_.raise(maxima, scale_log2, factors);
-      if (params_.rule == Rule::kRunningLse) {
-        ptx::keep_branch();
-        softmax_.exponentiate(scores, scale_log2);
+      softmax_.exponentiate(scores, scale_log2);
 #pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          totals_[row] = quad_sum(softmax_.sum[row]);
-        }
+      for (int row = 0; row < kRows; ++row) {
+        totals_[row] = quad_sum(softmax_.sum[row]);
       }
     }
     return excess;
@@ -158,7 +153,7 @@ class BlockMaxima {
     const int warps = Config::kWarps / halves;
     float excess = -CUDART_INF_F;
     for (int warp = 0; warp < warps; ++warp) {
-      excess = fmaxf(excess, storage_.excess[key_block % 2][threadIdx.x * warps + warp]);
+      excess = ptx::max_nan(excess, storage_.excess[key_block % 2][threadIdx.x * warps + warp]);
     }
     store(threadIdx.x, key_block, excess);
   }
@@ -188,21 +183,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
   const Work work = find_work(schedule, blockIdx.x);
-  const int head = work.kv_head % params.kv_heads * schedule.group + work.member;
-  BlockMaxima<Config>(params, work.kv_head / params.kv_heads, head, work.tile * Config::kTileQ, storage)
-      .run();
+  BlockMaxima<Config>(params, find_padded_tile(params, schedule, work, Config::kTileQ), storage).run();
 }
 
 template <class Element, int kHeadDim>
 void block_maxima(const BlockMaximaParams& params, cudaStream_t stream) {
   using Kernel = BlockMaximaConfig<Element, kHeadDim>;
-  const int tiles = (params.seqlen_q + Kernel::kTileQ - 1) / Kernel::kTileQ;
-  const Schedule schedule =
-      make_schedule(tiles, params.batch * params.kv_heads, params.heads / std::max(params.kv_heads, 1),
-                    int64_t{params.seqlen_k} * kHeadDim * sizeof(Element));
-  if (schedule.ctas() == 0) {
-    return;
-  }
+  const Schedule schedule = make_schedule(params, Kernel::kTileQ, kHeadDim * sizeof(Element));
   constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
   const auto kernel = block_maxima_kernel<Kernel>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));

@@ -47,8 +47,8 @@ struct ForwardConfig : Config<Element_, kHeadDim_> {
     alignas(1024) uint16_t k[Base::kKeyStages][Base::kTileK * Base::kHeadDim];
     alignas(1024) uint16_t v[Base::kTileK * Base::kHeadDim];
     // What every thread needs now and then lies here, not in registers.
-    Tile tile;
-    QueryBlock blocks[2];  // the tile's; one of them unless the geometry is 64x64
+    QueryTile tile;
+    WarpsBlock blocks[2];  // the tile's; one of them unless the geometry is 64x64
     const uint16_t* keys;  // of the tile's sequence and kv head
     const uint16_t* values;
     float4 bounds[Base::kThreads / 4];  // of the four rows that a quad of threads shares
@@ -56,7 +56,7 @@ struct ForwardConfig : Config<Element_, kHeadDim_> {
 
   static_assert(kHeadDim_ != 128 || 2 * (sizeof(SharedStorage) + 1024) <= 164 * 1024);
 
-  // Two CTAs take turns on the tensor cores: while one exponentiates, the other multiplies.
+  // CTAs of an SM overlap: one's softmax, the other's GEMMs.
   static constexpr int kCtasPerSm = Base::kHeadDim == 64 ? 3 : 2;
 };
 

@@ -6,8 +6,8 @@
 
 #include <math_constants.h>
 
-#include "../common/softmax.cuh"
 #include "config.cuh"
+#include "softmax.cuh"
 #include "tiles.cuh"
 #include "work.cuh"
 
@@ -38,7 +38,7 @@ __device__ __forceinline__ void stage_output(Output& output, const Softmax<kRows
 
 // Writes a warp's rows, 16 bytes a thread, as far as they exist.
 template <class Config>
-__device__ __forceinline__ void store_output(const ForwardParams& params, const Tile& tile,
+__device__ __forceinline__ void store_output(const ForwardParams& params, const QueryTile& tile,
                                              const uint8_t* staging) {
   using StagingTile = SharedTile<Config::kTileQ, Config::kHeadDim>;
   constexpr int kThreadsOfRow = Config::kHeadDim / 8;
@@ -47,9 +47,10 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
   const int lane = threadIdx.x % 32;
   const int chunk = lane % kThreadsOfRow;
   const int first_row = threadIdx.x / 32 * Config::kWarpRows + lane / kThreadsOfRow;
-  uint16_t* out = static_cast<uint16_t*>(params.out) + sequence.index * params.out_strides.batch +
-                  (sequence.first_q + tile.first_query + first_row) * params.out_strides.seqlen +
-                  tile.head * params.out_strides.heads + chunk * 8;
+  const int first_query = tile.first_query + first_row;
+  uint16_t* out = find_row(params, static_cast<uint16_t*>(params.out), params.out_strides, sequence,
+                           query_row(sequence, first_query), tile.head) +
+                  chunk * 8;
 #pragma unroll
   for (int step = 0; step < Config::kWarpRows; step += kRowsOfStep) {
     const int row = first_row + step;
@@ -62,18 +63,15 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
 }
 
 template <class Config, int kRows>
-__device__ __forceinline__ void store_lse(const ForwardParams& params, const Tile& tile,
+__device__ __forceinline__ void store_lse(const ForwardParams& params, const QueryTile& tile,
                                           const Softmax<kRows>& softmax, float poison) {
   using Output = Accumulators<Config::kRowBlocks, Config::kHeadDim / 8>;
-  const Sequence& sequence = tile.sequence;
-  const int64_t line =
-      params.cu_seqlens_q != nullptr ? tile.head : int64_t{sequence.index} * params.heads + tile.head;
-  float* lse = params.lse + line * params.seqlen_q + sequence.first_q;
+  float* lse = params.lse + lse_line(params, tile) * params.seqlen_q + query_row(tile.sequence, 0);
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     const int query = tile.first_query + threadIdx.x / 32 * Config::kWarpRows + Output::row_of_warp(row);
     const float sum = quad_sum(softmax.sum[row]) + poison;
-    if (threadIdx.x % 4 == 0 && query < sequence.seqlen_q) {
+    if (threadIdx.x % 4 == 0 && query < tile.sequence.seqlen_q) {
       lse[query] = sum == 0.0f ? -CUDART_INF_F : params.scale * softmax.maximum[row] + logf(sum);
     }
   }

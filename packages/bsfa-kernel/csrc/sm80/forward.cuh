@@ -17,28 +17,27 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
 
-  const Tile tile = find_tile(params, schedule, Config::kTileQ);
-  if (params.cu_seqlens_q != nullptr && params.kept != nullptr) {
-    clear_spare_kept(params, tile, Config::kTileQ);
+  const QueryTile tile = find_tile(params, schedule, blockIdx.x, Config::kTileQ);
+  if (params.is_packed() && params.kept != nullptr) {
+    clear_spare_kept(params, tile, Config::kTileQ, threadIdx.x, Config::kThreads);
   }
-  if (tile.first_query >= tile.sequence.seqlen_q) {
+  if (!tile.exists()) {
     return;
   }
   // In geometry 64x64 the tile holds two blocks of queries: the warp's and the other one.
   const bool halved = params.q_block < Config::kTileQ;
   const int half = halved && threadIdx.x >= Config::kThreads / 2 ? 1 : 0;
   if (threadIdx.x == half * (Config::kThreads / 2)) {
-    storage.blocks[half] = find_query_block(params, tile, half);
+    storage.blocks[half] = find_warps_block(params, tile, half);
   }
   if (threadIdx.x == 0) {
     storage.tile = tile;
-    storage.keys =
-        first_element(params.k, params.k_strides, tile.sequence, tile.sequence.first_k, tile.kv_head);
-    storage.values =
-        first_element(params.v, params.v_strides, tile.sequence, tile.sequence.first_k, tile.kv_head);
+    const int row = key_row(tile.sequence, 0);
+    storage.keys = first_element(params, params.k, params.k_strides, tile.sequence, row, tile.kv_head);
+    storage.values = first_element(params, params.v, params.v_strides, tile.sequence, row, tile.kv_head);
   }
   __syncthreads();
-  QueryBlock& block = storage.blocks[half];
+  WarpsBlock& block = storage.blocks[half];
   const QueryBlock& other = storage.blocks[halved ? 1 - half : 0];
   const int visible = max(block.keys.visible, other.keys.visible);
 
@@ -69,16 +68,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 template <class Element, int kHeadDim>
 void forward(const ForwardParams& params, cudaStream_t stream) {
   using Kernel = ForwardConfig<Element, kHeadDim>;
-  const bool packed = params.cu_seqlens_q != nullptr;
-  const int tiles = packed ? params.seqlen_q / Kernel::kTileQ + params.batch
-                           : (params.seqlen_q + Kernel::kTileQ - 1) / Kernel::kTileQ;
-  const int keys = packed ? params.seqlen_k / std::max(params.batch, 1) : params.seqlen_k;
-  const Schedule schedule = make_schedule(tiles, packed ? params.kv_heads : params.batch * params.kv_heads,
-                                          params.heads / std::max(params.kv_heads, 1),
-                                          int64_t{keys} * kHeadDim * 2 * sizeof(Element));
-  if (schedule.ctas() == 0) {
-    return;
-  }
+  const Schedule schedule = make_schedule(params, Kernel::kTileQ, 2 * kHeadDim * sizeof(Element));
   constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
   const auto kernel = forward_kernel<Kernel>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));

@@ -6,8 +6,8 @@
 
 #include <math_constants.h>
 
-#include "../common/softmax.cuh"
 #include "config.cuh"
+#include "softmax.cuh"
 #include "tiles.cuh"
 #include "work.cuh"
 
@@ -15,8 +15,6 @@ namespace bsfa::sm80 {
 
 template <class Config>
 class Mainloop {
-  using QueryTile = SharedTile<Config::kTileQ, Config::kHeadDim>;
-  using KeyTile = SharedTile<Config::kTileK, Config::kHeadDim>;
   using Scores = Accumulators<Config::kRowBlocks, Config::kTileK / 8>;
   static constexpr int kRows = Config::kThreadRows;
 
@@ -37,9 +35,9 @@ class Mainloop {
 
   __device__ __forceinline__ void request_queries() {
     const Sequence& sequence = tile_.sequence;
-    load_tile<Config, QueryTile>(
+    load_tile<Config, SharedQueries<Config>>(
         ptx::shared_address(storage_.q),
-        first_element(params_.q, params_.q_strides, sequence, sequence.first_q, tile_.head),
+        first_element(params_, params_.q, params_.q_strides, sequence, query_row(sequence, 0), tile_.head),
         params_.q_strides.seqlen, tile_.first_query, sequence.seqlen_q);
   }
 
@@ -105,28 +103,31 @@ class Mainloop {
     return ptx::shared_address(storage_.k[key_block % Config::kKeyStages]);
   }
   __device__ __forceinline__ uint32_t values_address() const {
-    return ptx::shared_address(storage_.v) + KeyTile::lane_of_left();
+    return ptx::shared_address(storage_.v) + SharedKeys<Config>::lane_of_left();
   }
 
   // A group of copies is closed even where there is nothing to copy, so that the waits count the same.
   __device__ __forceinline__ void request_keys(int key_block) {
     if (key_block >= 0) {
-      load_tile<Config, KeyTile>(keys_address(key_block), storage_.keys, params_.k_strides.seqlen,
-                                 key_block * Config::kTileK, tile_.sequence.seqlen_k);
+      load_tile<Config, SharedKeys<Config>>(keys_address(key_block), storage_.keys, params_.k_strides.seqlen,
+                                            key_block * Config::kTileK, tile_.sequence.seqlen_k);
     }
     ptx::commit_copies();
   }
   __device__ __forceinline__ void request_values(int key_block) {
-    load_tile<Config, KeyTile>(ptx::shared_address(storage_.v), storage_.values, params_.v_strides.seqlen,
-                               key_block * Config::kTileK, tile_.sequence.seqlen_k);
+    load_tile<Config, SharedKeys<Config>>(ptx::shared_address(storage_.v), storage_.values,
+                                          params_.v_strides.seqlen, key_block * Config::kTileK,
+                                          tile_.sequence.seqlen_k);
     ptx::commit_copies();
   }
 
   // S = Q K^T, -inf where masked.
   __device__ __forceinline__ void score(Scores& scores, int key_block) const {
-    const uint32_t lane_queries = ptx::shared_address(storage_.q) + QueryTile::lane_of_left() +
-                                  ptx::forget(threadIdx.x) / 32 * (Config::kWarpRows * QueryTile::kRowBytes);
-    multiply_scores<Config>(scores, lane_queries, keys_address(key_block) + KeyTile::lane_of_right());
+    const uint32_t lane_queries =
+        ptx::shared_address(storage_.q) + SharedQueries<Config>::lane_of_left() +
+        ptx::forget(threadIdx.x) / 32 * (Config::kWarpRows * SharedQueries<Config>::kRowBytes);
+    multiply_scores<Config>(scores, lane_queries,
+                            keys_address(key_block) + SharedKeys<Config>::lane_of_right());
     if (key_block >= keys_.full) {
       ptx::keep_branch();
       mask(scores, key_block);
@@ -186,8 +187,8 @@ class Mainloop {
   __device__ __forceinline__ bool reaches_bounds(const float (&maxima)[kRows]) const {
     const float4 values = bounds();
     const float scale = params_.scale;
-    return (scale * maxima[0] >= values.x) | (scale * maxima[1] >= values.y) |
-           (scale * maxima[2] >= values.z) | (scale * maxima[3] >= values.w);
+    return reaches(scale * maxima[0], values.x) | reaches(scale * maxima[1], values.y) |
+           reaches(scale * maxima[2], values.z) | reaches(scale * maxima[3], values.w);
   }
 
   __device__ __forceinline__ void raise_bounds() const {
@@ -206,7 +207,7 @@ class Mainloop {
   __device__ __forceinline__ void raise_bound(float& bound, int row) const {
     const float reference =
         row_reference(params_.rule, params_.scale, softmax.maximum[row], quad_sum(softmax.sum[row]));
-    bound = isnan(bound) ? CUDART_NAN_F : block_.threshold + reference;
+    bound = isnan(bound) ? CUDART_NAN_F : raised_bound(block_.threshold, reference);
   }
 
   // In its sequence.
@@ -216,8 +217,8 @@ class Mainloop {
 
   const ForwardParams& params_;
   typename Config::SharedStorage& storage_;
-  const Tile& tile_;
-  QueryBlock& block_;
+  const QueryTile& tile_;
+  WarpsBlock& block_;
   const KeyBlocks& keys_;
   const float scale_log2_;
 };

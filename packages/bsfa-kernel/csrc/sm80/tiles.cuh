@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// Tiles in shared memory and in accumulators, and the two products of attention on them.
+// Tiles in shared memory and in accumulators, and the two GEMMs of attention on them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -105,23 +105,26 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&left
           sums[0], sums[1], sums[2], sums[3]);
 }
 
+template <class Config>
+using SharedQueries = SharedTile<Config::kTileQ, Config::kHeadDim>;
+template <class Config>
+using SharedKeys = SharedTile<Config::kTileK, Config::kHeadDim>;
+
 // scores = queries * keys^T: a warp's rows of the tile of queries, and all of the tile of keys.
 template <class Config, class Scores>
 __device__ __forceinline__ void multiply_scores(Scores& scores, uint32_t lane_queries, uint32_t lane_keys) {
-  using QueryTile = SharedTile<Config::kTileQ, Config::kHeadDim>;
-  using KeyTile = SharedTile<Config::kTileK, Config::kHeadDim>;
   scores.clear();
 #pragma unroll 4
   for (int step = 0; step < Config::kHeadDim / 16; ++step) {
     uint32_t queries[Config::kRowBlocks][4];
 #pragma unroll
     for (int row = 0; row < Config::kRowBlocks; ++row) {
-      ptx::load_matrices(queries[row], QueryTile::at(lane_queries, row, step));
+      ptx::load_matrices(queries[row], SharedQueries<Config>::at(lane_queries, row, step));
     }
 #pragma unroll
     for (int column = 0; column < Config::kTileK / 16; ++column) {
       uint32_t keys[4];
-      ptx::load_matrices(keys, KeyTile::at(lane_keys, column, step));
+      ptx::load_matrices(keys, SharedKeys<Config>::at(lane_keys, column, step));
 #pragma unroll
       for (int row = 0; row < Config::kRowBlocks; ++row) {
         multiply<typename Config::Element>(scores.block[row][2 * column], queries[row], keys[0], keys[1]);

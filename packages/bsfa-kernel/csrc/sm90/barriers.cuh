@@ -13,10 +13,10 @@
 
 namespace bsfa::sm90 {
 
-// A place in a ring of stages. The phase changes with every round.
+// Where a thread is in a pipeline of stages. The phase changes with every round.
 template <int kStages>
-struct Ring {
-  static_assert((kStages & (kStages - 1)) == 0, "a place is found by masking");
+struct PipelineState {
+  static_assert((kStages & (kStages - 1)) == 0, "a stage is found by masking");
 
   uint32_t count = 0;
 
@@ -27,9 +27,9 @@ struct Ring {
 
 // The hardware barriers of the consumers, after those that CUTLASS keeps.
 enum class NamedBarrier : uint32_t {
-  kTurn0,    // consumer 0 may issue its products
-  kTurn1,    // consumer 1 may
-  kValues0,  // consumer 0's threads have cleared what is not theirs of a block of V
+  kPingPong0,  // consumer 0 may issue its GEMMs
+  kPingPong1,  // consumer 1 may
+  kValues0,    // consumer 0's threads have cleared what is not theirs of a block of V
   kValues1,
   kTiles,  // both consumers have come to a tile
 };
@@ -42,13 +42,14 @@ __device__ __forceinline__ void arrive(NamedBarrier barrier, int offset, int thr
   cutlass::arch::NamedBarrier::arrive(threads, static_cast<uint32_t>(barrier) + offset);
 }
 
-// The consumers take turns to issue their products: while one multiplies, the other votes or exponentiates.
-__device__ __forceinline__ void take_turn(int warpgroup) {
-  sync(NamedBarrier::kTurn0, warpgroup, 256);
+// Ping-pong: a consumer waits until the other one has issued its GEMMs, and signals when its own are issued,
+// so that one's votes and softmax overlap the other's GEMMs.
+__device__ __forceinline__ void pingpong_wait(int warpgroup) {
+  sync(NamedBarrier::kPingPong0, warpgroup, 256);
 }
 
-__device__ __forceinline__ void pass_turn(int warpgroup) {
-  arrive(NamedBarrier::kTurn0, 1 - warpgroup, 256);
+__device__ __forceinline__ void pingpong_signal(int warpgroup) {
+  arrive(NamedBarrier::kPingPong0, 1 - warpgroup, 256);
 }
 
 // Waits until the phase of an mbarrier is over. Debug builds stop a kernel that would wait for ever.
@@ -84,10 +85,10 @@ __device__ __forceinline__ void initialize_barriers(typename Config::SharedStora
     storage.k_full[stage].init(1);
     storage.k_empty[stage].init(kReaders);
   }
-  for (int place = 0; place < Config::kVotePlaces; ++place) {
-    storage.votes_full[place].init(kReaders);
-    storage.votes_empty[place].init(1);
-    storage.votes[place] = 0;
+  for (int stage = 0; stage < Config::kVoteStages; ++stage) {
+    storage.votes_full[stage].init(kReaders);
+    storage.votes_empty[stage].init(1);
+    storage.votes[stage] = 0;
   }
   for (int stage = 0; stage < Config::kValueStages; ++stage) {
     storage.v_full[stage].init(1);
@@ -97,53 +98,55 @@ __device__ __forceinline__ void initialize_barriers(typename Config::SharedStora
 }
 
 // A consumer warp's vote is a byte: bit 0 says whether it keeps the block, bit 1 changes with every round of
-// the ring and says that the vote is there. So the consumers need no barrier to hear each other, only a look.
+// the pipeline and says that the vote is there. So the consumers need no barrier to hear each other, only a
+// look.
 inline constexpr uint32_t kKeepBits = 0x01010101;
 inline constexpr uint32_t kRoundBits = 0x02020202;
 
 template <int kStages>
-__device__ __forceinline__ uint32_t round_bits(const Ring<kStages>& place) {
-  return place.phase() == 0 ? kRoundBits : 0;  // shared memory begins with 0
+__device__ __forceinline__ uint32_t round_bits(const PipelineState<kStages>& state) {
+  return state.phase() == 0 ? kRoundBits : 0;  // shared memory begins with 0
 }
 
 // One consumer warp's part of the verdict. All lanes must come.
 template <class Config>
 __device__ __forceinline__ void publish(typename Config::SharedStorage& storage,
-                                        const Ring<Config::kVotePlaces>& place, int warp, bool keeps) {
+                                        const PipelineState<Config::kVoteStages>& state, int warp,
+                                        bool keeps) {
   const uint32_t warp_keeps = __any_sync(0xffffffff, keeps) ? kKeepBits : 0;
-  const uint32_t votes = cute::cast_smem_ptr_to_uint(&storage.votes[place.stage()]);
-  const uint32_t barrier = cute::cast_smem_ptr_to_uint(&storage.votes_full[place.stage()]);
-  ptx::store_byte_and_arrive(votes + warp, warp_keeps | round_bits(place), barrier, threadIdx.x % 32 == 0);
+  const uint32_t votes = cute::cast_smem_ptr_to_uint(&storage.votes[state.stage()]);
+  const uint32_t barrier = cute::cast_smem_ptr_to_uint(&storage.votes_full[state.stage()]);
+  ptx::store_byte_and_arrive(votes + warp, warp_keeps | round_bits(state), barrier, threadIdx.x % 32 == 0);
 }
 
 // The votes of all consumer warps, those of consumer 0 in x, of consumer 1 in y. All lanes read one address,
 // by which the compiler knows that what follows from the votes is the same in all lanes, too.
 template <class Config>
 __device__ __forceinline__ uint2 read_votes(typename Config::SharedStorage& storage,
-                                            const Ring<Config::kVotePlaces>& place) {
-  const uint64_t votes = *static_cast<volatile uint64_t*>(&storage.votes[place.stage()]);
+                                            const PipelineState<Config::kVoteStages>& state) {
+  const uint64_t votes = *static_cast<volatile uint64_t*>(&storage.votes[state.stage()]);
   return {static_cast<uint32_t>(votes), static_cast<uint32_t>(votes >> 32)};
 }
 
 template <int kStages>
-__device__ __forceinline__ bool are_votes_there(const uint2& votes, const Ring<kStages>& place) {
-  const uint32_t awaited = round_bits(place);
+__device__ __forceinline__ bool are_votes_there(const uint2& votes, const PipelineState<kStages>& state) {
+  const uint32_t awaited = round_bits(state);
   return (((votes.x ^ awaited) | (votes.y ^ awaited)) & kRoundBits) == 0;
 }
 
 // Whether they are there and nobody keeps the block.
 template <int kStages>
-__device__ __forceinline__ bool do_all_skip(const uint2& votes, const Ring<kStages>& place) {
-  const uint32_t awaited = round_bits(place);
+__device__ __forceinline__ bool do_all_skip(const uint2& votes, const PipelineState<kStages>& state) {
+  const uint32_t awaited = round_bits(state);
   return ((votes.x ^ awaited) | (votes.y ^ awaited)) == 0;
 }
 
 template <class Config>
 __device__ __forceinline__ uint2 await_votes(typename Config::SharedStorage& storage,
-                                             const Ring<Config::kVotePlaces>& place) {
-  uint2 votes = read_votes<Config>(storage, place);
-  while (!are_votes_there(votes, place)) {
-    votes = read_votes<Config>(storage, place);
+                                             const PipelineState<Config::kVoteStages>& state) {
+  uint2 votes = read_votes<Config>(storage, state);
+  while (!are_votes_there(votes, state)) {
+    votes = read_votes<Config>(storage, state);
   }
   return votes;
 }

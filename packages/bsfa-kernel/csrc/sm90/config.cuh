@@ -31,29 +31,21 @@ struct ForwardConfig {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
 
-  // Keys and values travel in blocks of 64 keys, through rings of their own, since V is loaded for kept
-  // blocks only. Two neighbours of the ring of keys can serve as one block of 128 (dense tiles). The
-  // consumers are few blocks apart, and one of them may pass a V block by without waiting for it: hence four
-  // at least.
+  // K and V travel in blocks of 64 keys, each through its own pipeline, since V is loaded for kept blocks
+  // only. Two neighbouring stages of K can serve as one block of 128 keys (dense tiles). A consumer may let a
+  // stage of V pass without waiting for it: hence four at least (docs/kernel-sm90.md, Votes).
   static constexpr int kKeyStages = 8;
   static constexpr int kValueStages = kHeadDim == 128 ? 4 : 8;
-  static constexpr int kToldTiles = 4;
-  // The loader of V may be so many blocks behind the consumers' votes.
-  static constexpr int kVotePlaces = 8;
+  static constexpr int kTileSlots = 4;   // of published tiles
+  static constexpr int kVoteStages = 8;  // how far the loader of V may be behind the votes
 
-  // Whether consumers that have a query block each take turns with relative rules, too, where both multiply.
-  // At head_dim 128 it slows their wait for the votes, at head_dim 64 without it the dense pass gets other
-  // registers and takes 8 % longer (docs/performance-sm90.md, version 15).
-  static constexpr bool kRelativeTurns = kHeadDim == 64;
-
-  // Whether dense tiles begin and end by the shorter ways, which take 4 to 5 % less time at 2K tokens. At
-  // head_dim 64 the compiler pays for them in the loop between, 5 % of its time (docs/performance-sm90.md,
-  // version 16).
+  // What follows was measured: docs/lab/sm90.md, versions 15 and 16.
+  // 64x64, relative rules: ping-pong when both consumers keep the block.
+  static constexpr bool kPingPongRelative = kHeadDim == 64;
+  // Dense tiles begin, and all tiles end, by shorter code; at head_dim 64 it would slow the loop between.
   static constexpr bool kShortEnds = kHeadDim == 128;
-  // Instructions that do nothing in front of the dense pass. The same loop takes up to 4 % longer at head_dim
-  // 64 by its place modulo 128 bytes: best 32 and 48 (docs/performance-sm90.md, version 16), and nothing else
-  // lets one choose it. To be looked up (cuobjdump -sass) when something before it has changed.
-  static constexpr int kDensePadding = kHeadDim == 64 ? 6 : 0;
+  // No-ops in front of the dense pass, whose loop wants to lie at 32 or 48 modulo 128 bytes.
+  static constexpr int kDensePadding = kHeadDim == 64 ? 8 : 0;
 
   // The copy engine moves boxes of 64 rows x 64 columns: 128 bytes a row, the width of the swizzle.
   static constexpr int kBoxColumns = 64;
@@ -84,7 +76,7 @@ struct ForwardConfig {
       Swizzled<cute::Shape<cute::Int<2 * kKeyBlock>, KeyColumns, cute::Int<kKeyStages / 2>>,
                cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides, cute::Int<2 * kBlockElements>>>;
 
-  // V, (column, key, stage): transposed as the product needs it.
+  // V, (column, key, stage): transposed as the GEMM needs it.
   using SmemV = decltype(cute::tile_to_shape(
       cute::GMMA::Layout_MN_SW128_Atom<Element>{},
       cute::Shape<cute::Int<kHeadDim>, cute::Int<kKeyBlock>, cute::Int<kValueStages>>{},
@@ -109,9 +101,9 @@ struct ForwardConfig {
     alignas(1024) Element k[kKeyStages * kBlockElements];
     alignas(1024) Element v[kValueStages * kBlockElements];
 
-    // What is told of the tiles, in a ring. A consumer needs a tile's until its results are stored; by then
-    // it can have read the queries of the next one, and those of a third can be on their way.
-    Tile tiles[kToldTiles];
+    // Published by the loader of K. A consumer needs a tile's until its results are stored; by then the tile
+    // after the next can have been published.
+    Tile tiles[kTileSlots];
     cutlass::arch::ClusterTransactionBarrier q_full;
     cutlass::arch::ClusterBarrier q_empty;
     cutlass::arch::ClusterTransactionBarrier k_full[kKeyStages];
@@ -121,9 +113,9 @@ struct ForwardConfig {
 
     // The votes on a key block, a byte from each consumer warp, for the consumers and (behind a barrier) for
     // the loader of V.
-    cutlass::arch::ClusterBarrier votes_full[kVotePlaces];
-    cutlass::arch::ClusterBarrier votes_empty[kVotePlaces];
-    uint64_t votes[kVotePlaces];
+    cutlass::arch::ClusterBarrier votes_full[kVoteStages];
+    cutlass::arch::ClusterBarrier votes_empty[kVoteStages];
+    uint64_t votes[kVoteStages];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

@@ -43,10 +43,10 @@ __device__ __forceinline__ void multiply(Mma& mma, const Left& left, const Right
   }
 }
 
-// Starts that product, which then runs beside what follows.
+// Starts that GEMM, which then runs beside what follows.
 template <bool kAccumulate, class Mma, class Left, class Right, class Accumulators>
-__device__ __forceinline__ void start_product(Mma& mma, Left& left, const Right& right,
-                                              Accumulators& accumulators) {
+__device__ __forceinline__ void start_gemm(Mma& mma, Left& left, const Right& right,
+                                           Accumulators& accumulators) {
   using namespace cute;
   warpgroup_fence_operand(left);
   warpgroup_fence_operand(accumulators);
@@ -56,9 +56,9 @@ __device__ __forceinline__ void start_product(Mma& mma, Left& left, const Right&
   warpgroup_fence_operand(accumulators);
 }
 
-// Waits until no more than kPending products run; the finished one wrote `accumulators`.
+// Waits until no more than kPending GEMMs run; the finished one wrote `accumulators`.
 template <int kPending, class Accumulators>
-__device__ __forceinline__ void finish_product(Accumulators& accumulators) {
+__device__ __forceinline__ void finish_gemm(Accumulators& accumulators) {
   cute::warpgroup_wait<kPending>();
   cute::warpgroup_fence_operand(accumulators);
 }
@@ -120,15 +120,15 @@ __device__ __forceinline__ bool sees_all(const int (&keys)[kThreadRows], int fir
 
 // What a consumer takes along from tile to tile.
 template <class Config>
-struct ConsumerRings {
-  Ring<Config::kKeyStages> keys;
-  Ring<Config::kVotePlaces> ballots;  // moves with sparse tiles only
-  Ring<Config::kValueStages> values;
-  Ring<1> queries;
+struct ConsumerPipelines {
+  PipelineState<Config::kKeyStages> keys;
+  PipelineState<Config::kVoteStages> votes;  // moves with sparse tiles only
+  PipelineState<Config::kValueStages> values;
+  PipelineState<1> queries;
 
-  // What the loader says of the tile whose queries come next.
-  const __device__ __forceinline__ Tile& told(const typename Config::SharedStorage& storage) const {
-    return storage.tiles[queries.count % Config::kToldTiles];
+  // The tile whose queries come next.
+  const __device__ __forceinline__ Tile& published_tile(const typename Config::SharedStorage& storage) const {
+    return storage.tiles[queries.count % Config::kTileSlots];
   }
 };
 
@@ -136,17 +136,17 @@ struct ConsumerRings {
 template <class Config>
 struct TileContext {
   typename Config::SharedStorage& storage;
-  ConsumerRings<Config>& rings;
+  ConsumerPipelines<Config>& pipelines;
   const ForwardParams& params;
   const Tile& tile;
-  const QueryBlock& block;
+  const ConsumerBlock& block;
   const ConsumerThread who;
 
   // In packed tensors a block of V can reach into the next sequence, whose values may be anything, NaN too,
   // and weights of 0 do not hide those. Needs a full stage, and all threads of the warpgroup.
   __device__ __forceinline__ void clear_foreign_values(int stage, int key_block) const {
     const int first_row = tile.sequence.seqlen_k - key_block * kKeyBlock;
-    if (params.cu_seqlens_k == nullptr || first_row >= kKeyBlock) {
+    if (!params.is_packed() || first_row >= kKeyBlock) {
       return;
     }
     using Chunk = uint4;

@@ -14,7 +14,7 @@ namespace bsfa::sm90 {
 // `tiles` is how many there are left to take; returns how many then are.
 template <class Config>
 __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& storage,
-                                            ConsumerRings<Config>& rings, const ForwardParams& params,
+                                            ConsumerPipelines<Config>& pipelines, const ForwardParams& params,
                                             const ConsumerThread& who, int tiles) {
   using namespace cute;
   using Element = typename Config::Element;
@@ -48,48 +48,48 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
   bool values_are_there = false;
   // Finds out about the pairs after those in use.
   const auto look_ahead = [&]() BSFA_INLINE_LAMBDA {
-    const Ring<Config::kKeyStages> key_place{rings.keys.count + 2};
-    const Ring<Config::kValueStages> value_place{rings.values.count + 2};
-    const Ring<Config::kValueStages> other_place{rings.values.count + 3};
-    keys_are_there = uniform(storage.k_full[key_place.stage()].test_wait(key_place.phase()) &
-                             storage.k_full[key_place.stage() + 1].test_wait(key_place.phase()));
-    values_are_there = uniform(storage.v_full[value_place.stage()].test_wait(value_place.phase()) &
-                               storage.v_full[other_place.stage()].test_wait(other_place.phase()));
+    const PipelineState<Config::kKeyStages> key_state{pipelines.keys.count + 2};
+    const PipelineState<Config::kValueStages> value_state{pipelines.values.count + 2};
+    const PipelineState<Config::kValueStages> other_state{pipelines.values.count + 3};
+    keys_are_there = uniform(storage.k_full[key_state.stage()].test_wait(key_state.phase()) &
+                             storage.k_full[key_state.stage() + 1].test_wait(key_state.phase()));
+    values_are_there = uniform(storage.v_full[value_state.stage()].test_wait(value_state.phase()) &
+                               storage.v_full[other_state.stage()].test_wait(other_state.phase()));
   };
   const auto await_keys = [&]() BSFA_INLINE_LAMBDA {
-    wait_unless(keys_are_there, storage.k_full[rings.keys.stage()], rings.keys.phase());
-    wait_unless(keys_are_there, storage.k_full[rings.keys.stage() + 1], rings.keys.phase());
+    wait_unless(keys_are_there, storage.k_full[pipelines.keys.stage()], pipelines.keys.phase());
+    wait_unless(keys_are_there, storage.k_full[pipelines.keys.stage() + 1], pipelines.keys.phase());
   };
   const auto await_values = [&]() BSFA_INLINE_LAMBDA {
-    const Ring<Config::kValueStages> other{rings.values.count + 1};
-    wait_unless(values_are_there, storage.v_full[rings.values.stage()], rings.values.phase());
+    const PipelineState<Config::kValueStages> other{pipelines.values.count + 1};
+    wait_unless(values_are_there, storage.v_full[pipelines.values.stage()], pipelines.values.phase());
     wait_unless(values_are_there, storage.v_full[other.stage()], other.phase());
   };
   const auto start_scores = [&]() BSFA_INLINE_LAMBDA {
-    start_product<false>(scores_mma, tSrQ, tSrK(_, _, _, rings.keys.stage() / 2), scores);
+    start_gemm<false>(scores_mma, tSrQ, tSrK(_, _, _, pipelines.keys.stage() / 2), scores);
   };
   const auto release_keys = [&]() BSFA_INLINE_LAMBDA {
     for (int i = 0; i < 2; ++i) {
-      release(storage.k_empty[rings.keys.stage()], who);
-      rings.keys.advance();
+      release(storage.k_empty[pipelines.keys.stage()], who);
+      pipelines.keys.advance();
     }
   };
-  // In two halves: the ring may wrap between them.
+  // In two halves: the pipeline may wrap between them.
   const auto start_values = [&]() BSFA_INLINE_LAMBDA {
-    const Ring<Config::kValueStages> other{rings.values.count + 1};
+    const PipelineState<Config::kValueStages> other{pipelines.values.count + 1};
     warpgroup_fence_operand(probabilities0);
     warpgroup_fence_operand(probabilities1);
     warpgroup_fence_operand(output);
     warpgroup_arrive();
-    multiply<true>(values_mma, probabilities0, tOrV(_, _, _, rings.values.stage()), output);
+    multiply<true>(values_mma, probabilities0, tOrV(_, _, _, pipelines.values.stage()), output);
     multiply<true>(values_mma, probabilities1, tOrV(_, _, _, other.stage()), output);
     warpgroup_commit_batch();
     warpgroup_fence_operand(output);
   };
   const auto release_values = [&]() BSFA_INLINE_LAMBDA {
     for (int i = 0; i < 2; ++i) {
-      release(storage.v_empty[rings.values.stage()], who);
-      rings.values.advance();
+      release(storage.v_empty[pipelines.values.stage()], who);
+      pipelines.values.advance();
     }
   };
   const auto mask = [&](int key_block) BSFA_INLINE_LAMBDA {
@@ -118,17 +118,17 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     auto matrix = accumulator_matrix(half);
     softmax.exponentiate(matrix, scale_log2);
   };
-  // The consumers take turns, so that one multiplies while the other exponentiates. P V of the last pair is
+  // Ping-pong: one consumer's GEMMs overlap the other's exponentials. P V of the last pair is
   // done before half of this pair is exponentiated; from then on rounding hides between the exponentials. The
   // keys of the step are there when it begins.
   const auto step = [&](int key_block, auto masked) BSFA_INLINE_LAMBDA {
-    take_turn(who.warpgroup);
+    pingpong_wait(who.warpgroup);
     start_scores();
     await_values();
     start_values();
-    pass_turn(who.warpgroup);
+    pingpong_signal(who.warpgroup);
     look_ahead();
-    finish_product<1>(scores);
+    finish_gemm<1>(scores);
     release_keys();
     if constexpr (decltype(masked)::value) {
       mask(key_block);
@@ -141,7 +141,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     if (key_block >= 2) {
       await_keys();
     }
-    finish_product<0>(output);
+    finish_gemm<0>(output);
     release_values();
     round_to(probabilities0, scores0);
     exponentiate(scores1);
@@ -153,7 +153,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
 
   const auto next_queries = [&]() BSFA_INLINE_LAMBDA {
     load_queries<Config>(storage, who, scores_mma, tSrQ);
-    rings.queries.advance();
+    pipelines.queries.advance();
     await_keys();
   };
 
@@ -162,22 +162,22 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     sync(NamedBarrier::kTiles, 0, 2 * 128);
   }
   ptx::pad<Config::kDensePadding>();
-  const Tile* told = &rings.told(storage);
+  const Tile* published = &pipelines.published_tile(storage);
   next_queries();
   start_scores();
 #pragma unroll 1
   while (true) {
-    const QueryBlock block = told->block_of(who.warpgroup);
-    const TileContext<Config> context{storage, rings, params, *told, block, who};
-    const int full = uniform(told->full);
-    int key_block = uniform(told->key_blocks) - 1;
+    const ConsumerBlock block = published->block_of(who.warpgroup);
+    const TileContext<Config> context{storage, pipelines, params, *published, block, who};
+    const int full = uniform(published->full);
+    int key_block = uniform(published->key_blocks) - 1;
     softmax = Softmax{};
     clear(output);
     context.visible_keys(visible);
     keys_are_there = false;
     values_are_there = false;
 
-    finish_product<0>(scores);
+    finish_gemm<0>(scores);
     release_keys();
     mask(key_block);
     float factors[kThreadRows];
@@ -195,8 +195,8 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     round_to(probabilities1, scores1);
     await_values();
     for (int i = 0; i < 2; ++i) {
-      const Ring<Config::kValueStages> place{rings.values.count + i};
-      context.clear_foreign_values(place.stage(), key_block - i);
+      const PipelineState<Config::kValueStages> state{pipelines.values.count + i};
+      context.clear_foreign_values(state.stage(), key_block - i);
     }
     key_block -= 2;
     if (key_block >= 0) {
@@ -211,10 +211,10 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     await_values();
     start_values();
     --tiles;
-    const Tile* next = &rings.told(storage);
+    const Tile* next = &pipelines.published_tile(storage);
     bool goes_on = false;
     if (tiles > 0) {
-      wait(storage.q_full, rings.queries.phase());
+      wait(storage.q_full, pipelines.queries.phase());
       goes_on = uniform(next->dense && next->key_blocks > 0);
     }
     const auto store = [&]() BSFA_INLINE_LAMBDA {
@@ -222,16 +222,16 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
       store_results<Config>(context, output, softmax, block.keys.visible);
     };
     if (!goes_on) {
-      finish_product<0>(output);
+      finish_gemm<0>(output);
       store();
       return tiles;
     }
     next_queries();
-    finish_product<0>(output);
+    finish_gemm<0>(output);
     start_scores();
     store();
-    finish_product<0>(scores);
-    told = next;
+    finish_gemm<0>(scores);
+    published = next;
   }
 }
 

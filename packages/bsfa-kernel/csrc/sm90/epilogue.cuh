@@ -49,12 +49,10 @@ __device__ __forceinline__ void store_output(const TileContext<Config>& context,
   CUTE_UNROLL
   for (int row = 0; row < kThreadRows; ++row) {
     const float sum = is_poisoned(context.block) ? CUDART_NAN_F : quad_sum(softmax.sum[row]);
-    // Not by a call, as 1 / sum would: ptxas follows no products under way through calls.
+    // Not by a call, as 1 / sum would: ptxas serialises wgmma under way across calls.
     factors[row] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
     if (params.lse != nullptr && who.thread % 4 == 0 && who.row(row) < rows) {
-      const bool packed = params.cu_seqlens_q != nullptr;
-      const int64_t line =
-          packed ? context.tile.head : int64_t{sequence.index} * params.heads + context.tile.head;
+      const int64_t line = lse_line(params, context.tile);
       params.lse[line * params.seqlen_q + sequence.first_q + context.first_query() + who.row(row)] =
           sum == 0.0f ? -CUDART_INF_F : params.scale * softmax.maximum[row] + logf(sum);
     }
@@ -65,9 +63,8 @@ __device__ __forceinline__ void store_output(const TileContext<Config>& context,
 
   const auto words = recast<uint32_t>(rounded);  // (row of the thread, pair of columns), the row first
   const Strides& strides = params.out_strides;
-  Element* out = static_cast<Element*>(params.out) + context.tile.batch_coordinate(params) * strides.batch +
-                 (sequence.first_q + context.first_query()) * strides.seqlen +
-                 context.tile.head * strides.heads;
+  Element* out = find_row(params, static_cast<Element*>(params.out), params.out_strides, sequence,
+                          query_row(sequence, context.first_query()), context.tile.head);
   // The threads of a quad have two of each eight columns, a group.
   constexpr int kGroup = 8;
   CUTE_UNROLL
@@ -104,33 +101,6 @@ __device__ __forceinline__ void store_output(const TileContext<Config>& context,
   }
 }
 
-// Number of key blocks that a block of queries kept.
-__device__ __forceinline__ int32_t* kept_of_block(const ForwardParams& params, const Tile& tile, int index) {
-  if (params.cu_seqlens_q != nullptr) {
-    const int columns = params.seqlen_q / params.q_block + params.batch;
-    return params.kept + int64_t{tile.head} * columns +
-           packed_place(params.cu_seqlens_q, tile.sequence.index, params.q_block) + index;
-  }
-  const int blocks = (params.seqlen_q + params.q_block - 1) / params.q_block;
-  return params.kept + (int64_t{tile.sequence.index} * params.heads + tile.head) * blocks + index;
-}
-
-// In packed tensors a sequence can have more columns of `kept` than blocks of queries. Who has its last place
-// sets the others to 0. Called by one thread.
-__device__ __forceinline__ void clear_spare_kept(const ForwardParams& params, const Tile& tile, int tile_q) {
-  const int32_t* starts = params.cu_seqlens_q;
-  const int next = tile.sequence.index + 1;
-  const int last_tile = starts[next] / tile_q - starts[next - 1] / tile_q;
-  if (tile.first_query != last_tile * tile_q) {
-    return;
-  }
-  const int columns = starts[next] / params.q_block - starts[next - 1] / params.q_block + 1;
-  const int blocks = (tile.sequence.seqlen_q + params.q_block - 1) / params.q_block;
-  for (int index = blocks; index < columns; ++index) {
-    *kept_of_block(params, tile, index) = 0;
-  }
-}
-
 // Writes what is asked for of a tile.
 template <class Config, class Output>
 __device__ __forceinline__ void store_results(const TileContext<Config>& context, Output& output,
@@ -138,8 +108,8 @@ __device__ __forceinline__ void store_results(const TileContext<Config>& context
   const ForwardParams& params = context.params;
   const ConsumerThread who = context.who;
   const bool reports = params.kept != nullptr && who.thread == 0;
-  if (reports && params.cu_seqlens_q != nullptr && who.warpgroup == 0) {
-    clear_spare_kept(params, context.tile, Config::kTileQ);
+  if (reports && params.is_packed() && who.warpgroup == 0) {
+    clear_spare_kept(params, context.tile, Config::kTileQ, 0, 1);
   }
   if (!context.tile.exists()) {
     return;

@@ -24,21 +24,21 @@ namespace bsfa::sm90 {
 // A tile with something to vote on, or without keys.
 template <class Config>
 __device__ __forceinline__ void attend_voting(typename Config::SharedStorage& storage,
-                                              ConsumerRings<Config>& rings, const ForwardParams& params,
-                                              const ConsumerThread& who) {
+                                              ConsumerPipelines<Config>& pipelines,
+                                              const ForwardParams& params, const ConsumerThread& who) {
   using namespace cute;
   typename Config::ValuesMma values_mma;
   auto output = partition_fragment_C(values_mma, Shape<_64, Int<Config::kHeadDim>>{});
   clear(output);
   Softmax softmax;
   int kept = 0;
-  const Tile& told = rings.told(storage);
+  const Tile& published = pipelines.published_tile(storage);
   {
-    Tile tile = told;
+    Tile tile = published;
     tile.key_blocks = uniform(tile.key_blocks);
     tile.full = uniform(tile.full);
-    const QueryBlock block = tile.block_of(who.warpgroup);
-    const TileContext<Config> context{storage, rings, params, tile, block, who};
+    const ConsumerBlock block = tile.block_of(who.warpgroup);
+    const TileContext<Config> context{storage, pipelines, params, tile, block, who};
     if (tile.key_blocks == 0) {
       __syncwarp();  // all lanes have read what the tile is
       release(storage.q_empty, who);
@@ -50,29 +50,29 @@ __device__ __forceinline__ void attend_voting(typename Config::SharedStorage& st
       kept = attend_sparse<Config, Bounds::kNotPositive>(context, output, softmax);
     }
   }
-  rings.queries.advance();
+  pipelines.queries.advance();
   // Once more: the passes have no registers for what the epilogue needs to know.
-  const Tile tile = told;
-  const QueryBlock block = tile.block_of(who.warpgroup);
-  store_results<Config>({storage, rings, params, tile, block, who}, output, softmax, kept);
+  const Tile tile = published;
+  const ConsumerBlock block = tile.block_of(who.warpgroup);
+  store_results<Config>({storage, pipelines, params, tile, block, who}, output, softmax, kept);
 }
 
 template <class Config>
 __device__ __forceinline__ void consume(const KernelParams& params, typename Config::SharedStorage& storage,
                                         const ConsumerThread& who) {
-  ConsumerRings<Config> rings;
+  ConsumerPipelines<Config> pipelines;
   if (who.warpgroup == 1) {
-    pass_turn(1);  // consumer 0 has the first turn
+    pingpong_signal(1);  // consumer 0 goes first
   }
   int tiles = count_tiles<Config>(params);
 #pragma unroll 1
   while (tiles > 0) {
-    wait(storage.q_full, rings.queries.phase());
-    const Tile& told = rings.told(storage);
-    if (uniform(told.dense && told.key_blocks > 0)) {
-      tiles = attend_dense<Config>(storage, rings, params.forward, who, tiles);
+    wait(storage.q_full, pipelines.queries.phase());
+    const Tile& published = pipelines.published_tile(storage);
+    if (uniform(published.dense && published.key_blocks > 0)) {
+      tiles = attend_dense<Config>(storage, pipelines, params.forward, who, tiles);
     } else {
-      attend_voting<Config>(storage, rings, params.forward, who);
+      attend_voting<Config>(storage, pipelines, params.forward, who);
       --tiles;
     }
   }
@@ -113,8 +113,7 @@ KernelParams make_kernel_params(const ForwardParams& params) {
   using Element = typename Config::Element;
   constexpr auto kType = std::is_same_v<Element, cutlass::half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const bool packed = params.cu_seqlens_q != nullptr;
-  const int64_t batch = packed ? 1 : params.batch;
+  const int64_t batch = params.is_packed() ? 1 : params.batch;
   // The copy engine knows no empty tensors. What stands in for one is never loaded.
   const bool no_keys = params.seqlen_k == 0;
   const TensorShape queries{batch, params.seqlen_q, params.heads, Config::kHeadDim};
@@ -123,14 +122,9 @@ KernelParams make_kernel_params(const ForwardParams& params) {
     return make_tensor_map(name, kType, data, shape, strides, kKeyBlock, Config::kBoxColumns);
   };
 
-  const int tiles = packed ? params.seqlen_q / Config::kTileQ + params.batch
-                           : (params.seqlen_q + Config::kTileQ - 1) / Config::kTileQ;
-  const int64_t keys_of_sequence = packed ? params.seqlen_k / std::max(params.batch, 1) : params.seqlen_k;
   KernelParams kernel_params;
   kernel_params.forward = params;
-  kernel_params.schedule = make_schedule(tiles, packed ? params.kv_heads : params.batch * params.kv_heads,
-                                         params.heads / params.kv_heads,
-                                         keys_of_sequence * 2 * Config::kHeadDim * sizeof(Element));
+  kernel_params.schedule = make_schedule(params, Config::kTileQ, 2 * Config::kHeadDim * sizeof(Element));
   kernel_params.tiles = static_cast<int>(kernel_params.schedule.ctas());
   kernel_params.q = map("q", params.q, queries, params.q_strides);
   kernel_params.k = map("k", no_keys ? params.q : params.k, keys, params.k_strides);
@@ -141,24 +135,6 @@ KernelParams make_kernel_params(const ForwardParams& params) {
 template <class Element, int kHeadDim>
 void forward(const ForwardParams& params, cudaStream_t stream) {
   using Config = ForwardConfig<Element, kHeadDim>;
-  if (params.batch == 0 || params.heads == 0) {
-    return;
-  }
-  const bool packed = params.cu_seqlens_q != nullptr;
-  if (params.seqlen_q == 0) {
-    // Sequences without queries have a column each, when packed.
-    if (packed && params.kept != nullptr) {
-      BSFA_CUDA_CHECK(cudaMemsetAsync(params.kept, 0, sizeof(int32_t) * params.heads * params.batch, stream));
-    }
-    return;
-  }
-  const auto divides = [](int extent, int64_t stride) { return extent <= 1 || stride % 8 == 0; };
-  BSFA_CHECK_SUPPORTED(
-      reinterpret_cast<uintptr_t>(params.out) % 16 == 0 &&
-          divides(params.seqlen_q, params.out_strides.seqlen) &&
-          divides(params.heads, params.out_strides.heads) &&
-          divides(packed ? 1 : params.batch, params.out_strides.batch),
-      "the sm_90 kernel needs out aligned to 16 bytes and strides that are multiples of 8 elements");
   const KernelParams kernel_params = make_kernel_params<Config>(params);
   int device = 0;
   int processors = 0;

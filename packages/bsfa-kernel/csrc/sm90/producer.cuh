@@ -20,20 +20,20 @@ struct Producer {
   const KernelParams& params;
   Storage& storage;
 
-  // One thread. Runs ahead as far as the ring of K allows, into the next tiles too. Tells the consumers what
-  // the tiles are.
+  // One thread. Runs ahead as far as the stages of K allow, into the next tiles too, and publishes the
+  // tiles to the consumers.
   __device__ __forceinline__ void load_queries_and_keys() const {
-    Ring<Config::kKeyStages> keys;
-    Ring<Config::kVotePlaces> ballots;
-    Ring<1> queries;
+    PipelineState<Config::kKeyStages> keys;
+    PipelineState<Config::kVoteStages> vote_state;
+    PipelineState<1> queries;
     for_each_tile<Config>(params, [&](int index) BSFA_INLINE_LAMBDA {
       wait(storage.q_empty, queries.phase() ^ 1);
       Tile tile;
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
-      const int batch = tile.batch_coordinate(params.forward);
+      const int batch = batch_coordinate(params.forward, tile.sequence);
       // On their way while the thresholds are read, and so for a tile without keys too. The bytes may arrive
       // before they are announced: the phase cannot end before the one arrival below.
-      const int first_query = tile.sequence.first_q + tile.first_query;
+      const int first_query = query_row(tile.sequence, tile.first_query);
       for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
         for (int box = 0; box < Config::kBoxes; ++box) {
           load(params.q, storage.q_full, cute::TMA::CacheHintSm90::EVICT_FIRST,
@@ -42,25 +42,25 @@ struct Producer {
         }
       }
       find_blocks(params.forward, Config::kTileQ, tile);
-      storage.tiles[queries.count % Config::kToldTiles] = tile;
+      storage.tiles[queries.count % Config::kTileSlots] = tile;
       storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
       queries.advance();
 #pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
-        const int place = keys.stage();
-        wait(storage.k_empty[place], keys.phase() ^ 1);
+        const int stage = keys.stage();
+        wait(storage.k_empty[stage], keys.phase() ^ 1);
         // A block can be voted on as soon as its keys are there.
         if (!tile.dense) {
-          wait(storage.votes_empty[ballots.stage()], ballots.phase() ^ 1);
-          ballots.advance();
+          wait(storage.votes_empty[vote_state.stage()], vote_state.phase() ^ 1);
+          vote_state.advance();
         }
-        storage.k_full[place].arrive_and_expect_tx(Config::kBlockBytes);
-        Element* stage =
-            storage.k + place / 2 * 2 * Config::kBlockElements + place % 2 * Config::kBoxElements;
+        storage.k_full[stage].arrive_and_expect_tx(Config::kBlockBytes);
+        Element* buffer =
+            storage.k + stage / 2 * 2 * Config::kBlockElements + stage % 2 * Config::kBoxElements;
         for (int box = 0; box < Config::kBoxes; ++box) {
-          load(params.k, storage.k_full[place], cute::TMA::CacheHintSm90::EVICT_LAST,
-               stage + 2 * box * Config::kBoxElements, box, tile.sequence.first_k + key_block * kKeyBlock,
-               tile.kv_head, batch);
+          load(params.k, storage.k_full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+               buffer + 2 * box * Config::kBoxElements, box, key_row(tile.sequence, key_block), tile.kv_head,
+               batch);
         }
         keys.advance();
       }
@@ -69,32 +69,32 @@ struct Producer {
 
   // One thread. Follows the verdicts, except where everything is kept anyway.
   __device__ __forceinline__ void load_values() const {
-    Ring<Config::kVotePlaces> ballots;
-    Ring<Config::kValueStages> values;
+    PipelineState<Config::kVoteStages> vote_state;
+    PipelineState<Config::kValueStages> values;
     for_each_tile<Config>(params, [&](int index) BSFA_INLINE_LAMBDA {
       Tile tile;
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
       find_blocks(params.forward, Config::kTileQ, tile);
-      const int batch = tile.batch_coordinate(params.forward);
+      const int batch = batch_coordinate(params.forward, tile.sequence);
 #pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
         bool load_block = true;
         if (!tile.dense) {
-          wait(storage.votes_full[ballots.stage()], ballots.phase());
-          const uint2 votes = read_votes<Config>(storage, ballots);
+          wait(storage.votes_full[vote_state.stage()], vote_state.phase());
+          const uint2 votes = read_votes<Config>(storage, vote_state);
           load_block = ((votes.x | votes.y) & kKeepBits) != 0;
-          storage.votes_empty[ballots.stage()].arrive();
-          ballots.advance();
+          storage.votes_empty[vote_state.stage()].arrive();
+          vote_state.advance();
         }
         if (load_block) {
-          const int place = values.stage();
-          wait(storage.v_empty[place], values.phase() ^ 1);
-          storage.v_full[place].arrive_and_expect_tx(Config::kBlockBytes);
-          Element* stage = storage.v + place * Config::kBlockElements;
+          const int stage = values.stage();
+          wait(storage.v_empty[stage], values.phase() ^ 1);
+          storage.v_full[stage].arrive_and_expect_tx(Config::kBlockBytes);
+          Element* buffer = storage.v + stage * Config::kBlockElements;
           for (int box = 0; box < Config::kBoxes; ++box) {
-            load(params.v, storage.v_full[place], cute::TMA::CacheHintSm90::EVICT_LAST,
-                 stage + box * Config::kBoxElements, box, tile.sequence.first_k + key_block * kKeyBlock,
-                 tile.kv_head, batch);
+            load(params.v, storage.v_full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+                 buffer + box * Config::kBoxElements, box, key_row(tile.sequence, key_block), tile.kv_head,
+                 batch);
           }
           values.advance();
         }

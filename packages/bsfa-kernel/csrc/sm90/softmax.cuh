@@ -9,6 +9,8 @@
 #include <math_constants.h>
 
 #include "../common/ptx.cuh"
+#include "../common/quad.cuh"
+#include "../common/softmax_rows.cuh"
 #include "config.cuh"
 
 namespace bsfa::sm90 {
@@ -25,37 +27,25 @@ __device__ __forceinline__ auto accumulator_matrix(Accumulators&& accumulators) 
                      Layout<Shape<_2, Shape<_2, Int<kGroups>>>, Stride<_2, Stride<_1, _4>>>{});
 }
 
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-}
-
-__device__ __forceinline__ bool quad_any(bool x) {
-  return __ballot_sync(0xffffffff, x) >> threadIdx.x % 32 / 4 * 4 & 0xf;
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffff, x, 1);
-  return x + __shfl_xor_sync(0xffffffff, x, 2);
-}
-
-// The largest score of each of the thread's rows among the thread's columns. Four chains a row: the warp has
-// nothing else to do while it waits for one.
-template <class Matrix>
+// The largest score of each of the thread's rows among the thread's columns; of kNan, NaN if one is. Four
+// chains a row: the warp has nothing else to do while it waits for one.
+template <bool kNan = false, class Matrix>
 __device__ __forceinline__ void row_maxima(const Matrix& scores, float (&maxima)[kThreadRows]) {
   constexpr int kChains = 4;
+  const auto larger = [](float x, float y)
+                          BSFA_INLINE_LAMBDA { return kNan ? ptx::max_nan(x, y) : fmaxf(x, y); };
   float chains[kThreadRows][kChains];
   CUTE_UNROLL
   for (int column = 0; column < cute::size<1>(scores); ++column) {
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
       float& chain = chains[row][column % kChains];
-      chain = column < kChains ? scores(row, column) : fmaxf(chain, scores(row, column));
+      chain = column < kChains ? scores(row, column) : larger(chain, scores(row, column));
     }
   }
   CUTE_UNROLL
   for (int row = 0; row < kThreadRows; ++row) {
-    maxima[row] = fmaxf(fmaxf(chains[row][0], chains[row][1]), fmaxf(chains[row][2], chains[row][3]));
+    maxima[row] = larger(larger(chains[row][0], chains[row][1]), larger(chains[row][2], chains[row][3]));
   }
 }
 
@@ -66,6 +56,9 @@ __device__ __forceinline__ void row_maxima(const Matrix& scores, float (&maxima)
 //
 //   maximum >= bound  <=>  scores_against<true>  >= bound   where bound > 0,
 //                          scores_against<false> >= bound   where bound <= 0.
+//
+// wgmma's NaN is 0x7fffffff: a positive bound meets it as the largest, any other where no score is positive
+// or 0.
 template <bool kPositiveBound, class Matrix>
 __device__ __forceinline__ void scores_against(const Matrix& scores, float (&values)[kThreadRows]) {
   constexpr int kChains = 2;
@@ -122,24 +115,11 @@ struct RowFlags {
 };
 
 // The state of the rows that a thread has a part in.
-struct Softmax {
-  // What the scores of a row are seen relative to, not scaled; the same in the four threads of a quad. About
-  // the largest so far: see kSlack.
-  float maximum[kThreadRows];
-  float sum[kThreadRows];  // of exp(scale * (score - maximum)) over the thread's columns
-
+struct Softmax : SoftmaxRows<kThreadRows> {
   // How far scores may be above the maximum, in powers of two. Multiplying the output by exp(old - new
   // maximum) takes long, and need not be done as long as the probabilities stay well in the range of 16 bits.
   static constexpr float kSlack = 8.0f;
   static constexpr float kMostProbability = 256.0f;  // 2^kSlack
-
-  __device__ __forceinline__ Softmax() {
-    CUTE_UNROLL
-    for (int row = 0; row < kThreadRows; ++row) {
-      maximum[row] = -CUDART_INF_F;
-      sum[row] = 0.0f;
-    }
-  }
 
   // Which rows must get a new maximum, in three ways. Each goes by the row's own scores and what the row has
   // seen, so that its results do not depend on which rows it shares a warp with.
@@ -188,12 +168,8 @@ struct Softmax {
     bool raised = false;
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
-      const float previous = maximum[row];
-      const float highest = fmaxf(previous, quad_max(block_maxima[row]));
-      maximum[row] = quad_any(exceeded[row]) ? highest : previous;
-      raised |= maximum[row] > previous;
-      factors[row] = ptx::exp2_approx((previous - finite_maximum(row)) * scale_log2);
-      sum[row] *= factors[row];
+      const float highest = fmaxf(maximum[row], quad_max(block_maxima[row]));
+      raised |= raise_row(row, quad_any(exceeded[row]) ? highest : maximum[row], scale_log2, factors[row]);
     }
     return __any_sync(0xffffffff, raised);
   }
@@ -231,11 +207,6 @@ struct Softmax {
       const auto rounded = cutlass::NumericArrayConverter<Element, float, 2>{}(pair);
       pairs(i / 2) = reinterpret_cast<const uint32_t&>(rounded);
     }
-  }
-
-  // A row that has seen nothing has maximum -inf, and -inf - -inf would be NaN.
-  __device__ __forceinline__ float finite_maximum(int row) const {
-    return maximum[row] == -CUDART_INF_F ? 0.0f : maximum[row];
   }
 };
 

@@ -26,10 +26,10 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   using Element = typename Config::Element;
   constexpr bool kRelative = kBounds == Bounds::kRelative;
   auto& storage = context.storage;
-  auto& rings = context.rings;
+  auto& pipelines = context.pipelines;
   const ForwardParams& params = context.params;
   const Tile& tile = context.tile;
-  const QueryBlock& block = context.block;
+  const ConsumerBlock& block = context.block;
   const ConsumerThread who = context.who;
   const bool halved = params.q_block < Config::kTileQ;
   const float scale_log2 = params.scale * CUDART_L2E_F;
@@ -64,75 +64,82 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // The bits that say that a warp of the query block keeps a key block.
   const uint2 my_votes{!halved || who.warpgroup == 0 ? kKeepBits : 0,
                        !halved || who.warpgroup == 1 ? kKeepBits : 0};
-  // Not 0 where the consumers take turns for the block last found to be kept: where both multiply its V.
+  // Not 0: ping-pong for the block last found to be kept, since both consumers keep it.
   uint32_t together = 0;
 
   // Steps.
   bool keys_seen = false;
   const auto look_for_keys = [&]() BSFA_INLINE_LAMBDA {
-    rings.keys.advance();
-    keys_seen = storage.k_full[rings.keys.stage()].test_wait(rings.keys.phase());
+    pipelines.keys.advance();
+    keys_seen = storage.k_full[pipelines.keys.stage()].test_wait(pipelines.keys.phase());
   };
   const auto start_scores = [&](auto& scores) BSFA_INLINE_LAMBDA {
-    wait_unless(uniform(keys_seen), storage.k_full[rings.keys.stage()], rings.keys.phase());
-    start_product<false>(scores_mma, tSrQ, tSrK(_, _, _, rings.keys.stage()), scores);
+    wait_unless(uniform(keys_seen), storage.k_full[pipelines.keys.stage()], pipelines.keys.phase());
+    start_gemm<false>(scores_mma, tSrQ, tSrK(_, _, _, pipelines.keys.stage()), scores);
   };
   const auto release_values = [&]() BSFA_INLINE_LAMBDA {
-    release_branchless(storage.v_empty[rings.values.stage()], who);
-    rings.values.advance();
+    release_branchless(storage.v_empty[pipelines.values.stage()], who);
+    pipelines.values.advance();
   };
-  // Whether the scores that were voted on last are too far above the maxima: with relative rules that is
-  // known with the vote. The rule running_max asks for the very maxima.
+  // Set with the vote (relative rules): a score exceeds its row's lazy maximum by more than `slack`, which
+  // running_max, whose reference is the maximum itself, has none of.
   bool exceeded = false;
   const float slack = params.rule == Rule::kRunningMax ? 0.0f : Softmax::kSlack;
-  // Whether a row passes.
-  const auto passes = [&](auto& scores) BSFA_INLINE_LAMBDA {
-    float values[kThreadRows];
+  // What of a block's scores is compared with the bounds.
+  const auto find_votes = [&](auto& scores, float (&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
     if constexpr (kRelative) {
-      row_maxima(accumulator_matrix(scores), values);
+      row_maxima<true>(accumulator_matrix(scores), values);
     } else {
       scores_against<kBounds == Bounds::kPositive>(accumulator_matrix(scores), values);
     }
+  };
+  // Whether a row passes.
+  const auto any_passes = [&](const float (&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
     bool pass = false;
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
-      pass |= params.scale * values[row] >= bounds[row];
+      pass |= reaches(params.scale * values[row], bounds[row]);
     }
     if constexpr (kRelative) {
       exceeded = softmax.exceeded_by_maxima(values, scale_log2, slack).any();
     }
     return pass;
   };
+  const auto passes = [&](auto& scores) BSFA_INLINE_LAMBDA {
+    float values[kThreadRows];
+    find_votes(scores, values);
+    return any_passes(values);
+  };
   // Of the block that was started before `after` others.
   const auto release_keys = [&](int after) BSFA_INLINE_LAMBDA {
-    const Ring<Config::kKeyStages> place{rings.keys.count - 1 - after};
-    release_branchless(storage.k_empty[place.stage()], who);
+    const PipelineState<Config::kKeyStages> state{pipelines.keys.count - 1 - after};
+    release_branchless(storage.k_empty[state.stage()], who);
   };
   const auto cast_vote = [&](bool keep) BSFA_INLINE_LAMBDA {
-    publish<Config>(storage, rings.ballots, who.warp(), keep);
-    rings.ballots.advance();
+    publish<Config>(storage, pipelines.votes, who.warp(), keep);
+    pipelines.votes.advance();
   };
   // A first look at the votes on the block that was voted on before `after` others, for which there is time
-  // while a product is under way. Mostly they are there.
+  // while a GEMM is under way. Mostly they are there.
   uint2 early_votes{};
   const auto look_for_votes = [&](int after) BSFA_INLINE_LAMBDA {
     if constexpr (!kRelative) {
-      early_votes = read_votes<Config>(storage, {rings.ballots.count - 1 - after});
+      early_votes = read_votes<Config>(storage, {pipelines.votes.count - 1 - after});
     }
   };
   // The verdict on that block: whether this warpgroup keeps it.
   const auto hear_verdict = [&](int after) BSFA_INLINE_LAMBDA {
-    const Ring<Config::kVotePlaces> place{rings.ballots.count - 1 - after};
+    const PipelineState<Config::kVoteStages> state{pipelines.votes.count - 1 - after};
     uint2 votes = early_votes;
-    if (kRelative || !are_votes_there(votes, place)) {
-      votes = await_votes<Config>(storage, place);
+    if (kRelative || !are_votes_there(votes, state)) {
+      votes = await_votes<Config>(storage, state);
     }
     // Both by masks, which are in registers: what ptxas can test in uniform registers it moves there first.
     const uint32_t mine = (votes.x & my_votes.x) | (votes.y & my_votes.y);
     const uint32_t others = (votes.x & my_votes.y) | (votes.y & my_votes.x);
     if (mine != 0) {
       ++kept;
-      together = kRelative && !Config::kRelativeTurns ? my_votes.x & my_votes.y : others;
+      together = kRelative && !Config::kPingPongRelative ? my_votes.x & my_votes.y : others;
       return true;
     }
     // A block that only the other warpgroup keeps takes a stage of V all the same.
@@ -149,7 +156,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     if constexpr (kRelative) {
       may_keep = hear_verdict(after);
     } else {
-      may_keep = !do_all_skip(early_votes, Ring<Config::kVotePlaces>{rings.ballots.count - 1 - after});
+      may_keep =
+          !do_all_skip(early_votes, PipelineState<Config::kVoteStages>{pipelines.votes.count - 1 - after});
     }
   };
   // Where nothing comes between the look and the judgement.
@@ -189,17 +197,17 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     for (int row = 0; row < kThreadRows; ++row) {
       softmax.sum[row] += sums[row];
       if constexpr (kRelative) {
-        const float sum = params.rule == Rule::kRunningLse ? quad_sum(softmax.sum[row]) : 0.0f;
+        const float sum = params.rule == Rule::kRunningLse ? quad_sum(softmax.sum[row]) : softmax.sum[row];
         const float reference = row_reference(params.rule, params.scale, softmax.maximum[row], sum);
-        bounds[row] = isnan(bounds[row]) ? CUDART_NAN_F : threshold + reference;
+        bounds[row] = isnan(bounds[row]) ? CUDART_NAN_F : raised_bound(threshold, reference);
       }
     }
   };
   const auto start_values = [&]() BSFA_INLINE_LAMBDA {
-    start_product<true>(values_mma, probabilities, tOrV(_, _, _, rings.values.stage()), output);
+    start_gemm<true>(values_mma, probabilities, tOrV(_, _, _, pipelines.values.stage()), output);
   };
   const auto await_values = [&]() BSFA_INLINE_LAMBDA {
-    wait(storage.v_full[rings.values.stage()], rings.values.phase());
+    wait(storage.v_full[pipelines.values.stage()], pipelines.values.phase());
   };
 
   // The blocks with masked scores, one by one; and the rest too where there is nothing to overlap.
@@ -210,8 +218,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     const bool participates = key_block < block.keys.visible;
     const bool forced = participates && key_block >= block.undecided;
     start_scores(scores0);
-    rings.keys.advance();
-    finish_product<0>(scores0);
+    pipelines.keys.advance();
+    finish_gemm<0>(scores0);
     release_keys(0);
     auto matrix = accumulator_matrix(scores0);
     mask_scores(matrix, who, visible, key_block * kKeyBlock);
@@ -221,9 +229,9 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     if (keeps(0)) {
       exponentiate(scores0);
       await_values();
-      context.clear_foreign_values(rings.values.stage(), key_block);
+      context.clear_foreign_values(pipelines.values.stage(), key_block);
       start_values();
-      finish_product<0>(output);
+      finish_gemm<0>(output);
       release_values();
     }
   }
@@ -232,24 +240,27 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   }
 
   // From here on a step decides on one block while the scores of later ones are computed. At its start
-  // `current` has been voted on, `next` too unless the rule is relative, and the product of `last` is under
+  // `current` has been voted on, `next` too unless the rule is relative, and the GEMM of `last` is under
   // way; at its end, that of the block after those, in the registers of `current`. So the tensor cores have
   // work while the consumers exchange votes and exponentiate. The vote on `last` is found while the
-  // instructions of a product are issued. What both ways have in common at their end stands behind them, so
+  // instructions of a GEMM are issued. What both ways have in common at their end stands behind them, so
   // that ptxas keeps each of them free of further branches.
   const auto step = [&](auto& current, auto& next, auto& last) BSFA_INLINE_LAMBDA {
-    bool passed = false;
+    [[maybe_unused]] bool passed = false;
+    [[maybe_unused]] float next_maxima[kThreadRows];
+    if constexpr (kRelative) {
+      find_votes(next, next_maxima);  // for both arms
+    }
     if (keeps(kRelative ? 0 : 1)) {
       exponentiate(current);
       if constexpr (kRelative) {
-        cast_vote(passes(next));
+        cast_vote(any_passes(next_maxima));
       }
-      finish_product<0>(last);
+      finish_gemm<0>(last);
       release_keys(0);
       await_values();
-      // Where both multiply they take turns, so that one does while the other exponentiates.
       if (together != 0) {
-        take_turn(who.warpgroup);
+        pingpong_wait(who.warpgroup);
       }
       start_values();
       if constexpr (!kRelative) {
@@ -257,19 +268,19 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       }
       start_scores(current);
       if (together != 0) {
-        pass_turn(who.warpgroup);
+        pingpong_signal(who.warpgroup);
       }
       if constexpr (!kRelative) {
         cast_vote(passed);
       }
       look_for_votes(1);
-      finish_product<1>(output);
+      finish_gemm<1>(output);
       release_values();
     } else {
       if constexpr (kRelative) {
-        cast_vote(passes(next));
+        cast_vote(any_passes(next_maxima));
       }
-      finish_product<0>(last);
+      finish_gemm<0>(last);
       if constexpr (!kRelative) {
         passed = passes(last);
       }
@@ -288,19 +299,19 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       exponentiate(scores);
       await_values();
       start_values();
-      finish_product<0>(output);
+      finish_gemm<0>(output);
       release_values();
     }
   };
 
   start_scores(scores0);
-  rings.keys.advance();
-  finish_product<0>(scores0);
+  pipelines.keys.advance();
+  finish_gemm<0>(scores0);
   start_scores(scores1);
-  rings.keys.advance();
+  pipelines.keys.advance();
   release_keys(1);
   cast_vote(passes(scores0));
-  finish_product<0>(scores1);
+  finish_gemm<0>(scores1);
   start_scores(scores2);
   look_for_keys();
   release_keys(1);
@@ -314,7 +325,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     step(scores1, scores2, scores0);
     step(scores2, scores0, scores1);
   }
-  finish_product<0>(scores2);
+  finish_gemm<0>(scores2);
 
   // The last three blocks.
   release_keys(0);

@@ -52,13 +52,6 @@ inline CUtensorMap make_tensor_map(const char* name, CUtensorMapDataType type, c
                                  static_cast<cuuint64_t>(shape.heads), static_cast<cuuint64_t>(shape.batch)};
   const cuuint64_t byte_strides[3] = {bytes(shape.rows, strides.seqlen), bytes(shape.heads, strides.heads),
                                       bytes(shape.batch, strides.batch)};
-  for (const cuuint64_t stride : byte_strides) {
-    BSFA_CHECK_SUPPORTED(stride % 16 == 0,
-                         "the sm_90 kernel needs strides that are multiples of 8 elements, got ",
-                         static_cast<int64_t>(stride) / kElementBytes, " in ", name);
-  }
-  BSFA_CHECK_SUPPORTED(reinterpret_cast<uintptr_t>(data) % 16 == 0, "the sm_90 kernel needs ", name,
-                       " aligned to 16 bytes");
   const cuuint32_t box[4] = {box_columns, box_rows, 1, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   CUtensorMap map;

@@ -54,11 +54,14 @@ typedef struct bsfa_strides {
   int64_t heads;
 } bsfa_strides;
 
-/* Arguments of bsfa_forward. Set abi_version and struct_size first; zero means "absent" everywhere else. */
-typedef struct bsfa_forward_args {
-  uint32_t abi_version; /* BSFA_ABI_VERSION */
-  uint32_t struct_size; /* sizeof(bsfa_forward_args) */
+/* A tensor whose head_dim stride is 1. The data of an input are only read. */
+typedef struct bsfa_tensor {
+  void* data;
+  bsfa_strides strides;
+} bsfa_tensor;
 
+/* What every function is told: where to run, the shape, the rule, the queries and the keys. */
+typedef struct bsfa_problem {
   int32_t device; /* CUDA device ordinal of all pointers */
   int32_t arch;   /* kernel to use: 0 picks by device, 80 or 90 insists */
   void* stream;   /* cudaStream_t */
@@ -77,52 +80,46 @@ typedef struct bsfa_forward_args {
   int64_t seqlen_q; /* varlen: total_q, the number of packed queries */
   int64_t seqlen_k; /* varlen: total_k, the number of packed keys */
 
-  const void* q; /* [batch, seqlen_q, heads, head_dim], varlen: [total_q, heads, head_dim] */
-  const void* k; /* [batch, seqlen_k, kv_heads, head_dim], varlen: [total_k, kv_heads, head_dim] */
-  const void* v; /* as k */
-  void* out;     /* as q */
-  bsfa_strides q_strides;
-  bsfa_strides k_strides;
-  bsfa_strides v_strides;
-  bsfa_strides out_strides;
-
-  const float* thresholds; /* [heads, threshold_rows], contiguous */
-  int64_t threshold_rows;  /* >= 1 */
+  bsfa_tensor q; /* [batch, seqlen_q, heads, head_dim], varlen: [total_q, heads, head_dim] */
+  bsfa_tensor k; /* [batch, seqlen_k, kv_heads, head_dim], varlen: [total_k, kv_heads, head_dim] */
 
   const int32_t* cu_seqlens_q; /* [batch + 1], or NULL where not varlen */
   const int32_t* cu_seqlens_k; /* [batch + 1], or NULL where not varlen */
 
+  /* Reserved: anything but 0 is refused with BSFA_UNSUPPORTED. */
+  const int32_t* seqused_k; /* [batch]: how many keys of each sequence there are */
+  const int32_t*
+      block_table; /* [batch, max_pages]: the page of each page_size keys of a sequence; k and v are
+                    * then [pages, page_size, kv_heads, head_dim], and batch is the stride of pages */
+  int64_t block_table_stride; /* of its rows, in elements */
+  int64_t pages;              /* pages that k and v hold */
+  int32_t page_size;          /* keys of a page */
+  int32_t selection;          /* precision of the scores that are compared with thresholds; 0: of dtype */
+  const float* sinks;         /* [heads]: a score a head that takes part in the softmax and has no value */
+} bsfa_problem;
+
+/* Arguments of bsfa_forward. Set abi_version and struct_size first; zero means "absent" everywhere else. */
+typedef struct bsfa_forward_args {
+  uint32_t abi_version; /* BSFA_ABI_VERSION */
+  uint32_t struct_size; /* sizeof(bsfa_forward_args) */
+  bsfa_problem problem;
+
+  bsfa_tensor v;   /* as k */
+  bsfa_tensor out; /* as q */
+
+  const float* thresholds; /* [heads, threshold_rows], contiguous */
+  int64_t threshold_rows;  /* >= 1 */
+
   float* lse;    /* [batch, heads, seqlen_q], varlen: [heads, total_q]; or NULL */
-  int32_t* kept; /* [batch, heads, q_blocks], varlen: [heads, total_q / q_block + batch]; or NULL */
+  int32_t* kept; /* [batch, heads, q_blocks], varlen: [heads, total_q / q_block + batch], all of which is
+                  * written, 0 where a column belongs to no query block; or NULL */
 } bsfa_forward_args;
 
-/* Arguments of bsfa_block_maxima. */
+/* Arguments of bsfa_block_maxima, which takes no packed sequences. */
 typedef struct bsfa_block_maxima_args {
   uint32_t abi_version; /* BSFA_ABI_VERSION */
   uint32_t struct_size; /* sizeof(bsfa_block_maxima_args) */
-
-  int32_t device;
-  int32_t arch;
-  void* stream;
-
-  int32_t dtype;
-  int32_t rule;
-  int32_t causal;
-  int32_t q_block;
-  int32_t k_block;
-  float scale;
-
-  int64_t batch;
-  int64_t heads;
-  int64_t kv_heads;
-  int64_t head_dim;
-  int64_t seqlen_q;
-  int64_t seqlen_k;
-
-  const void* q; /* [batch, seqlen_q, heads, head_dim] */
-  const void* k; /* [batch, seqlen_k, kv_heads, head_dim] */
-  bsfa_strides q_strides;
-  bsfa_strides k_strides;
+  bsfa_problem problem;
 
   float* maxima; /* [batch, heads, q_blocks, k_blocks], contiguous; every element is written */
 } bsfa_block_maxima_args;

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
 from bsfa_kernel.geometry import GEOMETRIES
 from bsfa_kernel.rules import RULES
 
@@ -45,42 +46,45 @@ def check_geometry(geometry: Sequence[int]) -> None:
         raise ValueError(f"geometry must be one of the Geometry values {known}; got {got}")
 
 
-def check_options(
-    scale: float | None, rule: str, geometry: Sequence[int], any_geometry: bool
-) -> None:
+def check_types(call: ForwardCall | BlockMaximaCall) -> None:
+    """Refuse what torch's dispatcher would refuse in its own words."""
+    for name, value in zip(call._fields, call, strict=True):
+        if name in _TENSORS and not (value is None and name in _OPTIONAL):
+            check_tensor(value, name)
+    check_number(call.scale, "scale")
+    check_rule(call.rule)
+
+
+_OPTIONAL = ("cu_seqlens_q", "cu_seqlens_k")
+_TENSORS = ("q", "k", "v", "thresholds", *_OPTIONAL)
+
+
+def _check_options(call: ForwardCall | BlockMaximaCall, any_geometry: bool) -> None:
     """Check what is not a tensor."""
-    check_number(scale, "scale")
+    scale = call.scale
     if scale is not None and not (scale > 0 and scale < float("inf")):
         raise ValueError(f"scale must be positive and finite, got {scale}")
-    check_rule(rule)
     if not any_geometry:
-        check_geometry(geometry)
-    elif len(geometry) != 2 or min(geometry) < 1:
-        raise ValueError(f"geometry must be two positive numbers, got {tuple(geometry)}")
+        check_geometry(call.geometry)
+    elif min(call.geometry) < 1:
+        raise ValueError(f"geometry must be two positive numbers, got {tuple(call.geometry)}")
 
 
-def check_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    thresholds: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float | None,
-    rule: str,
-    geometry: Sequence[int],
-    *,
-    any_geometry: bool = False,
-) -> None:
+def check_forward(call: ForwardCall, *, any_geometry: bool = False) -> None:
     """Check all that can be known of a call of attention without reading a tensor's values.
+
+    Args:
+        call: the arguments.
+        any_geometry: whether this is for the reference, which takes any geometry, and thresholds in
+            float64.
 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: an argument that breaks a rule.
     """
-    for value, name in ((q, "q"), (k, "k"), (v, "v"), (thresholds, "thresholds")):
-        check_tensor(value, name)
-    check_options(scale, rule, geometry, any_geometry)
+    check_types(call)
+    _check_options(call, any_geometry)
+    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k = call[:6]
     varlen = cu_seqlens_q is not None
     if varlen != (cu_seqlens_k is not None):
         given, absent = ("q", "k") if varlen else ("k", "q")
@@ -117,19 +121,13 @@ def check_forward(
             )
 
 
-def is_plainly_right(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    thresholds: Tensor,
-    scale: float | None,
-    rule: object,
-    geometry: object,
-) -> bool:
-    """Whether CUDA tensors pass check_forward and check_kernel_tensor, by as few steps as can be.
+def passes_fast_check(call: ForwardCall) -> bool:
+    """Whether padded CUDA tensors pass check_forward and check_kernel_tensor, by few steps.
 
-    Those take longer than a launch. False says nothing: the arguments are to be checked.
+    Those take longer than a launch. False says nothing: the arguments are to be checked. The
+    geometry has been.
     """
+    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, _, scale, rule, _, _, _, _ = call
     shape, key_shape, threshold_shape, dtype = q.shape, k.shape, thresholds.shape, q.dtype
     if len(shape) != 4 or len(key_shape) != 4 or len(threshold_shape) != 2:
         return False
@@ -137,7 +135,9 @@ def is_plainly_right(
     key_batch, _, kv_heads, key_head_dim = key_shape
     device = q.get_device()
     return (
-        v.shape == key_shape
+        cu_seqlens_q is None
+        and cu_seqlens_k is None
+        and v.shape == key_shape
         and batch == key_batch
         and head_dim == key_head_dim > 0
         and kv_heads > 0
@@ -152,34 +152,24 @@ def is_plainly_right(
         and k.get_device() == device
         and v.get_device() == device
         and thresholds.get_device() == device
-        and q.stride(3) == 1
-        and k.stride(3) == 1
-        and v.stride(3) == 1
+        and q.stride()[3] == 1
+        and k.stride()[3] == 1
+        and v.stride()[3] == 1
         and (scale is None or (type(scale) is float and 0.0 < scale < float("inf")))
         and rule in RULES
-        and geometry in GEOMETRIES
     )
 
 
-def check_block_maxima(
-    q: Tensor,
-    k: Tensor,
-    scale: float | None,
-    rule: str,
-    geometry: Sequence[int],
-    *,
-    any_geometry: bool = False,
-) -> None:
+def check_block_maxima(call: BlockMaximaCall, *, any_geometry: bool = False) -> None:
     """Check all that can be known of a call of block_maxima without reading a tensor's values.
 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: an argument that breaks a rule.
     """
-    check_tensor(q, "q")
-    check_tensor(k, "k")
-    check_options(scale, rule, geometry, any_geometry)
-    _check_queries_and_keys(q, k, varlen=False)
+    check_types(call)
+    _check_options(call, any_geometry)
+    _check_queries_and_keys(call.q, call.k, varlen=False)
 
 
 def _check_queries_and_keys(q: Tensor, k: Tensor, varlen: bool) -> None:

@@ -22,6 +22,12 @@ from ctypes import (
 )
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
+from bsfa_kernel.rules import RULE_CODES
+
 ABI_VERSION = 1
 """BSFA_ABI_VERSION of the header that the structures below mirror."""
 
@@ -42,12 +48,16 @@ class Strides(Structure):
     _fields_ = (("batch", c_int64), ("seqlen", c_int64), ("heads", c_int64))
 
 
-class ForwardArgs(Structure):
-    """bsfa_forward_args."""
+class TensorArg(Structure):
+    """bsfa_tensor."""
+
+    _fields_ = (("data", c_void_p), ("strides", Strides))
+
+
+class Problem(Structure):
+    """bsfa_problem."""
 
     _fields_ = (
-        ("abi_version", c_uint32),
-        ("struct_size", c_uint32),
         ("device", c_int32),
         ("arch", c_int32),
         ("stream", c_void_p),
@@ -63,18 +73,43 @@ class ForwardArgs(Structure):
         ("head_dim", c_int64),
         ("seqlen_q", c_int64),
         ("seqlen_k", c_int64),
-        ("q", c_void_p),
-        ("k", c_void_p),
-        ("v", c_void_p),
-        ("out", c_void_p),
-        ("q_strides", Strides),
-        ("k_strides", Strides),
-        ("v_strides", Strides),
-        ("out_strides", Strides),
-        ("thresholds", c_void_p),
-        ("threshold_rows", c_int64),
+        ("q", TensorArg),
+        ("k", TensorArg),
         ("cu_seqlens_q", c_void_p),
         ("cu_seqlens_k", c_void_p),
+        ("seqused_k", c_void_p),
+        ("block_table", c_void_p),
+        ("block_table_stride", c_int64),
+        ("pages", c_int64),
+        ("page_size", c_int32),
+        ("selection", c_int32),
+        ("sinks", c_void_p),
+    )
+
+
+RESERVED = (
+    "seqused_k",
+    "block_table",
+    "block_table_stride",
+    "pages",
+    "page_size",
+    "selection",
+    "sinks",
+)
+"""Members of bsfa_problem that must be 0 in this version."""
+
+
+class ForwardArgs(Structure):
+    """bsfa_forward_args."""
+
+    _fields_ = (
+        ("abi_version", c_uint32),
+        ("struct_size", c_uint32),
+        ("problem", Problem),
+        ("v", TensorArg),
+        ("out", TensorArg),
+        ("thresholds", c_void_p),
+        ("threshold_rows", c_int64),
         ("lse", c_void_p),
         ("kept", c_void_p),
     )
@@ -86,45 +121,38 @@ class BlockMaximaArgs(Structure):
     _fields_ = (
         ("abi_version", c_uint32),
         ("struct_size", c_uint32),
-        ("device", c_int32),
-        ("arch", c_int32),
-        ("stream", c_void_p),
-        ("dtype", c_int32),
-        ("rule", c_int32),
-        ("causal", c_int32),
-        ("q_block", c_int32),
-        ("k_block", c_int32),
-        ("scale", c_float),
-        ("batch", c_int64),
-        ("heads", c_int64),
-        ("kv_heads", c_int64),
-        ("head_dim", c_int64),
-        ("seqlen_q", c_int64),
-        ("seqlen_k", c_int64),
-        ("q", c_void_p),
-        ("k", c_void_p),
-        ("q_strides", Strides),
-        ("k_strides", Strides),
+        ("problem", Problem),
         ("maxima", c_void_p),
     )
 
 
-_FORMATS = {c_uint32: "I", c_int32: "i", c_int64: "q", c_float: "f", c_void_p: "P", Strides: "qqq"}
+_FORMATS = {c_uint32: "I", c_int32: "i", c_int64: "q", c_float: "f", c_void_p: "P"}
+
+
+def _format(mirror: type[Structure]) -> str:
+    """A structure's fields for ``struct``, those of inner ones written out; zeros for RESERVED."""
+    parts = []
+    for name, kind, *_ in mirror._fields_:
+        if name in RESERVED:
+            parts.append(f"{ctypes.sizeof(kind)}x")
+        elif issubclass(kind, Structure):
+            parts.append(_format(kind))
+        else:
+            parts.append(_FORMATS[kind])
+    return "".join(parts)
 
 
 def _packer(mirror: type[Structure]) -> struct.Struct:
-    """Packs a structure's fields, those of inner ones too, in native layout.
-
-    A call so costs a tenth of what constructing the structure would.
-    """
-    packer = struct.Struct("@" + "".join(_FORMATS[field[1]] for field in mirror._fields_))
+    """Packs a structure's fields in native layout, at a tenth of what constructing it costs."""
+    packer = struct.Struct("@" + _format(mirror))
     if packer.size != ctypes.sizeof(mirror):
-        raise AssertionError(f"{mirror.__name__} ends in padding, which the packer leaves out")
+        raise AssertionError(f"{mirror.__name__} has padding, which the packer leaves out")
     return packer
 
 
 _forward_packer = _packer(ForwardArgs)
 _block_maxima_packer = _packer(BlockMaximaArgs)
+_FORWARD_SIZE, _BLOCK_MAXIMA_SIZE = _forward_packer.size, _block_maxima_packer.size
 
 
 def library_path() -> Path:
@@ -186,29 +214,65 @@ def build_info_json() -> str:
     return _text(library().bsfa_build_info())
 
 
-def forward(*fields: float) -> None:
+_DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1}
+
+
+def forward(call: ForwardCall, out: Tensor, lse: Tensor | None, kept: Tensor | None) -> None:
     """Call bsfa_forward.
 
     Args:
-        fields: those of ForwardArgs after struct_size, strides written out, 0 for a null pointer.
+        call: the arguments, CUDA tensors.
+        out: written, as q.
+        lse: written, contiguous float32.
+        kept: written, contiguous int32.
 
     Raises:
         ValueError: the arguments break a rule.
         NotImplementedError: no native library, or valid but unsupported by it or by the GPU.
         RuntimeError: a CUDA call failed, or a defect of the library.
     """
+    _, _, v, thresholds, cu_seqlens_q, cu_seqlens_k, *_ = call
+    if not thresholds.is_contiguous():
+        thresholds = thresholds.contiguous()
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        problem = _problem(call, None)
+        v_batch, v_seqlen, v_heads, _ = v.stride()
+        out_batch, out_seqlen, out_heads, _ = out.stride()
+    else:
+        cu_seqlens = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        problem = _problem(call, cu_seqlens)
+        v_batch = out_batch = 0
+        v_seqlen, v_heads, _ = v.stride()
+        out_seqlen, out_heads, _ = out.stride()
     status = library().bsfa_forward(
-        _forward_packer.pack(ABI_VERSION, _forward_packer.size, *fields)
+        _forward_packer.pack(
+            ABI_VERSION,
+            _FORWARD_SIZE,
+            *problem,
+            v.data_ptr(),
+            v_batch,
+            v_seqlen,
+            v_heads,
+            out.data_ptr(),
+            out_batch,
+            out_seqlen,
+            out_heads,
+            thresholds.data_ptr(),
+            thresholds.shape[1],
+            0 if lse is None else lse.data_ptr(),
+            0 if kept is None else kept.data_ptr(),
+        )
     )
     if status != _OK:
         _raise(status)
 
 
-def block_maxima(*fields: float) -> None:
+def block_maxima(call: BlockMaximaCall, maxima: Tensor) -> None:
     """Call bsfa_block_maxima.
 
     Args:
-        fields: those of BlockMaximaArgs after struct_size, strides written out.
+        call: the arguments, CUDA tensors.
+        maxima: written, contiguous float32.
 
     Raises:
         ValueError: the arguments break a rule.
@@ -216,10 +280,75 @@ def block_maxima(*fields: float) -> None:
         RuntimeError: a CUDA call failed, or a defect of the library.
     """
     status = library().bsfa_block_maxima(
-        _block_maxima_packer.pack(ABI_VERSION, _block_maxima_packer.size, *fields)
+        _block_maxima_packer.pack(
+            ABI_VERSION,
+            _BLOCK_MAXIMA_SIZE,
+            *_problem(call, None),
+            maxima.data_ptr(),
+        )
     )
     if status != _OK:
         _raise(status)
+
+
+def _problem(
+    call: ForwardCall | BlockMaximaCall, cu_seqlens: tuple[Tensor, Tensor] | None
+) -> tuple[float, ...]:
+    """The fields of Problem that are not reserved; ``cu_seqlens`` are contiguous."""
+    q, k, scale = call.q, call.k, call.scale
+    if cu_seqlens is None:
+        batch, seqlen_q, heads, head_dim = q.shape
+        _, seqlen_k, kv_heads, _ = k.shape
+        q_batch, q_seqlen, q_heads, _ = q.stride()
+        k_batch, k_seqlen, k_heads, _ = k.stride()
+        starts_q = starts_k = 0
+    else:
+        batch = cu_seqlens[0].shape[0] - 1
+        seqlen_q, heads, head_dim = q.shape
+        seqlen_k, kv_heads, _ = k.shape
+        q_batch = k_batch = 0
+        q_seqlen, q_heads, _ = q.stride()
+        k_seqlen, k_heads, _ = k.stride()
+        starts_q, starts_k = cu_seqlens[0].data_ptr(), cu_seqlens[1].data_ptr()
+    device = _device(q)
+    return (
+        device,
+        _arch,
+        _current_stream(device),
+        _DTYPE_CODES[q.dtype],
+        RULE_CODES[call.rule],
+        call.causal,
+        call.q_block,
+        call.k_block,
+        head_dim**-0.5 if scale is None else scale,
+        batch,
+        heads,
+        kv_heads,
+        head_dim,
+        seqlen_q,
+        seqlen_k,
+        q.data_ptr(),
+        q_batch,
+        q_seqlen,
+        q_heads,
+        k.data_ptr(),
+        k_batch,
+        k_seqlen,
+        k_heads,
+        starts_q,
+        starts_k,
+    )
+
+
+def _device(q: Tensor) -> int:
+    """Ordinal of the device that a call runs on."""
+    return q.get_device()
+
+
+def _current_stream(device: int) -> int:
+    """The caller's stream; the public function makes an object of it, at ten times the cost."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
 
 
 def _raise(status: int) -> None:

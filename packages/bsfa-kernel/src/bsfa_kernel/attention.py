@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 from bsfa_kernel import _torch_op as _torch_op  # registers the operators
-from bsfa_kernel._checks import (
-    check_geometry,
-    check_number,
-    check_rule,
-    check_tensor,
-    is_plainly_right,
-)
+from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
+from bsfa_kernel._checks import check_geometry, check_types, passes_fast_check
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry
 
 
@@ -147,80 +142,8 @@ def block_sparse_attention(
             or the GPU does not support; in the backward pass.
         RuntimeError: a CUDA call failed.
     """
-    outputs: Any
-    if (
-        cu_seqlens_q is None
-        and cu_seqlens_k is None
-        and _nobody_watches(q, k, v, thresholds)
-        and is_plainly_right(q, k, v, thresholds, scale, rule, geometry)
-    ):
-        outputs = _torch_op.launch_forward(
-            q,
-            k,
-            v,
-            thresholds,
-            None,
-            None,
-            bool(causal),
-            scale,
-            rule,
-            geometry[0],
-            geometry[1],
-            bool(return_lse),
-            bool(return_kept),
-        )
-    else:
-        outputs = _checked_forward(
-            q,
-            k,
-            v,
-            thresholds,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            causal,
-            scale,
-            rule,
-            geometry,
-            return_lse,
-            return_kept,
-        )
-    out, lse, kept = outputs
-    if return_lse:
-        return (out, lse, kept) if return_kept else (out, lse)
-    if return_kept:
-        return out, kept
-    return out  # type: ignore[no-any-return]
-
-
-def _checked_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    thresholds: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    rule: str,
-    geometry: Geometry,
-    return_lse: bool,
-    return_kept: bool,
-) -> Any:
-    """The operator, after checks of what torch's dispatcher would refuse in its own words."""
-    check_tensor(q, "q")
-    check_tensor(k, "k")
-    check_tensor(v, "v")
-    check_tensor(thresholds, "thresholds")
-    if cu_seqlens_q is not None:
-        check_tensor(cu_seqlens_q, "cu_seqlens_q")
-    if cu_seqlens_k is not None:
-        check_tensor(cu_seqlens_k, "cu_seqlens_k")
-    check_number(scale, "scale")
-    check_rule(rule)
     check_geometry(geometry)
-    return _call(
-        _forward,
-        q.requires_grad or k.requires_grad or v.requires_grad,
+    call = ForwardCall(
         q,
         k,
         v,
@@ -235,6 +158,17 @@ def _checked_forward(
         bool(return_lse),
         bool(return_kept),
     )
+    outputs: Any
+    if can_bypass_dispatcher(call) and passes_fast_check(call):
+        outputs = _torch_op.launch_forward(call)
+    else:
+        outputs = _dispatch(_forward, call)
+    out, lse, kept = outputs
+    if return_lse:
+        return (out, lse, kept) if return_kept else (out, lse)
+    if return_kept:
+        return out, kept
+    return out  # type: ignore[no-any-return]
 
 
 def block_maxima(
@@ -261,7 +195,8 @@ def block_maxima(
 
     Returns:
         float32 [batch, heads, q_blocks, k_blocks]; -inf where no score is visible, +inf where a
-        relative rule meets a row that has seen nothing yet.
+        relative rule meets a row that has seen nothing yet, NaN where a score or a row's reference
+        is NaN.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -270,22 +205,9 @@ def block_maxima(
             or the GPU does not support; in the backward pass.
         RuntimeError: a CUDA call failed.
     """
-    check_tensor(q, "q")
-    check_tensor(k, "k")
-    check_number(scale, "scale")
-    check_rule(rule)
     check_geometry(geometry)
-    maxima: Tensor = _call(
-        _block_maxima,
-        q.requires_grad or k.requires_grad,
-        q,
-        k,
-        bool(causal),
-        scale,
-        rule,
-        geometry[0],
-        geometry[1],
-    )
+    call = BlockMaximaCall(q, k, bool(causal), scale, rule, geometry[0], geometry[1])
+    maxima: Tensor = _dispatch(_block_maxima, call)
     return maxima
 
 
@@ -293,22 +215,22 @@ _forward: Callable[..., Any] = torch.ops.bsfa.forward.default
 _block_maxima: Callable[..., Any] = torch.ops.bsfa.block_maxima.default
 
 
-def _nobody_watches(*tensors: Tensor) -> bool:
-    """Whether plain CUDA tensors may go to the kernel at once.
+def can_bypass_dispatcher(call: ForwardCall) -> bool:
+    """Whether plain CUDA tensors may go to the kernel at once, past dispatcher and checks.
 
-    The dispatcher and the checks before it take as long as a launch. They are needed where a
-    compiler, a transform, a mode, a profiler or autograd is to know of the call.
+    Those take as long as a launch. False if a tracer, mode, transform, profiler or autograd must
+    see this call.
     """
     if torch.compiler.is_compiling():
         return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN or not tensor.is_cuda:
-            return False
+    q, k, v, thresholds = call[:4]
     return not (
-        (
-            torch.is_grad_enabled()
-            and (tensors[0].requires_grad or tensors[1].requires_grad or tensors[2].requires_grad)
-        )
+        type(q) not in _PLAIN
+        or type(k) not in _PLAIN
+        or type(v) not in _PLAIN
+        or type(thresholds) not in _PLAIN
+        or not q.is_cuda
+        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -320,12 +242,16 @@ def _nobody_watches(*tensors: Tensor) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _call(operator: Callable[..., Any], requires_grad: bool, *arguments: object) -> Any:
+def _dispatch(operator: Callable[..., Any], call: ForwardCall | BlockMaximaCall) -> Any:
     """Call an operator, below autograd where that has nothing to do.
 
     Autograd's step is in Python, and would be a good part of what a call costs on the host.
     """
-    if torch.compiler.is_compiling() or (requires_grad and torch.is_grad_enabled()):
-        return operator(*arguments)
+    check_types(call)
+    inputs = call[:3] if isinstance(call, ForwardCall) else call[:2]
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    ):
+        return operator(*call)
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+        return operator(*call)

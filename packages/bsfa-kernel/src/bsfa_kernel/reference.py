@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
 from bsfa_kernel._checks import (
     check_block_maxima,
     check_cu_seqlens_values,
@@ -171,23 +172,42 @@ def attention(
         TypeError: an argument of another type or dtype.
         ValueError: an argument that breaks a rule; the message names rule and value.
     """
-    check_forward(
-        q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, scale, rule, geometry, any_geometry=True
+    return run(
+        ForwardCall(
+            q,
+            k,
+            v,
+            thresholds,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            causal,
+            scale,
+            rule,
+            *_two_sizes(geometry),
+            return_lse=True,
+            return_kept=True,
+        ),
+        compute_dtype,
     )
-    check_thresholds_values(thresholds)
-    geometry = Geometry(*geometry)
+
+
+@torch.no_grad()
+def run(call: ForwardCall, compute_dtype: torch.dtype | None = None) -> AttentionResult:
+    """``attention`` of a call."""
+    check_forward(call, any_geometry=True)
+    check_thresholds_values(call.thresholds)
+    q, k, cu_seqlens_q, cu_seqlens_k = call.q, call.k, call.cu_seqlens_q, call.cu_seqlens_k
     dtype = _compute_dtype(q, compute_dtype)
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     heads = q.shape[-2]
 
     if cu_seqlens_q is None or cu_seqlens_k is None:
         batch, seqlen_q = q.shape[:2]
-        q_blocks = block_count(seqlen_q, geometry.q_block)
-        k_blocks = block_count(k.shape[1], geometry.k_block)
+        q_blocks = block_count(seqlen_q, call.q_block)
+        k_blocks = block_count(k.shape[1], call.k_block)
         result = _empty_result(
             q, compute_dtype, dtype, (batch, heads, seqlen_q), (batch, heads, q_blocks), k_blocks
         )
-        _attend(q, k, v, thresholds, result, causal, scale, rule, geometry, dtype)
+        _attend(call, result, dtype)
         return result
 
     check_cu_seqlens_values(cu_seqlens_q, "cu_seqlens_q", "total_q", q.shape[0])
@@ -195,22 +215,22 @@ def attention(
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     batch = len(starts_q) - 1
     longest = max((e - b for b, e in pairwise(starts_k)), default=0)
-    columns = q.shape[0] // geometry.q_block + batch
+    columns = q.shape[0] // call.q_block + batch
     result = _empty_result(
         q,
         compute_dtype,
         dtype,
         (heads, q.shape[0]),
         (heads, columns),
-        block_count(longest, geometry.k_block),
+        block_count(longest, call.k_block),
     )
     for index in range(batch):
         queries = slice(starts_q[index], starts_q[index + 1])
         keys = slice(starts_k[index], starts_k[index + 1])
         length_q, length_k = queries.stop - queries.start, keys.stop - keys.start
-        first = starts_q[index] // geometry.q_block + index
-        blocks = slice(first, first + block_count(length_q, geometry.q_block))
-        k_blocks = block_count(length_k, geometry.k_block)
+        first = starts_q[index] // call.q_block + index
+        blocks = slice(first, first + block_count(length_q, call.q_block))
+        k_blocks = block_count(length_k, call.k_block)
         part = AttentionResult(
             out=result.out[None, queries],
             lse=result.lse[None, :, queries],
@@ -218,19 +238,19 @@ def attention(
             mask=result.mask[None, :, blocks, :k_blocks],
             margin=result.margin[None, :, blocks],
         )
-        _attend(
-            q[None, queries],
-            k[None, keys],
-            v[None, keys],
-            thresholds,
-            part,
-            causal,
-            scale,
-            rule,
-            geometry,
-            dtype,
-        )
+        sequence = call._replace(q=q[None, queries], k=k[None, keys], v=call.v[None, keys])
+        _attend(sequence, part, dtype)
     return result
+
+
+def _two_sizes(geometry: Geometry) -> tuple[int, int]:
+    if len(geometry) != 2:
+        raise ValueError(f"geometry must be two positive numbers, got {tuple(geometry)}")
+    return geometry[0], geometry[1]
+
+
+def _scale(call: ForwardCall | BlockMaximaCall) -> float:
+    return float(call.q.shape[-1]) ** -0.5 if call.scale is None else float(call.scale)
 
 
 def _compute_dtype(q: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
@@ -301,19 +321,10 @@ def _hide_masked(scores: Tensor, block: _QueryBlock, first_key: int, offset: int
     scores.masked_fill_(keys > last_seen[:, None], -_INF)
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    thresholds: Tensor,
-    result: AttentionResult,
-    causal: bool,
-    scale: float,
-    rule: str,
-    geometry: Geometry,
-    dtype: torch.dtype,
-) -> None:
-    """Fill ``result``, which holds what queries without keys give."""
+def _attend(call: ForwardCall, result: AttentionResult, dtype: torch.dtype) -> None:
+    """Fill ``result``, which holds what queries without keys give; of padded tensors."""
+    q, k, v, thresholds, _, _, causal, _, rule, *_ = call
+    geometry, scale = call.geometry, _scale(call)
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, kv_heads = k.shape[1:3]
     group = heads // kv_heads
@@ -445,7 +456,8 @@ def verdicts(
 ) -> Verdicts:
     """The rule of docs/semantics.md, for any number of query blocks at once.
 
-    Key blocks are decided from the last to the first. All values are scaled scores.
+    Key blocks are decided from the last to the first. All values are scaled scores; a block with a
+    NaN among them, or in the reference of a row, is kept.
 
     Args:
         row_maxima: [..., rows, k_blocks], the largest score of each row in each block; -inf where
@@ -475,9 +487,10 @@ def verdicts(
         forced = (columns >= torch.as_tensor(full, device=row_maxima.device)[..., None]).expand(
             *shape, k_blocks
         )
+    decidable = thresholds < _INF  # +inf keeps no block, not even where a row has kept nothing yet
     if rule == "absolute":
         excess = row_maxima.amax(-2).expand(*shape, k_blocks)
-        keep = excess >= thresholds[..., None]
+        keep = ~(excess < thresholds[..., None]) & decidable[..., None]
         if forced is not None:
             keep, excess = keep | forced, excess.masked_fill(forced, _INF)
         return Verdicts(keep, excess)
@@ -490,18 +503,26 @@ def verdicts(
     merge = torch.maximum if rule == "running_max" else torch.logaddexp
     if reference is None:
         reference = torch.full_like(row_maxima[0], -_INF)
-    decidable = thresholds < _INF  # +inf keeps no block, not even where a row has kept nothing yet
+    elif rule == "running_max":
+        reference = _poison_infinite(reference)
+    if rule == "running_max":
+        gains = _poison_infinite(gains)
     keep = torch.empty((k_blocks, *shape), dtype=torch.bool, device=row_maxima.device)
     excess = torch.empty((k_blocks, *shape), dtype=row_maxima.dtype, device=row_maxima.device)
     for index in range(k_blocks - 1, -1, -1):
         excess[index] = (row_maxima[index] - reference).amax(-1)
-        kept = (excess[index] >= thresholds) & decidable
+        kept = ~(excess[index] < thresholds) & decidable  # NaN keeps
         if forced is not None:
             kept |= forced[..., index]
         keep[index] = kept
         reference = torch.where(kept[..., None], merge(reference, gains[index]), reference)
     keep, excess = keep.movedim(0, -1), excess.movedim(0, -1)
     return Verdicts(keep, excess if forced is None else excess.masked_fill(forced, _INF))
+
+
+def _poison_infinite(maxima: Tensor) -> Tensor:
+    """NaN for +inf: what a softmax that has seen +inf is worth."""
+    return maxima.masked_fill(maxima == _INF, torch.nan)
 
 
 def _margin(excess: Tensor, bounds: Tensor) -> Tensor:
@@ -559,16 +580,24 @@ def block_maxima(
 
     Returns:
         [batch, heads, q_blocks, k_blocks], in the dtype computed in; -inf where no score is
-        visible, +inf where a relative rule meets a row that has seen nothing yet.
+        visible, +inf where a relative rule meets a row that has seen nothing yet, NaN where a score
+        or a row's reference is NaN.
 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: an argument that breaks a rule; the message names rule and value.
     """
-    check_block_maxima(q, k, scale, rule, geometry, any_geometry=True)
-    geometry = Geometry(*geometry)
+    call = BlockMaximaCall(q, k, causal, scale, rule, *_two_sizes(geometry))
+    return run_block_maxima(call, compute_dtype)
+
+
+@torch.no_grad()
+def run_block_maxima(call: BlockMaximaCall, compute_dtype: torch.dtype | None = None) -> Tensor:
+    """``block_maxima`` of a call."""
+    check_block_maxima(call, any_geometry=True)
+    q, k, causal, _, rule, *_ = call
+    geometry, scale = call.geometry, _scale(call)
     dtype = _compute_dtype(q, compute_dtype)
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k, kv_heads = k.shape[1:3]
     maxima = torch.full(
@@ -621,7 +650,7 @@ def _excesses(scores: Tensor, rule: str, k_block: int) -> Tensor:
     if rule == "absolute":
         return row_maxima.amax(2)
     if rule == "running_max":
-        so_far = row_maxima.flip(-1).cummax(-1).values
+        so_far = _poison_infinite(row_maxima).flip(-1).cummax(-1).values
     else:
         so_far = _log_sum_exp(blocks).flip(-1).logcumsumexp(-1)
     # What a block meets is what the blocks after it have left.

@@ -36,7 +36,7 @@ def main() -> None:
         # Blocks of keys are loud or quiet, so that verdicts differ.
         loudness = random.uniform(0.1, 0.6, -(-seqlen_k // 64)).repeat(64)[:seqlen_k]
         k = (k * loudness[None, :, None, None]).astype(np.float16)
-        stored = {"q": q, "k": k, "v": v}
+        stored: dict[str, np.ndarray] = {"q": q, "k": k, "v": v}
         for rule, level in zip(RULES, levels, strict=True):
             for q_block, k_block in GEOMETRIES:
                 thresholds = level + random.uniform(-0.3, 0.3, (2, 4))

@@ -19,37 +19,51 @@ static void print_strides(void) {
   MEMBER(bsfa_strides, heads);
 }
 
+static void print_tensor(void) {
+  STRUCT(bsfa_tensor);
+  MEMBER(bsfa_tensor, data);
+  MEMBER(bsfa_tensor, strides);
+}
+
+static void print_problem(void) {
+  STRUCT(bsfa_problem);
+  MEMBER(bsfa_problem, device);
+  MEMBER(bsfa_problem, arch);
+  MEMBER(bsfa_problem, stream);
+  MEMBER(bsfa_problem, dtype);
+  MEMBER(bsfa_problem, rule);
+  MEMBER(bsfa_problem, causal);
+  MEMBER(bsfa_problem, q_block);
+  MEMBER(bsfa_problem, k_block);
+  MEMBER(bsfa_problem, scale);
+  MEMBER(bsfa_problem, batch);
+  MEMBER(bsfa_problem, heads);
+  MEMBER(bsfa_problem, kv_heads);
+  MEMBER(bsfa_problem, head_dim);
+  MEMBER(bsfa_problem, seqlen_q);
+  MEMBER(bsfa_problem, seqlen_k);
+  MEMBER(bsfa_problem, q);
+  MEMBER(bsfa_problem, k);
+  MEMBER(bsfa_problem, cu_seqlens_q);
+  MEMBER(bsfa_problem, cu_seqlens_k);
+  MEMBER(bsfa_problem, seqused_k);
+  MEMBER(bsfa_problem, block_table);
+  MEMBER(bsfa_problem, block_table_stride);
+  MEMBER(bsfa_problem, pages);
+  MEMBER(bsfa_problem, page_size);
+  MEMBER(bsfa_problem, selection);
+  MEMBER(bsfa_problem, sinks);
+}
+
 static void print_forward_args(void) {
   STRUCT(bsfa_forward_args);
   MEMBER(bsfa_forward_args, abi_version);
   MEMBER(bsfa_forward_args, struct_size);
-  MEMBER(bsfa_forward_args, device);
-  MEMBER(bsfa_forward_args, arch);
-  MEMBER(bsfa_forward_args, stream);
-  MEMBER(bsfa_forward_args, dtype);
-  MEMBER(bsfa_forward_args, rule);
-  MEMBER(bsfa_forward_args, causal);
-  MEMBER(bsfa_forward_args, q_block);
-  MEMBER(bsfa_forward_args, k_block);
-  MEMBER(bsfa_forward_args, scale);
-  MEMBER(bsfa_forward_args, batch);
-  MEMBER(bsfa_forward_args, heads);
-  MEMBER(bsfa_forward_args, kv_heads);
-  MEMBER(bsfa_forward_args, head_dim);
-  MEMBER(bsfa_forward_args, seqlen_q);
-  MEMBER(bsfa_forward_args, seqlen_k);
-  MEMBER(bsfa_forward_args, q);
-  MEMBER(bsfa_forward_args, k);
+  MEMBER(bsfa_forward_args, problem);
   MEMBER(bsfa_forward_args, v);
   MEMBER(bsfa_forward_args, out);
-  MEMBER(bsfa_forward_args, q_strides);
-  MEMBER(bsfa_forward_args, k_strides);
-  MEMBER(bsfa_forward_args, v_strides);
-  MEMBER(bsfa_forward_args, out_strides);
   MEMBER(bsfa_forward_args, thresholds);
   MEMBER(bsfa_forward_args, threshold_rows);
-  MEMBER(bsfa_forward_args, cu_seqlens_q);
-  MEMBER(bsfa_forward_args, cu_seqlens_k);
   MEMBER(bsfa_forward_args, lse);
   MEMBER(bsfa_forward_args, kept);
 }
@@ -58,30 +72,14 @@ static void print_block_maxima_args(void) {
   STRUCT(bsfa_block_maxima_args);
   MEMBER(bsfa_block_maxima_args, abi_version);
   MEMBER(bsfa_block_maxima_args, struct_size);
-  MEMBER(bsfa_block_maxima_args, device);
-  MEMBER(bsfa_block_maxima_args, arch);
-  MEMBER(bsfa_block_maxima_args, stream);
-  MEMBER(bsfa_block_maxima_args, dtype);
-  MEMBER(bsfa_block_maxima_args, rule);
-  MEMBER(bsfa_block_maxima_args, causal);
-  MEMBER(bsfa_block_maxima_args, q_block);
-  MEMBER(bsfa_block_maxima_args, k_block);
-  MEMBER(bsfa_block_maxima_args, scale);
-  MEMBER(bsfa_block_maxima_args, batch);
-  MEMBER(bsfa_block_maxima_args, heads);
-  MEMBER(bsfa_block_maxima_args, kv_heads);
-  MEMBER(bsfa_block_maxima_args, head_dim);
-  MEMBER(bsfa_block_maxima_args, seqlen_q);
-  MEMBER(bsfa_block_maxima_args, seqlen_k);
-  MEMBER(bsfa_block_maxima_args, q);
-  MEMBER(bsfa_block_maxima_args, k);
-  MEMBER(bsfa_block_maxima_args, q_strides);
-  MEMBER(bsfa_block_maxima_args, k_strides);
+  MEMBER(bsfa_block_maxima_args, problem);
   MEMBER(bsfa_block_maxima_args, maxima);
 }
 
 int main(void) {
   print_strides();
+  print_tensor();
+  print_problem();
   print_forward_args();
   print_block_maxima_args();
   CONSTANT(BSFA_ABI_VERSION);

@@ -1,0 +1,308 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The page of current results, docs/results.md, from the records in benchmarks/results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import report
+from harness import Record
+from study.compare import (
+    BLASST,
+    BOOTSTRAPS,
+    KL_TARGETS,
+    PAPER,
+    Point,
+    compared,
+    draw,
+    interval_text,
+    with_interval,
+)
+
+_HEAD = """\
+# Results
+
+Made by `python benchmarks/report.py` from the records in `benchmarks/results/`; do not edit.
+[benchmarking.md](benchmarking.md) says how a time is taken, [evaluation.md](evaluation.md) how a
+loss. "Skipped" is the measured share of the visible sparsity blocks, forced ones included.
+"""
+
+_SPEED = """\
+## Speed of the attention kernels
+
+Dense time of the peer over ours, in the same process, on the same inputs, in turns. Bold rows have
+the default rule and geometry, those in italics the paper's. The first row is the FLOP limit: with
+exact scores and a share s skipped, 1 / (1 - s/2), at the peer's own rate. `dense` has thresholds of
+-inf; `0` has finite thresholds that skip nothing. Irregular patterns draw every block on its own,
+planted ones are the same for all heads ([inputs](../benchmarks/README.md#inputs)).
+"""
+
+_STUDY = """\
+## How much can be skipped at an equal loss
+
+Share of the blocks skipped where the KL divergence of the next-token distributions from dense
+attention is 0.01 and 0.03 nats, and how much more that is than with the paper's rule and with one
+scalar under running_max (BLASST's rule). Brackets: 95 % intervals from a bootstrap over contexts.
+Between measured points the logarithm of the divergence is linear in the sparsity.
+"""
+
+_TEXT = """\
+## The loss at given thresholds
+
+Mean over held-out contexts of the KL divergence from dense and of the change of the negative
+log-likelihood, in nats a token. Brackets: 95 % intervals, Student's t.
+"""
+
+_NEEDLES = """\
+## Needles
+
+A hit is the exact number of seven digits, asked for among one or four keys at six depths. Dense's
+hits are those on the same contexts. Brackets: 95 % intervals from a bootstrap over contexts.
+"""
+
+# What the study calls its candidates, in the order of the rows. Tables go by their file's name.
+_CANDIDATES = {
+    "4k-learned-64x64": "**running_lse, learned, 64x64 (default)**",
+    "running_lse learned 64x64": "**running_lse, learned, 64x64 (default)**",
+    "running_lse scalar 64x64": "running_lse, one scalar, 64x64",
+    "running_lse learned 128x64": "running_lse, learned, 128x64",
+    "running_lse scalar 128x64": "running_lse, one scalar, 128x64",
+    BLASST: "running_max, one scalar, 128x64 (BLASST's rule)",
+    PAPER: "*absolute, k blocks, 128x64 (the paper's)*",
+}
+
+
+def study_tables(records: Sequence[Record]) -> str:
+    """Markdown: sparsity at equal loss, by length."""
+    parts = []
+    chosen = [record for record in records if record["kind"] == "thresholds_study"]
+    for group in report.grouped(chosen, ("gpu", "model", "dtype", "seqlen")):
+        results = _points(group)
+        contexts = len(group[0]["contexts"])
+        summary = compared(results, contexts)
+        header = ["thresholds"]
+        for target in KL_TARGETS:
+            header += [f"at KL {target:g}", "over the paper's", "over running_max"]
+        body = []
+        for name in sorted(results, key=_order):
+            cells = [
+                summary[name].get(f"{label}_at_{target:g}")
+                for target in KL_TARGETS
+                for label in ("sparsity", "over_paper", "over_running_max")
+            ]
+            texts = ["" if cell is None else interval_text(cell) for cell in cells]
+            body.append([_CANDIDATES[_short(name)], *texts])
+        parts.append(f"### {group[0]['seqlen']} tokens, {contexts} contexts{_where(group[0])}")
+        parts += [report.markdown_table(header, body), report.provenance(group)]
+    return "\n\n".join(parts)
+
+
+def _points(group: Sequence[Record]) -> dict[str, list[Point]]:
+    results: dict[str, list[Point]] = {}
+    for record in sorted(group, key=lambda record: record["asked"]):
+        arrays = (np.asarray(record[name]) for name in ("sparsity", "kl", "nll_change"))
+        results.setdefault(record["candidate"], []).append(Point(record["asked"], *arrays))
+    return results
+
+
+def _short(candidate: str) -> str:
+    return Path(candidate).stem if candidate.endswith(".safetensors") else candidate
+
+
+def _order(candidate: str) -> int:
+    return list(_CANDIDATES).index(_short(candidate))
+
+
+def _where(record: Record) -> str:
+    return f": {record['model']}, {record['dtype']} ({record['gpu']})"
+
+
+class _Label(NamedTuple):
+    """A configuration, sorted by what is recommended first."""
+
+    order: int
+    sparsity: float
+    text: str
+
+
+def _label(record: Record) -> _Label:
+    options, geometry = record["options"], record["geometry"]
+    skipped = float(np.mean(record["sparsity"]))
+    if record["method"] == "dense":
+        return _Label(0, 0.0, "dense")
+    if record["method"] == "table" and "k" in options:
+        return _Label(5, skipped, f"*absolute, k = {options['k']}, {geometry} (the paper's)*")
+    if record["method"] == "table":
+        learned_at = Path(options["file"]).stem.split("-")[0].upper()
+        text = f"running_lse, learned at {learned_at}, {geometry}, {options['target_sparsity']}"
+        default = geometry == "64x64"
+        return _Label(1 if default else 2, skipped, f"**{text}**" if default else text)
+    if record["method"] == "scalar":
+        order = 3 if options["rule"] == "running_lse" else 4
+        return _Label(order, skipped, f"{options['rule']}, one scalar, {geometry}")
+    text = f"sliding window of {options['window']} keys and the first {options['sink']}"
+    return _Label(6, skipped, text)
+
+
+def _method(record: Record) -> str:
+    """What records of one configuration share."""
+    return f"{record['method']} {record['geometry']} {sorted(record['options'].items())}"
+
+
+def text_tables(records: Sequence[Record]) -> str:
+    """Markdown: the loss on text, by length."""
+    chosen = [r for r in records if r["kind"] == "evaluation" and r["task"] == "text"]
+    parts = []
+    for group in report.grouped(chosen, ("gpu", "model", "dtype", "seqlen")):
+        body = []
+        for record in sorted(group, key=_label):
+            if record["method"] == "dense":
+                continue
+            kl, change = (_mean_interval(record[name]) for name in ("kl", "nll_change"))
+            body.append(
+                [
+                    _label(record).text,
+                    f"{np.mean(record['sparsity']):.3f}",
+                    f"{kl[0]:.4f} [{kl[1]:.4f}, {kl[2]:.4f}]",
+                    f"{change[0]:+.4f} [{change[1]:+.4f}, {change[2]:+.4f}]",
+                ]
+            )
+        contexts = len(group[0]["contexts"])
+        parts.append(f"### {group[0]['seqlen']} tokens, {contexts} contexts{_where(group[0])}")
+        header = ["thresholds", "skipped", "KL divergence", "change of NLL"]
+        parts += [report.markdown_table(header, body), report.provenance(group)]
+    return "\n\n".join(parts)
+
+
+def _mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    from bsfa_hf.evaluation.intervals import mean_interval
+
+    mean, low, high = mean_interval(values)
+    return (mean, mean, mean) if low is None or high is None else (mean, low, high)
+
+
+def needle_tables(records: Sequence[Record]) -> str:
+    """Markdown: hits by number of keys, and the share of dense's that is left, by length."""
+    chosen = [r for r in records if r["kind"] == "evaluation" and r["task"] == "needle"]
+    parts = []
+    for group in report.grouped(chosen, ("gpu", "model", "dtype", "seqlen")):
+        keys = sorted({record["keys"] for record in group})
+        dense: dict[int, dict[str, str]] = {}
+        for record in group:
+            if record["method"] == "dense":
+                found = dict(zip(record["contexts"], record["hits"], strict=True))
+                dense.setdefault(record["keys"], {}).update(found)
+        header = ["thresholds", "skipped", "contexts", *(f"{n} keys: hits" for n in keys)]
+        header = [title.replace("1 keys", "1 key") for title in header] + ["share of dense's hits"]
+        body = []
+        by_method: dict[str, list[Record]] = {}
+        for record in sorted(group, key=_label):
+            if record["method"] != "dense":
+                by_method.setdefault(_method(record), []).append(record)
+        for alike in by_method.values():
+            hits = {
+                record["keys"]: dict(zip(record["contexts"], record["hits"], strict=True))
+                for record in alike
+            }
+            contexts = sorted(set.intersection(*(set(found) for found in hits.values())))
+            counts = {
+                n: np.array(
+                    [
+                        (hits[n][c].count("1"), dense[n][c].count("1"), len(hits[n][c]))
+                        for c in contexts
+                    ]
+                )
+                for n in hits
+            }
+            body.append(
+                [
+                    _label(alike[0]).text,
+                    f"{np.mean([np.mean(record['sparsity']) for record in alike]):.3f}",
+                    str(len(contexts)),
+                    *(_hits(counts[n]) if n in counts else "" for n in keys),
+                    _share(np.sum(list(counts.values()), axis=0)),
+                ]
+            )
+        parts.append(f"### {group[0]['seqlen']} tokens{_where(group[0])}")
+        parts += [report.markdown_table(header, body), report.provenance(group)]
+    return "\n\n".join(parts)
+
+
+def _hits(counts: np.ndarray) -> str:
+    """Hits of all, and dense's hits on the same contexts."""
+    ours, dense, total = counts.sum(axis=0)
+    return f"{ours} of {total} (dense {dense})"
+
+
+def _share(counts: np.ndarray) -> str:
+    """Share of dense's hits that are left, from (hits, dense's hits, cells) [contexts, 3]."""
+    draws = np.random.default_rng(0).integers(0, len(counts), (BOOTSTRAPS, len(counts)))
+    ours, dense = (counts[draws, column].sum(axis=1) for column in (0, 1))
+    mean, low, high = with_interval(counts[:, 0].sum() / counts[:, 1].sum(), ours / dense)
+    return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def text(records: Sequence[Record], pictures: Sequence[str] = ()) -> str:
+    """The whole page.
+
+    Args:
+        records: of every kind.
+        pictures: the paths of what ``pictures`` draws, relative to the page.
+    """
+    sections = [
+        (_SPEED, "attention-", report.attention_tables(records)),
+        ("## Time to first token\n", "prefill-", report.prefill_tables(records)),
+        (_STUDY, "accuracy-", study_tables(records)),
+        (_TEXT, "", text_tables(records)),
+        (_NEEDLES, "", needle_tables(records)),
+        ("## Time of a calibration\n", "", report.calibration_tables(records)),
+        ("## Host time of a call\n", "", report.overhead_tables(records)),
+    ]
+    parts = [_HEAD]
+    for introduction, prefix, tables in sections:
+        if not tables:
+            continue
+        shown = [p for p in pictures if prefix and Path(p).name.startswith(prefix)]
+        parts.append(introduction)
+        parts += [f"![{Path(path).stem}]({path})\n" for path in shown]
+        parts.append(f"{tables.rstrip()}\n")
+    return "\n".join(parts)
+
+
+def draw_pictures(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draw every picture of the page, and delete those of a page before. Returns the files."""
+    for name in picture_names(folder, folder):
+        (folder.parent / name).unlink()
+    files = [*report.plot_attention(records, folder), *report.plot_prefill(records, folder)]
+    chosen = [record for record in records if record["kind"] == "thresholds_study"]
+    for group in report.grouped(chosen, ("gpu", "model", "dtype", "seqlen")):
+        results = _points(group)
+        curves = [
+            (_CANDIDATES[_short(name)].replace("*", ""), results[name])
+            for name in sorted(results, key=_order)
+        ]
+        path = folder / f"accuracy-{group[0]['seqlen']}.png"
+        draw(curves, f"{group[0]['model']}, {group[0]['seqlen']} tokens", path)
+        files.append(path)
+    return files
+
+
+def picture_names(docs: Path, images: Path) -> list[str]:
+    """The pictures in a folder, as the page links them."""
+    prefixes = ("attention-", "prefill-", "accuracy-")
+    paths = (path for path in sorted(images.glob("*.png")) if path.name.startswith(prefixes))
+    return [Path(os.path.relpath(path, docs.parent)).as_posix() for path in paths]
+
+
+def write(records: Sequence[Record], docs: Path, images: Path) -> list[Path]:
+    """Write the page and its pictures. Returns the files."""
+    files = draw_pictures(records, images)
+    docs.parent.mkdir(parents=True, exist_ok=True)
+    docs.write_text(text(records, picture_names(docs, images)), encoding="utf-8")
+    return [*files, docs]

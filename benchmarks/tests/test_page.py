@@ -1,0 +1,121 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The page of current results is what the records give."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evaluation
+import page
+import report
+from conftest import attention_record
+from harness import ROOT, check_record
+
+DOCS, IMAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "images"
+UPDATE = "python benchmarks/report.py"
+
+
+@pytest.fixture(scope="module")
+def current() -> list[dict[str, Any]]:
+    return report.load(report.current())
+
+
+def test_the_page_is_what_the_records_give(current: list[dict[str, Any]]) -> None:
+    pictures = page.picture_names(DOCS, IMAGES)
+    assert DOCS.read_text(encoding="utf-8") == page.text(current, pictures), UPDATE
+
+
+def test_a_changed_record_would_change_the_page(current: list[dict[str, Any]]) -> None:
+    chosen = [record for record in current if record["kind"] == "evaluation"]
+    assert {record["task"] for record in chosen} == {"text", "needle"}
+    sparse = next(r for r in chosen if r["task"] == "needle" and r["method"] != "dense")
+    changed = {**sparse, "hits": ["0" * len(hits) for hits in sparse["hits"]]}
+    others = [record for record in chosen if record is not sparse]
+    assert page.text([*others, changed]) != page.text(chosen)
+
+
+def test_every_kind_has_a_section(current: list[dict[str, Any]]) -> None:
+    text = page.text(current)
+    for kind in ("Speed", "Time to first token", "equal loss", "Needles", "calibration", "Host"):
+        assert any(line.startswith("## ") and kind in line for line in text.splitlines()), kind
+    assert "## Needles" not in page.text([r for r in current if r.get("task") != "needle"])
+
+
+def test_prose_lines_are_short(current: list[dict[str, Any]]) -> None:
+    fenced = False
+    for line in page.text(current).splitlines():
+        fenced ^= line.startswith("```")
+        assert fenced or line.startswith(("|", "![", "###")) or len(line) <= 120
+
+
+def test_writing_draws_pictures_and_deletes_those_of_before(tmp_path: Path) -> None:
+    docs, images = tmp_path / "docs" / "results.md", tmp_path / "docs" / "images"
+    images.mkdir(parents=True)
+    (images / "attention-old.png").touch()
+    (images / "logo.png").touch()
+    records = [
+        attention_record(asked=asked, sparsity=float(asked)) for asked in ("0", "0.5", "0.9")
+    ]
+    picture, page_path = page.write(records, docs, images)
+    assert page_path == docs
+    assert f"(images/{picture.name})" in docs.read_text(encoding="utf-8")
+    assert {path.name for path in images.iterdir()} == {picture.name, "logo.png"}
+
+
+def bands(kl: float, nll: float) -> list[dict[str, Any]]:
+    return [
+        {"positions": 1, "kl": 3 * kl, "nll": nll},
+        {"positions": 2, "kl": 0.0, "nll": nll},
+    ]
+
+
+def evaluated(**changes: Any) -> dict[str, Any]:
+    cell = {"length": 4096, "kind": "code", "sparsity": 0.0}
+    text = {**cell, "task": "text", "sample": "code/a.txt@0 abc", "bands": bands(0.0, 2.0)}
+    needles = [
+        {
+            **cell,
+            "task": "needle",
+            "keys": 1,
+            "depth": depth,
+            "hit": depth > 0,
+            "sample": f"1 keys, depth {depth:g}, seed 0, abc",
+        }
+        for depth in (1.0, 0.0, 0.5)
+    ]
+    dense = [{**record, "configuration": "dense"} for record in (text, *needles)]
+    sparse = [{**record, "configuration": "x", "sparsity": 0.5} for record in (text, *needles)]
+    sparse[0]["bands"] = bands(0.25, 2.5)
+    methods = {
+        "dense": {"kind": "dense", "options": {}, "geometry": "128x64"},
+        "x": {"kind": "scalar", "options": {"rule": "running_lse"}, "geometry": "64x64"},
+    }
+    made_with = {"device": "A GPU", "dtype": "float16", "backend": "native", "torch": "2.11.0"}
+    header = {"model": {"name": "m"}, "configurations": methods, "environment": made_with}
+    records = [*dense, *sparse]
+    return {"format": "bsfa-evaluation", "header": header, "records": records, **changes}
+
+
+def test_an_evaluation_is_condensed_by_context() -> None:
+    found = evaluation.condense(evaluated(), date="2026-01-02", command="bsfa evaluate")
+    for record in found:
+        check_record(record)
+    text = next(r for r in found if r["task"] == "text" and r["method"] == "scalar")
+    assert text["contexts"] == ["code/a.txt@0"]
+    assert (text["kl"], text["nll_change"], text["sparsity"]) == ([0.25], [0.5], [0.5])
+    needle = next(r for r in found if r["task"] == "needle" and r["method"] == "scalar")
+    assert needle["contexts"] == ["code, seed 0, abc"]
+    assert needle["hits"] == ["011"]
+    tables = page.needle_tables(found)
+    assert "2 of 3 (dense 2)" in tables
+    assert "100.0%" in tables
+
+
+def test_an_evaluation_without_dense_or_of_another_format_is_refused() -> None:
+    sparse = [r for r in evaluated()["records"] if r["configuration"] == "x"]
+    with pytest.raises(ValueError, match="dense"):
+        evaluation.condense(evaluated(records=sparse), date="d", command="c")
+    with pytest.raises(ValueError, match="format"):
+        evaluation.condense(evaluated(format="other"), date="d", command="c")
