@@ -305,7 +305,7 @@ def _about_time(dense: float, sparse: float, on_cpu: bool) -> str:
     if on_cpu:
         return (
             f"Time to read the prompt: {dense:.0f} s dense, {sparse:.0f} s block-sparse. On a CPU "
-            "this is the time of a reference in PyTorch, which gains nothing; the CUDA kernels do."
+            "this is the time of a reference in PyTorch; it says nothing of the CUDA kernels."
         )
     return (
         f"Time to read the prompt: {dense * 1000:.1f} ms dense, {sparse * 1000:.1f} ms "
