@@ -267,7 +267,6 @@ def _report(
     ]
     divergence = (dense.logits.exp() * (dense.logits - sparse.logits)).sum(-1).mean().item()
     kept = 1.0 if math.isnan(stats.mean_kept_fraction) else stats.mean_kept_fraction
-    on_cpu = loaded.model.device.type == "cpu"
     summary = [
         ["", "dense", "block-sparse"],
         ["questions answered", f"{hits[0]} of {len(questions)}", f"{hits[1]} of {len(questions)}"],
@@ -277,11 +276,6 @@ def _report(
         ],
         ["KL divergence from dense, nats a token", "0", f"{divergence:.4f}"],
         ["key blocks kept", "100%", f"{kept:.1%}"],
-        [
-            "seconds to read one prompt" + (" (reference on a CPU)" if on_cpu else ""),
-            f"{dense.seconds:.3g}",
-            f"{sparse.seconds:.3g}",
-        ],
     ]
     both = sum(row[3] == row[5] == "hit" for row in rows)
     change = perplexity[1] / perplexity[0] - 1
@@ -302,7 +296,7 @@ def _report(
             *_by_layer(stats),
             "",
             sentence,
-            _about_time(dense.seconds, sparse.seconds, on_cpu),
+            _about_time(dense.seconds, sparse.seconds, loaded.model.device.type == "cpu"),
         ]
     )
 
@@ -310,8 +304,8 @@ def _report(
 def _about_time(dense: float, sparse: float, on_cpu: bool) -> str:
     if on_cpu:
         return (
-            "Time: on a CPU it is that of a reference in PyTorch, which computes every block and "
-            "gains nothing; the CUDA kernels are what is fast."
+            f"Time to read the prompt: {dense:.0f} s dense, {sparse:.0f} s block-sparse. On a CPU "
+            "this is the time of a reference in PyTorch; it says nothing of the CUDA kernels."
         )
     return (
         f"Time to read the prompt: {dense * 1000:.1f} ms dense, {sparse * 1000:.1f} ms "
