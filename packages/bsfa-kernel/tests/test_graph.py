@@ -202,8 +202,8 @@ class TestStartingEarly:
 
 def test_a_call_returns_before_the_gpu_has_done_it(inputs, rule):
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         torch.cuda._sleep(1_000_000_000)
         everything(*inputs, rule)
         done = torch.cuda.Event()
