@@ -48,10 +48,10 @@ def emulate(
     v: Tensor,
     thresholds: Tensor,
     *,
+    order: str = "last_first",
     rule: str,
     geometry: Geometry,
     scale: float,
-    order: str = "last_first",
 ) -> Emulated:
     """Causal attention of whole prompts under several thresholds.
 
