@@ -51,6 +51,22 @@ def _needs_cuda(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "needs a CUDA device"
 
 
+def _needs_hopper(device: torch.device, package: str, module: str) -> str | None:
+    """What is missing for a module of a package that runs on Hopper GPUs alone."""
+    if reason := _needs_cuda(device):
+        return reason
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return f"package {package} is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"needs compute capability 9.0, the device has {major}.{minor}"
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        return f"package {package} does not load: {error}"
+    return None
+
+
 @dataclass(frozen=True)
 class Sdpa:
     """A back end of torch's scaled_dot_product_attention."""
@@ -115,18 +131,7 @@ class FlashAttention3:
 
     def available(self, shape: Shape, device: torch.device) -> str | None:
         """It needs the package and a Hopper GPU."""
-        if reason := _needs_cuda(device):
-            return reason
-        if importlib.util.find_spec("fa3_fwd_interface") is None:
-            return "package fa3-fwd is not installed"
-        major, minor = torch.cuda.get_device_capability(device)
-        if major != 9:
-            return f"needs compute capability 9.0, the device has {major}.{minor}"
-        try:
-            import fa3_fwd_interface  # noqa: F401
-        except (ImportError, OSError) as error:
-            return f"package fa3-fwd does not load: {error}"
-        return None
+        return _needs_hopper(device, "fa3-fwd", "fa3_fwd_interface")
 
     def prepare(self, problem: Problem) -> Call:
         """The call, on the inputs rounded to bfloat16."""
@@ -155,19 +160,9 @@ class FlashInferSkipSoftmax:
 
     def available(self, shape: Shape, device: torch.device) -> str | None:
         """It needs the package, a Hopper GPU and a causal mask."""
-        if reason := _needs_cuda(device):
+        if reason := _needs_hopper(device, "flashinfer-python", "flashinfer.prefill"):
             return reason
-        if importlib.util.find_spec("flashinfer") is None:
-            return "package flashinfer-python is not installed"
-        if torch.cuda.get_device_capability(device)[0] != 9:
-            return "its skip-softmax prefill needs compute capability 9.0"
-        if not shape.causal:
-            return "compared with a causal mask only"
-        try:
-            from flashinfer.prefill import trtllm_fmha_v2_prefill  # noqa: F401
-        except (ImportError, OSError) as error:
-            return f"package flashinfer-python does not load: {error}"
-        return None
+        return None if shape.causal else "compared with a causal mask only"
 
     def prepare(self, problem: Problem, *, skip_below: float | None) -> Call:
         """The call.

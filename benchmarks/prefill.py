@@ -47,20 +47,13 @@ _FA3 = "bsfa_benchmark_fa3"
 
 
 def fa3_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
+    _module: object, query: Tensor, key: Tensor, value: Tensor, _mask: object, **options: Any
 ) -> tuple[Tensor, None]:
     """FlashAttention-3 as an attention function of transformers, for prompts without padding."""
     from fa3_fwd_interface import flash_attn_func
 
-    del module, attention_mask, options
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True)
+    out = flash_attn_func(q, k, v, softmax_scale=options.get("scaling"), causal=True)
     return (out[0] if isinstance(out, tuple) else out), None
 
 

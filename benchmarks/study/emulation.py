@@ -9,8 +9,9 @@ thresholds affordable. Memory grows with the square of the length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -47,23 +48,17 @@ def emulate(
     v: Tensor,
     thresholds: Tensor,
     *,
+    order: str = "last_first",
     rule: str,
     geometry: Geometry,
     scale: float,
-    order: str = "last_first",
 ) -> Emulated:
     """Causal attention of whole prompts under several thresholds.
 
-    Args:
-        q: [batch, seqlen, heads, head_dim]; seqlen is a multiple of both sides of a block.
-        k: [batch, seqlen, kv_heads, head_dim].
-        v: as k.
-        thresholds: float32 [T, heads, rows] with one row, or one for each query block.
-        rule: one of ``bsfa_kernel.RULES``.
-        geometry: the sparsity block.
-        scale: factor of the scores.
-        order: in which blocks are decided after the forced ones: "last_first" (the semantics),
-            "sink_last_first" (block 0, then last to first), or "first_last".
+    Args: as in ``bsfa_calib.gated.gated_attention``, but q, k and v of a batch and thresholds
+    [T, heads, rows] of one row, or one for each query block. ``order`` is that in which blocks are
+    decided after the forced ones: "last_first" (the semantics), "sink_last_first" (block 0, then
+    last to first), or "first_last".
 
     Raises:
         ValueError: an argument breaks a rule.
@@ -85,14 +80,12 @@ def emulate(
         for part in _head_chunks(q, k):
             kv_heads = [head * k.shape[2] // heads for head in part]
             some = _emulate_heads(
-                q[index, :, part].transpose(0, 1).float(),
+                q[index, :, part].transpose(0, 1).float() * scale,
                 k[index, :, kv_heads].transpose(0, 1).float(),
                 v[index, :, kv_heads].transpose(0, 1).float(),
                 thresholds[:, part],
-                rule,
                 geometry,
-                scale,
-                order,
+                partial(_kept, rule=rule, order=order),
             )
             out[:, index, :, part] = some.out.transpose(1, 2)
             skipped[:, index, part] = some.skipped
@@ -137,22 +130,20 @@ def _head_chunks(q: Tensor, k: Tensor) -> Iterator[list[int]]:
 
 
 def _emulate_heads(
-    q: Tensor,
+    scaled_q: Tensor,
     k: Tensor,
     v: Tensor,
     thresholds: Tensor,
-    rule: str,
     geometry: Geometry,
-    scale: float,
-    order: str,
+    decide: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
 ) -> Emulated:
     """Of q, k and v [heads, seqlen, head_dim] and thresholds [T, heads, rows]."""
-    heads, seqlen, head_dim = q.shape
+    heads, seqlen, head_dim = scaled_q.shape
     q_block, k_block = geometry
     q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
-    positions = torch.arange(seqlen, device=q.device)
+    positions = torch.arange(seqlen, device=k.device)
     hidden = torch.where(positions > positions[:, None], -torch.inf, 0.0)
-    scores = torch.baddbmm(hidden, q * scale, k.transpose(1, 2))
+    scores = torch.baddbmm(hidden, scaled_q, k.transpose(1, 2))
     largest = scores.amax(-1)
     weights = scores.sub_(largest[..., None])
     # [k_blocks, heads, q_blocks, q_block]: verdicts are made of one block of keys at a time.
@@ -161,13 +152,11 @@ def _emulate_heads(
     weights = weights.exp_().view(heads, q_blocks, q_block, k_blocks, k_block)
     masses = weights.sum(-1).permute(3, 0, 1, 2).contiguous()
     by_block = largest.view(heads, q_blocks, q_block)
-    kept = _kept(
+    kept = decide(
         (row_maxima + by_block).movedim(0, -1),
         (masses.log() + by_block).movedim(0, -1),
         thresholds.expand(-1, -1, q_blocks),
-        full_blocks(torch.arange(q_blocks, device=q.device), seqlen, seqlen, geometry),
-        rule,
-        order,
+        full_blocks(torch.arange(q_blocks, device=k.device), seqlen, seqlen, geometry),
     )
 
     points = len(thresholds)
@@ -188,8 +177,8 @@ def _emulate_heads(
     share = 1 - denominator / total.sum(2, keepdim=True)
     lost = share.clamp_(min=0).permute(2, 0, 1, 3).reshape(points, heads, seqlen)
     visible = count_visible(seqlen, seqlen, geometry)
-    beyond = (torch.arange(k_blocks, device=q.device) * k_block) >= (
-        torch.arange(1, q_blocks + 1, device=q.device)[:, None] * q_block
+    beyond = (torch.arange(k_blocks, device=k.device) * k_block) >= (
+        torch.arange(1, q_blocks + 1, device=k.device)[:, None] * q_block
     )
     counted = (kept & ~beyond).sum((2, 3)).float()
     return Emulated(out, 1 - counted / visible, lost)
@@ -200,6 +189,7 @@ def _kept(
     row_lse: Tensor,
     thresholds: Tensor,
     full: Tensor,
+    *,
     rule: str,
     order: str,
 ) -> Tensor:

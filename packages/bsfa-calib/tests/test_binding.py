@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from bsfa_calib import Point, ThresholdTable
-from bsfa_calib.binding import ModelShape, bind, load_table, make_state, same_model
+from bsfa_calib.binding import ModelShape, bind, make_state, same_model
+from bsfa_calib.convert import load_table
 from bsfa_calib.reasons import Reason
 from bsfa_calib.statistics import Statistics
 from bsfa_kernel import GEOMETRIES, Geometry, reference

@@ -8,23 +8,19 @@ torch and bsfa-kernel, no transformers: the extra ``runtime``.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bsfa_calib.convert import Table, load_table
 from bsfa_calib.point import Point, PointLike
 from bsfa_calib.statistics import Statistics
-from bsfa_calib.thresholds import ThresholdTable
 from bsfa_kernel import DEFAULT_GEOMETRY, GEOMETRIES, RULES, Geometry
-
-Table = ThresholdTable | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -69,23 +65,6 @@ class State:
             # The model has been moved since it was patched.
             thresholds = self.thresholds[layer] = thresholds.to(device)
         return thresholds
-
-
-def load_table(table: Table) -> ThresholdTable:
-    """A table, or the one in a file; a ``.pt`` file of the paper's repository is converted.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ThresholdFileError: the file is not a threshold table.
-    """
-    if isinstance(table, ThresholdTable):
-        return table
-    path = Path(table)
-    if path.suffix == ".pt" and path.is_file():
-        from bsfa_calib import convert
-
-        return convert.load_pt(path)
-    return ThresholdTable.load(path)
 
 
 def bind(

@@ -1,11 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""Read the threshold files (``.pt``) of the paper's repository."""
+"""Read threshold files, those (``.pt``) of the paper's repository as tables."""
 
 from __future__ import annotations
 
 import os
 import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,23 @@ if TYPE_CHECKING:
 
 _SHOWN = 80  # characters of a file's content in a message
 _LARGEST = 1 << 20
+
+
+Table = ThresholdTable | str | os.PathLike[str]
+
+
+def load_table(table: Table) -> ThresholdTable:
+    """A table, or the one in a file; a ``.pt`` file of the paper's repository is converted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ThresholdFileError: the file is not a threshold table.
+    """
+    if isinstance(table, ThresholdTable):
+        return table
+    if Path(table).suffix in (".pt", ".pth"):
+        return load_pt(table)
+    return ThresholdTable.load(table)
 
 
 def load_pt(path: str | os.PathLike[str], *, model: str = "", revision: str = "") -> ThresholdTable:

@@ -80,9 +80,18 @@ def gated_attention(
         raise ValueError(f"width must be above 0, got {width}")
     by_head = (x.transpose(0, 1).float() for x in (q, k, v))
     out, skipped, slope = _GatedAttention.apply(  # type: ignore[no-untyped-call]
-        *by_head, thresholds, rule, geometry, scale, width
+        *by_head, thresholds, _Options(rule, geometry, scale, width)
     )
     return Gated(out.transpose(0, 1), skipped, slope)
+
+
+class _Options(NamedTuple):
+    """The arguments of ``gated_attention`` that are no tensors."""
+
+    rule: str
+    geometry: Geometry
+    scale: float
+    width: float
 
 
 class _Part(NamedTuple):
@@ -98,16 +107,9 @@ class _GatedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        thresholds: Tensor,
-        rule: str,
-        geometry: Geometry,
-        scale: float,
-        width: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor]:
+        rule, geometry, scale, width = options
         heads, seqlen, _ = q.shape
         q_block, k_block = geometry
         group = heads // k.shape[0]
@@ -141,7 +143,7 @@ class _GatedAttention(torch.autograd.Function):
             out[:, here] = numerator / denominator
             lse[:, here] = denominator.log() + largest.view(heads, -1, 1)
         ctx.save_for_backward(q, k, v, out, lse, kept, slope)
-        ctx.options = (geometry, scale)
+        ctx.options = options
         index = torch.arange(q_blocks, device=q.device)
         seen = torch.arange(k_blocks, device=q.device) * k_block < (index[:, None] + 1) * q_block
         visible = count_visible(seqlen, seqlen, geometry)
@@ -154,7 +156,7 @@ class _GatedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         out_gradient = gradients[0]
         q, k, v, out, lse, kept, slope = ctx.saved_tensors
-        geometry, scale = ctx.options
+        _, geometry, scale, _ = ctx.options
         heads, seqlen, head_dim = q.shape
         q_block, k_block = geometry
         kv_heads = k.shape[0]
@@ -182,7 +184,7 @@ class _GatedAttention(torch.autograd.Function):
             k_gradient[:, before] += added.view(kv_heads, group, -1, head_dim).sum(1)
             added = weights.transpose(1, 2) @ given
             v_gradient[:, before] += added.view(kv_heads, group, -1, head_dim).sum(1)
-        return q_gradient, k_gradient, v_gradient, threshold_gradient, None, None, None, None
+        return q_gradient, k_gradient, v_gradient, threshold_gradient, None
 
 
 def _parts(q: Tensor, geometry: Geometry) -> Iterator[_Part]:

@@ -128,7 +128,7 @@ def learn(
     """
     if len({len(ids) for ids in samples}) != 1:
         raise ValueError("at least one sample is needed, and all of the same length")
-    learner = _Learner(model, samples, rule, geometry, settings or Settings(), start, progress)
+    learner = _Learner(model, samples, settings or Settings(), rule, geometry, start, progress)
     results = []
     with _tensor_float32():
         for number, target in enumerate(targets):
@@ -157,9 +157,9 @@ class _Learner:
         self,
         model: Any,
         samples: Sequence[Sequence[int]],
+        settings: Settings,
         rule: str,
         geometry: Geometry,
-        settings: Settings,
         start: npt.ArrayLike | None,
         progress: Callable[[str], None],
     ) -> None:

@@ -36,8 +36,8 @@ _QUERIES_AT_A_TIME = 1024
 
 def register() -> None:
     """Make both known to transformers."""
-    register_attention(WINDOW_NAME, sliding_window_attention, bsfa_mask)
-    register_attention(SPARGE_NAME, sparge_attention, bsfa_mask)
+    register_attention(WINDOW_NAME, _attention_function(_sliding_window), bsfa_mask)
+    register_attention(SPARGE_NAME, _attention_function(_sparge), bsfa_mask)
 
 
 @dataclass(frozen=True)
@@ -148,30 +148,67 @@ def _statistics(model: torch.nn.Module) -> Statistics:
     return Statistics(layer_devices(model, shape.layers), heads.stop - heads.start)
 
 
-def sliding_window_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Causal attention in which each query sees a window of the last keys, and the first ones.
+@dataclass(frozen=True)
+class _Call:
+    """A call of the attention function; see `bsfa_hf.attention.bsfa_attention`."""
 
-    Arguments and result as for `bsfa_hf.attention.bsfa_attention`.
+    module: Any
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool
+    options: dict[str, Any]
+
+    def check(self) -> None:
+        """Refuse what no kernel of this package can do."""
+        check_supported(self.module, self.options.get("dropout", 0.0), self.options)
+
+    @property
+    def scale(self) -> float | None:
+        """Factor of the scores, None where it is the usual one."""
+        return self.options.get("scaling")
+
+    def count(self, state: _Running, kept: list[Tensor], lengths: list[tuple[int, int]]) -> None:
+        """Count a call that left out blocks of 128x64."""
+        state.statistics.count_sparse(self.module.layer_idx, kept, lengths, DEFAULT_GEOMETRY)
+
+
+def _attention_function(
+    attend: Callable[[_Running, _Call], Tensor | Reason],
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """A baseline as an attention function, to be called as `bsfa_hf.attention.bsfa_attention`.
+
+    Args:
+        attend: counts the call and gives [batch, heads, seqlen_q, head_dim], or says why the call
+            is to run dense.
     """
-    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    state = state_of(module)
-    if not isinstance(state, _Running) or not causal:
-        options = {"dropout": dropout, "scaling": scaling, **kwargs}
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        is_causal: bool | None = options.pop("is_causal", None)
+        state = state_of(module)
+        if isinstance(state, _Running):
+            causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+            found = attend(state, _Call(module, query, key, value, mask, bool(causal), options))
+            if isinstance(found, Tensor):
+                return found.transpose(1, 2).contiguous(), None
+            state.statistics.count_dense(module.layer_idx, found)
         return dense_attention(
-            module, query, key, value, attention_mask, is_causal=is_causal, options=options
+            module, query, key, value, mask, is_causal=is_causal, options=options
         )
-    check_supported(module, dropout, kwargs)
-    _refuse_extras(kwargs)
+
+    return attention
+
+
+def _sliding_window(state: _Running, call: _Call) -> Tensor | Reason:
+    """Causal attention in which each query sees a window of the last keys, and the first ones."""
+    if not call.causal:
+        return Reason.NOT_CAUSAL
+    call.check()
+    _refuse_extras(call.options)
+    query, key, value, attention_mask = call.query, call.key, call.value, call.mask
     method: SlidingWindow = state.method
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     plan = Plan(offset=seqlen_k - seqlen_q)
@@ -214,7 +251,7 @@ def sliding_window_attention(
             key[:, :, keys],
             value[:, :, keys],
             attn_mask=seen if seen.ndim == 4 else seen[None, None],
-            scale=scaling,
+            scale=call.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
     lengths = [(span.seqlen_q, span.seqlen_k) for span in plan.spans or ()]
@@ -222,42 +259,21 @@ def sliding_window_attention(
     kept = [
         method.kept(*each, query.device).expand(query.shape[1], -1) for each in lengths if each[0]
     ]
-    state.statistics.count_sparse(int(module.layer_idx), kept, lengths, DEFAULT_GEOMETRY)  # type: ignore[arg-type]
-    return out.transpose(1, 2).contiguous(), None
+    call.count(state, kept, lengths)
+    return out
 
 
-def sparge_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """SpargeAttn for whole prompts, dense attention for the rest.
-
-    Arguments and result as for `bsfa_hf.attention.bsfa_attention`.
-    """
-    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    state = state_of(module)
-    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    plan: Plan | None = None
-    if isinstance(attention_mask, DeferredMask):
-        plan = attention_mask.plan
-    reason = _sparge_reason(query, key, attention_mask, plan, causal, kwargs)
-    if reason is not None or not isinstance(state, _Running):
-        if reason is not None and state is not None:
-            state.statistics.count_dense(int(module.layer_idx), reason)  # type: ignore[arg-type]
-        options = {"dropout": dropout, "scaling": scaling, **kwargs}
-        return dense_attention(
-            module, query, key, value, attention_mask, is_causal=is_causal, options=options
-        )
-    check_supported(module, dropout, kwargs)
+def _sparge(state: _Running, call: _Call) -> Tensor | Reason:
+    """SpargeAttn for whole prompts, dense attention for the rest."""
+    plan: Plan | None = call.mask.plan if isinstance(call.mask, DeferredMask) else None
+    reason = _sparge_reason(call, plan)
+    if reason is not None:
+        return reason
+    call.check()
     assert state.kernel is not None
     kernel, method = state.kernel, state.method
+    query, key, value = call.query, call.key, call.value
+    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     kept: list[Tensor] = []
@@ -268,7 +284,7 @@ def sparge_attention(
             k=k,
             v=v,
             is_causal=True,
-            scale=scaling,
+            scale=call.scale,
             tensor_layout="HND",
             output_dtype=q.dtype,
             return_sparsity=method.measure,
@@ -293,39 +309,33 @@ def sparge_attention(
                 out[row, :, span.queries] = attend(
                     query[rows, :, span.queries], key[rows, :, span.keys], value[rows, :, span.keys]
                 )[0]
-    state.statistics.count_sparse(int(module.layer_idx), kept, lengths, DEFAULT_GEOMETRY)  # type: ignore[arg-type]
-    return out.transpose(1, 2).contiguous(), None
+    call.count(state, kept, lengths)
+    return out
 
 
-def _sparge_reason(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    plan: Plan | None,
-    causal: bool,
-    kwargs: dict[str, Any],
-) -> Reason | None:
+def _sparge_reason(call: _Call, plan: Plan | None) -> Reason | None:
     """Why a call runs dense under SpargeAttn."""
     names = {"softcap": Reason.SOFTCAP, "s_aux": Reason.SINKS, "position_bias": Reason.BIAS}
     for name, reason in names.items():
-        if kwargs.get(name) is not None:
+        if call.options.get(name) is not None:
             return reason
-    if not causal:
+    if not call.causal:
         return Reason.NOT_CAUSAL
-    if mask is not None and (plan is None or plan.reason is not None):
+    if call.mask is not None and (plan is None or plan.reason is not None):
         return plan.reason if plan is not None else Reason.OWN_MASK
-    if query.shape[2] < _SPARGE_SHORTEST:
-        return Reason.DECODE if query.shape[2] == 1 else Reason.TOO_SHORT
+    seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
+    if seqlen_q < _SPARGE_SHORTEST:
+        return Reason.DECODE if seqlen_q == 1 else Reason.TOO_SHORT
     if plan is not None and plan.drafts > 0:
         return Reason.DECODE
-    if plan.offset if plan is not None else key.shape[2] - query.shape[2]:
+    if plan.offset if plan is not None else seqlen_k - seqlen_q:
         return Reason.CHUNK
     return None
 
 
-def _refuse_extras(kwargs: dict[str, Any]) -> None:
+def _refuse_extras(options: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux", "position_bias", "cu_seq_lens_q"):
-        if kwargs.get(name) is not None:
+        if options.get(name) is not None:
             raise ValueError(
                 f'mode "sliding_window" cannot honour {name}, which this model asks for'
             )

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from bsfa_calib import switch as switching
-from bsfa_calib.binding import State, Table
+from bsfa_calib.binding import State
+from bsfa_calib.convert import Table
 from bsfa_calib.point import PointLike, PointOptions, as_point
 from bsfa_calib.statistics import Statistics
 from bsfa_hf.methods import BlockSparse, Method

@@ -13,7 +13,8 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 
-from bsfa_calib.binding import State, Table, bind, make_state
+from bsfa_calib.binding import State, bind, make_state
+from bsfa_calib.convert import Table
 from bsfa_calib.point import PointLike
 from bsfa_hf import attention
 from bsfa_hf.state import layer_devices, local_heads, model_shape, text_config

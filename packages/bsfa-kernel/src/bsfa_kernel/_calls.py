@@ -29,11 +29,6 @@ class ForwardCall(NamedTuple):
     return_lse: bool
     return_kept: bool
 
-    @property
-    def geometry(self) -> Geometry:
-        """The sparsity block."""
-        return Geometry(self.q_block, self.k_block)
-
 
 class BlockMaximaCall(NamedTuple):
     """Arguments of block_maxima, in the order of the operator's schema."""
@@ -46,7 +41,7 @@ class BlockMaximaCall(NamedTuple):
     q_block: int
     k_block: int
 
-    @property
-    def geometry(self) -> Geometry:
-        """The sparsity block."""
-        return Geometry(self.q_block, self.k_block)
+
+def geometry_of(call: ForwardCall | BlockMaximaCall) -> Geometry:
+    """The sparsity block of a call."""
+    return Geometry(call.q_block, call.k_block)

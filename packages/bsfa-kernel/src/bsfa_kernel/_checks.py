@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
+from bsfa_kernel._calls import BlockMaximaCall, ForwardCall, geometry_of
 from bsfa_kernel.geometry import GEOMETRIES
 from bsfa_kernel.rules import RULES
 
@@ -64,10 +64,11 @@ def _check_options(call: ForwardCall | BlockMaximaCall, any_geometry: bool) -> N
     scale = call.scale
     if scale is not None and not (scale > 0 and scale < float("inf")):
         raise ValueError(f"scale must be positive and finite, got {scale}")
+    geometry = geometry_of(call)
     if not any_geometry:
-        check_geometry(call.geometry)
-    elif min(call.geometry) < 1:
-        raise ValueError(f"geometry must be two positive numbers, got {tuple(call.geometry)}")
+        check_geometry(geometry)
+    elif min(geometry) < 1:
+        raise ValueError(f"geometry must be two positive numbers, got {tuple(geometry)}")
 
 
 def check_forward(call: ForwardCall, *, any_geometry: bool = False) -> None:

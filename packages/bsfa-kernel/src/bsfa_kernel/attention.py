@@ -185,25 +185,12 @@ def block_maxima(
     The maximum over the visible scores of a block of score - reference, the references of the
     relative rules being those of a run that keeps every block. Calibration is made of it.
 
-    Args:
-        q: [batch, seqlen_q, heads, head_dim]; as in ``block_sparse_attention``.
-        k: [batch, seqlen_k, kv_heads, head_dim].
-        causal: query i sees keys j <= i + seqlen_k - seqlen_q; else all keys.
-        scale: factor of the scores, positive; head_dim ** -0.5 by default.
-        rule: one of ``RULES``.
-        geometry: one of ``GEOMETRIES``.
+    Args: as of padded tensors in ``block_sparse_attention``, and so are the errors.
 
     Returns:
         float32 [batch, heads, q_blocks, k_blocks]; -inf where no score is visible, +inf where a
         relative rule meets a row that has seen nothing yet, NaN where a score or a row's reference
         is NaN.
-
-    Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: an argument that breaks a rule; the message names rule and value.
-        NotImplementedError: CUDA tensors without a native library, or a valid call that the library
-            or the GPU does not support; in the backward pass.
-        RuntimeError: a CUDA call failed.
     """
     check_geometry(geometry)
     call = BlockMaximaCall(q, k, bool(causal), scale, rule, geometry[0], geometry[1])

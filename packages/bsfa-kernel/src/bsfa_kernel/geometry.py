@@ -123,11 +123,7 @@ def full_blocks(
 
 
 def count_visible(
-    seqlen_q: int,
-    seqlen_k: int,
-    geometry: Geometry = DEFAULT_GEOMETRY,
-    *,
-    causal: bool = True,
+    seqlen_q: int, seqlen_k: int, geometry: Geometry = DEFAULT_GEOMETRY, *, causal: bool = True
 ) -> int:
     """Sum of ``visible_blocks`` over the query blocks of a sequence, without a loop over them."""
     q_block, k_block = geometry
@@ -144,11 +140,7 @@ def count_visible(
 
 
 def count_full(
-    seqlen_q: int,
-    seqlen_k: int,
-    geometry: Geometry = DEFAULT_GEOMETRY,
-    *,
-    causal: bool = True,
+    seqlen_q: int, seqlen_k: int, geometry: Geometry = DEFAULT_GEOMETRY, *, causal: bool = True
 ) -> int:
     """Sum of ``full_blocks`` over the query blocks of a sequence, without a loop over them."""
     q_block, k_block = geometry
@@ -161,11 +153,7 @@ def count_full(
 
 
 def forced_share(
-    seqlen_q: int,
-    seqlen_k: int,
-    geometry: Geometry = DEFAULT_GEOMETRY,
-    *,
-    causal: bool = True,
+    seqlen_q: int, seqlen_k: int, geometry: Geometry = DEFAULT_GEOMETRY, *, causal: bool = True
 ) -> float:
     """Share of the visible blocks of a sequence that are always kept; 1 where none is visible."""
     visible = count_visible(seqlen_q, seqlen_k, geometry, causal=causal)
@@ -173,11 +161,7 @@ def forced_share(
 
 
 def can_skip(
-    seqlen_q: int,
-    seqlen_k: int,
-    geometry: Geometry = DEFAULT_GEOMETRY,
-    *,
-    causal: bool = True,
+    seqlen_q: int, seqlen_k: int, geometry: Geometry = DEFAULT_GEOMETRY, *, causal: bool = True
 ) -> bool:
     """Whether a sequence has a block that is not forced: its last query block has, if any has."""
     last = block_count(seqlen_q, geometry[0]) - 1

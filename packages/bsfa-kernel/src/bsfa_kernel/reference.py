@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
+from bsfa_kernel._calls import BlockMaximaCall, ForwardCall, geometry_of
 from bsfa_kernel._checks import (
     check_block_maxima,
     check_cu_seqlens_values,
@@ -108,29 +108,20 @@ def _query_blocks(
 def visible_blocks(
     seqlen_q: int, seqlen_k: int, *, causal: bool = True, geometry: Geometry = DEFAULT_GEOMETRY
 ) -> Tensor:
-    """The blocks in which some query sees some key.
-
-    Returns:
-        bool [q_blocks, k_blocks].
-    """
-    rows = torch.arange(block_count(seqlen_q, geometry.q_block))
+    """The blocks in which some query sees some key, bool [q_blocks, k_blocks]."""
+    rows = torch.arange(block_count(seqlen_q, geometry.q_block))[:, None]
     first_keys = torch.arange(block_count(seqlen_k, geometry.k_block)) * geometry.k_block
-    return first_keys < visible_keys(rows, seqlen_q, seqlen_k, geometry, causal=causal)[:, None]
+    return first_keys < visible_keys(rows, seqlen_q, seqlen_k, geometry, causal=causal)
 
 
 def forced_blocks(
     seqlen_q: int, seqlen_k: int, *, causal: bool = True, geometry: Geometry = DEFAULT_GEOMETRY
 ) -> Tensor:
-    """The blocks that are always kept: visible ones that also hold a masked score.
-
-    Returns:
-        bool [q_blocks, k_blocks].
-    """
-    rows = torch.arange(block_count(seqlen_q, geometry.q_block))
-    columns = torch.arange(block_count(seqlen_k, geometry.k_block))
-    full = full_blocks(rows, seqlen_q, seqlen_k, geometry, causal=causal)
+    """The blocks that are always kept, as ``visible_blocks``: visible ones with a masked score."""
     visible = visible_blocks(seqlen_q, seqlen_k, causal=causal, geometry=geometry)
-    return visible & (columns >= full[:, None])
+    rows = torch.arange(visible.shape[0])[:, None]
+    full = full_blocks(rows, seqlen_q, seqlen_k, geometry, causal=causal)
+    return visible & (torch.arange(visible.shape[1]) >= full)
 
 
 @torch.no_grad()
@@ -148,25 +139,12 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> AttentionResult:
-    """Attention that leaves out the key blocks whose scores stay below a threshold.
+    """``bsfa_kernel.block_sparse_attention``, and all that can be known of its verdicts.
 
-    Args:
-        q: [batch, seqlen_q, heads, head_dim], or [total_q, heads, head_dim] with ``cu_seqlens_*``;
-            float16, bfloat16, float32 or float64, on any device, with any strides.
-        k: [batch, seqlen_k, kv_heads, head_dim], or [total_k, kv_heads, head_dim].
-        v: as k.
-        thresholds: float32 (here also float64) [heads, rows], in units of scaled scores.
-        causal: query i sees keys j <= i + seqlen_k - seqlen_q, else all keys.
-        scale: factor of the scores; head_dim ** -0.5 by default.
-        rule: one of ``RULES``.
-        geometry: size of a sparsity block; here any, so that cases can be worked by hand.
-        cu_seqlens_q: int32 [batch + 1], from 0 to total_q: where packed sequences begin and end.
-        cu_seqlens_k: int32 [batch + 1], from 0 to total_k.
-        compute_dtype: float32 or float64, to compute and return in; by default float64 inputs are
-            computed in float64, all others in float32, and the output has q's dtype.
-
-    Returns:
-        Output, log-sum-exp, number of blocks kept, mask of blocks kept and margins.
+    Args: as there; tensors may be float16, bfloat16, float32 or float64, on any device and with any
+    strides, thresholds also float64, and the geometry any, so that cases can be worked by hand.
+    ``compute_dtype``, float32 or float64, is what is computed in and returned; by default float64
+    inputs are computed in float64, all others in float32, and the output has q's dtype.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -324,7 +302,7 @@ def _hide_masked(scores: Tensor, block: _QueryBlock, first_key: int, offset: int
 def _attend(call: ForwardCall, result: AttentionResult, dtype: torch.dtype) -> None:
     """Fill ``result``, which holds what queries without keys give; of padded tensors."""
     q, k, v, thresholds, _, _, causal, _, rule, *_ = call
-    geometry, scale = call.geometry, _scale(call)
+    geometry, scale = geometry_of(call), _scale(call)
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, kv_heads = k.shape[1:3]
     group = heads // kv_heads
@@ -567,25 +545,8 @@ def block_maxima(
 ) -> Tensor:
     """The quantity that is compared with the thresholds, for every block.
 
-    For the relative rules, the references are those of a run that keeps every block.
-
-    Args:
-        q: [batch, seqlen_q, heads, head_dim].
-        k: [batch, seqlen_k, kv_heads, head_dim].
-        causal: as in ``attention``.
-        scale: as in ``attention``.
-        rule: as in ``attention``.
-        geometry: as in ``attention``.
-        compute_dtype: as in ``attention``.
-
-    Returns:
-        [batch, heads, q_blocks, k_blocks], in the dtype computed in; -inf where no score is
-        visible, +inf where a relative rule meets a row that has seen nothing yet, NaN where a score
-        or a row's reference is NaN.
-
-    Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: an argument that breaks a rule; the message names rule and value.
+    Args: as in ``attention``. The result is that of ``bsfa_kernel.block_maxima``, in the dtype
+    computed in; the errors are those of ``attention``.
     """
     call = BlockMaximaCall(q, k, causal, scale, rule, *_two_sizes(geometry))
     return run_block_maxima(call, compute_dtype)
@@ -596,7 +557,7 @@ def run_block_maxima(call: BlockMaximaCall, compute_dtype: torch.dtype | None = 
     """``block_maxima`` of a call."""
     check_block_maxima(call, any_geometry=True)
     q, k, causal, _, rule, *_ = call
-    geometry, scale = call.geometry, _scale(call)
+    geometry, scale = geometry_of(call), _scale(call)
     dtype = _compute_dtype(q, compute_dtype)
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k, kv_heads = k.shape[1:3]

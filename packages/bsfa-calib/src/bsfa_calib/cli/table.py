@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from bsfa_calib import report
 from bsfa_calib.cli.common import table_path
+from bsfa_calib.convert import load_pt, load_table
 from bsfa_calib.report import printable
-from bsfa_calib.thresholds import ThresholdTable
 
 
 def add_table(subparsers: Any) -> None:
@@ -47,16 +46,8 @@ def add_table(subparsers: Any) -> None:
     convert.set_defaults(run=_convert)
 
 
-def _load(name: str) -> ThresholdTable:
-    if Path(name).suffix in (".pt", ".pth"):
-        from bsfa_calib.convert import load_pt
-
-        return load_pt(name)
-    return ThresholdTable.load(name)
-
-
 def _info(arguments: argparse.Namespace) -> int:
-    table = _load(arguments.file)
+    table = load_table(arguments.file)
     if arguments.json:
         print(report.as_json(table))
         return 0
@@ -71,14 +62,12 @@ def _info(arguments: argparse.Namespace) -> int:
 def _plot(arguments: argparse.Namespace) -> int:
     from bsfa_calib.plot import plot
 
-    plot(_load(arguments.file), arguments.output, points=arguments.points)
+    plot(load_table(arguments.file), arguments.output, points=arguments.points)
     print(f"wrote {printable(arguments.output)}")
     return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from bsfa_calib.convert import load_pt
-
     output = table_path(arguments.output)
     table = load_pt(arguments.file, model=arguments.name)
     table.save(output)

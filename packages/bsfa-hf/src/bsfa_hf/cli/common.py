@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from bsfa_calib import ThresholdTable
-from bsfa_calib.binding import load_table, same_model
+from bsfa_calib.binding import same_model
 from bsfa_calib.cli.common import checked
 from bsfa_calib.cli.common import positive as _positive
+from bsfa_calib.convert import load_table
 from bsfa_calib.language_model import cache_argument
 from bsfa_calib.point import AXES, Point
 from bsfa_calib.thresholds import table_files

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bsfa_calib import Point, ThresholdTable
-from bsfa_calib.binding import load_table
+from bsfa_calib.convert import load_table
 from bsfa_calib.data import Document, read_documents
 from bsfa_calib.statistics import Statistics
 from bsfa_calib.text import encode, read_windows, special_prefix

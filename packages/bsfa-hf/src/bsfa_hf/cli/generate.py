@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bsfa_calib.binding import load_table
+from bsfa_calib.convert import load_table
 from bsfa_calib.data import check_text, read_text
 from bsfa_calib.statistics import Statistics
 from bsfa_hf.cli import common
