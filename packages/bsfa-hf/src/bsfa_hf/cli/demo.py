@@ -285,7 +285,7 @@ def _report(
     )
     return "\n".join(
         [
-            f"{loaded.name}: {length} tokens, {point}, rule {table.rule}, blocks of "
+            f"{Path(loaded.name).name}: {length} tokens, {point}, rule {table.rule}, blocks of "
             f"{table.q_block}x{table.k_block}",
             "",
             common.columns(rows),
