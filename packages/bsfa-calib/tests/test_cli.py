@@ -92,8 +92,8 @@ def test_a_target_sparsity_gives_scalars(
     out = capsys.readouterr().out
     assert "target_sparsity  sparsity   KL, nats  change of NLL" in out
     assert "measured on 2 samples of up to 1024 tokens that nothing was made from" in out
-    more = (*more, "--holdout_samples", "0")
-    assert calibrate(model_directory, text_directory, output, *more) == 0
+    alone = (*more, "--holdout_samples", "0")
+    assert calibrate(model_directory, text_directory, output, *alone) == 0
     assert "No text was held out" in capsys.readouterr().out
 
 

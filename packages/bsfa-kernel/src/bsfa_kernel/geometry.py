@@ -134,7 +134,7 @@ def count_visible(
     offset = seqlen_k - seqlen_q
     first = min(max(-offset // q_block, 0), max(q_blocks - 1, 0))
     sum_of_others = _sum_of_quotients(
-        q_blocks - 1 - first, q_block, (first + 1) * q_block + offset + k_block - 1, k_block
+        max(q_blocks - 1 - first, 0), q_block, (first + 1) * q_block + offset + k_block - 1, k_block
     )
     return sum_of_others + block_count(seqlen_k, k_block) * min(seqlen_q, 1)
 
