@@ -539,3 +539,19 @@ def test_the_example_of_the_readme_runs(
     exec(compile(use, "README.md", "exec"), scope)
     assert scope["thresholds"].shape == (2, 32, 3)
     assert scope["rank"].heads == 8
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--seed", "-1", "a seed must be a whole number of at least 0, got '-1'"),
+        ("--ceiling", "nan", "a threshold must be a number, got 'nan'"),
+        ("--samples", "9999999999", "must be an integer from 1 to 999999999, got '9999999999'"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_their_flag(
+    flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["calibrate", "--model", "no/model", "--text", "none", flag, value])
+    assert f"argument {flag}: {message}" in capsys.readouterr().err

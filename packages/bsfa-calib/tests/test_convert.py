@@ -52,6 +52,12 @@ def test_a_paper_file_becomes_a_table_sorted_by_k(
     assert (table.model, table.max_seqlen, table.samples) == ("llama", 768, 0)
 
 
+def test_numbers_that_are_stored_negated_are_read_as_what_they_are(tmp_path: Path) -> None:
+    negated: torch.Tensor = torch._neg_view(torch.randn(3, 2, 4, 6))
+    table = load_pt(paper_file(tmp_path / "a.pt", thresholds=negated))
+    np.testing.assert_array_equal(table.select(k=64), negated[0].resolve_neg().numpy())
+
+
 def test_a_file_that_states_no_geometry_has_that_of_the_paper(tmp_path: Path) -> None:
     path = paper_file(tmp_path / "a.pt", q_block_size=..., k_block_size=..., num_layers=...)
     assert load_pt(path).geometry == "128x64"

@@ -159,6 +159,13 @@ def test_what_no_encoding_takes_is_refused() -> None:
         check_text("--prompt", b"a\xff".decode("utf-8", "surrogateescape"))
 
 
+def test_a_nul_is_no_text_in_json_either(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"input_text": "a"}\n{"input_text": "a\\u0000"}')
+    with pytest.raises(DataError, match=r"data.jsonl:2: 'input_text' .* character 2 is NUL"):
+        read_json(path)
+
+
 def test_kinds_are_the_folders_and_other_files_are_passed_over(tmp_path: Path) -> None:
     for name in ("a.txt", "b/c.md", "b/deep/d.txt.gz", "e/f", ".g/h.txt", "b/.i.txt", "b/j.png"):
         path = tmp_path / name

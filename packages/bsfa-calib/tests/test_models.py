@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,21 @@ def test_a_truncated_gguf_file_is_refused(tmp_path: Path) -> None:
     fake.write_bytes(b"GGUF\x03\0\0\0" + b"\x01" + b"\0" * 30)
     with pytest.raises(ModelError, match=r"cut\.gguf cannot be loaded"):
         load(fake)
+
+
+def test_a_gguf_file_that_ends_in_its_header_is_refused(tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    key = b"general.name"
+    header = struct.pack("<4sIQQQ", b"GGUF", 3, 1, 1, len(key)) + key
+    cut.write_bytes(header + struct.pack("<IQ", 8, 1000) + b"short")
+    with pytest.raises(ModelError, match=r"cut\.gguf cannot be loaded"):
+        load(cut)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(model_directory: Path, device: str) -> None:
+    with pytest.raises(ModelError, match="tiny-llama cannot be loaded"):
+        load(model_directory, device=device)
 
 
 def test_an_unknown_dtype_is_refused(model_directory: Path) -> None:

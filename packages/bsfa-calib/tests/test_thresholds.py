@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import bsfa_calib
 from bsfa_calib import ThresholdFileError, ThresholdTable
+from bsfa_calib.point import as_point
 from bsfa_calib.thresholds import table_files
 from golden_v1 import golden_table
 
@@ -305,6 +306,9 @@ def test_an_unknown_point_is_refused_with_those_there_are() -> None:
         table.select()
     with pytest.raises(ValueError, match="name one operating point"):
         table.select(k=4, max_loss=0.1)
+    for other in (8, ["k", 8]):
+        with pytest.raises(TypeError, match="a point is a Point or its text, got"):
+            as_point(other)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="k must be a number, got '4'"):
         table.select(k="4")  # type: ignore[arg-type]
     sparse = ThresholdTable(np.zeros((2, 1, 1, 1)), (0.5, 0.7), "target_sparsity")
@@ -376,5 +380,7 @@ def test_tables_of_a_folder_are_found_and_what_other_systems_leave_is_not(tmp_pa
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "a" / "notes.txt").write_text("")
+    (tmp_path / "a" / "folder.safetensors").mkdir()
+    (tmp_path / "a" / "nowhere.safetensors").symlink_to("none")
     found = [str(path.relative_to(tmp_path)) for path in table_files(tmp_path)]
     assert found == ["a/4k.safetensors", "b/8k.safetensors"]

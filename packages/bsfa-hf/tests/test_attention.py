@@ -319,11 +319,33 @@ def test_a_custom_mask_that_is_causal_with_padding_is_honoured(
     assert stats.sparse_calls == 2 * LAYERS
 
 
+@pytest.mark.parametrize("value", [-math.inf, math.inf])
+@pytest.mark.parametrize("padded", ["hidden", "all", "causal", "itself"])
+def test_rows_of_padding_in_a_custom_mask_may_see_what_models_let_them(
+    model: Any, padded: str, value: float
+) -> None:
+    side = "right" if padded == "causal" else "left"
+    ids, padding = pad([tokens(400), tokens(300)], side)
+    valid = padding.bool()
+    mask = torch.ones(400, 400).tril().bool() & valid[:, None, None, :]
+    if padded == "all":
+        mask = mask | ~valid[:, None, :, None]
+    elif padded == "itself":  # or sequences of one token: dense
+        mask = mask | (torch.eye(400).bool() & ~valid[:, None, :, None])
+    dense = model(ids, attention_mask=mask).logits[valid]
+    with bsfa_hf.enabled(model, table(value)) as stats:
+        logits = model(ids, attention_mask=mask).logits[valid]
+    if value == -math.inf or padded == "itself":
+        assert largest_difference(logits, dense) < 1e-6
+    assert stats.sparse_calls == (0 if padded == "itself" else LAYERS)
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
         (torch.ones(1, 1, 300, 300, dtype=torch.bool), "neither|sees keys after it"),
         (torch.ones(300, 300).tril().triu(-50).bool()[None, None], "not all keys before it"),
+        (torch.block_diag(*[torch.ones(150, 150).tril()] * 2).bool()[None, None], "packed"),
         (torch.randn(1, 1, 300, 300), "adds a bias"),
         (
             torch.stack([torch.ones(300, 300).tril(), torch.ones(300, 300)] * 2).bool()[None],
@@ -331,7 +353,7 @@ def test_a_custom_mask_that_is_causal_with_padding_is_honoured(
         ),
         (torch.ones(1, 1, 300, 200, dtype=torch.bool), "300 queries and 300 keys"),
     ],
-    ids=["full", "window", "bias", "heads", "shape"],
+    ids=["full", "window", "packed", "bias", "heads", "shape"],
 )
 def test_any_other_custom_mask_is_refused(model: Any, mask: Tensor, message: str) -> None:
     with (

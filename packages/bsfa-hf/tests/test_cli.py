@@ -229,6 +229,18 @@ def test_info_describes_the_installation(capsys: pytest.CaptureFixture[str]) -> 
         (["generate", "--model", "no/model", "--prompt", "x\udcff"], "surrogate U+DCFF"),
         (["table", "info", "no.safetensors"], "no threshold file no.safetensors"),
         (
+            ["evaluate", "--model", "no/model", "--config", "dense", "--lengths", "4k"],
+            "--lengths must be a whole number, got '4k'",
+        ),
+        (
+            ["generate", "--model", "no/model", "--prompt", "x", "--point", "k=nan"],
+            "k must be an integer of at least 1, got nan",
+        ),
+        (
+            ["demo", "--model", "no/model", "--text", "TEXT", "--thresholds", "TABLE", "--k", "5"],
+            "no k=5; its points are k = 4, 8",
+        ),
+        (
             ["generate", "--model", "MODEL", "--prompt-file", "no.txt"],
             "no.txt: there is no such",
         ),
@@ -270,6 +282,13 @@ def test_errors_are_one_line_and_status_two(
     last = capsys.readouterr().err.strip().split("\n")[-1]
     assert last.startswith("bsfa: error: ")
     assert message in last
+
+
+def test_notes_do_nothing_to_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", "/no\x1b[31m\nmodel", "--prompt", "x"]) == 2
+    err = capsys.readouterr().err
+    assert "\x1b" not in err
+    assert r"loading /no\x1b[31m\nmodel" in err
 
 
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def _table(content: Any, model: str, revision: str, source: str) -> ThresholdTab
     q_block = _integer(content, "q_block_size", 128)
     order = np.argsort(k_values)
     return ThresholdTable(
-        thresholds=thresholds.detach().float().numpy()[order],
+        thresholds=thresholds.detach().float().resolve_neg().numpy()[order],
         points=tuple(k_values[i] for i in order),
         axis="k",
         q_block=q_block,

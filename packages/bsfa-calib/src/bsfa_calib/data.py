@@ -173,14 +173,14 @@ def read_json(path: PathLike) -> list[Document]:
 
 
 def check_text(name: str, text: str) -> str:
-    """The text, if it can be encoded as UTF-8.
+    """The text, if it can be encoded as UTF-8 and holds no NUL, as that of files.
 
     Args:
         name: where the text is from, for the message.
         text: a text that Python made of bytes or of JSON.
 
     Raises:
-        DataError: it holds lone surrogates, as undecodable bytes of a command line become.
+        DataError: it holds lone surrogates, as undecodable bytes of a command line become, or NUL.
     """
     try:
         text.encode()
@@ -189,6 +189,8 @@ def check_text(name: str, text: str) -> str:
             f"{name} is not text: character {error.start + 1} is the lone surrogate "
             f"U+{ord(text[error.start]):04X}"
         ) from None
+    if "\0" in text:
+        raise DataError(f"{name} is not text: character {text.index(chr(0)) + 1} is NUL")
     return text
 
 

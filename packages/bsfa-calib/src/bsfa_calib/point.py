@@ -113,6 +113,8 @@ def as_point(point: PointLike | None = None, **named: Unpack[PointOptions]) -> P
     given = [Point(axis, value) for axis, value in named.items() if value is not None]  # type: ignore[arg-type]
     if point is not None:
         given.append(Point.parse(point) if isinstance(point, str) else point)
+        if not isinstance(given[-1], Point):
+            raise TypeError(f"a point is a Point or its text, got {point!r}")
     if len(given) > 1:
         raise ValueError(f"name one operating point, got {' and '.join(map(str, given))}")
     return given[0] if given else None

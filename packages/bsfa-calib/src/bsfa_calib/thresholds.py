@@ -260,14 +260,15 @@ class ThresholdTable:
 
 
 def table_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """Tables in the folders of a folder, sorted by name; hidden files are passed over.
+    """Tables in the folders of a folder, sorted by name; what is hidden or no file is passed over.
 
     So are those that other systems leave beside a file, as ``._8k.safetensors``.
     """
     return [
         path
         for path in sorted(Path(folder).glob("*/*.safetensors"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
 
 

@@ -522,9 +522,22 @@ def _plan_of_custom(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Plan:
             continue
         valid = last[:, offset : offset + seqlen_q]
         expected = causal_mask(seqlen_q, seqlen_k, offset, mask.device)[0] & last[:, None, :]
-        if bool(((allowed == expected) | ~valid[:, :, None]).all()):
+        same = (allowed == expected).all(-1)
+        if not bool((same | ~valid).all()):
+            continue
+        # What the last query does not see is padding, or the packed sequences before its own.
+        seen = allowed.sum(-1)
+        if bool((same | valid | (seen == 0) | (seen == seqlen_k)).all()):
             return Plan(offset=offset, spans=spans_of(last, offset, seqlen_q))
-    raise ValueError(refusal.format("a query sees keys after it, or not all keys before it"))
+        own = allowed[:, :, offset : offset + seqlen_q].diagonal(dim1=1, dim2=2)
+        if bool((same | valid | (own & (seen == 1))).all()):
+            return Plan(Reason.OWN_MASK)  # padding that sees itself, or sequences of one token
+    raise ValueError(
+        refusal.format(
+            "a query sees keys after it, or not all keys before it; of packed sequences, tell "
+            "cu_seq_lens_q and cu_seq_lens_k"
+        )
+    )
 
 
 def _version(mask: Tensor) -> int:

@@ -88,13 +88,31 @@ def positive(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
     if value < 1:
-        raise ValueError(f"must be an integer of at least 1, got {text!r}")
+        raise ValueError(f"must be an integer from 1 to 999999999, got {text!r}")
     return value
 
 
 def not_negative(text: str) -> int:
     """A whole number of at least 0."""
     return 0 if text == "0" else positive(text)
+
+
+def seed(text: str) -> int:
+    """What random numbers are drawn with: a whole number of at least 0."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise ValueError(f"a seed must be a whole number of at least 0, got {text[:80]!r}")
+    return int(text)
+
+
+def ceiling(text: str) -> float:
+    """A bound of thresholds, which may be infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if value != value:
+        raise ValueError(f"a threshold must be a number, got {text!r}")
+    return value
 
 
 def sparsity(text: str) -> float:

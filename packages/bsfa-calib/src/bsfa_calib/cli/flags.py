@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bsfa_calib.cli.common import checked, k_values, loss, not_negative, positive, sparsity
+from bsfa_calib.cli.common import (
+    ceiling,
+    checked,
+    k_values,
+    loss,
+    not_negative,
+    positive,
+    seed,
+    sparsity,
+)
 from bsfa_calib.report import printable
 from bsfa_calib.thresholds import RULES
 
@@ -131,8 +140,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=checked(positive), help="learned: for the first sparsity (default: 60)")
     add("--further-steps", type=checked(positive), help="learned: for the others (default: 30)")
     add("--knots", type=checked(positive), help="learned: thresholds a head (default: 1)")
-    add("--ceiling", type=float, help="learned: the most a threshold may be")
-    add("--seed", type=int, help="learned: of the order of the samples (default: 0)")
+    add("--ceiling", type=checked(ceiling), help="learned: the most a threshold may be")
+    add("--seed", type=checked(seed), help="learned: of the order of the samples (default: 0)")
     add("--aggregate", metavar="HOW", help="topk: pooled (default), mean, median, quantile:Q")
     add(
         "--keep-maxima",

@@ -28,6 +28,7 @@ from bsfa_calib.cli.common import positive as _positive
 from bsfa_calib.convert import load_table
 from bsfa_calib.language_model import cache_argument
 from bsfa_calib.point import AXES, Point
+from bsfa_calib.report import printable
 from bsfa_calib.thresholds import table_files
 from bsfa_hf.state import model_names
 
@@ -43,8 +44,8 @@ _MISSING_EXTRA = 'this command needs {}: pip install "bsfa-hf[cli]"'
 
 
 def note(text: str) -> None:
-    """Tell the user what is going on, on stderr."""
-    print(f"bsfa: {text}", file=sys.stderr, flush=True)
+    """Tell the user what is going on, in a line on stderr."""
+    print(f"bsfa: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +114,19 @@ def named_point(arguments: argparse.Namespace) -> Point | None:
     """The operating point that the arguments name, if they name one."""
     points = named_points(arguments)
     return points[0] if points else None
+
+
+def named_table(arguments: argparse.Namespace) -> ThresholdTable | None:
+    """The table that the arguments name, if they name one; it holds the point that they name.
+
+    Raises:
+        ValueError: the file is not a table, or a point is not one or not in the table.
+    """
+    point = named_point(arguments)
+    table = load_table(arguments.thresholds) if arguments.thresholds else None
+    if table is not None and point is not None:
+        table.select(point)
+    return table
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tokens < _SHORTEST:
         raise ValueError(f"--tokens must be at least {_SHORTEST}, got {arguments.tokens}")
     texts = _prose(read_documents(arguments.text))
-    table = load_table(arguments.thresholds) if arguments.thresholds else None
+    table = common.named_table(arguments)
     loaded = common.load_model(arguments)
     text = _haystack(arguments, loaded.tokenizer, texts)
     questions = make_questions(

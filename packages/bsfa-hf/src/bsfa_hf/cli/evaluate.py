@@ -10,6 +10,7 @@ from typing import Any
 
 from bsfa_calib.data import read_documents
 from bsfa_calib.text import parse_part
+from bsfa_hf.automatic import read_number
 from bsfa_hf.cli.common import (
     add_any_model_option,
     add_model_options,
@@ -128,11 +129,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     plan = Plan(
         configurations=chosen,
         tasks=tuple(filter(None, arguments.tasks.split(","))),
-        lengths=tuple(int(length) for length in arguments.lengths.split(",")),
+        lengths=tuple(read_number("--lengths", each, int) for each in arguments.lengths.split(",")),
         samples=arguments.samples,
         text=text,
         part=part,
-        depths=tuple(float(depth) for depth in arguments.depths.split(",")),
+        depths=tuple(read_number("--depths", each, float) for each in arguments.depths.split(",")),
         needle_keys=arguments.needle_keys,
         check_model=not arguments.any_model,
         seed=arguments.seed,

@@ -50,7 +50,7 @@ def add_subcommand(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generate, and print what became of the blocks."""
     prompt = _prompt(arguments)
-    table = load_table(arguments.thresholds) if arguments.thresholds else None
+    table = common.named_table(arguments)
     loaded = common.load_model(arguments)
     tokenizer = loaded.tokenizer
     if arguments.chat:
