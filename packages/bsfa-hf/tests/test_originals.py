@@ -387,7 +387,8 @@ def test_a_deferred_mask_is_the_original_implementations(implementation: str) ->
     whole = made[:, :, :, :200]
     assert isinstance(whole, DeferredMask)
     assert isinstance(made.to("meta"), DeferredMask)
-    assert made.plan.reason is None
+    unchanged = made.plan.reason
+    assert unchanged is None
     made[:, :, 3, 100] = own[0, 0, 0, 0]
     assert made.plan.reason is Reason.OWN_MASK
     assert whole.plan.reason is Reason.OWN_MASK
