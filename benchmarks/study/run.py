@@ -33,8 +33,9 @@ from study.candidates import (
     Thresholds,
     chosen_candidates,
 )
+from study.compare import Point, compared
 from study.emulation import EmulatedSparse
-from study.report import Point, compared, earlier, plain, plot, report, table
+from study.report import earlier, plain, plot, report, table
 from study.tables import COARSE
 
 _DESCRIPTION = "Which thresholds lose least at equal sparsity, on a real model and held-out text."

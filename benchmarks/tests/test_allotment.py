@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,20 +29,21 @@ from study.emulation import EmulatedSparse, emulate
 
 
 @pytest.fixture(scope="module")
-def small_model() -> LlamaForCausalLM:
+def small_model() -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        attn_implementation="sdpa",
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+    settings: Any = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "attn_implementation": "sdpa",
+        "initializer_range": 0.2,
+    }
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    return model.eval()
 
 
 @pytest.mark.parametrize("rule", RULES)

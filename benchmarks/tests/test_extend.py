@@ -45,7 +45,8 @@ def tokenizer(novel: str) -> Any:
     made.train_from_iterator(
         [novel[:200_000]], trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet)
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made)
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=made)
 
 
 @pytest.fixture(scope="session")
