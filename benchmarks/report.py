@@ -464,7 +464,8 @@ def add(files: Iterable[Path], results: Path = RESULTS, *, drop: Sequence[str] =
     """
     kinds: dict[str, list[Record]] = defaultdict(list)
     for record in load([*sorted(results.glob("*.jsonl")), *files]):
-        if record["sources"] not in drop:
+        # A summary of a study follows from the study's records.
+        if record["sources"] not in drop and record["kind"] != "thresholds_study_summary":
             kinds[record["kind"]].append(record)
     written = []
     for kind, records in sorted(kinds.items()):

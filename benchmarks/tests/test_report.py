@@ -137,6 +137,18 @@ def test_the_records_of_a_build_can_be_dropped(tmp_path: Path) -> None:
     assert [record["sources"] for record in report.load([path])] == [attention_record()["sources"]]
 
 
+def test_a_summary_that_follows_from_other_records_is_not_kept(tmp_path: Path) -> None:
+    summary = {
+        **attention_record(),
+        "kind": "thresholds_study_summary",
+        "model": "m",
+        "compared": {},
+    }
+    new = save(tmp_path / "new", [attention_record(), summary])
+    (path,) = report.add([new], tmp_path)
+    assert path.name == "attention.jsonl"
+
+
 def test_adding_a_self_test_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     kept = save(tmp_path / "attention.jsonl", [attention_record()])
     before = kept.read_bytes()
