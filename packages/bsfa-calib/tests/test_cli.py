@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -339,6 +340,20 @@ def program() -> list[str]:
     assert found is not None
     module, function = found.groups()
     return [sys.executable, "-c", f"import sys, {module} as m; sys.exit(m.{function}())"]
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    table = Path(__file__).with_name("golden") / "v1.safetensors"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as output:
+        done = subprocess.run(
+            [*program(), "table", "info", str(table)],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("method", METHODS)

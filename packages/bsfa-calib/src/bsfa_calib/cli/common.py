@@ -16,6 +16,7 @@ from bsfa_calib.report import printable
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+NO_READER = 141
 
 # Suffixes of the paper's files, which tables do not have.
 _FOREIGN = (".pt", ".pth", ".bin", ".json")
@@ -40,14 +41,21 @@ def guarded(program: str, action: Callable[[], int]) -> int:
         action: the command; gives the exit status.
 
     Returns:
-        The exit status: that of the command, 2 after an error, 130 after Ctrl-C.
+        The exit status: that of the command, 2 after an error, 130 after Ctrl-C, 141 where nobody
+        reads the output any more, as behind ``| head``.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{program}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("bsfa_calib")
     logger.addHandler(handler)
     try:
-        return action()
+        status = action()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # What is left in the buffer would fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
