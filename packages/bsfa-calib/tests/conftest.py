@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tiny_calib import tiny_model, tiny_tokenizer
@@ -16,6 +17,12 @@ from tiny_calib import tiny_model, tiny_tokenizer
 @pytest.fixture(scope="session")
 def model() -> Any:
     return tiny_model()
+
+
+@pytest.fixture
+def ids() -> list[int]:
+    """512 random bytes, for `tiny_calib.small_llama`."""
+    return np.random.default_rng(1).integers(0, 256, 512).tolist()
 
 
 @pytest.fixture(scope="session")

@@ -26,11 +26,6 @@ def model() -> LlamaForCausalLM:
     return small_llama()
 
 
-@pytest.fixture
-def ids() -> list[int]:
-    return np.random.default_rng(1).integers(0, 256, LENGTH).tolist()
-
-
 @pytest.mark.parametrize("method", ["dense", "exact", "onlooker"])
 def test_what_leaves_nothing_out_gives_the_logits_of_sdpa(
     model: LlamaForCausalLM, ids: list[int], method: str

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -19,11 +18,6 @@ LENGTH = 512
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     return small_llama()
-
-
-@pytest.fixture
-def ids() -> list[int]:
-    return np.random.default_rng(1).integers(0, 256, LENGTH).tolist()
 
 
 def test_kl_and_nll_are_those_of_the_whole_logits(model: LlamaForCausalLM, ids: list[int]) -> None:

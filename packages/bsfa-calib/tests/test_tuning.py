@@ -24,11 +24,6 @@ def model() -> LlamaForCausalLM:
     return small_llama()
 
 
-@pytest.fixture
-def ids() -> list[int]:
-    return np.random.default_rng(1).integers(0, 256, LENGTH).tolist()
-
-
 @pytest.mark.parametrize("rule", ["absolute", "running_max", "running_lse"])
 def test_a_scalar_is_found_for_a_sparsity(
     model: LlamaForCausalLM, ids: list[int], rule: str
