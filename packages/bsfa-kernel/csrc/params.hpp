@@ -11,7 +11,12 @@ namespace bsfa {
 // Keys in a sparsity block, in every geometry; the number of queries is a run-time argument (128 or 64).
 inline constexpr int kKeyBlock = 64;
 
-enum class Rule : int32_t { kAbsolute = 0, kRunningMax = 1, kRunningLse = 2 };
+// Bits in a word of a block mask.
+inline constexpr int kMaskBits = 64;
+
+enum class Rule : int32_t { kAbsolute = 0, kRunningMax = 1, kPeakLse = 2 };
+
+enum class Precision : int32_t { kExact = 0, kInt8 = 1 };
 
 // Strides in elements; that of head_dim is 1.
 struct Strides {
@@ -34,6 +39,7 @@ struct Problem {
 
   float scale;
   Rule rule;
+  int32_t voters;   // one row in so many votes: 1, 2 or 4
   bool causal;      // aligned to the bottom right
   int32_t q_block;  // queries in a sparsity block: 128 or 64
 
@@ -53,6 +59,23 @@ struct ForwardParams : Problem {
 
   float* lse;     // [batch, heads, seqlen_q], varlen: [heads, total_q]; or null
   int32_t* kept;  // [batch, heads, q_blocks], varlen: [heads, total_q / q_block + batch]; or null
+};
+
+struct SelectParams : Problem {
+  const float* thresholds;  // [heads, threshold_rows], units of scaled scores
+  int32_t threshold_rows;
+
+  Precision precision;
+  uint64_t*
+      block_mask;  // [batch, heads, q_blocks, mask_words], varlen: [heads, total_q / q_block + batch, ...]
+  int32_t mask_words;  // for a sequence of up to mask_words * kMaskBits key blocks
+  void* workspace;
+};
+
+struct AttendParams : ForwardParams {  // thresholds may be null: they say only where the outputs are NaN
+  const uint64_t* block_mask;          // as above
+  int32_t mask_words;
+  void* workspace;
 };
 
 struct BlockMaximaParams : Problem {  // not packed

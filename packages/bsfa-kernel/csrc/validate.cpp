@@ -53,7 +53,6 @@ void check_reserved(const bsfa_problem& args) {
                 {"block_table_stride", args.block_table_stride == 0},
                 {"pages", args.pages == 0},
                 {"page_size", args.page_size == 0},
-                {"selection", args.selection == 0},
                 {"sinks", args.sinks == nullptr}};
   for (const auto& [name, absent] : fields) {
     BSFA_CHECK_SUPPORTED(absent, name, " is reserved: this libbsfa has no use for it, and it must be 0");
@@ -78,8 +77,10 @@ Problem check_problem(const bsfa_problem& args) {
              "arch must be 0 (pick by device), 80 or 90, got ", args.arch);
   BSFA_CHECK(args.dtype == BSFA_FLOAT16 || args.dtype == BSFA_BFLOAT16,
              "dtype must be 0 (float16) or 1 (bfloat16), got ", args.dtype);
-  BSFA_CHECK(args.rule >= BSFA_RULE_ABSOLUTE && args.rule <= BSFA_RULE_RUNNING_LSE,
-             "rule must be 0 (absolute), 1 (running_max) or 2 (running_lse), got ", args.rule);
+  BSFA_CHECK(args.rule >= BSFA_RULE_ABSOLUTE && args.rule <= BSFA_RULE_PEAK_LSE,
+             "rule must be 0 (absolute), 1 (running_max) or 2 (peak_lse), got ", args.rule);
+  BSFA_CHECK(args.voters == 0 || args.voters == 1 || args.voters == 2 || args.voters == 4,
+             "voters must be 1, 2 or 4 (or 0, which means 1), got ", args.voters);
   BSFA_CHECK(args.causal == 0 || args.causal == 1, "causal must be 0 or 1, got ", args.causal);
   BSFA_CHECK((args.q_block == 128 || args.q_block == 64) && args.k_block == kKeyBlock,
              "the sparsity block (q_block x k_block) must be 128x64 or 64x64, got ", args.q_block, "x",
@@ -120,6 +121,7 @@ Problem check_problem(const bsfa_problem& args) {
   problem.scale = args.scale;
   problem.rule = static_cast<Rule>(args.rule);
   problem.causal = args.causal != 0;
+  problem.voters = args.voters == 0 ? 1 : args.voters;
   problem.q_block = args.q_block;
   problem.cu_seqlens_q = args.cu_seqlens_q;
   problem.cu_seqlens_k = args.cu_seqlens_k;

@@ -492,7 +492,6 @@ def test_native_arguments_arrive_in_their_fields(fake_library):
             "block_table_stride": 0,
             "pages": 0,
             "page_size": 0,
-            "selection": 0,
             "sinks": None,
         },
         "v": tensors["v"],

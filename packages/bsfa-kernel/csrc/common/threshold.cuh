@@ -23,7 +23,7 @@ __device__ __forceinline__ float row_reference(Rule rule, float scale, float max
   if (rule == Rule::kAbsolute) {
     return 0.0f;
   }
-  return scale * maximum + (rule == Rule::kRunningLse ? __logf(sum) : 0.0f * sum);
+  return scale * maximum + (rule == Rule::kPeakLse ? __logf(sum) : 0.0f * sum);
 }
 
 // The bound that follows from a reference; one that is NaN is passed by all scores.

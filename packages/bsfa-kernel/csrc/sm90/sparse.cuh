@@ -191,7 +191,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     for (int row = 0; row < kThreadRows; ++row) {
       softmax.sum[row] += sums[row];
       if constexpr (kRelative) {
-        const float sum = params.rule == Rule::kRunningLse ? quad_sum(softmax.sum[row]) : softmax.sum[row];
+        const float sum = params.rule == Rule::kPeakLse ? quad_sum(softmax.sum[row]) : softmax.sum[row];
         const float reference = row_reference(params.rule, params.scale, softmax.maximum[row], sum);
         bounds[row] = threshold + reference;
       }

@@ -43,8 +43,14 @@ typedef enum bsfa_dtype {
 typedef enum bsfa_rule {
   BSFA_RULE_ABSOLUTE = 0,
   BSFA_RULE_RUNNING_MAX = 1,
-  BSFA_RULE_RUNNING_LSE = 2,
+  BSFA_RULE_PEAK_LSE = 2,
 } bsfa_rule;
+
+/* Of the scores that are compared with thresholds. */
+typedef enum bsfa_precision {
+  BSFA_PRECISION_EXACT = 0, /* products of dtype, summed in float32 */
+  BSFA_PRECISION_INT8 = 1,  /* q and k rounded to 8 bits */
+} bsfa_precision;
 
 /* Strides of a [batch, seqlen, heads, head_dim] tensor, in elements. For packed (varlen) tensors, batch
  * is ignored. */
@@ -72,6 +78,7 @@ typedef struct bsfa_problem {
   int32_t q_block; /* sparsity block: 128 or 64 queries ... */
   int32_t k_block; /* ... by 64 keys */
   float scale;     /* > 0, finite */
+  int32_t voters;  /* one query row in 1, 2 or 4 votes; 0 means 1 */
 
   int64_t batch;
   int64_t heads;
@@ -94,7 +101,6 @@ typedef struct bsfa_problem {
   int64_t block_table_stride; /* of its rows, in elements */
   int64_t pages;              /* pages that k and v hold */
   int32_t page_size;          /* keys of a page */
-  int32_t selection;          /* precision of the scores that are compared with thresholds; 0: of dtype */
   const float* sinks;         /* [heads]: a score a head that takes part in the softmax and has no value */
 } bsfa_problem;
 
@@ -124,11 +130,65 @@ typedef struct bsfa_block_maxima_args {
   float* maxima; /* [batch, heads, q_blocks, k_blocks], contiguous; every element is written */
 } bsfa_block_maxima_args;
 
+/* A block mask: uint64 [batch, heads, q_blocks, words], varlen [heads, total_q / q_block + batch, words],
+ * contiguous. Bit j of word i stands for key block 64 * i + j. */
+
+/* Arguments of bsfa_select_blocks. */
+typedef struct bsfa_select_blocks_args {
+  uint32_t abi_version; /* BSFA_ABI_VERSION */
+  uint32_t struct_size; /* sizeof(bsfa_select_blocks_args) */
+  bsfa_problem problem;
+
+  const float* thresholds; /* [heads, threshold_rows], contiguous */
+  int64_t threshold_rows;  /* >= 1 */
+
+  int32_t precision;    /* bsfa_precision */
+  uint64_t* block_mask; /* all of it is written */
+  int64_t mask_words;   /* ceil(seqlen_k / 4096); varlen: of the longest sequence */
+
+  void* workspace;          /* device memory, aligned to 256 bytes; its contents mean nothing between calls */
+  uint64_t workspace_bytes; /* at least what bsfa_select_blocks_workspace() says */
+} bsfa_select_blocks_args;
+
+/* Arguments of bsfa_attend_blocks. Of the problem, rule and voters are not read. */
+typedef struct bsfa_attend_blocks_args {
+  uint32_t abi_version; /* BSFA_ABI_VERSION */
+  uint32_t struct_size; /* sizeof(bsfa_attend_blocks_args) */
+  bsfa_problem problem;
+
+  bsfa_tensor v;   /* as k */
+  bsfa_tensor out; /* as q */
+
+  const uint64_t* block_mask; /* which of the visible key blocks count; other bits are ignored */
+  int64_t mask_words;         /* ceil(seqlen_k / 4096); varlen: of the longest sequence */
+
+  const float* thresholds; /* [heads, threshold_rows] that the mask was made with, or NULL: query blocks
+                            * whose threshold is NaN get NaN */
+  int64_t threshold_rows;  /* >= 1, or 0 where thresholds is NULL */
+
+  float* lse;    /* as in bsfa_forward_args */
+  int32_t* kept; /* as in bsfa_forward_args */
+
+  void* workspace;          /* device memory, aligned to 256 bytes; its contents mean nothing between calls */
+  uint64_t workspace_bytes; /* at least what bsfa_attend_blocks_workspace() says */
+} bsfa_attend_blocks_args;
+
 /* Attention that leaves out the key blocks whose scores stay below a threshold. */
 BSFA_API bsfa_status bsfa_forward(const bsfa_forward_args* args);
 
 /* The quantity that bsfa_forward compares with the thresholds, for every block. */
 BSFA_API bsfa_status bsfa_block_maxima(const bsfa_block_maxima_args* args);
+
+/* The blocks that bsfa_forward would keep, as a mask; with 8-bit scores those within their error may
+ * differ. */
+BSFA_API bsfa_status bsfa_select_blocks(const bsfa_select_blocks_args* args);
+
+/* Attention over the key blocks of a mask. */
+BSFA_API bsfa_status bsfa_attend_blocks(const bsfa_attend_blocks_args* args);
+
+/* How many bytes of workspace the call needs. Pointers to tensors and workspace are not read. */
+BSFA_API bsfa_status bsfa_select_blocks_workspace(const bsfa_select_blocks_args* args, uint64_t* bytes);
+BSFA_API bsfa_status bsfa_attend_blocks_workspace(const bsfa_attend_blocks_args* args, uint64_t* bytes);
 
 /* "major.minor.patch" of the library. */
 BSFA_API const char* bsfa_version(void);
@@ -137,8 +197,8 @@ BSFA_API const char* bsfa_version(void);
 BSFA_API uint32_t bsfa_abi_version(void);
 
 /* A JSON object that describes the build: version, abi_version, cuda (version of the toolkit, or null), and
- * kernels: a list of {"name": "forward" | "block_maxima", "arch", "ptx", "dtype", "head_dim",
- * "geometries"}. */
+ * kernels: a list of {"name": "forward" | "block_maxima" | "select_blocks" | "attend_blocks", "arch", "ptx",
+ * "dtype", "head_dim", "geometries"}. */
 BSFA_API const char* bsfa_build_info(void);
 
 /* What went wrong in this thread's last call that did not return BSFA_OK; "" if none did. Valid until the

@@ -67,6 +67,7 @@ class Problem(Structure):
         ("q_block", c_int32),
         ("k_block", c_int32),
         ("scale", c_float),
+        ("voters", c_int32),
         ("batch", c_int64),
         ("heads", c_int64),
         ("kv_heads", c_int64),
@@ -82,7 +83,6 @@ class Problem(Structure):
         ("block_table_stride", c_int64),
         ("pages", c_int64),
         ("page_size", c_int32),
-        ("selection", c_int32),
         ("sinks", c_void_p),
     )
 
@@ -93,7 +93,6 @@ RESERVED = (
     "block_table_stride",
     "pages",
     "page_size",
-    "selection",
     "sinks",
 )
 """Members of bsfa_problem that must be 0 in this version."""

@@ -51,7 +51,7 @@ static void print_problem(void) {
   MEMBER(bsfa_problem, block_table_stride);
   MEMBER(bsfa_problem, pages);
   MEMBER(bsfa_problem, page_size);
-  MEMBER(bsfa_problem, selection);
+  MEMBER(bsfa_problem, voters);
   MEMBER(bsfa_problem, sinks);
 }
 
