@@ -22,7 +22,7 @@ struct OrderParams {
 inline constexpr int kPoisoned = -1;  // instead of a length: the outputs are NaN
 
 // A query block's words of the mask.
-__device__ const __forceinline__ uint64_t* find_mask(const AttendParams& params, const QueryTile& tile,
+const __device__ __forceinline__ uint64_t* find_mask(const AttendParams& params, const QueryTile& tile,
                                                      int index) {
   int64_t row;
   if (params.is_packed()) {

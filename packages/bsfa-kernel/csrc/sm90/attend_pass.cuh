@@ -177,8 +177,12 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
       return;
     }
     const uint4 places = read_places(pipelines.pairs - 1);
+    const Visibility sees{tile.sequence.seqlen_q, tile.sequence.seqlen_k, params.causal};
     int visible[kThreadRows];
-    visible_keys(params, tile.sequence, who, tile.first_query + who.warpgroup * Config::kWarpgroupQ, visible);
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      visible[row] = sees.keys(tile.first_query + who.warpgroup * Config::kWarpgroupQ + who.row(row));
+    }
     auto upper = accumulator_matrix(scores0);
     auto lower = accumulator_matrix(scores1);
     mask_scores(upper, who, visible, static_cast<int>(places.x) * kKeyBlock);

@@ -140,17 +140,6 @@ __device__ __forceinline__ void clear_foreign_values(const ForwardParams& params
   sync(NamedBarrier::kValues0, who.warpgroup, 128);
 }
 
-// Number of keys that the thread's rows see; the warpgroup's first is `first_query`.
-__device__ __forceinline__ void visible_keys(const ForwardParams& params, const Sequence& sequence,
-                                             const ConsumerThread& who, int first_query,
-                                             int (&keys)[kThreadRows]) {
-  const Visibility sees{sequence.seqlen_q, sequence.seqlen_k, params.causal};
-  CUTE_UNROLL
-  for (int row = 0; row < kThreadRows; ++row) {
-    keys[row] = sees.keys(first_query + who.row(row));
-  }
-}
-
 // What a consumer takes along from tile to tile.
 template <class Config>
 struct ConsumerPipelines {
@@ -184,7 +173,11 @@ struct TileContext {
   }
   // Number of keys that the thread's rows see.
   __device__ __forceinline__ void visible_keys(int (&keys)[kThreadRows]) const {
-    bsfa::sm90::visible_keys(params, tile.sequence, who, first_query(), keys);
+    const Visibility sees{tile.sequence.seqlen_q, tile.sequence.seqlen_k, params.causal};
+    CUTE_UNROLL
+    for (int row = 0; row < kThreadRows; ++row) {
+      keys[row] = sees.keys(first_query() + who.row(row));
+    }
   }
 };
 
