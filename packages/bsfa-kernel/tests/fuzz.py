@@ -24,7 +24,7 @@ from bsfa_kernel import GEOMETRIES, RULES, Geometry, _native, reference
 
 INF = float("inf")
 MARGIN = 1e-3
-LEVELS = {"absolute": 2.0, "running_max": 0.0, "running_lse": -4.0}
+LEVELS = {"absolute": 2.0, "running_max": 0.0, "peak_lse": -1.5}
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def forward(
             guarded.view.copy_(result)
         return out, lse, kept
     call = ForwardCall(
-        *(q, k, v, thresholds, None, None, causal, None, rule, *geometry),
+        *(q, k, v, thresholds, None, None, causal, None, rule, *geometry, 1),
         return_lse=True,
         return_kept=True,
     )

@@ -25,7 +25,7 @@ class Expected(NamedTuple):
 
 
 @np.errstate(invalid="ignore")
-def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block) -> Expected:
+def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters=1) -> Expected:
     """All that the package's functions return, for arrays [batch, seqlen, heads, head_dim]."""
     batch, seqlen_q, heads, head_dim = q.shape
     _, seqlen_k, kv_heads, _ = k.shape
@@ -49,9 +49,11 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block) -> Exp
                 }
                 position = max(i * q_block + seqlen_k - seqlen_q, 0) // q_block
                 threshold = float(thresholds[h, min(position, thresholds.shape[1] - 1)])
-                args = (scores, rows, k_blocks, k_block, rule)
-                kept_blocks, _ = visit(*args, threshold)
-                _, maxima[b, h, i] = visit(*args, -INF)
+                voting = [
+                    r for r in rows if i == q_blocks - 1 or (r - i * q_block) % voters == voters - 1
+                ]
+                kept_blocks, _ = visit(scores, voting, k_blocks, k_block, rule, threshold)
+                _, maxima[b, h, i] = visit(scores, rows, k_blocks, k_block, rule, threshold)
                 for block in kept_blocks:
                     mask[b, h, i, block] = True
                 for r in rows:
@@ -64,30 +66,32 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block) -> Exp
     return Expected(out, lse, mask.sum(-1), mask, maxima)
 
 
-def visit(scores, rows, k_blocks, k_block, rule, threshold):
-    """The blocks that a query block keeps, and for each max(score - reference) when visited."""
+def visit(scores, voting, k_blocks, k_block, rule, threshold):
+    """The blocks that a query block keeps, and for each the voters' max(score - reference)."""
     kept = []
     excesses = np.full(k_blocks, -INF)
+    seen = {r: [] for r in voting}  # the row's peaks so far
     for block in range(k_blocks - 1, -1, -1):
         keys = range(block * k_block, (block + 1) * k_block)
-        here = [(r, scores[r][j]) for r in rows for j in keys if j in scores[r]]
-        if not here:
+        if not any(j in row for row in scores.values() for j in keys):
             continue
-        masked = any(j not in scores[r] for r in rows for j in keys)
-        keep = masked
-        for r, score in here:
-            seen = [s for j, s in scores[r].items() if j // k_block in kept]
-            if rule == "absolute":
-                reference = 0.0
-            elif not seen:
-                reference = -INF
-            else:
-                reference = log_sum_exp(seen)
-                if rule == "running_max" and not math.isnan(reference):
-                    reference = max(seen)
-            if score != -INF:
-                excesses[block] = np.maximum(excesses[block], score - reference)  # with NaN, NaN
-            if threshold < INF and not score < threshold + reference:
+        keep = any(j not in row for row in scores.values() for j in keys)
+        for r in voting:
+            here = [scores[r][j] for j in keys if j in scores[r]]
+            if not here:
+                continue
+            peak = math.nan if any(map(math.isnan, here)) else max(here)
+            reference = 0.0
+            if rule == "peak_lse":
+                reference = log_sum_exp(seen[r])
+            elif rule == "running_max":
+                reference = log_sum_exp(seen[r])
+                if not math.isnan(reference):
+                    reference = max(seen[r], default=-INF)
+            seen[r].append(peak)
+            if peak != -INF:
+                excesses[block] = np.maximum(excesses[block], peak - reference)  # with NaN, NaN
+            if threshold < INF and not peak < threshold + reference:
                 keep = True
         if keep:
             kept.append(block)
@@ -97,7 +101,7 @@ def visit(scores, rows, k_blocks, k_block, rule, threshold):
 def log_sum_exp(values) -> float:
     if any(math.isnan(value) or value == INF for value in values):
         return math.nan  # inf - inf
-    largest = max(values)
+    largest = max(values, default=-INF)
     if largest == -INF:
         return -INF
     return largest + math.log(math.fsum(math.exp(value - largest) for value in values))

@@ -127,7 +127,7 @@ BOTH = [
     ("arch", 86, r"arch must be 0 \(pick by device\), 80 or 90, got 86"),
     ("dtype", 2, r"dtype must be 0 \(float16\) or 1 \(bfloat16\), got 2"),
     ("dtype", -1, r"dtype must be .*, got -1"),
-    ("rule", 3, r"rule must be 0 \(absolute\), 1 \(running_max\) or 2 \(running_lse\), got 3"),
+    ("rule", 3, r"rule must be 0 \(absolute\), 1 \(running_max\) or 2 \(peak_lse\), got 3"),
     ("rule", -1, r"rule must be .*, got -1"),
     ("causal", 2, "causal must be 0 or 1, got 2"),
     ("q_block", 32, r"\(q_block x k_block\) must be 128x64 or 64x64, got 32x64"),
@@ -384,7 +384,7 @@ def test_python_raises_what_the_status_means(
     monkeypatch.setattr(_native, "_current_stream", lambda device: 0)
     q = torch.zeros(1, 10, 4, 64, dtype=torch.float16)
     valid = ForwardCall(
-        *(q, q, q, torch.zeros(4, 1), None, None, True, None, "absolute", 128, 64),
+        *(q, q, q, torch.zeros(4, 1), None, None, True, None, "absolute", 128, 64, 1),
         return_lse=False,
         return_kept=False,
     )

@@ -60,19 +60,19 @@ def assert_same(found, expected):
 
 
 OPERATOR_CALLS = {
-    "plain": (*inputs(), None, None, True, None, "absolute", 128, 64, False, False),
-    "all": (*inputs(), None, None, False, 0.3, "running_lse", 64, 64, True, True),
+    "plain": (*inputs(), None, None, True, None, "absolute", 128, 64, 1, False, False),
+    "all": (*inputs(), None, None, False, 0.3, "peak_lse", 64, 64, 4, True, True),
     "bfloat16": (
         *inputs(dtype=torch.bfloat16),
-        *(None, None, True, None, "absolute", 128, 64, True, False),
+        *(None, None, True, None, "absolute", 128, 64, 1, True, False),
     ),
     "float64": (
         *(x.double() for x in inputs()[:3]),
-        *(inputs()[3], None, None, True, None, "absolute", 128, 64, True, True),
+        *(inputs()[3], None, None, True, None, "absolute", 128, 64, 1, True, True),
     ),
-    "packed": (*packed_inputs(), True, None, "running_max", 128, 64, True, True),
-    "no query": (*inputs(0), None, None, True, None, "absolute", 128, 64, True, True),
-    "no key": (*inputs(seqlen_k=0), None, None, True, None, "absolute", 128, 64, True, True),
+    "packed": (*packed_inputs(), True, None, "running_max", 128, 64, 1, True, True),
+    "no query": (*inputs(0), None, None, True, None, "absolute", 128, 64, 1, True, True),
+    "no key": (*inputs(seqlen_k=0), None, None, True, None, "absolute", 128, 64, 1, True, True),
 }
 
 
@@ -84,7 +84,7 @@ def test_opcheck_passes_for_forward(call):
 @pytest.mark.parametrize("seqlen_q", [0, 300])
 def test_opcheck_passes_for_block_maxima(seqlen_q):
     q, k, *_ = inputs(seqlen_q)
-    call = (q, k, True, None, "running_lse", 128, 64)
+    call = (q, k, True, None, "peak_lse", 128, 64)
     torch.library.opcheck(torch.ops.bsfa.block_maxima.default, call)
 
 
@@ -239,7 +239,7 @@ def test_kernels_compile_and_export(arch):
         compiled = torch.compile(model, fullgraph=True)
         for found, expected in zip(compiled(*call), model(*call), strict=True):
             torch.testing.assert_close(found, expected)
-    options = (None, None, True, None, "absolute", 128, 64, True, True)
+    options = (None, None, True, None, "absolute", 128, 64, 1, True, True)
     torch.library.opcheck(torch.ops.bsfa.forward.default, (q, k, v, thresholds, *options))
 
 
@@ -251,7 +251,7 @@ def test_the_short_way_to_the_kernel_gives_what_the_operator_gives():
         for heads in (4, 2, 2)
     )
     thresholds = torch.full((4, 3), 2.0, device="cuda")
-    options = (None, None, True, 0.2, "running_lse", 64, 64, True, True)
+    options = (None, None, True, 0.2, "peak_lse", 64, 64, 1, True, True)
     expected = torch.ops.bsfa.forward(q, k, v, thresholds, *options)
 
     def call():
@@ -261,7 +261,7 @@ def test_the_short_way_to_the_kernel_gives_what_the_operator_gives():
             v,
             thresholds,
             scale=0.2,
-            rule="running_lse",
+            rule="peak_lse",
             geometry=GEOMETRIES[1],
             return_lse=True,
             return_kept=True,

@@ -11,7 +11,7 @@ from bsfa_kernel import reference
 from bsfa_kernel.attention import block_maxima, block_sparse_attention
 from bsfa_kernel.build_info import BuildInfo, Kernel, build_info, package_version
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, GEOMETRIES, Geometry, threshold_row
-from bsfa_kernel.rules import RULES
+from bsfa_kernel.rules import RULES, VOTERS
 
 __version__ = package_version()
 
@@ -19,6 +19,7 @@ __all__ = [
     "DEFAULT_GEOMETRY",
     "GEOMETRIES",
     "RULES",
+    "VOTERS",
     "BuildInfo",
     "Geometry",
     "Kernel",

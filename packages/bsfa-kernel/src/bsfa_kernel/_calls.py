@@ -26,6 +26,7 @@ class ForwardCall(NamedTuple):
     rule: str
     q_block: int
     k_block: int
+    voters: int
     return_lse: bool
     return_kept: bool
 

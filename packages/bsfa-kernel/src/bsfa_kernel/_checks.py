@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bsfa_kernel._calls import BlockMaximaCall, ForwardCall, geometry_of
 from bsfa_kernel.geometry import GEOMETRIES
-from bsfa_kernel.rules import RULES
+from bsfa_kernel.rules import RULES, VOTERS
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _KERNEL_FLOATS = (torch.float16, torch.bfloat16)
@@ -38,6 +38,14 @@ def check_rule(rule: object) -> None:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
 
 
+def check_voters(voters: int, q_block: int) -> None:
+    """Refuse what is not one of VOTERS, or leaves a query block of the reference without one."""
+    if isinstance(voters, bool) or voters not in VOTERS:
+        raise ValueError(f"voters must be one of {', '.join(map(str, VOTERS))}; got {voters!r}")
+    if q_block % voters:
+        raise ValueError(f"voters must divide the queries of a block, got {voters} and {q_block}")
+
+
 def check_geometry(geometry: Sequence[int]) -> None:
     """Refuse what is not one of GEOMETRIES."""
     if geometry not in GEOMETRIES:
@@ -53,6 +61,8 @@ def check_types(call: ForwardCall | BlockMaximaCall) -> None:
             check_tensor(value, name)
     check_number(call.scale, "scale")
     check_rule(call.rule)
+    if isinstance(call, ForwardCall):
+        check_voters(call.voters, call.q_block)
 
 
 _OPTIONAL = ("cu_seqlens_q", "cu_seqlens_k")
@@ -128,7 +138,7 @@ def passes_fast_check(call: ForwardCall) -> bool:
     Those take longer than a launch. False says nothing: the arguments are to be checked. The
     geometry has been.
     """
-    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, _, scale, rule, _, _, _, _ = call
+    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, _, scale, rule, _, _, voters, _, _ = call
     shape, key_shape, threshold_shape, dtype = q.shape, k.shape, thresholds.shape, q.dtype
     if len(shape) != 4 or len(key_shape) != 4 or len(threshold_shape) != 2:
         return False
@@ -158,6 +168,7 @@ def passes_fast_check(call: ForwardCall) -> bool:
         and v.stride()[3] == 1
         and (scale is None or (type(scale) is float and 0.0 < scale < float("inf")))
         and rule in RULES
+        and voters in VOTERS
     )
 
 

@@ -320,6 +320,7 @@ def _problem(
         call.q_block,
         call.k_block,
         head_dim**-0.5 if scale is None else scale,
+        call.voters if isinstance(call, ForwardCall) else 1,
         batch,
         heads,
         kv_heads,

@@ -23,7 +23,7 @@ _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _library.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor thresholds, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, bool causal, float? scale, str rule, int q_block, int k_block, "
-    "bool return_lse, bool return_kept) -> (Tensor out, Tensor lse, Tensor kept)",
+    "int voters, bool return_lse, bool return_kept) -> (Tensor out, Tensor lse, Tensor kept)",
     tags=_tags,
 )
 _library.define(

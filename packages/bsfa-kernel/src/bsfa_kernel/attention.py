@@ -27,6 +27,7 @@ def block_sparse_attention(
     scale: float | None = ...,
     rule: str = ...,
     geometry: Geometry = ...,
+    voters: int = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
     return_lse: Literal[False] = ...,
@@ -45,6 +46,7 @@ def block_sparse_attention(
     scale: float | None = ...,
     rule: str = ...,
     geometry: Geometry = ...,
+    voters: int = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
     return_lse: Literal[True],
@@ -63,6 +65,7 @@ def block_sparse_attention(
     scale: float | None = ...,
     rule: str = ...,
     geometry: Geometry = ...,
+    voters: int = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
     return_lse: Literal[False] = ...,
@@ -81,6 +84,7 @@ def block_sparse_attention(
     scale: float | None = ...,
     rule: str = ...,
     geometry: Geometry = ...,
+    voters: int = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
     return_lse: Literal[True],
@@ -98,6 +102,7 @@ def block_sparse_attention(
     scale: float | None = None,
     rule: str = "absolute",
     geometry: Geometry = DEFAULT_GEOMETRY,
+    voters: int = 1,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
@@ -124,6 +129,8 @@ def block_sparse_attention(
         scale: factor of the scores, positive; head_dim ** -0.5 by default.
         rule: one of ``RULES``: what a block's scores are compared with.
         geometry: the sparsity block that the thresholds were made for, one of ``GEOMETRIES``.
+        voters: one query row in so many decides which blocks are kept, one of ``VOTERS``; the
+            number that the thresholds were made for.
         cu_seqlens_q: int32 [batch + 1], from 0 to total_q: where packed sequences begin and end.
         cu_seqlens_k: int32 [batch + 1], from 0 to total_k.
         return_lse: also return the log-sum-exp of the scores kept.
@@ -155,6 +162,7 @@ def block_sparse_attention(
         rule,
         geometry[0],
         geometry[1],
+        voters,
         bool(return_lse),
         bool(return_kept),
     )

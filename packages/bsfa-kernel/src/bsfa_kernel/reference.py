@@ -24,6 +24,7 @@ from bsfa_kernel._checks import (
     check_forward,
     check_rule,
     check_thresholds_values,
+    check_voters,
 )
 from bsfa_kernel.geometry import (
     DEFAULT_GEOMETRY,
@@ -135,6 +136,7 @@ def attention(
     scale: float | None = None,
     rule: str = "absolute",
     geometry: Geometry = DEFAULT_GEOMETRY,
+    voters: int = 1,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -162,6 +164,7 @@ def attention(
             scale,
             rule,
             *_two_sizes(geometry),
+            voters,
             return_lse=True,
             return_kept=True,
         ),
@@ -318,6 +321,8 @@ def _attend(call: ForwardCall, result: AttentionResult, dtype: torch.dtype) -> N
             continue
         rows = slice(block.start, block.stop)
         queries = _grouped_queries(q[:, rows], kv_heads, scale, dtype)
+        in_last = block.stop == seqlen_q
+        voting = slice(None) if in_last else slice(call.voters - 1, None, call.voters)
         row = threshold_row(block.start, seqlen_q, seqlen_k, geometry.q_block, thresholds.shape[1])
         bounds = thresholds[:, row].to(dtype).reshape(1, kv_heads, group)
         bounds = bounds.expand(batch, -1, -1).reshape(batch * kv_heads, group)
@@ -337,7 +342,9 @@ def _attend(call: ForwardCall, result: AttentionResult, dtype: torch.dtype) -> N
             if causal:
                 _hide_masked(forced, block, undecided, seqlen_k - seqlen_q)
             if block.full_blocks:
-                keep[chunk], margin[chunk] = _decide(blocks, forced, bounds[chunk], rule)
+                keep[chunk], margin[chunk] = _decide(
+                    scores, block.full_blocks, bounds[chunk], rule, geometry.k_block, voting
+                )
                 share = keep[chunk].mean(dtype=torch.float32).item()
                 if share < gather_below:
                     _attend_gathered(
@@ -361,13 +368,6 @@ def _attend(call: ForwardCall, result: AttentionResult, dtype: torch.dtype) -> N
 def _exp_(x: Tensor) -> Tensor:
     """exp, in place; by exp2, which keeps its speed on a CPU where results are tiny or 0."""
     return x.mul_(_LOG2_E).exp2_()
-
-
-def _log_sum_exp(x: Tensor) -> Tensor:
-    """Log-sum-exp over the last dimension; -inf where everything in it is."""
-    largest = x.amax(-1, keepdim=True)
-    weights = _exp_(x - largest.masked_fill(largest == -_INF, 0.0))
-    return (largest + weights.sum(-1, keepdim=True).log()).squeeze(-1)
 
 
 def _softmax_times(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -423,84 +423,104 @@ def _attend_gathered(
 
 
 @torch.no_grad()
+def excesses(
+    row_maxima: Tensor,
+    *,
+    rule: str,
+    reference: Tensor | None = None,
+    voting: Tensor | None = None,
+) -> Tensor:
+    """What the rule of docs/semantics.md compares with the thresholds, for every block.
+
+    Key blocks are visited from the last to the first. All values are scaled scores.
+
+    Args:
+        row_maxima: [..., rows, k_blocks], the peak of each row in each block; -inf where it has
+            none.
+        rule: one of ``RULES``.
+        reference: [..., rows], what relative rules compare with at first, of later blocks than are
+            given here; -inf by default.
+        voting: bool, to be broadcast with [..., rows]: which rows vote, for instance
+            ``voting_rows``; all by default. No row needs another, so that rows that do not vote may
+            as well be left out of ``row_maxima``.
+
+    Returns:
+        [..., k_blocks], the maximum over the voting rows of peak - reference; NaN, which keeps a
+        block, where a peak or reference is NaN, or both are infinite.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    check_rule(rule)
+    excess = _row_excesses(row_maxima, rule, reference)
+    if voting is not None:
+        excess = excess.masked_fill(~voting[..., None], -_INF)
+    return excess.amax(-2)
+
+
+@torch.no_grad()
 def verdicts(
     row_maxima: Tensor,
     thresholds: Tensor,
     *,
     rule: str,
-    row_lse: Tensor | None = None,
     reference: Tensor | None = None,
+    voting: Tensor | None = None,
     full: int | Tensor | None = None,
 ) -> Verdicts:
-    """The rule of docs/semantics.md, for any number of query blocks at once.
-
-    Key blocks are decided from the last to the first. All values are scaled scores; a block with a
-    NaN among them, or in the reference of a row, is kept.
+    """The rule of docs/semantics.md, for any number of query blocks and thresholds at once.
 
     Args:
-        row_maxima: [..., rows, k_blocks], the largest score of each row in each block; -inf where
-            it has none.
+        row_maxima: [..., rows, k_blocks], as in ``excesses``.
         thresholds: [...], which is broadcast with the leading dimensions of ``row_maxima``: several
             thresholds can be tried at once.
         rule: one of ``RULES``.
-        row_lse: as ``row_maxima``, the log-sum-exp of those scores; for ``running_lse`` only.
-        reference: [..., rows], what relative rules compare with at first, of later blocks than are
-            given here; -inf by default.
+        reference: [..., rows], as in ``excesses``.
+        voting: bool [..., rows], as in ``excesses``.
         full: how many of the blocks are to be decided, int [...] to be broadcast like the
             thresholds; those from there on are forced. All by default.
 
     Raises:
-        ValueError: an unknown rule, or ``running_lse`` without ``row_lse``.
+        ValueError: an unknown rule.
     """
-    check_rule(rule)
-    if rule == "running_lse" and row_lse is None:
-        raise ValueError("rule running_lse needs row_lse, got None")
-    k_blocks = row_maxima.shape[-1]
-    thresholds = thresholds.to(row_maxima.dtype)
-    leading = row_maxima.shape[:-2]
-    shape: torch.Size = torch.broadcast_shapes(thresholds.shape, leading)  # type: ignore[no-untyped-call]
-    forced = None
+    excess = excesses(row_maxima, rule=rule, reference=reference, voting=voting)
+    thresholds = thresholds.to(excess.dtype)[..., None]
+    # NaN keeps; +inf keeps no block, not even where a row has seen nothing yet.
+    keep = ~(excess < thresholds) & (thresholds < _INF)
+    excess = excess.expand(keep.shape)
     if full is not None:
-        columns = torch.arange(k_blocks, device=row_maxima.device)
-        forced = (columns >= torch.as_tensor(full, device=row_maxima.device)[..., None]).expand(
-            *shape, k_blocks
-        )
-    decidable = thresholds < _INF  # +inf keeps no block, not even where a row has kept nothing yet
+        columns = torch.arange(row_maxima.shape[-1], device=row_maxima.device)
+        forced = columns >= torch.as_tensor(full, device=row_maxima.device)[..., None]
+        keep, excess = keep | forced, excess.masked_fill(forced, _INF)
+    return Verdicts(keep, excess)
+
+
+def voting_rows(seqlen_q: int, geometry: Geometry, voters: int) -> Tensor:
+    """Which rows of each query block of a sequence vote, bool [q_blocks, q_block].
+
+    The last of each ``voters`` rows, and in the last query block all that there are.
+
+    Raises:
+        ValueError: ``voters`` is not one of ``VOTERS``, or does not divide ``q_block``.
+    """
+    check_voters(voters, geometry.q_block)
+    rows = torch.arange(geometry.q_block)
+    first_rows = torch.arange(block_count(seqlen_q, geometry.q_block))[:, None] * geometry.q_block
+    in_last = first_rows + geometry.q_block >= seqlen_q
+    return (first_rows + rows < seqlen_q) & ((rows % voters == voters - 1) | in_last)
+
+
+def _row_excesses(row_maxima: Tensor, rule: str, first: Tensor | None = None) -> Tensor:
+    """Peak - reference of each row and block; arguments as of ``excesses``."""
     if rule == "absolute":
-        excess = row_maxima.amax(-2).expand(*shape, k_blocks)
-        keep = ~(excess < thresholds[..., None]) & decidable[..., None]
-        if forced is not None:
-            keep, excess = keep | forced, excess.masked_fill(forced, _INF)
-        return Verdicts(keep, excess)
-
-    # The scan takes one block at a time: [k_blocks, ..., rows].
-    row_maxima = row_maxima.movedim(-1, 0).contiguous()
-    gains = row_maxima
-    if rule == "running_lse" and row_lse is not None:
-        gains = row_lse.movedim(-1, 0).contiguous()
-    merge = torch.maximum if rule == "running_max" else torch.logaddexp
-    if reference is None:
-        reference = torch.full_like(row_maxima[0], -_INF)
-    elif rule == "running_max":
-        reference = _poison_infinite(reference)
-    if rule == "running_max":
-        gains = _poison_infinite(gains)
-    keep = torch.empty((k_blocks, *shape), dtype=torch.bool, device=row_maxima.device)
-    excess = torch.empty((k_blocks, *shape), dtype=row_maxima.dtype, device=row_maxima.device)
-    for index in range(k_blocks - 1, -1, -1):
-        excess[index] = (row_maxima[index] - reference).amax(-1)
-        kept = ~(excess[index] < thresholds) & decidable  # NaN keeps
-        if forced is not None:
-            kept |= forced[..., index]
-        keep[index] = kept
-        reference = torch.where(kept[..., None], merge(reference, gains[index]), reference)
-    keep, excess = keep.movedim(0, -1), excess.movedim(0, -1)
-    return Verdicts(keep, excess if forced is None else excess.masked_fill(forced, _INF))
-
-
-def _poison_infinite(maxima: Tensor) -> Tensor:
-    """NaN for +inf: what a softmax that has seen +inf is worth."""
-    return maxima.masked_fill(maxima == _INF, torch.nan)
+        return row_maxima
+    # A reference is made of all later blocks, and is NaN from where one held NaN or +inf.
+    if first is None:
+        first = torch.full_like(row_maxima[..., 0], -_INF)
+    seen = torch.cat((row_maxima[..., 1:], first[..., None]), -1)
+    seen = seen.masked_fill_(seen == _INF, torch.nan).flip(-1)
+    so_far = seen.cummax(-1).values if rule == "running_max" else seen.logcumsumexp(-1)
+    return row_maxima - so_far.flip(-1)
 
 
 def _margin(excess: Tensor, bounds: Tensor) -> Tensor:
@@ -508,28 +528,35 @@ def _margin(excess: Tensor, bounds: Tensor) -> Tensor:
     return (excess - bounds[..., None]).abs().nan_to_num(nan=_INF).amin(-1)
 
 
-def _decide(blocks: Tensor, forced: Tensor, bounds: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+def _peaks(scores: Tensor, k_block: int) -> Tensor:
+    """The largest score of each block of keys, [..., keys] -> [..., k_blocks]."""
+    ragged = -scores.shape[-1] % k_block
+    if ragged:
+        scores = torch.nn.functional.pad(scores, (0, ragged), value=-_INF)
+    return _in_blocks(scores, k_block).amax(-1)
+
+
+def _decide(
+    scores: Tensor, full: int, bounds: Tensor, rule: str, k_block: int, voting: slice
+) -> tuple[Tensor, Tensor]:
     """Which blocks are kept, and how close the closest verdict was.
 
     Args:
-        blocks: scores [kv_heads, group, rows, full_blocks, k_block] of the blocks to be decided.
-        forced: scores [kv_heads, group, rows, keys] of the blocks after them, always kept.
+        scores: [kv_heads, group, rows, keys], -inf where masked.
+        full: how many of the blocks are to be decided, at least one.
         bounds: [kv_heads, group], the thresholds.
         rule: one of ``RULES``.
+        k_block: keys in a block.
+        voting: the rows that vote.
 
     Returns:
-        bool [kv_heads, group, full_blocks], and margins [kv_heads, group].
+        bool [kv_heads, group, full], and margins [kv_heads, group].
     """
     if (bounds == -_INF).all():  # dense: nothing to decide
-        keep = torch.ones((*bounds.shape, blocks.shape[-2]), dtype=torch.bool, device=blocks.device)
+        keep = torch.ones((*bounds.shape, full), dtype=torch.bool, device=scores.device)
         return keep, torch.full_like(bounds, _INF)
-    reference = row_lse = None
-    if rule == "running_lse":
-        row_lse = _log_sum_exp(blocks)
-    if rule != "absolute" and forced.shape[-1]:
-        reference = forced.amax(-1) if rule == "running_max" else _log_sum_exp(forced)
-    decided = verdicts(blocks.amax(-1), bounds, rule=rule, row_lse=row_lse, reference=reference)
-    return decided.keep, _margin(decided.excess, bounds)
+    decided = verdicts(_peaks(scores[:, :, voting], k_block), bounds, rule=rule, full=full)
+    return decided.keep[..., :full], _margin(decided.excess[..., :full], bounds)
 
 
 @torch.no_grad()
@@ -587,35 +614,8 @@ def run_block_maxima(call: BlockMaximaCall, compute_dtype: torch.dtype | None = 
             undecided = block.full_blocks * geometry.k_block
             if causal:
                 _hide_masked(scores[..., undecided:], block, undecided, seqlen_k - seqlen_q)
-            found[chunk] = _excesses(scores, rule, geometry.k_block)
+            peaks = _peaks(scores, geometry.k_block)
+            excess = _row_excesses(peaks, rule)
+            found[chunk] = excess.masked_fill(peaks == -_INF, -_INF).amax(2)
         maxima[:, :, block.index, :k_blocks] = found.view(batch, heads, k_blocks)
     return maxima
-
-
-def _excesses(scores: Tensor, rule: str, k_block: int) -> Tensor:
-    """Maxima over each block of score - reference, everything being kept.
-
-    Args:
-        scores: [kv_heads, group, rows, keys], -inf where masked.
-        rule: one of ``RULES``.
-        k_block: keys in a block.
-
-    Returns:
-        [kv_heads, group, k_blocks].
-    """
-    ragged = -scores.shape[-1] % k_block
-    if ragged:
-        scores = torch.nn.functional.pad(scores, (0, ragged), value=-_INF)
-    blocks = _in_blocks(scores, k_block)
-    row_maxima = blocks.amax(-1)
-    if rule == "absolute":
-        return row_maxima.amax(2)
-    if rule == "running_max":
-        so_far = _poison_infinite(row_maxima).flip(-1).cummax(-1).values
-    else:
-        so_far = _log_sum_exp(blocks).flip(-1).logcumsumexp(-1)
-    # What a block meets is what the blocks after it have left.
-    reference = torch.full_like(row_maxima, -_INF)
-    reference[..., :-1] = so_far.flip(-1)[..., 1:]
-    excess = row_maxima - reference
-    return excess.masked_fill_(row_maxima == -_INF, -_INF).amax(2)
