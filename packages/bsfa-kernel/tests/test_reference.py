@@ -525,7 +525,7 @@ def test_work_by_chunks_of_heads_changes_nothing(rule, monkeypatch):
     thresholds = torch.linspace(-1, 2, 6)[:, None]
     whole = attention(q, k, v, thresholds, rule=rule)
     maxima = block_maxima(q, k, rule=rule)
-    monkeypatch.setattr(reference, "_SCORES_AT_A_TIME_CPU", 1)
+    monkeypatch.setattr("bsfa_kernel.reference.scores._SCORES_AT_A_TIME_CPU", 1)
     torch.testing.assert_close(attention(q, k, v, thresholds, rule=rule), whole, rtol=0, atol=1e-13)
     torch.testing.assert_close(block_maxima(q, k, rule=rule), maxima, rtol=0, atol=1e-13)
 
@@ -536,7 +536,7 @@ def test_gathering_the_blocks_kept_changes_nothing(rule, monkeypatch):
     thresholds = torch.linspace(-2, 3, 4)[:, None]
     results = []
     for share in (0.0, 1.0):
-        monkeypatch.setattr(reference, "_WORTH_GATHERING", share)
+        monkeypatch.setattr("bsfa_kernel.reference.forward._WORTH_GATHERING", share)
         results.append(attention(q, k, v, thresholds, rule=rule))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-13)
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsfa_kernel import _native, reference
+from bsfa_kernel import _native
 from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
 from bsfa_kernel._checks import check_block_maxima, check_forward, check_kernel_tensor
 from bsfa_kernel.geometry import block_count
+from bsfa_kernel.reference.forward import run
+from bsfa_kernel.reference.selection import run_block_maxima
 
 _library: Any = torch.library.Library("bsfa", "DEF")  # type: ignore[no-untyped-call]
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -72,7 +74,7 @@ def _all_three(outputs: _Outputs, thresholds: Tensor) -> tuple[Tensor, Tensor, T
 def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = ForwardCall(*arguments)
     check_forward(call)
-    result = reference.run(call)
+    result = run(call)
     lse = result.lse if call.return_lse else None
     kept = result.kept if call.return_kept else None
     return _all_three((result.out, lse, kept), call.thresholds)
@@ -113,7 +115,7 @@ def _forward_fake(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor
 def _block_maxima_cpu(*arguments: Any) -> Tensor:
     call = BlockMaximaCall(*arguments)
     check_block_maxima(call)
-    return reference.run_block_maxima(call).float()
+    return run_block_maxima(call).float()
 
 
 @torch.library.impl(_library, "block_maxima", "CUDA")

@@ -20,3 +20,14 @@ RULE_CODES: Mapping[str, int] = MappingProxyType({rule: code for code, rule in e
 
 VOTERS = (1, 2, 4)
 """Of how many query rows one votes."""
+
+Precision: TypeAlias = Literal["exact", "int8"]
+
+PRECISIONS: tuple[Precision, ...] = ("exact", "int8")
+"""Of the scores that are compared with thresholds: those that attention uses, or ones of queries
+and keys rounded to 8 bits."""
+
+PRECISION_CODES: Mapping[str, int] = MappingProxyType(
+    {precision: code for code, precision in enumerate(PRECISIONS)}
+)
+"""The values of the C enum ``bsfa_precision``."""
