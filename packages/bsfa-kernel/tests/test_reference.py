@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import cases
 import oracle
-from bsfa_kernel import GEOMETRIES, RULES, VOTERS, Geometry, block_sparse_attention, reference
+from bsfa_kernel import GEOMETRIES, RULES, VOTERS, Geometry, block_sparse_attention
 from bsfa_kernel.geometry import full_blocks
 from bsfa_kernel.reference import (
     attention,

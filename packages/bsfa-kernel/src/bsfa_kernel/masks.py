@@ -32,10 +32,10 @@ def pack_blocks(blocks: Tensor) -> Tensor:
         raise ValueError("blocks must be [..., k_blocks], got a tensor without dimensions")
     words = block_count(blocks.shape[-1], MASK_BITS)
     padded = torch.nn.functional.pad(blocks, (0, words * MASK_BITS - blocks.shape[-1]))
-    bits = padded.unflatten(-1, (words * 8, 8)).to(torch.uint8)
+    bits = padded.view(*blocks.shape[:-1], words * 8, 8).to(torch.uint8)
     # Each bit is in one term alone, so that the sum is their union. Bytes are little-endian.
     places = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    octets = (bits << places).sum(-1, dtype=torch.uint8)
+    octets: Tensor = (bits << places).sum(-1, dtype=torch.uint8)
     return octets.flatten().view(torch.int64).view(*blocks.shape[:-1], words)
 
 

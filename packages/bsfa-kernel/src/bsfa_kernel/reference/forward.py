@@ -332,7 +332,7 @@ def _attend_gathered(
     out = scores.new_zeros((kv_heads, group, rows, values.shape[-1]))
     lse = scores.new_full((kv_heads, group, rows), -_INF)
     blocks = in_blocks(scores, block.k_block)
-    value_blocks = values[:, :width].unflatten(1, (-1, block.k_block))
+    value_blocks = values[:, :width].view(kv_heads, -1, block.k_block, values.shape[-1])
     for kv_head in range(kv_heads):
         for member in range(group):
             chosen = keep[kv_head, member].nonzero().squeeze(1)

@@ -232,7 +232,8 @@ class _RoundedScores:
         keys[:, :seqlen_k] -= offset
         length = keys.shape[1]
         padded = torch.nn.functional.pad(keys, (0, 0, 0, -length % _ROUNDED_KEYS))
-        rounded, scales = _rounded(padded.unflatten(1, (-1, _ROUNDED_KEYS)).flatten(2))
+        groups = padded.view(len(padded), -1, _ROUNDED_KEYS * padded.shape[2])
+        rounded, scales = _rounded(groups)
         self.keys = rounded.view(padded.shape)[:, :length]
         self.scales = scales.repeat_interleave(_ROUNDED_KEYS, 1)[:, None, :length, 0]
         self.offset = offset.transpose(1, 2) if rule == "absolute" else None

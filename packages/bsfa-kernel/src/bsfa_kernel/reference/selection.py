@@ -39,7 +39,7 @@ visible blocks are kept, bool [kv_heads, group, visible_blocks], and the margins
 
 
 class SelectionResult(NamedTuple):
-    """What ``select_blocks`` computes; shapes as in docs/semantics.md, those of varlen in brackets."""
+    """What ``select_blocks`` computes; shapes of varlen in brackets."""
 
     mask: Tensor
     """[batch, heads, q_blocks, k_blocks] ([heads, total_q // q_block + batch, ceil(max_seqlen_k /
@@ -162,10 +162,11 @@ def decision_by_rule(
     """The rule's decision of padded tensors, by the scores that it is given."""
     batch, seqlen_q = q.shape[:2]
     seqlen_k, kv_heads = k.shape[1:3]
-    by_kv_head = thresholds.unflatten(0, (kv_heads, -1)).repeat(batch, 1, 1)
+    rows = thresholds.shape[1]
+    by_kv_head = thresholds.reshape(kv_heads, -1, rows).repeat(batch, 1, 1)
 
     def decide(block: QueryBlock, chunk: slice, scores: Tensor) -> tuple[Tensor, Tensor]:
-        row = threshold_row(block.start, seqlen_q, seqlen_k, geometry.q_block, thresholds.shape[1])
+        row = threshold_row(block.start, seqlen_q, seqlen_k, geometry.q_block, rows)
         bounds = by_kv_head[chunk, :, row].to(scores.dtype)
         if (bounds == -_INF).all() or block.full_blocks == 0:  # nothing to decide
             keep = scores.new_ones((*bounds.shape, block.visible_blocks), dtype=torch.bool)

@@ -1,0 +1,79 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""How a call finds the blocks to keep: in one kernel, or in a step of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+import torch
+
+from bsfa_kernel import _native
+from bsfa_kernel.build_info import build_info
+
+Selection: TypeAlias = Literal["exact", "int8", "auto"]
+
+SELECTIONS: tuple[Selection, ...] = ("exact", "int8", "auto")
+"""``exact`` decides by the scores that attention uses, in one kernel with it; ``int8`` selects blocks
+by scores in 8 bits, then attends to them; ``auto`` takes the faster of both."""
+
+CROSSOVERS: Mapping[int, float] = MappingProxyType({1: 0.55, 2: 0.35, 4: 0.2})
+"""By voters: the share of blocks skipped from which on two steps take less time than one kernel."""
+
+
+def check_selection(selection: object, expected_skipped: object) -> None:
+    """Refuse an unknown selection, and what is no share or not looked at.
+
+    Raises:
+        TypeError: ``expected_skipped`` is no number.
+        ValueError: an argument that breaks a rule.
+    """
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}; got {selection!r}")
+    if expected_skipped is None:
+        return
+    if isinstance(expected_skipped, bool) or not isinstance(expected_skipped, (int, float)):
+        raise TypeError(
+            f"expected_skipped must be a number or None, got {type(expected_skipped).__name__}"
+        )
+    if not 0 <= expected_skipped <= 1:
+        raise ValueError(f"expected_skipped must be between 0 and 1, got {expected_skipped}")
+    if selection != "auto":
+        raise ValueError(
+            f"expected_skipped is for selection='auto'; got {expected_skipped} with "
+            f"selection={selection!r}"
+        )
+
+
+def selects_first(
+    selection: str, expected_skipped: float | None, voters: int, q: torch.Tensor
+) -> bool:
+    """Whether blocks are to be selected in a step of its own, in 8 bits."""
+    if selection != "auto":
+        return selection == "int8"
+    if expected_skipped is None or expected_skipped < CROSSOVERS[voters] or not q.is_cuda:
+        return False
+    found: bool = _has_both_steps(q.get_device(), q.dtype, q.shape[-1], _native.insisted_arch())
+    return found
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_both_steps(device: int, dtype: torch.dtype, head_dim: int, arch: int) -> bool:
+    """Whether the library has both kernels for a GPU; asked once when a graph is compiled."""
+    return _found_both_steps(device, dtype, head_dim, arch)
+
+
+@functools.cache
+def _found_both_steps(device: int, dtype: torch.dtype, head_dim: int, arch: int) -> bool:
+    major, _ = torch.cuda.get_device_capability(device)
+    names = {
+        kernel.name
+        for kernel in build_info().kernels
+        if (kernel.dtype, kernel.head_dim) == (str(dtype).removeprefix("torch."), head_dim)
+        and (kernel.arch == arch or arch == 0)
+        and (kernel.arch // 10 == major or (kernel.arch == 80 and major >= 8))
+    }
+    return {"select_blocks", "attend_blocks"} <= names
