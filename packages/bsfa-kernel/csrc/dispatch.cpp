@@ -3,12 +3,16 @@
 
 #include "dispatch.hpp"
 
+#include <algorithm>
+
 #include "check.hpp"
 
 #if defined(BSFA_WITH_CUDA)
 #include "sm80/block_maxima.hpp"
 #include "sm80/forward.hpp"
+#include "sm90/attend.hpp"
 #include "sm90/forward.hpp"
+#include "sm90/select.hpp"
 
 namespace cutlass {
 struct half_t;
@@ -32,6 +36,14 @@ const std::initializer_list<Kernel<ForwardParams>> kForwardKernels = {
 
 const std::initializer_list<Kernel<BlockMaximaParams>> kBlockMaximaKernels = {
 #include "block_maxima_kernels.inc"
+};
+
+const std::initializer_list<Kernel<SelectParams>> kSelectBlocksKernels = {
+#include "select_blocks_kernels.inc"
+};
+
+const std::initializer_list<Kernel<AttendParams>> kAttendBlocksKernels = {
+#include "attend_blocks_kernels.inc"
 };
 
 const char* dtype_name(int dtype) {
@@ -104,11 +116,27 @@ const Kernel<Params>& select(const std::initializer_list<Kernel<Params>>& kernel
   return *best;
 }
 
-template void check_built(const std::initializer_list<Kernel<ForwardParams>>&, const Request&);
-template void check_built(const std::initializer_list<Kernel<BlockMaximaParams>>&, const Request&);
-template const Kernel<ForwardParams>& select(const std::initializer_list<Kernel<ForwardParams>>&,
-                                             const Request&, int);
-template const Kernel<BlockMaximaParams>& select(const std::initializer_list<Kernel<BlockMaximaParams>>&,
-                                                 const Request&, int);
+template <class Params>
+uint64_t workspace_bytes(const std::initializer_list<Kernel<Params>>& kernels, const Request& request,
+                         const Params& params) {
+  uint64_t bytes = 0;
+  for (const Kernel<Params>& kernel : kernels) {
+    if (matches(kernel, request) && kernel.workspace != nullptr) {
+      bytes = std::max(bytes, kernel.workspace(params, request.head_dim));
+    }
+  }
+  return bytes;
+}
+
+#define BSFA_INSTANTIATE(Params)                                                                  \
+  template void check_built(const std::initializer_list<Kernel<Params>>&, const Request&);        \
+  template uint64_t workspace_bytes(const std::initializer_list<Kernel<Params>>&, const Request&, \
+                                    const Params&);                                               \
+  template const Kernel<Params>& select(const std::initializer_list<Kernel<Params>>&, const Request&, int)
+
+BSFA_INSTANTIATE(ForwardParams);
+BSFA_INSTANTIATE(BlockMaximaParams);
+BSFA_INSTANTIATE(SelectParams);
+BSFA_INSTANTIATE(AttendParams);
 
 }  // namespace bsfa

@@ -438,12 +438,20 @@ class FakeLibrary:
     def __init__(self, status: int = 0, message: bytes = b"") -> None:
         self.status, self.message = status, message
         self.calls: list[bytes] = []
+        self.queries: list[bytes] = []
 
     def bsfa_forward(self, arguments: bytes) -> int:
         self.calls.append(arguments)
         return self.status
 
-    bsfa_block_maxima = bsfa_forward
+    bsfa_block_maxima = bsfa_select_blocks = bsfa_attend_blocks = bsfa_forward
+
+    def bsfa_select_blocks_workspace(self, arguments: bytes, size: ctypes.c_uint64) -> int:
+        self.queries.append(arguments)
+        size.value = 768
+        return self.status
+
+    bsfa_attend_blocks_workspace = bsfa_select_blocks_workspace
 
     def bsfa_last_error(self) -> bytes:
         return self.message
@@ -564,6 +572,83 @@ def test_native_arguments_of_block_maxima_arrive_in_their_fields(fake_library):
     )
     assert fields(problem.q) == [q.data_ptr(), *q.stride()[:3]]
     assert fields(problem.k) == [k.data_ptr(), *k.stride()[:3]]
+
+
+def test_native_arguments_of_select_blocks_arrive_in_their_fields(fake_library, monkeypatch):
+    taken = note_workspaces(monkeypatch)
+    q = torch.zeros(2, 300, 4, 64, dtype=torch.bfloat16)
+    k = torch.zeros(2, 5000, 2, 64, dtype=torch.bfloat16)
+    thresholds = torch.zeros(4, 6)[:, ::2]
+    options = (None, None, False, 0.5, "peak_lse", 64, 64, 4, "int8", None)
+    mask = _torch_op._select_blocks_cuda(q, k, thresholds, *options)
+    assert (mask.shape, mask.dtype) == ((2, 4, 5, 2), torch.int64)
+    (workspace,) = taken
+    assert (workspace.shape, workspace.dtype) == ((768,), torch.uint8)
+    found, asked = (
+        fields(_native.SelectBlocksArgs.from_buffer_copy(passed[0]))
+        for passed in (fake_library.calls, fake_library.queries)
+    )
+    problem = found["problem"]
+    names = ("batch", "seqlen_q", "seqlen_k", "causal", "voters", "rule", "q_block", "scale")
+    assert [problem[name] for name in names] == [2, 300, 5000, 0, 4, 2, 64, 0.5]
+    assert problem["q"] == [q.data_ptr(), *q.stride()[:3]]
+    assert problem["k"] == [k.data_ptr(), *k.stride()[:3]]
+    expected = {
+        "threshold_rows": 3,
+        "precision": 1,
+        "block_mask": mask.data_ptr(),
+        "mask_words": 2,
+        "workspace": workspace.data_ptr(),
+        "workspace_bytes": 768,
+        "struct_size": ctypes.sizeof(_native.SelectBlocksArgs),
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert asked == {**found, "workspace": None, "workspace_bytes": 0}
+
+
+def test_native_arguments_of_attend_blocks_arrive_in_their_fields(fake_library, monkeypatch):
+    taken = note_workspaces(monkeypatch)
+    q = torch.zeros(300, 4, 64, dtype=torch.float16)
+    k = torch.zeros(200, 2, 64, dtype=torch.float16)
+    v = torch.zeros(200, 2, 128, dtype=torch.float16)[..., :64]
+    starts_q, starts_k = starts(0, 100, 300), starts(0, 50, 200)
+    mask, thresholds = torch.zeros(4, 4, 3, dtype=torch.int64), torch.zeros(4, 7)
+    for given in (thresholds, None):
+        out, lse, kept = _torch_op._attend_blocks_cuda(
+            q, k, v, mask, given, starts_q, starts_k, True, None, 128, 64, True, True
+        )
+        found = fields(_native.AttendBlocksArgs.from_buffer_copy(fake_library.calls.pop()))
+        expected = {
+            "v": [v.data_ptr(), 0, *v.stride()[:2]],
+            "out": [out.data_ptr(), 0, *out.stride()[:2]],
+            "block_mask": mask.data_ptr(),
+            "mask_words": 3,
+            "thresholds": None if given is None else thresholds.data_ptr(),
+            "threshold_rows": 0 if given is None else 7,
+            "lse": lse.data_ptr(),
+            "kept": kept.data_ptr(),
+            "workspace": taken[-1].data_ptr(),
+            "workspace_bytes": 768,
+            "struct_size": ctypes.sizeof(_native.AttendBlocksArgs),
+        }
+        assert {name: found[name] for name in expected} == expected
+        problem = found["problem"]
+        assert (problem["cu_seqlens_q"], problem["batch"]) == (starts_q.data_ptr(), 2)
+        assert (lse.shape, kept.shape) == ((4, 300), (4, 4))
+
+
+def note_workspaces(monkeypatch):
+    """A list of the workspaces that calls take from torch, as they come."""
+    taken = []
+    plain = _native._with_workspace
+
+    def noted(*arguments):
+        passed, workspace = plain(*arguments)
+        taken.append(workspace)
+        return passed, workspace
+
+    monkeypatch.setattr(_native, "_with_workspace", noted)
+    return taken
 
 
 def test_calls_without_queries_or_keys_reach_the_library_too(fake_library):

@@ -17,8 +17,8 @@ from bsfa_kernel.build_info import build_info
 Selection: TypeAlias = Literal["exact", "int8", "auto"]
 
 SELECTIONS: tuple[Selection, ...] = ("exact", "int8", "auto")
-"""``exact`` decides by the scores that attention uses, in one kernel with it; ``int8`` selects blocks
-by scores in 8 bits, then attends to them; ``auto`` takes the faster of both."""
+"""``exact`` decides by the scores that attention uses, in one kernel with it; ``int8`` selects by
+scores in 8 bits, then attends to what is selected; ``auto`` takes the faster of both."""
 
 CROSSOVERS: Mapping[int, float] = MappingProxyType({1: 0.55, 2: 0.35, 4: 0.2})
 """By voters: the share of blocks skipped from which on two steps take less time than one kernel."""
