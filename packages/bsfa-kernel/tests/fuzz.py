@@ -20,7 +20,7 @@ import torch
 
 import bsfa_kernel
 import cases
-from bsfa_kernel import GEOMETRIES, RULES, Geometry, _native, reference
+from bsfa_kernel import GEOMETRIES, RULES, VOTERS, Geometry, _native, reference
 
 INF = float("inf")
 MARGIN = 1e-3
@@ -47,6 +47,7 @@ class Call:
     level: float
     layout: str
     special: float | None  # NaN or ±inf: an element of q and one of k
+    voters: int
 
     @classmethod
     def random(cls, seed: int, dtypes: list[torch.dtype], head_dims: list[int]) -> Call:
@@ -85,6 +86,7 @@ class Call:
             level=LEVELS[rule] + rng.uniform(-2, 2),
             layout=rng.choice(["plain", "plain", "heads first", "padded", "interleaved"]),
             special=rng.choice([None] * 7 + [float("nan"), INF, -INF]),
+            voters=rng.choice(VOTERS),
         )
         if rng.random() > 0.03:
             return call
@@ -145,6 +147,7 @@ def arguments(call: Call, device: str) -> tuple[list[torch.Tensor], dict[str, ob
         "scale": call.scale,
         "rule": call.rule,
         "geometry": call.geometry,
+        "voters": call.voters,
     }
     if call.packed:
         q, k, v = q[0], k[0], v[0]

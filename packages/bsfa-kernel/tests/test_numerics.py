@@ -31,13 +31,14 @@ from compare import (
 INF = math.inf
 
 
-def check(case, q, k, v, thresholds, clear, *, rule, geometry):
+def check(case, q, k, v, thresholds, clear, *, rule, geometry, voters=1):
     """Compare one call with the reference in float64."""
     options = {
         "causal": case.causal,
         "scale": case.scale,
         "rule": rule,
         "geometry": geometry,
+        "voters": voters,
     }
     expected = reference.attention(q, k, v, thresholds, compute_dtype=torch.float64, **options)
     found = block_sparse_attention(
@@ -66,10 +67,11 @@ def test_sparse_output_is_as_exact_as_sixteen_bits_allow(target, case, rule, geo
     dtype = torch.bfloat16 if case.seed % 2 else torch.float16
     target.require("forward", dtype, case.head_dim)
     q, k, v = case.inputs(dtype, target.device)
+    voters = cases.voters_of(case, rule, geometry, keep)
     thresholds, clear = cases.separating_thresholds(
-        case, q, k, rule=rule, geometry=geometry, keep=keep
+        case, q, k, rule=rule, geometry=geometry, keep=keep, voters=voters
     )
-    check(case, q, k, v, thresholds, clear, rule=rule, geometry=geometry)
+    check(case, q, k, v, thresholds, clear, rule=rule, geometry=geometry, voters=voters)
 
 
 @pytest.mark.parametrize("case", cases.PACKED, ids=str)

@@ -20,6 +20,7 @@ import guarded
 from bsfa_kernel import (
     GEOMETRIES,
     RULES,
+    VOTERS,
     Geometry,
     block_maxima,
     block_sparse_attention,
@@ -42,9 +43,14 @@ class Call:
     rule: str
     geometry: Geometry
     keep: float
+    voters: int
 
     @property
     def options(self):
+        return {**self.options_of_maxima, "voters": self.voters}
+
+    @property
+    def options_of_maxima(self):
         return {"causal": self.case.causal, "rule": self.rule, "geometry": self.geometry}
 
     def inputs(self, target: Target):
@@ -53,7 +59,14 @@ class Call:
     def thresholds(self, target: Target, q, k):
         """Separating ones, with some infinite: thresholds and where the verdicts are clear."""
         thresholds, clear = cases.separating_thresholds(
-            self.case, q, k, rule=self.rule, geometry=self.geometry, keep=self.keep, tries=3
+            self.case,
+            q,
+            k,
+            rule=self.rule,
+            geometry=self.geometry,
+            keep=self.keep,
+            tries=3,
+            voters=self.voters,
         )
         if self.case.seed % 3 == 0:
             thresholds[0, 0] = -INF if self.case.seed % 2 else INF
@@ -74,7 +87,7 @@ class Call:
 
 
 @st.composite
-def calls(draw, **fixed):
+def calls(draw, *, voters=VOTERS, **fixed):
     """Random calls; lengths near multiples of a block are the likeliest."""
     lengths = st.one_of(
         st.integers(1, 400),
@@ -101,6 +114,7 @@ def calls(draw, **fixed):
         draw(st.sampled_from(RULES)),
         draw(st.sampled_from(GEOMETRIES)),
         draw(st.sampled_from([0.1, 0.5, 0.9])),
+        draw(st.sampled_from(voters)),
     )
 
 
@@ -143,8 +157,8 @@ def test_a_call_matches_the_reference(target, call):
 def test_block_maxima_match_the_reference(target, call):
     target.require("block_maxima", call.dtype, call.case.head_dim)
     q, k, _ = call.inputs(target)
-    expected = reference.block_maxima(q, k, compute_dtype=torch.float64, **call.options)
-    found = block_maxima(q, k, **call.options)
+    expected = reference.block_maxima(q, k, compute_dtype=torch.float64, **call.options_of_maxima)
+    found = block_maxima(q, k, **call.options_of_maxima)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -166,8 +180,8 @@ def test_nothing_is_written_outside_the_outputs_and_all_inside(target, call):
 def test_block_maxima_write_nothing_outside_and_all_inside(target, call):
     target.require("block_maxima", call.dtype, call.case.head_dim)
     q, k, _ = call.inputs(target)
-    maxima = guarded.block_maxima(q, k, **call.options)
-    assert torch.equal(maxima.view, block_maxima(q, k, **call.options))
+    maxima = guarded.block_maxima(q, k, **call.options_of_maxima)
+    assert torch.equal(maxima.view, block_maxima(q, k, **call.options_of_maxima))
     maxima.assert_written_exactly("maxima")
 
 
@@ -246,8 +260,10 @@ def test_expanded_tensors_give_what_their_copies_give(target, call, over):
 def test_block_maxima_of_expanded_tensors_are_those_of_their_copies(target, call, over):
     target.require("block_maxima", call.dtype, call.case.head_dim)
     q, k, _ = (expanded(x, over) for x in call.inputs(target))
-    found = block_maxima(q, k, **call.options)
-    assert torch.equal(found, block_maxima(q.contiguous(), k.contiguous(), **call.options))
+    found = block_maxima(q, k, **call.options_of_maxima)
+    assert torch.equal(
+        found, block_maxima(q.contiguous(), k.contiguous(), **call.options_of_maxima)
+    )
 
 
 @any_target
@@ -308,8 +324,9 @@ def test_a_query_has_the_same_result_whatever_the_queries_beside_it(target, call
 
 
 @any_target
-@given(call=calls(causal=True), blocks=st.integers(1, 3))
+@given(call=calls(causal=True, voters=[1]), blocks=st.integers(1, 3))
 def test_chunks_of_whole_query_blocks_give_what_the_whole_gives(target, call, blocks):
+    # All rows vote, as they do in a chunk's last block.
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
     length = min(call.case.seqlen_q, call.case.seqlen_k)

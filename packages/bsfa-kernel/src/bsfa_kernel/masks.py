@@ -66,7 +66,8 @@ def unpack_blocks(block_mask: Tensor, k_blocks: int) -> Tensor:
             f"k_blocks must be between 0 and {words * MASK_BITS} ({words} words of {MASK_BITS} "
             f"bits), got {k_blocks}"
         )
-    octets = block_mask.flatten().view(torch.uint8).view(*block_mask.shape[:-1], words * 8)
+    octets = block_mask.contiguous().view(-1).view(torch.uint8)
+    octets = octets.view(*block_mask.shape[:-1], words * 8)
     octets = octets[..., : block_count(k_blocks, 8)]
     places = torch.arange(8, dtype=torch.uint8, device=block_mask.device)
     bits = (octets[..., None] >> places) & 1

@@ -173,7 +173,8 @@ def run_attend(call: AttendCall, compute_dtype: torch.dtype | None = None) -> At
         if k_blocks > MASK_BITS * call.block_mask.shape[-1]:
             return None
         mask = unpack_blocks(call.block_mask[..., columns, :], k_blocks)
-        mask = mask.reshape(-1, q.shape[2] // k.shape[2], *mask.shape[-2:])
+        rows = len(q) * k.shape[2]  # of heads that share keys
+        mask = mask.reshape(rows, q.shape[2] // k.shape[2], *mask.shape[-2:])
 
         def masked(block: QueryBlock, chunk: slice, scores: Tensor) -> tuple[Tensor, Tensor]:
             keep = mask[chunk, :, block.index, : block.visible_blocks]
