@@ -92,7 +92,7 @@ def select(q, k, thresholds, *, causal, scale, rule, q_block, voters, precision)
             scores = rounded_scores(queries, keys, scale, rule)
         position = max(i * q_block + seqlen_k - seqlen_q, 0) // q_block
         threshold = float(thresholds[h, min(position, thresholds.shape[1] - 1)])
-        references = [[] for _ in queries]
+        references: list[list[float]] = [[] for _ in queries]
         for j in reversed(range(k_blocks)):
             columns = slice(64 * j, 64 * j + 64)
             visible = seen[rows, columns]
@@ -183,7 +183,7 @@ def visit(scores, voting, k_blocks, k_block, rule, threshold):
     """The blocks that a query block keeps, and for each the voters' max(score - reference)."""
     kept = []
     excesses = np.full(k_blocks, -INF)
-    seen = {r: [] for r in voting}  # the row's peaks so far
+    seen: dict[int, list[float]] = {r: [] for r in voting}  # the row's peaks so far
     for block in range(k_blocks - 1, -1, -1):
         keys = range(block * k_block, (block + 1) * k_block)
         if not any(j in row for row in scores.values() for j in keys):

@@ -40,7 +40,7 @@ BATCH, SEQLEN_Q, SEQLEN_K, HEADS, KV_HEADS, HEAD_DIM = 2, 300, 500, 8, 2, 128
 INT32_MAX = 2**31 - 1
 
 Args = ForwardArgs | BlockMaximaArgs | SelectBlocksArgs | AttendBlocksArgs
-FUNCTIONS = {
+FUNCTIONS: dict[type, str] = {
     ForwardArgs: "bsfa_forward",
     BlockMaximaArgs: "bsfa_block_maxima",
     SelectBlocksArgs: "bsfa_select_blocks",
@@ -209,7 +209,10 @@ EVERY = [
     ("k_strides", Strides(0, 2**39, 128), "the seqlen stride of k must be .*, got 549755813888"),
 ]
 
-LENGTHS = [
+Refused = tuple[str, Any, str, dict[str, Any]]
+"""A field, its value, what is said of it, and further changes."""
+
+LENGTHS: list[Refused] = [
     ("seqlen_q", 2**30, r"batch \* heads \* ceil\(seqlen_q / 64\) must be", {"batch": 100}),
     ("cu_seqlens_q", 0x80001, "cu_seqlens_q must be aligned to 4 bytes", {"cu_seqlens_k": 0x80000}),
     ("cu_seqlens_k", 0x80002, "cu_seqlens_k must be aligned to 4 bytes", {"cu_seqlens_q": 0x80000}),
@@ -221,7 +224,7 @@ LENGTHS = [
     ),
 ]
 
-THRESHOLDS = [
+THRESHOLDS: list[Refused] = [
     ("threshold_rows", 0, f"threshold_rows must be between 1 and {INT32_MAX}, got 0", {}),
     (
         "threshold_rows",
@@ -233,7 +236,7 @@ THRESHOLDS = [
     ("thresholds", 0x50002, "thresholds must be aligned to 4 bytes", {}),
 ]
 
-OUTPUTS = [
+OUTPUTS: list[Refused] = [
     ("v", None, "v must not be null", {}),
     ("v", 0x30001, "v must be aligned to 16 bytes, and is 1 bytes off", {}),
     ("v_strides", Strides(0, 12, 128), "the seqlen stride of v must be a multiple of 8", {}),
@@ -259,7 +262,7 @@ OUTPUTS = [
     ("kept", 0x70003, "kept must be aligned to 4 bytes", {}),
 ]
 
-MASK = [
+MASK: list[Refused] = [
     ("mask_words", 2, r"mask_words must be ceil\(seqlen_k / 4096\), 1, got 2", {}),
     ("mask_words", 1, r"mask_words must be ceil\(seqlen_k / 4096\), 2, got 1", {"seqlen_k": 4097}),
     ("mask_words", 1, r"mask_words must be ceil\(seqlen_k / 4096\), 0, got 1", {"seqlen_k": 0}),
@@ -269,12 +272,12 @@ MASK = [
     ("block_mask", 0x90004, "block_mask must be aligned to 8 bytes, and is 4 bytes off", {}),
 ]
 
-SELECT = [
+SELECT: list[Refused] = [
     ("precision", 2, r"precision must be 0 \(exact\) or 1 \(int8\), got 2", {}),
     ("block_mask", None, "block_mask must not be null", {**PACKED, "seqlen_q": 0}),
 ]
 
-ATTEND = [
+ATTEND: list[Refused] = [
     ("threshold_rows", 0, "threshold_rows must be 0 where thresholds is null, and only there", {}),
     ("thresholds", None, "threshold_rows must be 0 where thresholds is null, .* got 3", {}),
     ("threshold_rows", -1, f"threshold_rows must be between 0 and {INT32_MAX}, got -1", {}),

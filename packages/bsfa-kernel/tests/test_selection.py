@@ -154,7 +154,7 @@ def test_reference_matches_the_oracle(call):
     tolerance = 1e-12 * (1 + q.nan_to_num(0, 0, 0).abs().max() * k.nan_to_num(0, 0, 0).abs().max())
     clear = margin > tolerance
     assert torch.equal(found.mask[clear], mask[clear])
-    assert torch.equal(found.margin[clear] > tolerance / 2, clear[clear])
+    assert (found.margin[clear] > tolerance / 2).all()
     forced = reference.forced_blocks(
         q.shape[1], k.shape[1], causal=options["causal"], geometry=options["geometry"]
     )
