@@ -122,16 +122,22 @@ __device__ __forceinline__ int64_t lse_line(const ForwardParams& params, const Q
   return params.is_packed() ? tile.head : int64_t{tile.sequence.index} * params.heads + tile.head;
 }
 
+// Where query block `index` of a tile's sequence and head stands among all: in `kept`, and in block masks.
+__device__ __forceinline__ int64_t query_block_index(const Problem& problem, const QueryTile& tile,
+                                                     int index) {
+  if (problem.is_packed()) {
+    const int columns = problem.seqlen_q / problem.q_block + problem.batch;
+    return int64_t{tile.head} * columns +
+           packed_tile(problem.cu_seqlens_q, tile.sequence.index, problem.q_block) + index;
+  }
+  const int blocks = (problem.seqlen_q + problem.q_block - 1) / problem.q_block;
+  return (int64_t{tile.sequence.index} * problem.heads + tile.head) * blocks + index;
+}
+
 // Number of key blocks that query block `index` of a tile's sequence kept.
 __device__ __forceinline__ int32_t* kept_of_block(const ForwardParams& params, const QueryTile& tile,
                                                   int index) {
-  if (params.is_packed()) {
-    const int columns = params.seqlen_q / params.q_block + params.batch;
-    return params.kept + int64_t{tile.head} * columns +
-           packed_tile(params.cu_seqlens_q, tile.sequence.index, params.q_block) + index;
-  }
-  const int blocks = (params.seqlen_q + params.q_block - 1) / params.q_block;
-  return params.kept + (int64_t{tile.sequence.index} * params.heads + tile.head) * blocks + index;
+  return params.kept + query_block_index(params, tile, index);
 }
 
 // In packed tensors a sequence can have more columns of `kept` than blocks of queries: the tile at its last
