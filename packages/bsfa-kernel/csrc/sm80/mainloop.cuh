@@ -62,7 +62,7 @@ class Mainloop {
         score(scores, key_block, key_block);
         row_maxima(scores, maxima);
         if constexpr (kVotes) {
-          keeps = (key_block >= block_.undecided) | reaches_bounds(maxima);
+          keeps = (key_block >= block_.undecided) | votes_to_keep(maxima);
         }
       }
       if (halved && keeps) {
@@ -87,9 +87,6 @@ class Mainloop {
           ++block_.kept;
         }
         exponentiate(scores, maxima);
-        if constexpr (kVotes) {
-          raise_bounds();
-        }
       }
       ptx::wait_for_copies<1>();  // V
       __syncthreads();
@@ -166,50 +163,27 @@ class Mainloop {
     softmax.exponentiate(scores, scale_log2_);
   }
 
-  // The bounds that the scaled scores of the thread's rows must reach. In shared memory: as registers they
-  // would make others spill.
-  __device__ __forceinline__ float4& bounds() const {
-    static_assert(kRows == 4);
-    return storage_.bounds[threadIdx.x / 4];
-  }
+  // What the peaks of the thread's row, one of the four that its quad shares, are compared with; +inf, which
+  // is no reference, where the row does not vote. In shared memory: as a register it would make others spill.
+  __device__ __forceinline__ float& reference() const { return storage_.references[threadIdx.x]; }
 
-  // The bound is NaN, which no score reaches, for rows beyond the sequence's end and where a threshold of
-  // +inf leaves nothing but the forced blocks.
   __device__ __forceinline__ void prepare_votes() const {
-    const float first = block_.threshold + (params_.rule == Rule::kAbsolute ? 0.0f : -CUDART_INF_F);
-    float values[kRows];
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const bool votes = query(row) < tile_.sequence.seqlen_q && block_.threshold != CUDART_INF_F;
-      values[row] = votes ? first : CUDART_NAN_F;
+    static_assert(kRows == 4);
+    const bool votes = is_voter(params_, block_, tile_.sequence.seqlen_q, query(threadIdx.x % 4));
+    reference() = votes ? RowReference::first(params_.rule).value : CUDART_INF_F;
+  }
+
+  // Whether the thread's row does, whose reference then takes in the block's peak. All lanes must come.
+  __device__ __forceinline__ bool votes_to_keep(const float (&maxima)[kRows]) const {
+    const float peak = params_.scale * quad_row_max(maxima);
+    RowReference row{reference()};
+    const bool votes = row.value != CUDART_INF_F;
+    const bool keeps = votes & !(row.excess(peak) < block_.threshold);
+    if (params_.rule != Rule::kAbsolute && votes) {
+      row.take(params_.rule, peak);
+      reference() = row.value;
     }
-    bounds() = make_float4(values[0], values[1], values[2], values[3]);
-  }
-
-  __device__ __forceinline__ bool reaches_bounds(const float (&maxima)[kRows]) const {
-    const float4 values = bounds();
-    const float scale = params_.scale;
-    return reaches(scale * maxima[0], values.x) | reaches(scale * maxima[1], values.y) |
-           reaches(scale * maxima[2], values.z) | reaches(scale * maxima[3], values.w);
-  }
-
-  __device__ __forceinline__ void raise_bounds() const {
-    if (params_.rule == Rule::kAbsolute) {
-      return;
-    }
-    float4 values = bounds();
-    raise_bound(values.x, 0);
-    raise_bound(values.y, 1);
-    raise_bound(values.z, 2);
-    raise_bound(values.w, 3);
-    __syncwarp();
-    bounds() = values;
-  }
-
-  __device__ __forceinline__ void raise_bound(float& bound, int row) const {
-    const float reference =
-        row_reference(params_.rule, params_.scale, softmax.maximum[row], quad_sum(softmax.sum[row]));
-    bound = isnan(bound) ? CUDART_NAN_F : raised_bound(block_.threshold, reference);
+    return keeps;
   }
 
   // In its sequence.
