@@ -33,19 +33,13 @@ __device__ __forceinline__ QueryBlock find_attended_block(const AttendParams& pa
   return block;
 }
 
-// The words of query block `index` of a tile.
-__device__ const __forceinline__ uint64_t* mask_row(const AttendParams& params, const QueryTile& tile,
-                                                    int index) {
-  return params.block_mask + query_block_index(params, tile, index) * params.mask_words;
-}
-
 // A walk from the last to the first over the key blocks that one of a tile's two query blocks attends. Where
 // the tile is one query block, both are the same.
 class BlockList {
  public:
   __device__ __forceinline__ BlockList(const AttendParams& params, const QueryTile& tile,
                                        const QueryBlock& first, const QueryBlock& second)
-      : rows_{mask_row(params, tile, first.index), mask_row(params, tile, second.index)},
+      : rows_{words_of(params, tile, first), words_of(params, tile, second)},
         visible_{first.keys.visible, second.keys.visible},
         word_((max(first.keys.visible, second.keys.visible) + kMaskBits - 1) / kMaskBits),
         bits_{0, 0} {}
@@ -70,6 +64,12 @@ class BlockList {
   }
 
  private:
+  __device__ const __forceinline__ static uint64_t* words_of(const AttendParams& params,
+                                                             const QueryTile& tile, const QueryBlock& block) {
+    return words_of_block(params, params.block_mask, params.mask_words, tile.sequence, tile.head,
+                          block.index);
+  }
+
   // The bits of a word that stand for the key blocks [0, visible).
   __device__ __forceinline__ static uint64_t visible_bits(const uint64_t* row, int word, int visible) {
     const int seen = min(visible - word * kMaskBits, kMaskBits);

@@ -1,0 +1,379 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// The selection kernel of sm_90a and its launch. docs/kernel-select.md says who does what.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include <algorithm>
+#include <cfloat>
+
+#include "consumer.cuh"
+#include "launch.cuh"
+#include "select_rows.cuh"
+#include "tensor_map.hpp"
+
+namespace bsfa::sm90 {
+
+struct SelectKernelParams {
+  CUtensorMap k;  // (column, row, head, batch)
+  SelectParams select;
+  RoundedKeys rounded;
+  Schedule schedule;
+  int tiles;  // of all heads and sequences
+};
+
+// Loads the key tiles of all work tiles: one warp, of which one lane speaks to the copy engine.
+template <class Config>
+__device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
+                                               typename Config::SharedStorage& storage, int lane) {
+  PipelineState<Config::kStages> keys;
+  for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
+    const SelectTile tile = find_select_tile(params.select, params.schedule, index);
+    if (!tile.exists) {
+      return;
+    }
+    const SelectWork work = find_select_work(params.select, tile, lane);
+    if (!work.votes) {
+      return;
+    }
+    const int batch = batch_coordinate(params.select, tile.sequence);
+    const float4* scales =
+        Config::kRounded ? params.rounded.scales_of(params.select, tile.sequence, tile.kv_head) : nullptr;
+#pragma unroll 1
+    for (int key_tile = work.key_tiles - 1; key_tile >= 0; --key_tile) {
+      const int stage = keys.stage();
+      wait(storage.k_empty[stage], keys.phase() ^ 1);
+      if (lane == 0) {
+        auto* full = reinterpret_cast<uint64_t*>(&storage.k_full[stage]);
+        storage.k_full[stage].arrive_and_expect_tx(Config::kStageBytes);
+        for (int box = 0; box < Config::kBoxes; ++box) {
+          cute::SM90_TMA_LOAD_4D::copy(
+              &params.k, full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
+              storage.k + stage * Config::kTileElements + box * Config::kBoxElements, box * Config::kBoxColumns,
+              key_row(tile.sequence, kTileBlocks * key_tile), tile.kv_head, batch);
+        }
+        if constexpr (Config::kRounded) {
+          cute::SM90_BULK_COPY_G2S::copy(scales + key_tile, full, storage.key_scales[stage], sizeof(float4));
+        }
+      }
+      __syncwarp();
+      keys.advance();
+    }
+  });
+}
+
+// Sets the bits [first, end) of a query block. All lanes of a warp come.
+__device__ __forceinline__ void set_blocks(uint64_t* words, int first, int end, int lane) {
+  for (int word = first / kMaskBits + lane; word * kMaskBits < end; word += 32) {
+    const int low = max(first - word * kMaskBits, 0);
+    const int high = min(end - word * kMaskBits, kMaskBits);
+    const unsigned long long bits = ~0ull >> (kMaskBits - high) & ~0ull << low;
+    atomicOr(reinterpret_cast<unsigned long long*>(words + word), bits);
+  }
+}
+
+// The bits of x at the even places of the result.
+__device__ __forceinline__ uint64_t spread_bits(uint32_t x) {
+  uint64_t bits = x;
+  bits = (bits | bits << 16) & 0x0000ffff0000ffff;
+  bits = (bits | bits << 8) & 0x00ff00ff00ff00ff;
+  bits = (bits | bits << 4) & 0x0f0f0f0f0f0f0f0f;
+  bits = (bits | bits << 2) & 0x3333333333333333;
+  return (bits | bits << 1) & 0x5555555555555555;
+}
+
+// Adds what a slot's rows have voted on 32 key tiles to a word of the mask. `votes`: the lane's own, bit i on its
+// block of the word's tile i.
+__device__ __forceinline__ void add_votes(uint64_t* words, int word, uint32_t votes, const VoterLane& voter) {
+  const uint32_t even = __reduce_or_sync(0xffffffff, voter.key_block() == 0 ? votes : 0);
+  const uint32_t odd = __reduce_or_sync(0xffffffff, voter.key_block() == 1 ? votes : 0);
+  if (voter.lane == 0 && (even | odd) != 0) {
+    atomicOr(reinterpret_cast<unsigned long long*>(words + word),
+             static_cast<unsigned long long>(spread_bits(even) | spread_bits(odd) << 1));
+  }
+}
+
+// A consumer warpgroup's part of a tile with something to vote on.
+template <class Config, Rule kRule>
+__device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
+                                             typename Config::SharedStorage& storage,
+                                             PipelineState<Config::kStages>& keys, const SelectTile& tile,
+                                             const SelectWork& work, const ConsumerThread& who) {
+  using namespace cute;
+  using Value = typename Config::Accumulator;
+  constexpr int kTileKeys = Config::kTileKeys;
+  typename Config::Mma mma;
+  const auto slice = mma.get_slice(who.thread);
+  const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemK{});
+  const auto tSrK = slice.partition_fragment_B(smem_k);  // (MMA, 1, MMA_K, stage)
+  const auto queries_of = make_tensor(make_smem_ptr(static_cast<typename Config::Operand*>(nullptr)),
+                                      Layout<Shape<_64, Int<Config::kHeadDim>>>{});
+  auto queries0 = slice.partition_fragment_A(queries_of);  // (MMA, 1, MMA_K)
+  auto queries1 = slice.partition_fragment_A(queries_of);
+  auto scores0 = partition_fragment_C(mma, Shape<_64, Int<kTileKeys>>{});
+
+  const VoterLane voter{who.thread % 32};
+  const int warp = uniform(who.thread / 32);
+  const Visibility sees{tile.sequence.seqlen_q, tile.sequence.seqlen_k, params.select.causal};
+
+  // What is left of a slot once its queries are loaded.
+  struct Voters {
+    VotingRow<kRule> row;
+    uint64_t* words;
+    uint32_t votes;  // of the last 32 key tiles
+    int full, visible;
+    int ends[kQuadRows];  // of the keys that the thread's rows see
+    bool exists;
+  };
+  const auto load = [&](int operand, auto& queries, Voters& voters) BSFA_INLINE_LAMBDA {
+    const Slot slot = find_slot(params.select, tile, (who.warpgroup * Config::kOperands + operand) * 4 + warp);
+    load_voters<Config, kRule>(params.select, params.rounded, tile, slot, voter, queries, voters.row);
+    voters.words = words_of_block(params.select, params.select.block_mask, params.select.mask_words,
+                                  tile.sequence, tile.head, slot.block);
+    voters.votes = 0;
+    voters.exists = uniform(slot.exists);
+    voters.full = uniform(slot.keys.full);
+    voters.visible = uniform(slot.keys.visible);
+    CUTE_UNROLL
+    for (int row = 0; row < kQuadRows; ++row) {
+      voters.ends[row] = sees.keys(slot.query(voter.row(row)));
+    }
+  };
+  Voters voters0, voters1;
+  load(0, queries0, voters0);
+  load(1, queries1, voters1);
+
+  // Takes the lane's vote on its key block, `block`. `masked`: there may be hidden scores and forced blocks.
+  const auto vote = [&](Voters& voters, Value peak, float key_scale, int key_tile,
+                        auto masked) BSFA_INLINE_LAMBDA {
+    constexpr bool kMasked = decltype(masked)::value;
+    const bool is_hidden = kMasked && peak == hidden_peak<Value>();
+    bool keeps = voters.row.vote(peak, key_scale, is_hidden, voter);
+    if constexpr (kMasked) {
+      const int block = kTileBlocks * key_tile + voter.key_block();
+      if (block >= voters.full) {
+        keeps = voters.exists && block < voters.visible;
+      }
+    }
+    voters.votes = voters.votes * 2 + keeps;
+  };
+  const auto find_peaks = [&](const auto& scores, const Voters& voters, int key_tile, auto masked,
+                              Value(&peaks)[kQuadRows][kTileBlocks]) BSFA_INLINE_LAMBDA {
+    if constexpr (decltype(masked)::value) {
+      if (kTileBlocks * (key_tile + 1) > voters.full) {
+        const int ends[kQuadRows] = {voters.ends[0] - key_tile * kTileKeys,
+                                     voters.ends[1] - key_tile * kTileKeys};
+        thread_visible_peaks(scores, ends, voter, peaks);
+        hold(peaks);
+        return;
+      }
+    }
+    thread_peaks(scores, peaks);
+    hold(peaks);
+  };
+
+  const auto flush = [&](Voters& voters, int key_tile) BSFA_INLINE_LAMBDA {
+    if (key_tile % 32 == 0) {
+      add_votes(voters.words, key_tile / 32, voters.votes, voter);
+      voters.votes = 0;
+    }
+  };
+
+  // The GEMM of operand 0 with the tile is in flight. While a GEMM runs, the scores before it are reduced. One at
+  // a time: ptxas serialises two that are both in flight where a loop begins. `more`: a tile follows.
+  const auto step = [&](int key_tile, auto masked, auto more) BSFA_INLINE_LAMBDA {
+    constexpr bool kMore = decltype(more)::value;
+    const int stage = keys.stage();
+    const PipelineState<Config::kStages> next{keys.count + 1};
+    const bool next_is_there = kMore && uniform(storage.k_full[next.stage()].test_wait(next.phase()));
+    const float key_scale = Config::kRounded ? storage.key_scales[stage][voter.key_block()] : 1.0f;
+    Value peaks[kQuadRows][kTileBlocks];
+    auto scores1 = partition_fragment_C(mma, Shape<_64, Int<kTileKeys>>{});
+
+    // ptxas would move a reduction in front of the GEMM that it is to overlap, but not across a branch: hence
+    // where the wait for keys and the flush of votes stand.
+    finish_gemm<0>(scores0);
+    start_gemm<false>(mma, queries1, tSrK(_, _, _, stage), scores1);
+    if constexpr (kMore) {
+      wait_unless(next_is_there, storage.k_full[next.stage()], next.phase());
+    }
+    find_peaks(scores0, voters0, key_tile, masked, peaks);
+    vote(voters0, quad_peak(peaks, voter), key_scale, key_tile, masked);
+
+    finish_gemm<0>(scores1);
+    if constexpr (kMore) {
+      start_gemm<false>(mma, queries0, tSrK(_, _, _, next.stage()), scores0);
+    }
+    flush(voters0, key_tile);
+    release_branchless(storage.k_empty[stage], who);
+    find_peaks(scores1, voters1, key_tile, masked, peaks);
+    vote(voters1, quad_peak(peaks, voter), key_scale, key_tile, masked);
+    flush(voters1, key_tile);
+    keys.advance();
+  };
+
+  wait(storage.k_full[keys.stage()], keys.phase());
+  start_gemm<false>(mma, queries0, tSrK(_, _, _, keys.stage()), scores0);
+  int key_tile = work.key_tiles - 1;
+#pragma unroll 1
+  for (; key_tile > 0 && kTileBlocks * (key_tile + 1) > work.full; --key_tile) {
+    step(key_tile, true_type{}, true_type{});
+  }
+#pragma unroll 1
+  for (; key_tile > 0; --key_tile) {
+    step(key_tile, false_type{}, true_type{});
+  }
+  step(0, true_type{}, false_type{});
+}
+
+// A tile whose verdicts follow from its thresholds: the blocks that are forced, or all.
+template <class Config>
+__device__ __forceinline__ void fill_tile(const SelectParams& params, const SelectTile& tile,
+                                          const SelectWork& work, const ConsumerThread& who) {
+  for (int operand = 0; operand < Config::kOperands; ++operand) {
+    const Slot slot =
+        find_slot(params, tile, (who.warpgroup * Config::kOperands + operand) * 4 + who.thread / 32);
+    if (slot.exists) {
+      uint64_t* words =
+          words_of_block(params, params.block_mask, params.mask_words, tile.sequence, tile.head, slot.block);
+      const int first = slot.threshold == CUDART_INF_F && !work.oversized ? slot.keys.full : 0;
+      const int end = work.oversized ? params.mask_words * kMaskBits : slot.keys.visible;
+      set_blocks(words, first, end, who.thread % 32);
+    }
+  }
+}
+
+template <class Config, Rule kRule>
+__device__ __forceinline__ void consume_key_tiles(const SelectKernelParams& params,
+                                                  typename Config::SharedStorage& storage,
+                                                  const ConsumerThread& who) {
+  PipelineState<Config::kStages> keys;
+  for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
+    const SelectTile tile = find_select_tile(params.select, params.schedule, index);
+    if (!tile.exists) {
+      return;
+    }
+    const SelectWork work = find_select_work(params.select, tile, who.thread % 32);
+    if (work.votes) {
+      vote_on_tile<Config, kRule>(params, storage, keys, tile, work, who);
+    } else {
+      fill_tile<Config>(params.select, tile, work, who);
+    }
+  });
+}
+
+template <class Config, Rule kRule>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    select_kernel(const __grid_constant__ SelectKernelParams params) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(&params.k);
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      storage.k_full[stage].init(1);
+      storage.k_empty[stage].init(Config::kConsumerWarps);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  ptx::wait_for_earlier_grids();
+
+  // The same in all lanes, and known to be: the roles must be uniform for setmaxnreg.
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    if (warp == 0) {
+      load_key_tiles<Config>(params, storage, threadIdx.x);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    consume_key_tiles<Config, kRule>(params, storage, {warp / 4 - 1, static_cast<int>(threadIdx.x % 128)});
+  }
+}
+
+template <class Config>
+SelectKernelParams make_select_kernel_params(const SelectParams& params) {
+  using Element = typename Config::Element;
+  const int64_t batch = params.is_packed() ? 1 : params.batch;
+  const TensorShape keys{batch, params.seqlen_k, params.kv_heads, Config::kHeadDim};
+  const auto map = [&](const char* name, CUtensorMapDataType type, const void* data, const Strides& strides) {
+    return make_tensor_map(name, type, data, keys, strides, Config::kTileKeys, Config::kBoxColumns);
+  };
+  const SlotList list{params.q_block, params.voters};
+  const int tiles = params.is_packed()
+                        ? params.seqlen_q / list.tile_queries() + list.spare() * params.batch
+                        : list.tiles(params.seqlen_q);
+  const int64_t seqlen_k = params.is_packed() ? params.seqlen_k / params.batch : params.seqlen_k;
+
+  SelectKernelParams kernel_params{};
+  kernel_params.select = params;
+  kernel_params.schedule =
+      make_schedule(tiles, (params.is_packed() ? 1 : params.batch) * params.kv_heads,
+                    params.heads / params.kv_heads, seqlen_k * Config::kHeadDim * sizeof(typename Config::Operand));
+  kernel_params.tiles = static_cast<int>(kernel_params.schedule.ctas());
+  if constexpr (Config::kRounded) {
+    kernel_params.rounded = {make_select_workspace(params, Config::kHeadDim), params.workspace};
+    const int64_t head_elements = int64_t{params.seqlen_k} * Config::kHeadDim;
+    kernel_params.k = map("rounded k", CU_TENSOR_MAP_DATA_TYPE_UINT8, kernel_params.rounded.keys,
+                          {params.kv_heads * head_elements, Config::kHeadDim, head_elements});
+  } else {
+    constexpr auto kType = std::is_same_v<Element, cutlass::half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    kernel_params.k = map("k", kType, params.k, params.k_strides);
+  }
+  return kernel_params;
+}
+
+template <class Config, Rule kRule>
+void launch_select(const SelectKernelParams& kernel_params, cudaStream_t stream) {
+  int device = 0;
+  int processors = 0;
+  BSFA_CUDA_CHECK(cudaGetDevice(&device));
+  BSFA_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
+  const auto kernel = select_kernel<Config, kRule>;
+  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  launch_overlapping(kernel, dim3(std::min(kernel_params.tiles, processors)), Config::kThreads, kSharedBytes,
+                     stream, kernel_params);
+}
+
+template <class Config>
+void select_with(const SelectParams& params, cudaStream_t stream) {
+  const SelectKernelParams kernel_params = make_select_kernel_params<Config>(params);
+  if constexpr (Config::kRounded) {
+    round_keys<typename Config::Element, Config::kHeadDim>(params, kernel_params.rounded, stream);
+  }
+  switch (params.rule) {
+    case Rule::kAbsolute: launch_select<Config, Rule::kAbsolute>(kernel_params, stream); break;
+    case Rule::kRunningMax: launch_select<Config, Rule::kRunningMax>(kernel_params, stream); break;
+    case Rule::kPeakLse: launch_select<Config, Rule::kPeakLse>(kernel_params, stream); break;
+  }
+}
+
+template <class Element, int kHeadDim>
+void select_blocks(const SelectParams& params, cudaStream_t stream) {
+  const int64_t query_blocks =
+      params.is_packed()
+          ? int64_t{params.heads} * (params.seqlen_q / params.q_block + params.batch)
+          : int64_t{params.batch} * params.heads * ((params.seqlen_q + params.q_block - 1) / params.q_block);
+  const int64_t words = query_blocks * params.mask_words;
+  if (words == 0) {
+    return;
+  }
+  BSFA_CUDA_CHECK(cudaMemsetAsync(params.block_mask, 0, words * sizeof(uint64_t), stream));
+  if (params.seqlen_q == 0 || params.seqlen_k == 0) {
+    return;
+  }
+  if (params.precision == Precision::kInt8) {
+    select_with<SelectConfig<Element, int8_t, kHeadDim>>(params, stream);
+  } else {
+    select_with<SelectConfig<Element, Element, kHeadDim>>(params, stream);
+  }
+}
+
+}  // namespace bsfa::sm90
