@@ -64,7 +64,7 @@ class BlockList {
   }
 
  private:
-  __device__ const __forceinline__ static uint64_t* words_of(const AttendParams& params,
+  const __device__ __forceinline__ static uint64_t* words_of(const AttendParams& params,
                                                              const QueryTile& tile, const QueryBlock& block) {
     return words_of_block(params, params.block_mask, params.mask_words, tile.sequence, tile.head,
                           block.index);
