@@ -5,8 +5,10 @@
 // of them.
 #pragma once
 
+#include <cuda_runtime.h>
 #include <math_constants.h>
 
+#include "../check.hpp"
 #include "layout.cuh"
 #include "mask.cuh"
 #include "threshold.cuh"
@@ -140,6 +142,44 @@ __device__ __forceinline__ SelectWork find_select_work(const SelectParams& param
   work.full =
       __shfl_sync(0xffffffff, slot.keys.full, 0);  // of the sequence's first block, if it does not exist
   return work;
+}
+
+// Sets the bits [first, end) of a query block. All lanes of a warp come.
+__device__ __forceinline__ void set_blocks(uint64_t* words, int first, int end, int lane) {
+  for (int word = first / kMaskBits + lane; word * kMaskBits < end; word += 32) {
+    const int low = max(first - word * kMaskBits, 0);
+    const int high = min(end - word * kMaskBits, kMaskBits);
+    const unsigned long long bits = ~0ull >> (kMaskBits - high) & ~0ull << low;
+    atomicOr(reinterpret_cast<unsigned long long*>(words + word), bits);
+  }
+}
+
+// Writes the verdicts on a slot's query block that follow from its threshold: the forced blocks, or all. All
+// lanes of a warp come.
+__device__ __forceinline__ void fill_slot(const SelectParams& params, const SelectTile& tile,
+                                          const Slot& slot, const SelectWork& work, int lane) {
+  if (!slot.exists) {
+    return;
+  }
+  const int first = slot.threshold == CUDART_INF_F && !work.oversized ? slot.keys.full : 0;
+  const int end = work.oversized ? params.mask_words * kMaskBits : slot.keys.visible;
+  set_blocks(
+      words_of_block(params, params.block_mask, params.mask_words, tile.sequence, tile.head, slot.block),
+      first, end, lane);
+}
+
+// Clears the whole mask. Returns whether there is something to select.
+inline bool clear_block_mask(const SelectParams& params, cudaStream_t stream) {
+  const int64_t query_blocks =
+      params.is_packed()
+          ? int64_t{params.heads} * (params.seqlen_q / params.q_block + params.batch)
+          : int64_t{params.batch} * params.heads * ((params.seqlen_q + params.q_block - 1) / params.q_block);
+  const int64_t words = query_blocks * params.mask_words;
+  if (words == 0) {
+    return false;
+  }
+  BSFA_CUDA_CHECK(cudaMemsetAsync(params.block_mask, 0, words * sizeof(uint64_t), stream));
+  return params.seqlen_q > 0 && params.seqlen_k > 0;
 }
 
 }  // namespace bsfa

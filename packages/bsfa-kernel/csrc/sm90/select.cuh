@@ -70,16 +70,6 @@ __device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
   });
 }
 
-// Sets the bits [first, end) of a query block. All lanes of a warp come.
-__device__ __forceinline__ void set_blocks(uint64_t* words, int first, int end, int lane) {
-  for (int word = first / kMaskBits + lane; word * kMaskBits < end; word += 32) {
-    const int low = max(first - word * kMaskBits, 0);
-    const int high = min(end - word * kMaskBits, kMaskBits);
-    const unsigned long long bits = ~0ull >> (kMaskBits - high) & ~0ull << low;
-    atomicOr(reinterpret_cast<unsigned long long*>(words + word), bits);
-  }
-}
-
 // The bits of x at the even places of the result.
 __device__ __forceinline__ uint64_t spread_bits(uint32_t x) {
   uint64_t bits = x;
@@ -235,20 +225,13 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
   step(0, true_type{}, false_type{});
 }
 
-// A tile whose verdicts follow from its thresholds: the blocks that are forced, or all.
+// A tile whose verdicts follow from its thresholds.
 template <class Config>
 __device__ __forceinline__ void fill_tile(const SelectParams& params, const SelectTile& tile,
                                           const SelectWork& work, const ConsumerThread& who) {
   for (int operand = 0; operand < Config::kOperands; ++operand) {
-    const Slot slot =
-        find_slot(params, tile, (who.warpgroup * Config::kOperands + operand) * 4 + who.thread / 32);
-    if (slot.exists) {
-      uint64_t* words =
-          words_of_block(params, params.block_mask, params.mask_words, tile.sequence, tile.head, slot.block);
-      const int first = slot.threshold == CUDART_INF_F && !work.oversized ? slot.keys.full : 0;
-      const int end = work.oversized ? params.mask_words * kMaskBits : slot.keys.visible;
-      set_blocks(words, first, end, who.thread % 32);
-    }
+    const int slot = (who.warpgroup * Config::kOperands + operand) * 4 + who.thread / 32;
+    fill_slot(params, tile, find_slot(params, tile, slot), work, who.thread % 32);
   }
 }
 
@@ -355,16 +338,7 @@ void select_with(const SelectParams& params, cudaStream_t stream) {
 
 template <class Element, int kHeadDim>
 void select_blocks(const SelectParams& params, cudaStream_t stream) {
-  const int64_t query_blocks =
-      params.is_packed()
-          ? int64_t{params.heads} * (params.seqlen_q / params.q_block + params.batch)
-          : int64_t{params.batch} * params.heads * ((params.seqlen_q + params.q_block - 1) / params.q_block);
-  const int64_t words = query_blocks * params.mask_words;
-  if (words == 0) {
-    return;
-  }
-  BSFA_CUDA_CHECK(cudaMemsetAsync(params.block_mask, 0, words * sizeof(uint64_t), stream));
-  if (params.seqlen_q == 0 || params.seqlen_k == 0) {
+  if (!clear_block_mask(params, stream)) {
     return;
   }
   if (params.precision == Precision::kInt8) {
