@@ -40,8 +40,6 @@ struct ForwardConfig {
   static constexpr int kVoteStages = 8;  // how far the loader of V may be behind the votes
 
   // What follows was measured: docs/lab/sm90.md, versions 15 and 16.
-  // 64x64, relative rules: ping-pong when both consumers keep the block.
-  static constexpr bool kPingPongRelative = kHeadDim == 64;
   // Dense tiles begin, and all tiles end, by shorter code; at head_dim 64 it would slow the loop between.
   static constexpr bool kShortEnds = kHeadDim == 128;
   // No-ops in front of the dense pass, whose loop wants to lie at 32 or 48 modulo 128 bytes.

@@ -12,12 +12,15 @@
 #include <algorithm>
 #include <cfloat>
 
+#include "../common/launch.cuh"
 #include "consumer.cuh"
-#include "launch.cuh"
 #include "select_rows.cuh"
 #include "tensor_map.hpp"
 
 namespace bsfa::sm90 {
+
+// Of a tile: two operands of four warps for each of two consumers.
+inline constexpr int kSlots = 16;
 
 struct SelectKernelParams {
   CUtensorMap k;  // (column, row, head, batch)
@@ -33,11 +36,11 @@ __device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
                                                typename Config::SharedStorage& storage, int lane) {
   PipelineState<Config::kStages> keys;
   for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
-    const SelectTile tile = find_select_tile(params.select, params.schedule, index);
+    const SelectTile tile = find_select_tile(params.select, params.schedule, index, kSlots);
     if (!tile.exists) {
       return;
     }
-    const SelectWork work = find_select_work(params.select, tile, lane);
+    const SelectWork work = find_select_work(params.select, tile, kSlots, lane);
     if (!work.votes) {
       return;
     }
@@ -54,8 +57,8 @@ __device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
         for (int box = 0; box < Config::kBoxes; ++box) {
           cute::SM90_TMA_LOAD_4D::copy(
               &params.k, full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
-              storage.k + stage * Config::kTileElements + box * Config::kBoxElements, box * Config::kBoxColumns,
-              key_row(tile.sequence, kTileBlocks * key_tile), tile.kv_head, batch);
+              storage.k + stage * Config::kTileElements + box * Config::kBoxElements,
+              box * Config::kBoxColumns, key_row(tile.sequence, kTileBlocks * key_tile), tile.kv_head, batch);
         }
         if constexpr (Config::kRounded) {
           cute::SM90_BULK_COPY_G2S::copy(scales + key_tile, full, storage.key_scales[stage], sizeof(float4));
@@ -65,16 +68,6 @@ __device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
       keys.advance();
     }
   });
-}
-
-// Sets the bits [first, end) of a query block. All lanes of a warp come.
-__device__ __forceinline__ void set_blocks(uint64_t* words, int first, int end, int lane) {
-  for (int word = first / kMaskBits + lane; word * kMaskBits < end; word += 32) {
-    const int low = max(first - word * kMaskBits, 0);
-    const int high = min(end - word * kMaskBits, kMaskBits);
-    const unsigned long long bits = ~0ull >> (kMaskBits - high) & ~0ull << low;
-    atomicOr(reinterpret_cast<unsigned long long*>(words + word), bits);
-  }
 }
 
 // The bits of x at the even places of the result.
@@ -87,8 +80,8 @@ __device__ __forceinline__ uint64_t spread_bits(uint32_t x) {
   return (bits | bits << 1) & 0x5555555555555555;
 }
 
-// Adds what a slot's rows have voted on 32 key tiles to a word of the mask. `votes`: the lane's own, bit i on its
-// block of the word's tile i.
+// Adds what a slot's rows have voted on 32 key tiles to a word of the mask. `votes`: the lane's own, bit i on
+// its block of the word's tile i.
 __device__ __forceinline__ void add_votes(uint64_t* words, int word, uint32_t votes, const VoterLane& voter) {
   const uint32_t even = __reduce_or_sync(0xffffffff, voter.key_block() == 0 ? votes : 0);
   const uint32_t odd = __reduce_or_sync(0xffffffff, voter.key_block() == 1 ? votes : 0);
@@ -131,7 +124,8 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
     bool exists;
   };
   const auto load = [&](int operand, auto& queries, Voters& voters) BSFA_INLINE_LAMBDA {
-    const Slot slot = find_slot(params.select, tile, (who.warpgroup * Config::kOperands + operand) * 4 + warp);
+    const Slot slot =
+        find_slot(params.select, tile, (who.warpgroup * Config::kOperands + operand) * 4 + warp);
     load_voters<Config, kRule>(params.select, params.rounded, tile, slot, voter, queries, voters.row);
     voters.words = words_of_block(params.select, params.select.block_mask, params.select.mask_words,
                                   tile.sequence, tile.head, slot.block);
@@ -149,19 +143,19 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
   load(1, queries1, voters1);
 
   // Takes the lane's vote on its key block, `block`. `masked`: there may be hidden scores and forced blocks.
-  const auto vote = [&](Voters& voters, Value peak, float key_scale, int key_tile,
-                        auto masked) BSFA_INLINE_LAMBDA {
-    constexpr bool kMasked = decltype(masked)::value;
-    const bool is_hidden = kMasked && peak == hidden_peak<Value>();
-    bool keeps = voters.row.vote(peak, key_scale, is_hidden, voter);
-    if constexpr (kMasked) {
-      const int block = kTileBlocks * key_tile + voter.key_block();
-      if (block >= voters.full) {
-        keeps = voters.exists && block < voters.visible;
-      }
-    }
-    voters.votes = voters.votes * 2 + keeps;
-  };
+  const auto vote = [&](Voters& voters, Value peak, float key_scale, int key_tile, auto masked)
+                        BSFA_INLINE_LAMBDA {
+                          constexpr bool kMasked = decltype(masked)::value;
+                          const bool is_hidden = kMasked && peak == hidden_peak<Value>();
+                          bool keeps = voters.row.vote(peak, key_scale, is_hidden, voter);
+                          if constexpr (kMasked) {
+                            const int block = kTileBlocks * key_tile + voter.key_block();
+                            if (block >= voters.full) {
+                              keeps = voters.exists && block < voters.visible;
+                            }
+                          }
+                          voters.votes = voters.votes * 2 + keeps;
+                        };
   const auto find_peaks = [&](const auto& scores, const Voters& voters, int key_tile, auto masked,
                               Value(&peaks)[kQuadRows][kTileBlocks]) BSFA_INLINE_LAMBDA {
     if constexpr (decltype(masked)::value) {
@@ -184,8 +178,8 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
     }
   };
 
-  // The GEMM of operand 0 with the tile is in flight. While a GEMM runs, the scores before it are reduced. One at
-  // a time: ptxas serialises two that are both in flight where a loop begins. `more`: a tile follows.
+  // The GEMM of operand 0 with the tile is in flight. While a GEMM runs, the scores before it are reduced.
+  // One at a time: ptxas serialises two that are both in flight where a loop begins. `more`: a tile follows.
   const auto step = [&](int key_tile, auto masked, auto more) BSFA_INLINE_LAMBDA {
     constexpr bool kMore = decltype(more)::value;
     const int stage = keys.stage();
@@ -231,20 +225,13 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
   step(0, true_type{}, false_type{});
 }
 
-// A tile whose verdicts follow from its thresholds: the blocks that are forced, or all.
+// A tile whose verdicts follow from its thresholds.
 template <class Config>
 __device__ __forceinline__ void fill_tile(const SelectParams& params, const SelectTile& tile,
                                           const SelectWork& work, const ConsumerThread& who) {
   for (int operand = 0; operand < Config::kOperands; ++operand) {
-    const Slot slot =
-        find_slot(params, tile, (who.warpgroup * Config::kOperands + operand) * 4 + who.thread / 32);
-    if (slot.exists) {
-      uint64_t* words =
-          words_of_block(params, params.block_mask, params.mask_words, tile.sequence, tile.head, slot.block);
-      const int first = slot.threshold == CUDART_INF_F && !work.oversized ? slot.keys.full : 0;
-      const int end = work.oversized ? params.mask_words * kMaskBits : slot.keys.visible;
-      set_blocks(words, first, end, who.thread % 32);
-    }
+    const int slot = (who.warpgroup * Config::kOperands + operand) * 4 + who.thread / 32;
+    fill_slot(params, tile, find_slot(params, tile, slot), work, who.thread % 32);
   }
 }
 
@@ -254,11 +241,11 @@ __device__ __forceinline__ void consume_key_tiles(const SelectKernelParams& para
                                                   const ConsumerThread& who) {
   PipelineState<Config::kStages> keys;
   for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
-    const SelectTile tile = find_select_tile(params.select, params.schedule, index);
+    const SelectTile tile = find_select_tile(params.select, params.schedule, index, kSlots);
     if (!tile.exists) {
       return;
     }
-    const SelectWork work = find_select_work(params.select, tile, who.thread % 32);
+    const SelectWork work = find_select_work(params.select, tile, kSlots, who.thread % 32);
     if (work.votes) {
       vote_on_tile<Config, kRule>(params, storage, keys, tile, work, who);
     } else {
@@ -304,17 +291,11 @@ SelectKernelParams make_select_kernel_params(const SelectParams& params) {
   const auto map = [&](const char* name, CUtensorMapDataType type, const void* data, const Strides& strides) {
     return make_tensor_map(name, type, data, keys, strides, Config::kTileKeys, Config::kBoxColumns);
   };
-  const SlotList list{params.q_block, params.voters};
-  const int tiles = params.is_packed()
-                        ? params.seqlen_q / list.tile_queries() + list.spare() * params.batch
-                        : list.tiles(params.seqlen_q);
-  const int64_t seqlen_k = params.is_packed() ? params.seqlen_k / params.batch : params.seqlen_k;
 
   SelectKernelParams kernel_params{};
   kernel_params.select = params;
   kernel_params.schedule =
-      make_schedule(tiles, (params.is_packed() ? 1 : params.batch) * params.kv_heads,
-                    params.heads / params.kv_heads, seqlen_k * Config::kHeadDim * sizeof(typename Config::Operand));
+      make_select_schedule(params, kSlots, Config::kHeadDim * sizeof(typename Config::Operand));
   kernel_params.tiles = static_cast<int>(kernel_params.schedule.ctas());
   if constexpr (Config::kRounded) {
     kernel_params.rounded = {make_select_workspace(params, Config::kHeadDim), params.workspace};
@@ -338,15 +319,15 @@ void launch_select(const SelectKernelParams& kernel_params, cudaStream_t stream)
   constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
   const auto kernel = select_kernel<Config, kRule>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  launch_overlapping(kernel, dim3(std::min(kernel_params.tiles, processors)), Config::kThreads, kSharedBytes,
-                     stream, kernel_params);
+  launch<90>(kernel, dim3(std::min(kernel_params.tiles, processors)), Config::kThreads, kSharedBytes, stream,
+             kernel_params);
 }
 
 template <class Config>
 void select_with(const SelectParams& params, cudaStream_t stream) {
   const SelectKernelParams kernel_params = make_select_kernel_params<Config>(params);
   if constexpr (Config::kRounded) {
-    round_keys<typename Config::Element, Config::kHeadDim>(params, kernel_params.rounded, stream);
+    round_keys<90, typename Config::Element, Config::kHeadDim>(params, kernel_params.rounded, stream);
   }
   switch (params.rule) {
     case Rule::kAbsolute: launch_select<Config, Rule::kAbsolute>(kernel_params, stream); break;
@@ -357,16 +338,7 @@ void select_with(const SelectParams& params, cudaStream_t stream) {
 
 template <class Element, int kHeadDim>
 void select_blocks(const SelectParams& params, cudaStream_t stream) {
-  const int64_t query_blocks =
-      params.is_packed()
-          ? int64_t{params.heads} * (params.seqlen_q / params.q_block + params.batch)
-          : int64_t{params.batch} * params.heads * ((params.seqlen_q + params.q_block - 1) / params.q_block);
-  const int64_t words = query_blocks * params.mask_words;
-  if (words == 0) {
-    return;
-  }
-  BSFA_CUDA_CHECK(cudaMemsetAsync(params.block_mask, 0, words * sizeof(uint64_t), stream));
-  if (params.seqlen_q == 0 || params.seqlen_k == 0) {
+  if (!clear_block_mask(params, stream)) {
     return;
   }
   if (params.precision == Precision::kInt8) {

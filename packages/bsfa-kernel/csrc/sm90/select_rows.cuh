@@ -1,17 +1,17 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// The voting rows of a consumer warp of the selection kernel: their queries, their peaks and their votes. Each
-// lane of a quad votes for one of two rows in one of a tile's two key blocks.
+// The voting rows of a consumer warp of the selection kernel: their queries, their peaks and their votes.
+// Each lane of a quad votes for one of two rows in one of a tile's two key blocks.
 #pragma once
 
-#include <cute/tensor.hpp>
 #include <math_constants.h>
+#include <cute/tensor.hpp>
 
 #include "../common/ptx.cuh"
-#include "quantize.cuh"
+#include "../common/quantize.cuh"
+#include "../common/select_work.cuh"
 #include "select_config.cuh"
-#include "select_work.cuh"
 
 namespace bsfa::sm90 {
 
@@ -39,14 +39,23 @@ __device__ __forceinline__ Value hidden_peak() {
 }
 
 // The largest one, and NaN where there is one.
-__device__ __forceinline__ int32_t largest(int32_t a, int32_t b) { return max(a, b); }
-__device__ __forceinline__ int32_t largest(int32_t a, int32_t b, int32_t c) { return __vimax3_s32(a, b, c); }
-__device__ __forceinline__ float largest(float a, float b) { return ptx::max_nan(a, b); }
-__device__ __forceinline__ float largest(float a, float b, float c) { return largest(largest(a, b), c); }
+__device__ __forceinline__ int32_t largest(int32_t a, int32_t b) {
+  return max(a, b);
+}
+__device__ __forceinline__ int32_t largest(int32_t a, int32_t b, int32_t c) {
+  return __vimax3_s32(a, b, c);
+}
+__device__ __forceinline__ float largest(float a, float b) {
+  return ptx::max_nan(a, b);
+}
+__device__ __forceinline__ float largest(float a, float b, float c) {
+  return largest(largest(a, b), c);
+}
 
 // The lane's peak: over the quad, of its row and key block, from each lane's peaks of both.
 template <class Value>
-__device__ __forceinline__ Value quad_peak(const Value (&peaks)[kQuadRows][kTileBlocks], const VoterLane& voter) {
+__device__ __forceinline__ Value quad_peak(const Value (&peaks)[kQuadRows][kTileBlocks],
+                                           const VoterLane& voter) {
   const bool second_row = voter.row_of_quad() == 1;
   const bool second_block = voter.key_block() == 1;
   Value row_peaks[kTileBlocks];
@@ -134,8 +143,8 @@ struct VotingRow {
     sum = 0.0f;
   }
 
-  // Whether the row votes to keep the lane's block of the two, given its peak there. Lanes of a quad must come
-  // with both blocks of a row.
+  // Whether the row votes to keep the lane's block of the two, given its peak there. Lanes of a quad must
+  // come with both blocks of a row.
   template <class Value>
   __device__ __forceinline__ bool vote(Value peak, float key_scale, bool is_hidden, const VoterLane& voter) {
     const float factor = scale * key_scale;
@@ -189,7 +198,8 @@ struct VotingRow {
 
   // The vote and the sum once more for rows whose peak is far above the base, or NaN, with a new base: the
   // reference. Only for these: a row's result must not depend on its neighbours.
-  __device__ __forceinline__ static float4 rebased(float x, float base, float sum, float threshold, int lane) {
+  __device__ __forceinline__ static float4 rebased(float x, float base, float sum, float threshold,
+                                                   int lane) {
     const VoterLane voter{lane};
     float first, second;
     exchange(x, voter, first, second);
@@ -213,8 +223,8 @@ struct VotingRow {
   }
 };
 
-// Loads a slot's queries as the left operand of Q K^T, rounded where the config says so, and sets what the lane
-// needs to know of its row.
+// Loads a slot's queries as the left operand of Q K^T, rounded where the config says so, and sets what the
+// lane needs to know of its row.
 template <class Config, Rule kRule, class Queries>
 __device__ __forceinline__ void load_voters(const SelectParams& params, const RoundedKeys& rounded,
                                             const SelectTile& tile, const Slot& slot, const VoterLane& voter,
@@ -256,8 +266,8 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
     for (int row = 0; row < kQuadRows; ++row) {
       CUTE_UNROLL
       for (int i = 0; i < 2 * kSteps; ++i) {
-        raw[row][i] = exists[row] ? *reinterpret_cast<const uint2*>(from[row] + i * 16 + in_quad * 4)
-                                  : uint2{0, 0};
+        raw[row][i] =
+            exists[row] ? *reinterpret_cast<const uint2*>(from[row] + i * 16 + in_quad * 4) : uint2{0, 0};
       }
     }
     float scales[kQuadRows];
@@ -277,8 +287,8 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
       scales[row] = scale.scale * unit;
       CUTE_UNROLL
       for (int i = 0; i < 2 * kSteps; ++i) {
-        words(i / 2 * 4 + i % 2 * 2 + row) = round_to_bytes(
-            to_floats<Element>(raw[row][i].x), to_floats<Element>(raw[row][i].y), scale.inverse);
+        words(i / 2 * 4 + i % 2 * 2 + row) = round_to_bytes(to_floats<Element>(raw[row][i].x),
+                                                            to_floats<Element>(raw[row][i].y), scale.inverse);
       }
       if constexpr (kRule == Rule::kAbsolute) {
         const float* offsets = rounded.offsets_of(params, tile.sequence, tile.kv_head, Config::kHeadDim);

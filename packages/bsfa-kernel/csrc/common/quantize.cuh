@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// Rounding queries and keys to 8 bits (docs/semantics.md, Selection in 8 bits). Keys are rounded by two kernels
-// of their own, queries as they are loaded.
+// Rounding queries and keys to 8 bits (docs/semantics.md, Selection in 8 bits). Keys are rounded by two
+// kernels of their own, queries as they are loaded.
 #pragma once
 
 #include <cutlass/numeric_types.h>
@@ -11,12 +11,13 @@
 #include <type_traits>
 
 #include "../check.hpp"
-#include "../common/layout.cuh"
-#include "../common/ptx.cuh"
 #include "launch.cuh"
-#include "select.hpp"
+#include "layout.cuh"
+#include "ptx.cuh"
+#include "quad.cuh"
+#include "select_workspace.hpp"
 
-namespace bsfa::sm90 {
+namespace bsfa {
 
 // Where rounded keys lie: SelectWorkspace with pointers.
 struct RoundedKeys {
@@ -35,9 +36,8 @@ struct RoundedKeys {
   // Those of the first key tile of a sequence and kv head.
   __device__ __forceinline__ float4* scales_of(const Problem& problem, const Sequence& sequence,
                                                int kv_head) const {
-    const int first = problem.is_packed()
-                          ? packed_tile(problem.cu_seqlens_k, sequence.index, 2 * kKeyBlock)
-                          : 0;
+    const int first =
+        problem.is_packed() ? packed_tile(problem.cu_seqlens_k, sequence.index, 2 * kKeyBlock) : 0;
     return scales + (int64_t{batch_coordinate(problem, sequence)} * problem.kv_heads + kv_head) * key_tiles +
            first;
   }
@@ -72,8 +72,8 @@ __device__ __forceinline__ RoundingScale rounding_scale(float largest) {
   return largest < kSmallest ? RoundingScale{0.0f, 0.0f} : RoundingScale{127.0f / largest, largest / 127.0f};
 }
 
-// Four numbers of up to 127, after multiplication, as a word of bytes. A sum with this constant has the rounded
-// number in its lowest bits.
+// Four numbers of up to 127, after multiplication, as a word of bytes. A sum with this constant has the
+// rounded number in its lowest bits.
 __device__ __forceinline__ uint32_t round_to_bytes(float2 a, float2 b, float inverse) {
   constexpr float kRounder = 0x1.8p23f;
   const auto bits = [&](float x) { return __float_as_uint(fmaf(x, inverse, kRounder)); };
@@ -82,25 +82,69 @@ __device__ __forceinline__ uint32_t round_to_bytes(float2 a, float2 b, float inv
   return __byte_perm(low, high, 0x5410);
 }
 
+// Two rows of queries as a thread of a quad holds them in the left operand of an 8-bit GEMM.
+template <int kHeadDim>
+struct RoundedRows {
+  uint32_t words[kHeadDim / 32][4];  // of each k step: both rows, then both with later columns
+  float scale[2];
+  float offset_score[2];  // q·c with the offset c, where asked for
+};
+
+// Rounds the rows that begin at `from`, or zeros where they do not exist. `offsets`: of the rows' kv head, or
+// null.
+template <int kHeadDim, class Element>
+__device__ __forceinline__ void round_rows(const Element* const (&from)[2], const bool (&exists)[2],
+                                           const float* offsets, RoundedRows<kHeadDim>& rows) {
+  constexpr int kChunks = kHeadDim / 16;
+  const int in_quad = threadIdx.x % 4;
+  // Row by row, for the sake of registers.
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    uint2 raw[kChunks];  // four elements each
+    uint32_t pair = 0;   // magnitudes of 16 bits compare as integers, and NaN above all others
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      raw[i] = exists[row] ? *reinterpret_cast<const uint2*>(from[row] + i * 16 + in_quad * 4) : uint2{0, 0};
+      pair = __vmaxu2(pair, __vmaxu2(raw[i].x & 0x7fff7fff, raw[i].y & 0x7fff7fff));
+    }
+    uint32_t magnitude = max(pair >> 16, pair & 0xffff);
+    magnitude = max(magnitude, __shfl_xor_sync(0xffffffff, magnitude, 1));
+    magnitude = max(magnitude, __shfl_xor_sync(0xffffffff, magnitude, 2));
+    const RoundingScale scale = rounding_scale(to_floats<Element>(magnitude).x);
+    rows.scale[row] = scale.scale;
+    float offset_score = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const float2 low = to_floats<Element>(raw[i].x);
+      const float2 high = to_floats<Element>(raw[i].y);
+      rows.words[i / 2][i % 2 * 2 + row] = round_to_bytes(low, high, scale.inverse);
+      if (offsets != nullptr) {
+        const float4 offset = *reinterpret_cast<const float4*>(offsets + i * 16 + in_quad * 4);
+        offset_score += low.x * offset.x + low.y * offset.y + high.x * offset.z + high.y * offset.w;
+      }
+    }
+    rows.offset_score[row] = quad_sum(offset_score);
+  }
+}
+
 inline constexpr int kOffsetThreads = 512;
 inline constexpr int kMaxSamples = 1024;
 
-// The offset of a sequence and kv head: grid (batch, kv_heads). A thread sums 8 channels of some of the sampled
-// keys.
-template <class Element, int kHeadDim>
+// The offset of a sequence and kv head: grid (batch, kv_heads). A thread sums 8 channels of some of the
+// sampled keys.
+template <int kArch, class Element, int kHeadDim>
 __global__ void __launch_bounds__(kOffsetThreads)
     offset_kernel(const __grid_constant__ Problem problem, const __grid_constant__ RoundedKeys rounded) {
   constexpr int kChunks = kHeadDim / 8;
   constexpr int kRows = kOffsetThreads / kChunks;
   __shared__ float sums[kRows][kHeadDim];
   __shared__ float counts[kRows][kHeadDim];
-  ptx::wait_for_earlier_grids();
+  begin<kArch>();
 
   const int kv_head = blockIdx.y;
   const Sequence sequence =
-      problem.is_packed()
-          ? packed_sequence(problem, blockIdx.x)
-          : Sequence{static_cast<int>(blockIdx.x), 0, 0, problem.seqlen_q, problem.seqlen_k};
+      problem.is_packed() ? packed_sequence(problem, blockIdx.x)
+                          : Sequence{static_cast<int>(blockIdx.x), 0, 0, problem.seqlen_q, problem.seqlen_k};
   const int step = (sequence.seqlen_k + kMaxSamples - 1) / kMaxSamples;
   const int chunk = threadIdx.x % kChunks;
   const int first = threadIdx.x / kChunks;
@@ -110,8 +154,8 @@ __global__ void __launch_bounds__(kOffsetThreads)
   for (int i = first; i < kMaxSamples; i += kRows) {
     const int64_t key = int64_t{i} * step;
     if (key < sequence.seqlen_k) {
-      const auto* from = find_row(problem, static_cast<const Element*>(problem.k), problem.k_strides, sequence,
-                                  sequence.first_k + static_cast<int>(key), kv_head);
+      const auto* from = find_row(problem, static_cast<const Element*>(problem.k), problem.k_strides,
+                                  sequence, sequence.first_k + static_cast<int>(key), kv_head);
       const uint4 raw = reinterpret_cast<const uint4*>(from)[chunk];
       const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
@@ -145,17 +189,18 @@ inline constexpr int kRoundThreads = 256;
 
 // Rounds a tile of two key blocks, half of the threads each: grid (key_tiles * batch, kv_heads), packed:
 // (key_tiles, kv_heads). The same 8 channels of all its keys fall to a thread.
-template <class Element, int kHeadDim>
+template <int kArch, class Element, int kHeadDim>
 __global__ void __launch_bounds__(kRoundThreads)
     round_keys_kernel(const __grid_constant__ Problem problem, const __grid_constant__ RoundedKeys rounded) {
   constexpr int kChunks = kHeadDim / 8;
   constexpr int kRows = kRoundThreads / 2 / kChunks;
   constexpr int kPasses = kKeyBlock / kRows;
   __shared__ uint32_t largest[kRoundThreads / 32];
-  ptx::wait_for_earlier_grids();
+  begin<kArch>();
 
   const int kv_head = blockIdx.y;
-  Sequence sequence{static_cast<int>(blockIdx.x) / rounded.key_tiles, 0, 0, problem.seqlen_q, problem.seqlen_k};
+  Sequence sequence{static_cast<int>(blockIdx.x) / rounded.key_tiles, 0, 0, problem.seqlen_q,
+                    problem.seqlen_k};
   int tile = blockIdx.x % rounded.key_tiles;
   if (problem.is_packed()) {
     const int index = find_packed(problem.cu_seqlens_k, problem.batch, tile, 2 * kKeyBlock);
@@ -175,8 +220,8 @@ __global__ void __launch_bounds__(kRoundThreads)
     const int key = first_key + pass * kRows;
     raw[pass] = uint4{0, 0, 0, 0};
     if (key < sequence.seqlen_k) {
-      const auto* from = find_row(problem, static_cast<const Element*>(problem.k), problem.k_strides, sequence,
-                                  sequence.first_k + key, kv_head);
+      const auto* from = find_row(problem, static_cast<const Element*>(problem.k), problem.k_strides,
+                                  sequence, sequence.first_k + key, kv_head);
       raw[pass] = reinterpret_cast<const uint4*>(from)[chunk];
     }
   }
@@ -229,15 +274,15 @@ __global__ void __launch_bounds__(kRoundThreads)
 }
 
 // Rounds the keys of a call that has some.
-template <class Element, int kHeadDim>
+template <int kArch, class Element, int kHeadDim>
 void round_keys(const Problem& problem, const RoundedKeys& rounded, cudaStream_t stream) {
   const auto kv_heads = static_cast<unsigned>(problem.kv_heads);
   const auto batch = static_cast<unsigned>(problem.batch);
-  launch_overlapping(offset_kernel<Element, kHeadDim>, dim3(batch, kv_heads), kOffsetThreads, 0, stream, problem,
-                     rounded);
-  launch_overlapping(round_keys_kernel<Element, kHeadDim>,
-                     dim3(rounded.key_tiles * (problem.is_packed() ? 1 : batch), kv_heads), kRoundThreads, 0, stream,
-                     problem, rounded);
+  launch<kArch>(offset_kernel<kArch, Element, kHeadDim>, dim3(batch, kv_heads), kOffsetThreads, 0, stream,
+                problem, rounded);
+  launch<kArch>(round_keys_kernel<kArch, Element, kHeadDim>,
+                dim3(rounded.key_tiles * (problem.is_packed() ? 1 : batch), kv_heads), kRoundThreads, 0,
+                stream, problem, rounded);
 }
 
-}  // namespace bsfa::sm90
+}  // namespace bsfa
