@@ -32,10 +32,9 @@ function(bsfa_add_cuda_sources target part architectures)
   target_sources(${objects} PRIVATE ${ARGN})
 endfunction()
 
-# bsfa_add_kernel(<target> <name> <80|90a> <dtype> <head_dim> <source>)
+# bsfa_add_kernel(<target> <forward|block_maxima|select_blocks|attend_blocks> <80|90a> <dtype> <head_dim> <source>)
 #
-# Adds one instantiation, bsfa::sm<80|90>::<name><Element, head_dim>, where the options ask for it. The name is forward,
-# block_maxima, or select_blocks or attend_blocks, which have a workspace: bsfa::sm<80|90>::<name>_workspace.
+# Adds one instantiation, bsfa::sm<80|90>::<name><Element, head_dim>, where the options ask for it.
 function(bsfa_add_kernel target name architecture dtype head_dim source)
   if(NOT BSFA_HAS_CUDA OR NOT architecture IN_LIST BSFA_ARCHITECTURES OR NOT dtype IN_LIST BSFA_DTYPES
      OR NOT head_dim IN_LIST BSFA_HEAD_DIMS)
@@ -44,12 +43,8 @@ function(bsfa_add_kernel target name architecture dtype head_dim source)
   string(TOUPPER ${dtype} code)
   string(REGEX MATCH "^[0-9]+" number ${architecture})
   bsfa_add_cuda_sources(${target} sm${number} "${BSFA_TARGETS_${architecture}}" ${source})
-  set(functions "sm${number}::${name}<${BSFA_ELEMENT_${dtype}}, ${head_dim}>")
-  if(name MATCHES "_blocks$")
-    string(APPEND functions ", sm${number}::${name}_workspace")
-  endif()
   set_property(TARGET ${target} APPEND_STRING PROPERTY BSFA_ROWS_${name}
-    "    {${number}, BSFA_${code}, ${head_dim}, ${functions}},\n")
+    "    {${number}, BSFA_${code}, ${head_dim}, sm${number}::${name}<${BSFA_ELEMENT_${dtype}}, ${head_dim}>},\n")
 endfunction()
 
 # bsfa_write_tables(<target>): call it after the last bsfa_add_kernel().

@@ -8,8 +8,11 @@
 #include "check.hpp"
 
 #if defined(BSFA_WITH_CUDA)
+#include "common/select_workspace.hpp"
+#include "sm80/attend.hpp"
 #include "sm80/block_maxima.hpp"
 #include "sm80/forward.hpp"
+#include "sm80/select.hpp"
 #include "sm90/attend.hpp"
 #include "sm90/forward.hpp"
 #include "sm90/select.hpp"
@@ -84,6 +87,25 @@ std::string list(const std::initializer_list<Kernel<Params>>& kernels) {
   return text;
 }
 
+// Bytes of workspace that a kernel needs, by what does not point anywhere. Without CUDA there is no kernel.
+uint64_t needed([[maybe_unused]] const Kernel<SelectParams>& kernel,
+                [[maybe_unused]] const SelectParams& params) {
+#if defined(BSFA_WITH_CUDA)
+  return select_blocks_workspace(params, kernel.head_dim);
+#else
+  return 0;
+#endif
+}
+
+uint64_t needed([[maybe_unused]] const Kernel<AttendParams>& kernel,
+                [[maybe_unused]] const AttendParams& params) {
+#if defined(BSFA_WITH_CUDA)
+  return kernel.arch == 90 ? sm90::attend_blocks_workspace(params) : 0;
+#else
+  return 0;
+#endif
+}
+
 }  // namespace
 
 template <class Params>
@@ -121,17 +143,20 @@ uint64_t workspace_bytes(const std::initializer_list<Kernel<Params>>& kernels, c
                          const Params& params) {
   uint64_t bytes = 0;
   for (const Kernel<Params>& kernel : kernels) {
-    if (matches(kernel, request) && kernel.workspace != nullptr) {
-      bytes = std::max(bytes, kernel.workspace(params, request.head_dim));
+    if (matches(kernel, request)) {
+      bytes = std::max(bytes, needed(kernel, params));
     }
   }
   return bytes;
 }
 
-#define BSFA_INSTANTIATE(Params)                                                                  \
-  template void check_built(const std::initializer_list<Kernel<Params>>&, const Request&);        \
-  template uint64_t workspace_bytes(const std::initializer_list<Kernel<Params>>&, const Request&, \
-                                    const Params&);                                               \
+template uint64_t workspace_bytes(const std::initializer_list<Kernel<SelectParams>>&, const Request&,
+                                  const SelectParams&);
+template uint64_t workspace_bytes(const std::initializer_list<Kernel<AttendParams>>&, const Request&,
+                                  const AttendParams&);
+
+#define BSFA_INSTANTIATE(Params)                                                           \
+  template void check_built(const std::initializer_list<Kernel<Params>>&, const Request&); \
   template const Kernel<Params>& select(const std::initializer_list<Kernel<Params>>&, const Request&, int)
 
 BSFA_INSTANTIATE(ForwardParams);

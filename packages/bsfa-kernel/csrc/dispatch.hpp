@@ -23,8 +23,6 @@ struct Kernel {
   bsfa_dtype dtype;
   int head_dim;
   void (*launch)(const Params& params, CUstream_st* stream);
-  // How many bytes of workspace a call needs, by what does not point anywhere; null where always none.
-  uint64_t (*workspace)(const Params& params, int head_dim) = nullptr;
 };
 
 // Every kernel in the library; the rows come from kernels.cmake.

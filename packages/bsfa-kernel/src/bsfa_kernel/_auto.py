@@ -74,6 +74,6 @@ def _found_both_steps(device: int, dtype: torch.dtype, head_dim: int, arch: int)
         for kernel in build_info().kernels
         if (kernel.dtype, kernel.head_dim) == (str(dtype).removeprefix("torch."), head_dim)
         and (kernel.arch == arch or arch == 0)
-        and (kernel.arch // 10 == major or (kernel.arch == 80 and major >= 8))
+        and (kernel.arch // 10 == major or (kernel.ptx and major > 8))
     }
     return {"select_blocks", "attend_blocks"} <= names
