@@ -153,7 +153,7 @@ def round_rows(x):
             scales[r] = math.nan
         elif largest >= 2.0**-100:
             scales[r] = largest / 127
-            whole[r] = np.round(row / largest * 127)
+            whole[r] = np.round(row * (127 / largest))
     return whole, scales
 
 

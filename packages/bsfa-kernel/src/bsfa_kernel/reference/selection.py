@@ -175,7 +175,7 @@ def decision_by_rule(
         peaks = in_blocks(scores[:, :, voting], block.k_block).amax(-1)
         keep, excess = verdicts(peaks, bounds, rule=rule, full=block.full_blocks)
         distance = (excess[..., : block.full_blocks] - bounds[..., None]).abs()
-        return keep, distance.nan_to_num(nan=_INF).amin(-1)
+        return keep, distance.nan_to_num(_INF, _INF).amin(-1)
 
     return decide
 
