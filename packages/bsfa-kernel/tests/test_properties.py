@@ -19,12 +19,16 @@ import cases
 import guarded
 from bsfa_kernel import (
     GEOMETRIES,
+    PRECISIONS,
     RULES,
     VOTERS,
     Geometry,
+    attend_blocks,
     block_maxima,
     block_sparse_attention,
+    pack_blocks,
     reference,
+    select_blocks,
 )
 from compare import assert_close, assert_matches, assert_same_verdicts, budget_of, error_budget
 from conftest import SM80, SM90, Target, gpu_target
@@ -51,7 +55,11 @@ class Call:
 
     @property
     def options_of_maxima(self):
-        return {"causal": self.case.causal, "rule": self.rule, "geometry": self.geometry}
+        return {**self.shape_options, "rule": self.rule}
+
+    @property
+    def shape_options(self):
+        return {"causal": self.case.causal, "geometry": self.geometry}
 
     def inputs(self, target: Target):
         return self.case.inputs(self.dtype, target.device)
@@ -150,6 +158,80 @@ def test_a_call_matches_the_reference(target, call):
     )
     if clear.float().mean() >= 0.9:
         assert_matches(found, expected, clear, budget, call.geometry)
+
+
+@any_target
+@given(call=calls())
+def test_exact_selection_and_attention_of_it_are_the_fused_kernel(target, call):
+    for kernel in ("forward", "select_blocks", "attend_blocks"):
+        target.require(kernel, call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    thresholds, clear = call.thresholds(target, q, k)
+    mask = select_blocks(q, k, thresholds, precision="exact", **call.options)
+    found = attend_blocks(q, k, v, mask, return_lse=True, return_kept=True, **call.shape_options)
+    if not target.arch:
+        assert_same(found, attend(q, k, v, thresholds, **call.options), target)
+    elif clear.float().mean() >= 0.9:
+        expected = reference.attention(
+            q, k, v, thresholds, compute_dtype=torch.float64, **call.options
+        )
+        budget = error_budget(q, k, v, expected, scale=None, **call.shape_options)
+        assert_matches(found, expected, clear, budget, call.geometry)
+
+
+@any_target
+@given(call=calls())
+def test_int8_is_attention_of_what_is_selected(target, call):
+    for kernel in ("select_blocks", "attend_blocks"):
+        target.require(kernel, call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    thresholds = call.rough_thresholds(target, q, k)
+    mask = select_blocks(q, k, thresholds, precision="int8", **call.options)
+    expected = attend_blocks(q, k, v, mask, return_lse=True, return_kept=True, **call.shape_options)
+    found = attend(q, k, v, thresholds, selection="int8", **call.options)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@any_target
+@given(call=calls(batch=2), precision=st.sampled_from(PRECISIONS))
+def test_each_sequence_of_a_batch_is_selected_alone(target, call, precision):
+    target.require("select_blocks", call.dtype, call.case.head_dim)
+    q, k, _ = call.inputs(target)
+    options = {"precision": precision, **call.options}
+    thresholds, _ = call.thresholds(target, q, k)
+    mask = select_blocks(q, k, thresholds, **options)
+    for index in range(2):
+        one = slice(index, index + 1)
+        alone = select_blocks(q[one], k[one], thresholds, **options)
+        if target.arch:
+            assert torch.equal(alone, mask[one])
+        else:
+            near = reference.select_blocks(q[one], k[one], thresholds, **options).margin < 1e-3
+            assert torch.equal(alone[~near], mask[one][~near])
+
+
+@any_target
+@given(call=calls(), seed=st.integers(0, 2**32 - 1))
+def test_attention_of_any_mask_matches_the_reference(target, call, seed):
+    target.require("attend_blocks", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    blocks = (
+        call.case.batch,
+        call.case.heads,
+        -(-q.shape[1] // call.geometry.q_block),
+        -(-k.shape[1] // call.geometry.k_block),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    mask = pack_blocks(torch.rand(blocks, generator=generator) < call.keep).to(q.device)
+    options = call.shape_options
+    expected = reference.attend_blocks(q, k, v, mask, compute_dtype=torch.float64, **options)
+    outputs = guarded.attend_blocks(q, k, v, mask, **options)
+    budget = error_budget(q, k, v, expected, scale=None, **options)
+    found = tuple(output.view.clone() for output in outputs)
+    all_clear = torch.ones_like(expected.kept, dtype=torch.bool)
+    assert_matches(found, expected, all_clear, budget, call.geometry)
+    for name, output in zip(("out", "lse", "kept"), outputs, strict=True):
+        output.assert_written_exactly(name)
 
 
 @any_target
