@@ -148,6 +148,30 @@ __device__ __forceinline__ void arrive(uint32_t barrier_address, bool elected) {
       : "memory");
 }
 
+// A thread arrives so many times at once. For sm_90.  [mbarrier.arrive]
+__device__ __forceinline__ void arrive_times(uint32_t barrier_address, uint32_t times) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;"
+               :
+               : "r"(barrier_address), "r"(times)
+               : "memory");
+}
+
+// 16 bytes of shared memory that another thread may be writing.  [ld.volatile.v4]
+__device__ __forceinline__ uint4 load_volatile(uint32_t address) {
+  uint4 words;
+  asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address)
+               : "memory");
+  return words;
+}
+
+// 8 bytes of shared memory, written at once.  [st.volatile.u64]
+__device__ __forceinline__ void store_volatile(uint32_t address, uint32_t lower, uint32_t upper) {
+  const uint64_t both = uint64_t{upper} << 32 | lower;
+  asm volatile("st.volatile.shared.u64 [%0], %1;" : : "r"(address), "l"(both) : "memory");
+}
+
 // The elected thread writes a byte of shared memory and then arrives at an mbarrier. A branch would cost more
 // than both. For sm_90.  [st.shared.u8, mbarrier.arrive]
 __device__ __forceinline__ void store_byte_and_arrive(uint32_t byte_address, uint32_t value,

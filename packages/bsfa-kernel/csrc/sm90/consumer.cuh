@@ -118,6 +118,39 @@ __device__ __forceinline__ bool sees_all(const int (&keys)[kThreadRows], int fir
   return !__any_sync(0xffffffff, min(keys[0], keys[1]) < first_key + kKeyBlock);
 }
 
+// In packed tensors a block of V can reach into the next sequence, whose values may be anything, NaN too, and
+// weights of 0 do not hide those. Needs a full stage, `values`, and all threads of the warpgroup.
+template <class Config>
+__device__ __forceinline__ void clear_foreign_values(const ForwardParams& params, const Sequence& sequence,
+                                                     const ConsumerThread& who,
+                                                     typename Config::Element* values, int key_block) {
+  const int first_row = sequence.seqlen_k - key_block * kKeyBlock;
+  if (!params.is_packed() || first_row >= kKeyBlock) {
+    return;
+  }
+  using Chunk = uint4;
+  constexpr int kRowChunks = Config::kBoxColumns * sizeof(typename Config::Element) / sizeof(Chunk);
+  for (int box = 0; box < Config::kBoxes; ++box) {
+    auto* chunks = reinterpret_cast<Chunk*>(values + box * Config::kBoxElements);
+    for (int i = max(first_row, 0) * kRowChunks + who.thread; i < kKeyBlock * kRowChunks; i += 128) {
+      chunks[i] = Chunk{0, 0, 0, 0};
+    }
+  }
+  cutlass::arch::fence_view_async_shared();
+  sync(NamedBarrier::kValues0, who.warpgroup, 128);
+}
+
+// Number of keys that the thread's rows see; the warpgroup's first is `first_query`.
+__device__ __forceinline__ void visible_keys(const ForwardParams& params, const Sequence& sequence,
+                                             const ConsumerThread& who, int first_query,
+                                             int (&keys)[kThreadRows]) {
+  const Visibility sees{sequence.seqlen_q, sequence.seqlen_k, params.causal};
+  CUTE_UNROLL
+  for (int row = 0; row < kThreadRows; ++row) {
+    keys[row] = sees.keys(first_query + who.row(row));
+  }
+}
+
 // What a consumer takes along from tile to tile.
 template <class Config>
 struct ConsumerPipelines {
@@ -142,35 +175,16 @@ struct TileContext {
   const ConsumerBlock& block;
   const ConsumerThread who;
 
-  // In packed tensors a block of V can reach into the next sequence, whose values may be anything, NaN too,
-  // and weights of 0 do not hide those. Needs a full stage, and all threads of the warpgroup.
   __device__ __forceinline__ void clear_foreign_values(int stage, int key_block) const {
-    const int first_row = tile.sequence.seqlen_k - key_block * kKeyBlock;
-    if (!params.is_packed() || first_row >= kKeyBlock) {
-      return;
-    }
-    using Chunk = uint4;
-    constexpr int kRowChunks = Config::kBoxColumns * sizeof(typename Config::Element) / sizeof(Chunk);
-    for (int box = 0; box < Config::kBoxes; ++box) {
-      auto* chunks =
-          reinterpret_cast<Chunk*>(storage.v + stage * Config::kBlockElements + box * Config::kBoxElements);
-      for (int i = max(first_row, 0) * kRowChunks + who.thread; i < kKeyBlock * kRowChunks; i += 128) {
-        chunks[i] = Chunk{0, 0, 0, 0};
-      }
-    }
-    cutlass::arch::fence_view_async_shared();
-    sync(NamedBarrier::kValues0, who.warpgroup, 128);
+    bsfa::sm90::clear_foreign_values<Config>(params, tile.sequence, who,
+                                             storage.v + stage * Config::kBlockElements, key_block);
   }
   __device__ __forceinline__ int first_query() const {
     return tile.first_query + who.warpgroup * Config::kWarpgroupQ;
   }
   // Number of keys that the thread's rows see.
   __device__ __forceinline__ void visible_keys(int (&keys)[kThreadRows]) const {
-    const Visibility sees{tile.sequence.seqlen_q, tile.sequence.seqlen_k, params.causal};
-    CUTE_UNROLL
-    for (int row = 0; row < kThreadRows; ++row) {
-      keys[row] = sees.keys(first_query() + who.row(row));
-    }
+    bsfa::sm90::visible_keys(params, tile.sequence, who, first_query(), keys);
   }
 };
 

@@ -35,9 +35,8 @@ __device__ __forceinline__ uint2 swap_in_pair(uint32_t lower, uint32_t upper) {
 }
 
 // Normalises and writes the rows of the warpgroup that exist, and nothing else.
-template <class Config, class Output>
-__device__ __forceinline__ void store_output(const TileContext<Config>& context, Output& output,
-                                             const Softmax& softmax) {
+template <class Config, class Context, class Output>
+__device__ __forceinline__ void store_output(const Context& context, Output& output, const Softmax& softmax) {
   using namespace cute;
   using Element = typename Config::Element;
   const ForwardParams& params = context.params;
@@ -102,9 +101,9 @@ __device__ __forceinline__ void store_output(const TileContext<Config>& context,
 }
 
 // Writes what is asked for of a tile.
-template <class Config, class Output>
-__device__ __forceinline__ void store_results(const TileContext<Config>& context, Output& output,
-                                              const Softmax& softmax, int kept) {
+template <class Config, class Context, class Output>
+__device__ __forceinline__ void store_results(const Context& context, Output& output, const Softmax& softmax,
+                                              int kept) {
   const ForwardParams& params = context.params;
   const ConsumerThread who = context.who;
   const bool reports = params.kept != nullptr && who.thread == 0;

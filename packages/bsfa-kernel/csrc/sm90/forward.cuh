@@ -9,7 +9,6 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 
 #include <algorithm>
-#include <type_traits>
 
 #include "../check.hpp"
 #include "dense.cuh"
@@ -54,7 +53,8 @@ __device__ __forceinline__ void attend_voting(typename Config::SharedStorage& st
   // Once more: the passes have no registers for what the epilogue needs to know.
   const Tile tile = published;
   const ConsumerBlock block = tile.block_of(who.warpgroup);
-  store_results<Config>({storage, pipelines, params, tile, block, who}, output, softmax, kept);
+  const TileContext<Config> context{storage, pipelines, params, tile, block, who};
+  store_results<Config>(context, output, softmax, kept);
 }
 
 template <class Config>
@@ -111,24 +111,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 template <class Config>
 KernelParams make_kernel_params(const ForwardParams& params) {
   using Element = typename Config::Element;
-  constexpr auto kType = std::is_same_v<Element, cutlass::half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const int64_t batch = params.is_packed() ? 1 : params.batch;
-  // The copy engine knows no empty tensors. What stands in for one is never loaded.
-  const bool no_keys = params.seqlen_k == 0;
-  const TensorShape queries{batch, params.seqlen_q, params.heads, Config::kHeadDim};
-  const TensorShape keys{batch, no_keys ? 1 : params.seqlen_k, params.kv_heads, Config::kHeadDim};
-  const auto map = [&](const char* name, const void* data, const TensorShape& shape, const Strides& strides) {
-    return make_tensor_map(name, kType, data, shape, strides, kKeyBlock, Config::kBoxColumns);
-  };
-
   KernelParams kernel_params;
   kernel_params.forward = params;
   kernel_params.schedule = make_schedule(params, Config::kTileQ, 2 * Config::kHeadDim * sizeof(Element));
   kernel_params.tiles = static_cast<int>(kernel_params.schedule.ctas());
-  kernel_params.q = map("q", params.q, queries, params.q_strides);
-  kernel_params.k = map("k", no_keys ? params.q : params.k, keys, params.k_strides);
-  kernel_params.v = map("v", no_keys ? params.q : params.v, keys, params.v_strides);
+  static_cast<TensorMaps&>(kernel_params) =
+      make_tensor_maps<Element>(params, Config::kHeadDim, kKeyBlock, Config::kBoxColumns);
   return kernel_params;
 }
 

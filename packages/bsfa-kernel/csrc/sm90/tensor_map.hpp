@@ -7,7 +7,10 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <cutlass/numeric_types.h>
+
 #include <cstdint>
+#include <type_traits>
 
 #include "../check.hpp"
 #include "../params.hpp"
@@ -66,6 +69,28 @@ inline CUtensorMap make_tensor_map(const char* name, CUtensorMapDataType type, c
          static_cast<int>(status));
   }
   return map;
+}
+
+struct TensorMaps {
+  CUtensorMap q, k, v;  // (column, row, head, batch)
+};
+
+template <class Element>
+TensorMaps make_tensor_maps(const ForwardParams& params, int head_dim, uint32_t box_rows,
+                            uint32_t box_columns) {
+  constexpr auto kType = std::is_same_v<Element, cutlass::half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const int64_t batch = params.is_packed() ? 1 : params.batch;
+  // The copy engine knows no empty tensors. What stands in for one is never loaded.
+  const bool no_keys = params.seqlen_k == 0;
+  const TensorShape queries{batch, params.seqlen_q, params.heads, head_dim};
+  const TensorShape keys{batch, no_keys ? 1 : params.seqlen_k, params.kv_heads, head_dim};
+  const auto map = [&](const char* name, const void* data, const TensorShape& shape, const Strides& strides) {
+    return make_tensor_map(name, kType, data, shape, strides, box_rows, box_columns);
+  };
+  return {map("q", params.q, queries, params.q_strides),
+          map("k", no_keys ? params.q : params.k, keys, params.k_strides),
+          map("v", no_keys ? params.q : params.v, keys, params.v_strides)};
 }
 
 }  // namespace bsfa::sm90

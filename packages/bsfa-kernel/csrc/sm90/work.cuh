@@ -5,14 +5,12 @@
 // consumers.
 #pragma once
 
-#include <cuda.h>
-
 #include "../common/query_block.cuh"
+#include "tensor_map.hpp"
 
 namespace bsfa::sm90 {
 
-struct KernelParams {
-  CUtensorMap q, k, v;  // (column, row, head, batch)
+struct KernelParams : TensorMaps {
   ForwardParams forward;
   Schedule schedule;
   int tiles;  // of all heads and sequences

@@ -1,0 +1,151 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// The kernels of attend_blocks for sm_90a and their launch. docs/kernel-attend.md has the picture.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <algorithm>
+
+#include "../check.hpp"
+#include "attend.hpp"
+#include "attend_order.cuh"
+#include "attend_pass.cuh"
+#include "attend_producer.cuh"
+
+namespace bsfa::sm90 {
+
+// Called by one thread, before anything else happens in the CTA.
+template <class Config>
+__device__ __forceinline__ void initialize_list_barriers(typename Config::SharedStorage& storage) {
+  constexpr int kReaders = Config::kConsumerWarps;
+  storage.q_full.init(1);
+  storage.q_empty.init(kReaders);
+  for (int slot = 0; slot < Config::kTileSlots; ++slot) {
+    storage.tile_full[slot].init(1);
+    storage.tile_empty[slot].init(kReaders + 1);  // and the loader
+  }
+  for (int stage = 0; stage < Config::kStages; ++stage) {
+    storage.full[stage].init(1);
+    storage.empty[stage].init(kReaders);
+  }
+  for (auto& places : storage.places) {
+    for (uint64_t& place : places) {
+      place = 0;
+    }
+  }
+  cutlass::arch::fence_barrier_init();
+}
+
+template <class Config>
+__device__ __forceinline__ void consume_lists(const AttendParams& params,
+                                              typename Config::SharedStorage& storage,
+                                              const ConsumerThread& who) {
+  using namespace cute;
+  ListPipelines<Config> pipelines;
+  if (who.warpgroup == 1) {
+    pingpong_signal(1);  // consumer 0 goes first
+  }
+#pragma unroll 1
+  while (true) {
+    wait(storage.q_full, pipelines.queries_phase());
+    const int slot = pipelines.slot();
+    const ListTile& tile = storage.tiles[slot];
+    if (uniform(tile.is_end)) {
+      return;
+    }
+    if (uniform(tile.lengths[who.warpgroup] > 0)) {
+      attend_lists<Config>(storage, pipelines, params, who);
+    } else {
+      release(storage.q_empty, who);
+      ++pipelines.tiles;
+      auto output = partition_fragment_C(typename Config::ValuesMma{}, Shape<_64, Int<Config::kHeadDim>>{});
+      clear(output);
+      store_list<Config>(storage, params, who, slot, output, Softmax{});
+    }
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    attend_kernel(const __grid_constant__ AttendKernelParams params) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(&params.q);
+    cute::prefetch_tma_descriptor(&params.k);
+    cute::prefetch_tma_descriptor(&params.v);
+    initialize_list_barriers<Config>(storage);
+  }
+  __syncthreads();
+  ptx::wait_for_earlier_grids();
+
+  // The same in all lanes, and known to be: the roles must be uniform for setmaxnreg.
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    const ListProducer<Config> producer{params, storage};
+    if (threadIdx.x == 0) {
+      producer.take_tiles();
+    } else if (warp == 1) {
+      producer.load_blocks();
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    consume_lists<Config>(params.order.attend, storage, {warp / 4 - 1, static_cast<int>(threadIdx.x % 128)});
+  }
+}
+
+// Launches a kernel whose start, up to wait_for_earlier_grids(), may overlap the end of the stream's work
+// before it.
+template <class Params>
+void launch_early(void (*kernel)(Params), const Params& params, int64_t ctas, int threads, int shared_bytes,
+                  cudaStream_t stream) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(ctas));
+  launch.blockDim = dim3(threads);
+  launch.dynamicSmemBytes = shared_bytes;
+  launch.stream = stream;
+  launch.attrs = &overlap;
+  launch.numAttrs = 1;
+  BSFA_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, params));
+}
+
+template <class Element, int kHeadDim>
+void attend_blocks(const AttendParams& params, cudaStream_t stream) {
+  using Config = AttendConfig<Element, kHeadDim>;
+  int device = 0;
+  int processors = 0;
+  BSFA_CUDA_CHECK(cudaGetDevice(&device));
+  BSFA_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+
+  AttendKernelParams kernel_params;
+  static_cast<TensorMaps&>(kernel_params) =
+      make_tensor_maps<Element>(params, kHeadDim, kKeyBlock, Config::kBoxColumns);
+  OrderParams& order = kernel_params.order;
+  order.attend = params;
+  order.schedule = make_schedule(params, kAttendTileQ, 2 * kHeadDim * sizeof(Element));
+  order.tiles = static_cast<int>(order.schedule.ctas());
+  auto* workspace = static_cast<char*>(params.workspace);
+  order.taken = reinterpret_cast<int*>(workspace);
+  order.ordered = reinterpret_cast<OrderedTile*>(workspace + kAttendHeaderBytes);
+  order.lengths = reinterpret_cast<TileLength*>(order.ordered + order.tiles);
+
+  constexpr int kCountWarps = 8;
+  const int64_t count_ctas =
+      std::min<int64_t>((order.tiles + kCountWarps - 1) / kCountWarps, int64_t{8} * processors);
+  launch_early(count_blocks_kernel<Config>, order, count_ctas, kCountWarps * 32, 0, stream);
+  const int64_t sections = (order.schedule.kv_heads + order.schedule.section - 1) / order.schedule.section;
+  launch_early(order_tiles_kernel<Config>, order, sections, kOrderThreads, 0, stream);
+  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
+  const auto kernel = attend_kernel<Config>;
+  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  launch_early(kernel, kernel_params, std::min<int64_t>(order.tiles, processors), Config::kThreads,
+               kSharedBytes, stream);
+}
+
+}  // namespace bsfa::sm90

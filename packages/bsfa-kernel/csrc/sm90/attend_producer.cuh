@@ -1,0 +1,176 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// The producers of attend_blocks: one thread takes tiles and loads their queries, one warp loads the key
+// blocks that one of the consumers attends to, and tells the consumers where they are.
+#pragma once
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "attend_order.cuh"
+#include "barriers.cuh"
+
+namespace bsfa::sm90 {
+
+struct AttendKernelParams : TensorMaps {
+  OrderParams order;
+};
+
+template <class Config>
+struct ListProducer {
+  using Storage = typename Config::SharedStorage;
+  using Element = typename Config::Element;
+
+  const AttendKernelParams& params;
+  Storage& storage;
+
+  // One thread. Takes the next tile when the consumers have begun the one before.
+  __device__ __forceinline__ void take_tiles() const {
+    const AttendParams& attend = params.order.attend;
+    int next = blockIdx.x;
+    for (uint32_t count = 0;; ++count) {
+      const int slot = count % Config::kTileSlots;
+      wait(storage.q_empty, count % 2 ^ 1);
+      wait(storage.tile_empty[slot], count / Config::kTileSlots % 2 ^ 1);
+      ListTile& published = storage.tiles[slot];
+      if (next >= params.order.tiles) {
+        published.is_end = true;
+        storage.tile_full[slot].arrive();
+        storage.q_full.arrive();
+        return;
+      }
+      const int4 record = *reinterpret_cast<const int4*>(&params.order.ordered[next]);
+      next = gridDim.x + atomicAdd(params.order.taken, 1);
+      const QueryTile tile = find_tile(attend, params.order.schedule, record.x, kAttendTileQ);
+      static_cast<QueryTile&>(published) = tile;
+      published.is_end = false;
+      for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
+        const int length = consumer == 0 ? record.y : record.z;
+        published.blocks[consumer] = find_listed_block(
+            attend, tile.sequence, first_query_of(attend, tile, consumer), length == kPoisoned);
+        published.lengths[consumer] = length;
+      }
+      storage.tile_full[slot].arrive();
+      storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
+      for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
+        load(params.q, storage.q_full, cute::TMA::CacheHintSm90::EVICT_FIRST,
+             storage.q + consumer * Config::kBlockElements,
+             query_row(tile.sequence, tile.first_query) + consumer * Config::kWarpgroupQ, tile.head,
+             batch_coordinate(attend, tile.sequence));
+      }
+    }
+  }
+
+  // A warp. Even lanes follow the list of the first consumer, odd ones that of the second; lane i looks after
+  // stage i. A block in either list is loaded once.
+  __device__ __forceinline__ void load_blocks() const {
+    constexpr int kWords = 32 / Config::kConsumers;  // of each list, in the lanes
+    const AttendParams& attend = params.order.attend;
+    const int lane = threadIdx.x % 32;
+    const int consumer = lane % Config::kConsumers;
+    uint32_t written = 0;  // places of the consumer's list
+    uint32_t free = 0;     // stages found to be free
+    uint32_t rounds = 0;   // of each stage, modulo 2
+    for (uint32_t count = 0;; ++count) {
+      const int slot = count % Config::kTileSlots;
+      wait(storage.tile_full[slot], count / Config::kTileSlots % 2);
+      const ListTile& tile = storage.tiles[slot];
+      if (tile.is_end) {
+        return;
+      }
+      int remaining = max(tile.lengths[consumer], 0);
+      const int visible = remaining > 0 ? tile.blocks[consumer].keys.visible : 0;
+      const int full = tile.blocks[consumer].keys.full;
+      const uint64_t* mask = find_mask(attend, tile, tile.blocks[consumer].index);
+      const int words = (max(visible, __shfl_xor_sync(0xffffffff, visible, 1)) + kMaskBits - 1) / kMaskBits;
+      for (int first_word = (words - 1) / kWords * kWords; first_word >= 0; first_word -= kWords) {
+        const uint64_t my_word = visible_word(mask, first_word + lane / Config::kConsumers, visible);
+        uint32_t nonempty = __ballot_sync(0xffffffff, my_word != 0);
+        while (nonempty != 0) {
+          const int index = (31 - __clz(nonempty)) / Config::kConsumers;
+          nonempty &= ~(~0u << index * Config::kConsumers);
+          const uint64_t own = __shfl_sync(0xffffffff, my_word, index * Config::kConsumers + consumer);
+          uint64_t either = own | __shfl_xor_sync(0xffffffff, own, 1);
+          while (either != 0) {
+            const int bit = 63 - __clzll(either);
+            either &= ~(uint64_t{1} << bit);
+            const bool attends = own >> bit & 1;
+            const bool both = __all_sync(0xffffffff, attends);
+            const int key_block = (first_word + index) * kMaskBits + bit;
+            const int row = key_row(tile.sequence, key_block);
+            uint32_t where = load_block(params.k, tile, row, both, free, rounds) |
+                             load_block(params.v, tile, row, both, free, rounds) << place::kValueStage;
+            if (attends) {
+              --remaining;
+              where |= key_block >= full ? place::kMasked : 0;
+              if (lane < Config::kConsumers) {
+                write(consumer, written, key_block, where | (remaining == 0 ? place::kLast : 0));
+              }
+              ++written;
+              if (remaining == 0 && written % 2 != 0) {
+                if (lane < Config::kConsumers) {
+                  write(consumer, written, place::kNoBlock,
+                        where | place::kMasked | place::kLast | place::kEmpty);
+                }
+                ++written;
+              }
+            }
+            __syncwarp();
+          }
+        }
+      }
+      if (lane == 0) {
+        storage.tile_empty[slot].arrive();
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static void load(const CUtensorMap& map,
+                                              cutlass::arch::ClusterTransactionBarrier& full,
+                                              cute::TMA::CacheHintSm90 hint, Element* to, int row, int head,
+                                              int batch) {
+    for (int box = 0; box < Config::kBoxes; ++box) {
+      cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(hint),
+                                   to + box * Config::kBoxElements, box * Config::kBoxColumns, row, head,
+                                   batch);
+    }
+  }
+
+  // Loads a block into any free stage. Returns the stage and its phase, as they are in a place.
+  __device__ __forceinline__ uint32_t load_block(const CUtensorMap& map, const ListTile& tile, int row,
+                                                 bool both, uint32_t& free, uint32_t& rounds) const {
+    const int lane = threadIdx.x % 32;
+    while (free == 0) {
+      const int stage = min(lane, Config::kStages - 1);
+      const bool is_free = storage.empty[stage].test_wait((rounds >> stage & 1) ^ 1);
+      free = __ballot_sync(0xffffffff, is_free && lane < Config::kStages);
+    }
+    const int stage = __ffs(free) - 1;
+    free &= free - 1;
+    const uint32_t phase = rounds >> stage & 1;
+    rounds ^= 1u << stage;
+    if (lane == 0) {
+      if (!both) {
+        // For the consumer that does not attend to the block, and will not touch the stage.
+        ptx::arrive_times(cute::cast_smem_ptr_to_uint(&storage.empty[stage]),
+                          Config::kConsumerWarps / Config::kConsumers);
+      }
+      storage.full[stage].arrive_and_expect_tx(Config::kBlockBytes);
+      load(map, storage.full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+           storage.blocks + stage * Config::kBlockElements, row, tile.kv_head,
+           batch_coordinate(params.order.attend, tile.sequence));
+    }
+    __syncwarp();
+    return stage | phase << place::kPhase;
+  }
+
+  __device__ __forceinline__ void write(int consumer, uint32_t written, int key_block, uint32_t where) const {
+    const uint32_t round = written / Config::kPlaces % 2 == 0 ? place::kRound : 0;  // memory begins with 0
+    ptx::store_volatile(cute::cast_smem_ptr_to_uint(&storage.places[consumer][written % Config::kPlaces]),
+                        key_block, where | round);
+  }
+};
+
+}  // namespace bsfa::sm90
