@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -20,10 +21,12 @@ from bsfa_kernel import (
     PRECISIONS,
     RULES,
     VOTERS,
+    Kernel,
     _auto,
     _native,
     attend_blocks,
     block_sparse_attention,
+    build_info,
     pack_blocks,
     reference,
     select_blocks,
@@ -471,49 +474,51 @@ class OnGpu:
 
 
 def test_auto_takes_two_steps_from_the_crossover_on_where_there_are_kernels(monkeypatch):
-    kernels = True
-    monkeypatch.setattr(_auto, "_has_both_steps", lambda *_: kernels)
+    head_dims = (64, 128)
+    monkeypatch.setattr(_auto, "_head_dims_with_both_steps", lambda *_: head_dims)
     for voters, crossover in CROSSOVERS.items():
         for share, expected in ((crossover, True), (crossover - 0.01, False), (1.0, True)):
             assert _auto.selects_first("auto", share, voters, OnGpu()) is expected
         assert not _auto.selects_first("auto", None, voters, OnGpu())
         assert _auto.selects_first("int8", None, voters, OnGpu())
         assert not _auto.selects_first("exact", None, voters, OnGpu())
-    kernels = False
+    head_dims = (64,)
     assert not _auto.selects_first("auto", 1.0, 1, OnGpu())
     assert set(CROSSOVERS) == set(VOTERS)
 
 
+BOTH = ("select_blocks", "attend_blocks")
+
+
 @pytest.mark.parametrize(
-    ("names", "capability", "dtype", "head_dim", "arch", "expected"),
+    ("names", "capability", "dtype", "arch", "expected"),
     [
-        ("both", (9, 0), torch.bfloat16, 128, 0, True),
-        ("both", (9, 0), torch.bfloat16, 128, 80, False),
-        ("both", (9, 0), torch.bfloat16, 64, 0, False),
-        ("both", (9, 0), torch.float16, 128, 0, False),
-        ("both", (8, 0), torch.bfloat16, 128, 0, False),
-        ("one", (9, 0), torch.bfloat16, 128, 0, False),
+        (BOTH, (9, 0), torch.bfloat16, 0, (128,)),
+        (BOTH, (9, 0), torch.bfloat16, 90, (128,)),
+        (BOTH, (9, 0), torch.bfloat16, 80, ()),
+        (BOTH, (9, 0), torch.float16, 0, ()),
+        (BOTH, (8, 0), torch.bfloat16, 0, ()),
+        (BOTH[:1], (9, 0), torch.bfloat16, 0, ()),
     ],
 )
-def test_auto_knows_which_gpus_have_kernels(
-    monkeypatch, names, capability, dtype, head_dim, arch, expected
-):
-    kernels = [
-        bsfa_kernel_entry(name, 90)
-        for name in ("select_blocks", "attend_blocks")[: 2 if names == "both" else 1]
-    ]
-    info = _auto.build_info()
-    monkeypatch.setattr(
-        _auto, "build_info", lambda: type(info)("", 1, info.library, True, "", kernels=kernels)
-    )
+def test_auto_knows_which_gpus_have_kernels(monkeypatch, names, capability, dtype, arch, expected):
+    kernels = tuple(Kernel(name, 90, False, "bfloat16", 128, GEOMETRIES) for name in names)
+    info = dataclasses.replace(build_info(), kernels=kernels)
+    monkeypatch.setattr(_auto, "build_info", lambda: info)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert _auto._found_both_steps.__wrapped__(0, dtype, head_dim, arch) is expected
+    _auto._find_head_dims.cache_clear()
 
+    def find(q):
+        return _auto._head_dims_with_both_steps(q.get_device(), q.dtype, _native.insisted_arch())
 
-def bsfa_kernel_entry(name, arch):
-    from bsfa_kernel import Kernel
-
-    return Kernel(name, arch, False, "bfloat16", 128, GEOMETRIES)
+    q = torch.zeros(2, dtype=dtype)
+    with _native.force_arch(arch):
+        assert find(q) == expected
+        for dynamic in (False, True):
+            torch._dynamo.reset()
+            compiled = torch.compile(find, fullgraph=True, dynamic=dynamic, backend="eager")
+            assert compiled(q) == expected
+    _auto._find_head_dims.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -56,24 +56,28 @@ def selects_first(
         return selection == "int8"
     if expected_skipped is None or expected_skipped < CROSSOVERS[voters] or not q.is_cuda:
         return False
-    found: bool = _has_both_steps(q.get_device(), q.dtype, q.shape[-1], _native.insisted_arch())
-    return found
+    head_dims = _head_dims_with_both_steps(q.get_device(), q.dtype, _native.insisted_arch())
+    return any(q.shape[-1] == head_dim for head_dim in head_dims)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_both_steps(device: int, dtype: torch.dtype, head_dim: int, arch: int) -> bool:
-    """Whether the library has both kernels for a GPU; asked once when a graph is compiled."""
-    return _found_both_steps(device, dtype, head_dim, arch)
+def _head_dims_with_both_steps(device: int, dtype: torch.dtype, arch: int) -> tuple[int, ...]:
+    """Those that the library has both kernels for; asked once when a graph is compiled."""
+    return _find_head_dims(device, dtype, arch)
 
 
 @functools.cache
-def _found_both_steps(device: int, dtype: torch.dtype, head_dim: int, arch: int) -> bool:
+def _find_head_dims(device: int, dtype: torch.dtype, arch: int) -> tuple[int, ...]:
     major, _ = torch.cuda.get_device_capability(device)
-    names = {
-        kernel.name
+    found = {
+        (kernel.name, kernel.head_dim)
         for kernel in build_info().kernels
-        if (kernel.dtype, kernel.head_dim) == (str(dtype).removeprefix("torch."), head_dim)
+        if kernel.dtype == str(dtype).removeprefix("torch.")
         and (kernel.arch == arch or arch == 0)
         and (kernel.arch // 10 == major or (kernel.ptx and major > 8))
     }
-    return {"select_blocks", "attend_blocks"} <= names
+    selected, attended = (
+        {size for name, size in found if name == step}
+        for step in ("select_blocks", "attend_blocks")
+    )
+    return tuple(sorted(selected & attended))
