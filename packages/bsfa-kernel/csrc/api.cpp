@@ -128,20 +128,13 @@ void select_blocks(const bsfa_select_blocks_args* args) {
   const bsfa_problem& problem = args->problem;
   const Request request = make_request("select_blocks", problem);
   check_built(kSelectBlocksKernels, request);
-  const bool empty = !has_queries(params) || params.seqlen_k == 0;
-  if (!empty) {
+  if (has_queries(params)) {
     check_workspace(args->workspace, args->workspace_bytes,
                     workspace_bytes(kSelectBlocksKernels, request, params));
   }
 #if defined(BSFA_WITH_CUDA)
-  const auto stream = static_cast<cudaStream_t>(problem.stream);
   const DeviceGuard guard(problem.device);
-  if (empty) {
-    const int64_t words = count_query_blocks(params) * params.heads * params.mask_words;
-    BSFA_CUDA_CHECK(cudaMemsetAsync(params.block_mask, 0, sizeof(uint64_t) * words, stream));
-  } else {
-    launch(kSelectBlocksKernels, request, params, problem.device, stream);
-  }
+  launch(kSelectBlocksKernels, request, params, problem.device, static_cast<cudaStream_t>(problem.stream));
 #endif
 }
 

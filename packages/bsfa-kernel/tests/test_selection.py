@@ -474,7 +474,7 @@ class OnGpu:
 
 
 def test_auto_takes_two_steps_from_the_crossover_on_where_there_are_kernels(monkeypatch):
-    head_dims = (64, 128)
+    head_dims: tuple[int, ...] = (64, 128)
     monkeypatch.setattr(_auto, "_head_dims_with_both_steps", lambda *_: head_dims)
     for voters, crossover in CROSSOVERS.items():
         for share, expected in ((crossover, True), (crossover - 0.01, False), (1.0, True)):
