@@ -20,16 +20,16 @@ __device__ __forceinline__ int larger(int x, int y) {
   return max(x, y);
 }
 
-// The largest of each row over the quad, or NaN, given the thread's. Each thread ends up with one row: thread
-// i of the quad with row i, of two rows with row i % 2, in fewer shuffles than all rows in all threads take.
-template <class Value>
-__device__ __forceinline__ Value quad_row_max(const Value (&rows)[2]) {
+// The largest of one of two rows over two neighbouring threads, or NaN: thread i of the quad has row i % 2.
+// The other half of the row is with thread i ^ 2.
+__device__ __forceinline__ float pair_row_max(const float (&rows)[2]) {
   const bool odd = threadIdx.x % 2 == 1;
-  const Value mine = larger(odd ? rows[1] : rows[0],  //
-                            __shfl_xor_sync(0xffffffff, odd ? rows[0] : rows[1], 1));
-  return larger(mine, __shfl_xor_sync(0xffffffff, mine, 2));
+  return ptx::max_nan(odd ? rows[1] : rows[0],  //
+                      __shfl_xor_sync(0xffffffff, odd ? rows[0] : rows[1], 1));
 }
 
+// The largest of one of four rows over the quad, or NaN: thread i has row i. In fewer shuffles than all rows
+// in all threads would take.
 template <class Value>
 __device__ __forceinline__ Value quad_row_max(const Value (&rows)[4]) {
   const bool odd = threadIdx.x % 2 == 1;

@@ -64,7 +64,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, typename Con
   if (who.warpgroup == 1) {
     pingpong_signal(1);  // consumer 0 goes first
   }
-  int tiles = count_tiles<Config>(params);
+  int tiles = count_tiles(params);
 #pragma unroll 1
   while (tiles > 0) {
     wait(storage.q_full, pipelines.queries.phase());

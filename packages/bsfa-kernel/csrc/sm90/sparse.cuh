@@ -60,11 +60,15 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     votes[i] = is_voter(params, block, tile.sequence.seqlen_q, context.first_query() + row);
   }
   RowReference reference = RowReference::first(params.rule);
+  // The row's peak in the block voted on last, from either half of the quad. The reference takes it in with
+  // the next vote, so that nobody waits for the exchange.
+  float half_peak = -CUDART_INF_F;
+  float other_half_peak = -CUDART_INF_F;
   int kept = 0;
-  // The bits that say that a warp of the query block keeps a key block.
+  // The keep bits of the warps that share this warpgroup's query block.
   const uint2 my_votes{!halved || who.warpgroup == 0 ? kKeepBits : 0,
                        !halved || who.warpgroup == 1 ? kKeepBits : 0};
-  // Not 0: ping-pong for the block last found to be kept, since both consumers keep it.
+  // Not 0 where both consumers keep the block last kept, for which they then ping-pong.
   uint32_t ping_pong = 0;
 
   // Steps.
@@ -82,21 +86,22 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     pipelines.values.advance();
   };
   // What the thread's scores of each row come to in a vote.
-  const auto find_largest = [&](auto& scores, float(&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
+  const auto find_largest = [&](auto& scores, float (&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
     if constexpr (kRelative) {
       row_maxima<true>(accumulator_matrix(scores), values);
     } else {
       scores_against<kBounds == Bounds::kPositive>(accumulator_matrix(scores), values);
     }
   };
-  // Whether a row of the thread votes to keep. One with a score of NaN does. Shuffles, which ptxas leaves
-  // where they are: hence not one function with the above.
-  const auto passes = [&](const float(&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
+  // Whether a row of the thread votes to keep. One with a score of NaN does. Not one function with the above,
+  // so that ptxas has the maxima to put between the wgmma that are issued in between.
+  const auto passes = [&](const float (&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
     bool pass = false;
     if constexpr (kRelative) {
-      const float peak = params.scale * quad_row_max(values);
-      pass = votes[0] & !(reference.excess(peak) < threshold);
-      reference.take(params.rule, peak);
+      reference.take(params.rule, ptx::max_nan(half_peak, other_half_peak));
+      half_peak = params.scale * pair_row_max(values);
+      other_half_peak = __shfl_xor_sync(0xffffffff, half_peak, 2);
+      pass = votes[0] & !(reference.excess(half_peak) < threshold);
     } else {
       CUTE_UNROLL
       for (int row = 0; row < kThreadRows; ++row) {
@@ -105,7 +110,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     }
     return pass;
   };
-  // Of the block that was started before `after` others.
+  // The stage of the block that was started before `after` others.
   const auto release_keys = [&](int after) BSFA_INLINE_LAMBDA {
     const PipelineState<Config::kKeyStages> state{pipelines.keys.count - 1 - after};
     release_branchless(storage.k_empty[state.stage()], who);
@@ -119,8 +124,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     find_largest(scores, values);
     cast_vote(passes(values));
   };
-  // A first look at the votes on the block that was voted on before `after` others, for which there is time
-  // while a GEMM is under way. Mostly they are there.
+  // A first look, beside a GEMM, at the votes on the block that was voted on before `after` others. Mostly
+  // all are there.
   uint2 early_votes{};
   const auto look_for_votes = [&](int after) BSFA_INLINE_LAMBDA {
     early_votes = read_votes<Config>(storage, {pipelines.votes.count - 1 - after});
@@ -132,7 +137,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     if (!are_votes_there(votes, state)) {
       votes = await_votes<Config>(storage, state);
     }
-    // Both by masks, which are in registers: what ptxas can test in uniform registers it moves there first.
+    // By masks in registers: with constants, ptxas would move the votes to uniform registers first.
     const uint32_t mine = (votes.x & my_votes.x) | (votes.y & my_votes.y);
     const uint32_t others = (votes.x & my_votes.y) | (votes.y & my_votes.x);
     if (mine != 0) {
@@ -146,8 +151,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     }
     return false;
   };
-  // The verdict comes in two parts. At the end of a step: whether somebody may keep the block, by the first
-  // look; mostly nobody does, and that is all. At the beginning of the next: the rest.
+  // The verdict comes in two parts. At the end of a step, from the first look: whether the block may be kept;
+  // mostly not, and that is all. At the start of the next step: the rest.
   bool may_keep = false;
   const auto judge_early = [&](int after) BSFA_INLINE_LAMBDA {
     may_keep =
@@ -220,12 +225,11 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     return kept;
   }
 
-  // From here on a step decides on one block while the scores of later ones are computed. At its start
-  // `current` and the block after it have been voted on, and the GEMM of `last`, the next one, is under way;
-  // at its end that of one more, in the registers of `current`. So the tensor cores have work while the
-  // consumers exchange votes and exponentiate. The vote on `last` is found while the instructions of a GEMM
-  // are issued. What both ways have in common at their end stands behind them, so that ptxas keeps each of
-  // them free of further branches.
+  // From here on the scores of later blocks are computed while a step handles one, so that the tensor cores
+  // have work while consumers vote and exponentiate. When a step begins, `current` and the block after it
+  // have been voted on, and the GEMM of the one after that, `last`, is in flight. When it ends, so is the
+  // GEMM of one more, in the registers of `current`. The vote on `last` is computed while wgmma are issued.
+  // What both arms end with stands after them, so that ptxas puts no further branch into either.
   const auto step = [&](auto& current, auto& last) BSFA_INLINE_LAMBDA {
     float values[kThreadRows];
     if (keeps(1)) {
