@@ -10,27 +10,49 @@
 
 namespace bsfa {
 
-// The block that begins at `first_query` of a sequence, as find_query_block() finds it: every key block of it
-// is decided. Its threshold is NaN where the outputs must be: where that of the selection is, and where the
-// mask has too few words for the sequence.
+// Whether the outputs of the block of queries that begins at `first_query` are NaN: where the threshold of
+// the selection is, and where the mask has too few words for the sequence.
+__device__ __forceinline__ bool is_poisoned(const AttendParams& params, const QueryTile& tile,
+                                            int first_query) {
+  const Sequence& sequence = tile.sequence;
+  if (first_query >= sequence.seqlen_q) {
+    return false;
+  }
+  if (sequence.seqlen_k > int64_t{params.mask_words} * kMaskBits * kKeyBlock) {
+    return true;
+  }
+  if (params.thresholds == nullptr) {
+    return false;
+  }
+  const int row =
+      threshold_row(first_query, sequence.seqlen_q, sequence.seqlen_k, params.q_block, params.threshold_rows);
+  // Not __ldg: under PDL the producer of `thresholds` may still be running.
+  return isnan(params.thresholds[int64_t{tile.head} * params.threshold_rows + row]);
+}
+
+// That block as find_query_block() finds it, with nothing to vote on.
 __device__ __forceinline__ QueryBlock find_attended_block(const AttendParams& params,
-                                                          const Sequence& sequence, int head,
-                                                          int first_query) {
+                                                          const Sequence& sequence, int first_query,
+                                                          bool poisoned) {
   const Visibility sees{sequence.seqlen_q, sequence.seqlen_k, params.causal};
   QueryBlock block;
   block.index = first_query / params.q_block;
-  block.threshold = 0.0f;
-  if (params.thresholds != nullptr && first_query < sees.seqlen_q) {
-    const int row =
-        threshold_row(first_query, sees.seqlen_q, sees.seqlen_k, params.q_block, params.threshold_rows);
-    block.threshold = params.thresholds[int64_t{head} * params.threshold_rows + row];
-  }
-  if (sees.seqlen_k > int64_t{params.mask_words} * kMaskBits * kKeyBlock) {
-    block.threshold = CUDART_NAN_F;
-  }
-  block.keys = is_poisoned(block) ? KeyBlocks{0, 0} : key_blocks(sees, first_query, params.q_block);
-  block.undecided = block.keys.visible;
+  block.threshold = poisoned ? CUDART_NAN_F : -CUDART_INF_F;
+  block.keys = poisoned ? KeyBlocks{0, 0} : key_blocks(sees, first_query, params.q_block);
+  block.undecided = 0;
   return block;
+}
+
+// The words of query block `index` of the tile's sequence in the mask.
+const __device__ __forceinline__ uint64_t* find_words(const AttendParams& params, const QueryTile& tile,
+                                                      int index) {
+  return words_of_block(params, params.block_mask, params.mask_words, tile.sequence, tile.head, index);
+}
+
+// Word `word` of them, without the blocks from `visible` on; not read where there are no others.
+__device__ __forceinline__ uint64_t visible_word(const uint64_t* words, int word, int visible) {
+  const int seen = min(visible - word * kMaskBits, kMaskBits);
+  return seen <= 0 ? 0 : words[word] & ~uint64_t{0} >> (kMaskBits - seen);
 }
 
 // A walk from the last to the first over the key blocks that one of a tile's two query blocks attends. Where
@@ -39,7 +61,7 @@ class BlockList {
  public:
   __device__ __forceinline__ BlockList(const AttendParams& params, const QueryTile& tile,
                                        const QueryBlock& first, const QueryBlock& second)
-      : rows_{words_of(params, tile, first), words_of(params, tile, second)},
+      : words_{find_words(params, tile, first.index), find_words(params, tile, second.index)},
         visible_{first.keys.visible, second.keys.visible},
         word_((max(first.keys.visible, second.keys.visible) + kMaskBits - 1) / kMaskBits),
         bits_{0, 0} {}
@@ -52,7 +74,7 @@ class BlockList {
       }
       --word_;
       for (int i = 0; i < 2; ++i) {
-        bits_[i] = visible_bits(rows_[i], word_, visible_[i]);
+        bits_[i] = visible_word(words_[i], word_, visible_[i]);
       }
     }
     const int bit = kMaskBits - 1 - __clzll(static_cast<int64_t>(bits_[0] | bits_[1]));
@@ -64,19 +86,7 @@ class BlockList {
   }
 
  private:
-  const __device__ __forceinline__ static uint64_t* words_of(const AttendParams& params,
-                                                             const QueryTile& tile, const QueryBlock& block) {
-    return words_of_block(params, params.block_mask, params.mask_words, tile.sequence, tile.head,
-                          block.index);
-  }
-
-  // The bits of a word that stand for the key blocks [0, visible).
-  __device__ __forceinline__ static uint64_t visible_bits(const uint64_t* row, int word, int visible) {
-    const int seen = min(visible - word * kMaskBits, kMaskBits);
-    return seen <= 0 ? 0 : row[word] & ~uint64_t{0} >> (kMaskBits - seen);
-  }
-
-  const uint64_t* rows_[2];
+  const uint64_t* words_[2];
   int visible_[2];
   int word_;  // that bits_ are of
   uint64_t bits_[2];

@@ -19,6 +19,15 @@ __device__ __forceinline__ void begin() {
   }
 }
 
+// Of the current device.
+inline int count_multiprocessors() {
+  int device = 0;
+  int count = 0;
+  BSFA_CUDA_CHECK(cudaGetDevice(&device));
+  BSFA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // Launches a kernel compiled for kArch. On 9.0 its start, up to begin<kArch>(), may overlap the end of the
 // stream's work before it.
 template <int kArch, class... Parameters, class... Arguments>

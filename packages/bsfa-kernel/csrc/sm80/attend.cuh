@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     return;
   }
   publish_tile<Config>(params, tile, storage, [&](int half) {
-    return find_attended_block(params, tile.sequence, tile.head, tile.first_query + half * params.q_block);
+    const int first_query = tile.first_query + half * params.q_block;
+    return find_attended_block(params, tile.sequence, first_query, is_poisoned(params, tile, first_query));
   });
   const bool halved = params.q_block < Config::kTileQ;
   const int half = half_of_thread(params, Config::kTileQ, Config::kThreads);

@@ -26,7 +26,7 @@ struct Producer {
     PipelineState<Config::kKeyStages> keys;
     PipelineState<Config::kVoteStages> vote_state;
     PipelineState<1> queries;
-    for_each_tile(params, [&](int index) BSFA_INLINE_LAMBDA {
+    for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
       wait(storage.q_empty, queries.phase() ^ 1);
       Tile tile;
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
@@ -71,7 +71,7 @@ struct Producer {
   __device__ __forceinline__ void load_values() const {
     PipelineState<Config::kVoteStages> vote_state;
     PipelineState<Config::kValueStages> values;
-    for_each_tile(params, [&](int index) BSFA_INLINE_LAMBDA {
+    for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
       Tile tile;
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
       find_blocks(params.forward, Config::kTileQ, tile);

@@ -312,15 +312,11 @@ SelectKernelParams make_select_kernel_params(const SelectParams& params) {
 
 template <class Config, Rule kRule>
 void launch_select(const SelectKernelParams& kernel_params, cudaStream_t stream) {
-  int device = 0;
-  int processors = 0;
-  BSFA_CUDA_CHECK(cudaGetDevice(&device));
-  BSFA_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
   const auto kernel = select_kernel<Config, kRule>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  launch<90>(kernel, dim3(std::min(kernel_params.tiles, processors)), Config::kThreads, kSharedBytes, stream,
-             kernel_params);
+  launch<90>(kernel, dim3(std::min(kernel_params.tiles, count_multiprocessors())), Config::kThreads,
+             kSharedBytes, stream, kernel_params);
 }
 
 template <class Config>

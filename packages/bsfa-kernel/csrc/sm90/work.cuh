@@ -66,25 +66,4 @@ __device__ __forceinline__ void find_blocks(const ForwardParams& params, int til
   tile.dense = max(tile.first.undecided, tile.second.undecided) == 0;
 }
 
-// Runs `body` for the index of each tile of this CTA, in the order of the schedule. Every other round goes
-// backwards through the CTAs, so that none of them gets the longest tile of every round.
-template <class Body>
-__device__ __forceinline__ void for_each_tile(const KernelParams& params, Body&& body) {
-  const int rounds = (params.tiles + gridDim.x - 1) / gridDim.x;
-#pragma unroll 1
-  for (int round = 0; round < rounds; ++round) {
-    const int cta = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const int index = round * gridDim.x + cta;
-    if (index < params.tiles) {
-      body(index);
-    }
-  }
-}
-
-__device__ __forceinline__ int count_tiles(const KernelParams& params) {
-  int count = 0;
-  for_each_tile(params, [&](int) { ++count; });
-  return count;
-}
-
 }  // namespace bsfa::sm90
