@@ -227,6 +227,12 @@ int32_t check_mask_words(const bsfa_problem& args, int64_t words) {
   return static_cast<int32_t>(words);
 }
 
+// Of padded tensors the query blocks of a sequence, of packed ones as many as its sequences may have.
+int64_t count_query_blocks(const Problem& problem) {
+  return problem.is_packed() ? int64_t{problem.seqlen_q} / problem.q_block + problem.batch
+                             : (int64_t{problem.seqlen_q} + problem.q_block - 1) / problem.q_block;
+}
+
 bool has_queries(const bsfa_problem& args) {
   return args.batch > 0 && args.seqlen_q > 0;
 }
@@ -262,11 +268,6 @@ float* check_lse(float* lse) {
 }
 
 }  // namespace
-
-int64_t count_query_blocks(const Problem& problem) {
-  return problem.is_packed() ? int64_t{problem.seqlen_q} / problem.q_block + problem.batch
-                             : (int64_t{problem.seqlen_q} + problem.q_block - 1) / problem.q_block;
-}
 
 void check_workspace(const void* workspace, uint64_t bytes, uint64_t needed) {
   if (needed == 0) {

@@ -24,8 +24,4 @@ AttendParams validate_shape(const bsfa_attend_blocks_args* args);
 // Whether the workspace that the caller gave will do.
 void check_workspace(const void* workspace, uint64_t bytes, uint64_t needed);
 
-// Entries in a row of block masks or of kept, and how many of them there are: of padded tensors the query
-// blocks of a sequence, of packed ones all that its sequences may have.
-int64_t count_query_blocks(const Problem& problem);
-
 }  // namespace bsfa
