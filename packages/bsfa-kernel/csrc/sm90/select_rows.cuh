@@ -8,6 +8,9 @@
 #include <cute/tensor.hpp>
 #include <math_constants.h>
 
+#include <cfloat>
+#include <type_traits>
+
 #include "../common/ptx.cuh"
 #include "quantize.cuh"
 #include "select_config.cuh"
@@ -116,6 +119,14 @@ __device__ __forceinline__ void hold(Value (&peaks)[kQuadRows][kTileBlocks]) {
   }
 }
 
+// A lane's vote, and what rebase() needs.
+struct Vote {
+  bool keeps;
+  bool is_high;  // the peak is so far above the base, or NaN, that rebase() must follow
+  float peak;
+  float sum;  // before the vote
+};
+
 // What a lane knows of its row. Scores are in powers of two: scale * log2(e) * q·k.
 template <Rule kRule>
 struct VotingRow {
@@ -134,38 +145,50 @@ struct VotingRow {
     sum = 0.0f;
   }
 
-  // Whether the row votes to keep the lane's block of the two, given its peak there. Lanes of a quad must come
-  // with both blocks of a row.
+  // What the row votes on the lane's block of the two, given its peak there. Lanes of a quad must come with
+  // both blocks of a row. peak_lse: rebase() must follow where a lane of the warp says so.
   template <class Value>
-  __device__ __forceinline__ bool vote(Value peak, float key_scale, bool is_hidden, const VoterLane& voter) {
+  __device__ __forceinline__ Vote vote(Value peak, float key_scale, bool is_hidden, const VoterLane& voter) {
     const float factor = scale * key_scale;
-    const float score = static_cast<float>(peak);
-    const auto scaled = [&](float less) { return is_hidden ? -CUDART_INF_F : fmaf(score, factor, -less); };
-    bool keeps;
+    const auto scaled = [&](float less) {
+      return is_hidden ? -CUDART_INF_F : fmaf(static_cast<float>(peak), factor, -less);
+    };
+    Vote vote{true, false, scaled(0.0f), sum};
     if constexpr (kRule == Rule::kAbsolute) {
-      keeps = !(scaled(0.0f) < threshold);
+      vote.keeps = !(vote.peak < threshold);
     } else if constexpr (kRule == Rule::kRunningMax) {
-      const float x = scaled(0.0f);
       float first, second;
-      exchange(x == CUDART_INF_F ? CUDART_NAN_F : x, voter, first, second);
+      exchange(vote.peak == CUDART_INF_F ? CUDART_NAN_F : vote.peak, voter, first, second);
       const float between = ptx::max_nan(base, first);
-      keeps = !(x < (voter.key_block() == 1 ? base : between) + threshold);
+      vote.keeps = !(vote.peak < (voter.key_block() == 1 ? base : between) + threshold);
       base = ptx::max_nan(between, second);
     } else {
       const float above = scaled(base);
       float first, second;
       exchange(ptx::exp2_approx(above), voter, first, second);
       const float between = sum + first;
-      const float reference = voter.key_block() == 1 ? sum : between;
-      keeps = !(above < ptx::log2_approx(reference) + threshold);
-      const float sum_before = sum;
+      vote.keeps = !(above < ptx::log2_approx(voter.key_block() == 1 ? sum : between) + threshold);
+      vote.is_high = !(above <= kRange);  // NaN is
       sum = between + second;
-      const bool is_high = !(above <= kRange);  // NaN is
-      if (__any_sync(0xffffffff, is_high)) {
-        rebase(scaled(0.0f), is_high, sum_before, voter, keeps);
-      }
     }
-    return votes && keeps;
+    return vote;
+  }
+
+  // The vote and the sum once more for rows whose peak was too high, with a new base: the reference. Only for
+  // these, since a row's result must not depend on its neighbours. All lanes must come.
+  __device__ __forceinline__ void rebase(Vote& vote, const VoterLane& voter) {
+    const bool other_is_high = __shfl_xor_sync(0xffffffff, vote.is_high, 1);
+    float first, second;
+    exchange(vote.peak, voter, first, second);
+    const float before = base + ptx::log2_approx(vote.sum);
+    const float between = add_peak(before, first);
+    const float after = add_peak(between, second);
+    if (vote.is_high || other_is_high) {
+      vote.keeps = !(vote.peak < (voter.key_block() == 1 ? before : between) + threshold);
+      // A row that has seen NaN gets a base that nothing exceeds.
+      base = isnan(after) ? FLT_MAX : after;
+      sum = isnan(after) ? after : 1.0f;
+    }
   }
 
  private:
@@ -179,37 +202,9 @@ struct VotingRow {
 
   // log2(2^x + 2^y) with y a peak: NaN once one was NaN or +inf.
   __device__ __forceinline__ static float add_peak(float x, float y) {
-    if (!(y < CUDART_INF_F)) {
-      return CUDART_NAN_F;
-    }
     const float larger = ptx::max_nan(x, y);
-    return larger == -CUDART_INF_F ? larger
-                                   : larger + ptx::log2_approx(1.0f + ptx::exp2_approx(-fabsf(x - y)));
-  }
-
-  // The vote and the sum once more for rows whose peak is far above the base, or NaN, with a new base: the
-  // reference. Only for these: a row's result must not depend on its neighbours.
-  __device__ __forceinline__ static float4 rebased(float x, float base, float sum, float threshold, int lane) {
-    const VoterLane voter{lane};
-    float first, second;
-    exchange(x, voter, first, second);
-    const float before = base + ptx::log2_approx(sum);
-    const float between = add_peak(before, first);
-    const float after = add_peak(between, second);
-    const bool keeps = !(x < (voter.key_block() == 1 ? before : between) + threshold);
-    // A row that has seen NaN gets a base that nothing exceeds.
-    return isnan(after) ? float4{FLT_MAX, after, keeps ? 1.0f : 0.0f, 0.0f}
-                        : float4{after, 1.0f, keeps ? 1.0f : 0.0f, 0.0f};
-  }
-  __device__ __forceinline__ void rebase(float x, bool is_high, float sum_before, const VoterLane& voter,
-                                         bool& keeps) {
-    const bool row_is_high = __shfl_xor_sync(0xffffffff, is_high, 1) || is_high;
-    const float4 next = rebased(x, base, sum_before, threshold, voter.lane);
-    if (row_is_high) {
-      base = next.x;
-      sum = next.y;
-      keeps = next.z != 0.0f;
-    }
+    const float sum = larger + ptx::log2_approx(1.0f + ptx::exp2_approx(-fabsf(x - y)));
+    return !(y < CUDART_INF_F) ? CUDART_NAN_F : larger == -CUDART_INF_F ? larger : sum;
   }
 };
 
