@@ -135,11 +135,12 @@ __device__ __forceinline__ int64_t lse_line(const ForwardParams& params, const Q
 }
 
 // Which query block of all heads and sequences block `index` of a sequence is, in `kept` and in block masks.
-__device__ __forceinline__ int64_t query_block_number(const Problem& problem, const Sequence& sequence, int head,
-                                                    int index) {
+__device__ __forceinline__ int64_t query_block_number(const Problem& problem, const Sequence& sequence,
+                                                      int head, int index) {
   if (problem.is_packed()) {
     const int columns = problem.seqlen_q / problem.q_block + problem.batch;
-    return int64_t{head} * columns + packed_tile(problem.cu_seqlens_q, sequence.index, problem.q_block) + index;
+    return int64_t{head} * columns + packed_tile(problem.cu_seqlens_q, sequence.index, problem.q_block) +
+           index;
   }
   const int blocks = (problem.seqlen_q + problem.q_block - 1) / problem.q_block;
   return (int64_t{sequence.index} * problem.heads + head) * blocks + index;

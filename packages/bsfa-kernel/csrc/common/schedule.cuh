@@ -53,7 +53,8 @@ __device__ __forceinline__ Work find_work(const Schedule& schedule, int cta) {
 }
 
 // Runs `body` for the index of each of this CTA's tiles, of `tiles` in all, in the order of the schedule.
-// Every other round goes backwards through the CTAs, so that none of them gets the longest tile of every round.
+// Every other round goes backwards through the CTAs, so that none of them gets the longest tile of every
+// round.
 template <class Body>
 __device__ __forceinline__ void for_each_index(int tiles, Body&& body) {
   const int rounds = (tiles + gridDim.x - 1) / gridDim.x;

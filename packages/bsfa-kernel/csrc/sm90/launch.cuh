@@ -10,8 +10,8 @@
 
 namespace bsfa::sm90 {
 
-// Launches a kernel whose start, up to wait_for_earlier_grids(), may overlap the end of the stream's work before
-// it.
+// Launches a kernel whose start, up to wait_for_earlier_grids(), may overlap the end of the stream's work
+// before it.
 template <class... Parameters, class... Arguments>
 void launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                         cudaStream_t stream, const Arguments&... arguments) {

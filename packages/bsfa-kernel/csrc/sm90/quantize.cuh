@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// Rounding queries and keys to 8 bits (docs/semantics.md, Selection in 8 bits). Keys are rounded by two kernels
-// of their own, queries as they are loaded.
+// Rounding queries and keys to 8 bits (docs/semantics.md, Selection in 8 bits). Keys are rounded by two
+// kernels of their own, queries as they are loaded.
 #pragma once
 
 #include <cutlass/numeric_types.h>
@@ -37,9 +37,8 @@ struct RoundedKeys {
   // Those of the first key tile of a sequence and kv head.
   __device__ __forceinline__ float4* scales_of(const Problem& problem, const Sequence& sequence,
                                                int kv_head) const {
-    const int first = problem.is_packed()
-                          ? packed_tile(problem.cu_seqlens_k, sequence.index, 2 * kKeyBlock)
-                          : 0;
+    const int first =
+        problem.is_packed() ? packed_tile(problem.cu_seqlens_k, sequence.index, 2 * kKeyBlock) : 0;
     return scales + (int64_t{batch_coordinate(problem, sequence)} * problem.kv_heads + kv_head) * key_tiles +
            first;
   }
@@ -80,8 +79,8 @@ __device__ __forceinline__ RoundingScale rounding_scale(float largest) {
   return largest < kSmallest ? RoundingScale{0.0f, 0.0f} : RoundingScale{127.0f / largest, largest / 127.0f};
 }
 
-// Four numbers of up to 127, after multiplication, as a word of bytes. A sum with this constant has the rounded
-// number in its lowest bits.
+// Four numbers of up to 127, after multiplication, as a word of bytes. A sum with this constant has the
+// rounded number in its lowest bits.
 __device__ __forceinline__ uint32_t round_to_bytes(float2 a, float2 b, float inverse) {
   constexpr float kRounder = 0x1.8p23f;
   const auto bits = [&](float x) { return __float_as_uint(fmaf(x, inverse, kRounder)); };
@@ -93,8 +92,8 @@ __device__ __forceinline__ uint32_t round_to_bytes(float2 a, float2 b, float inv
 inline constexpr int kOffsetThreads = 512;
 inline constexpr int kMaxSamples = 1024;
 
-// Sums a slice of the sampled keys of a sequence and kv head: grid (batch, kv_heads, kOffsetSlices). A thread sums
-// 8 channels of some of them.
+// Sums a slice of the sampled keys of a sequence and kv head: grid (batch, kv_heads, kOffsetSlices). A thread
+// sums 8 channels of some of them.
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kOffsetThreads)
     sample_keys_kernel(const __grid_constant__ Problem problem, const __grid_constant__ RoundedKeys rounded) {
@@ -108,9 +107,8 @@ __global__ void __launch_bounds__(kOffsetThreads)
   const int kv_head = blockIdx.y;
   const int slice = blockIdx.z;
   const Sequence sequence =
-      problem.is_packed()
-          ? packed_sequence(problem, blockIdx.x)
-          : Sequence{static_cast<int>(blockIdx.x), 0, 0, problem.seqlen_q, problem.seqlen_k};
+      problem.is_packed() ? packed_sequence(problem, blockIdx.x)
+                          : Sequence{static_cast<int>(blockIdx.x), 0, 0, problem.seqlen_q, problem.seqlen_k};
   const int step = (sequence.seqlen_k + kMaxSamples - 1) / kMaxSamples;
   const int chunk = threadIdx.x % kChunks;
   const int row = threadIdx.x / kChunks;
@@ -120,8 +118,8 @@ __global__ void __launch_bounds__(kOffsetThreads)
   for (int i = 0; i < kSamples / kRows; ++i) {
     const int64_t key = int64_t{slice * kSamples + i * kRows + row} * step;
     if (key < sequence.seqlen_k) {
-      const auto* from = find_row(problem, static_cast<const Element*>(problem.k), problem.k_strides, sequence,
-                                  sequence.first_k + static_cast<int>(key), kv_head);
+      const auto* from = find_row(problem, static_cast<const Element*>(problem.k), problem.k_strides,
+                                  sequence, sequence.first_k + static_cast<int>(key), kv_head);
       const uint4 raw = reinterpret_cast<const uint4*>(from)[chunk];
       const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
@@ -152,8 +150,8 @@ __global__ void __launch_bounds__(kOffsetThreads)
 
 inline constexpr int kRoundThreads = 256;
 
-// Finds the offset, and rounds a tile of two key blocks, half of the threads each: grid (key_tiles * batch, kv_heads), packed:
-// (key_tiles, kv_heads). The same 8 channels of all its keys fall to a thread.
+// Finds the offset, and rounds a tile of two key blocks, half of the threads each: grid (key_tiles * batch,
+// kv_heads), packed: (key_tiles, kv_heads). The same 8 channels of all its keys fall to a thread.
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kRoundThreads)
     round_keys_kernel(const __grid_constant__ Problem problem, const __grid_constant__ RoundedKeys rounded) {
@@ -165,7 +163,8 @@ __global__ void __launch_bounds__(kRoundThreads)
   ptx::wait_for_earlier_grids();
 
   const int kv_head = blockIdx.y;
-  Sequence sequence{static_cast<int>(blockIdx.x) / rounded.key_tiles, 0, 0, problem.seqlen_q, problem.seqlen_k};
+  Sequence sequence{static_cast<int>(blockIdx.x) / rounded.key_tiles, 0, 0, problem.seqlen_q,
+                    problem.seqlen_k};
   int tile = blockIdx.x % rounded.key_tiles;
   if (problem.is_packed()) {
     const int index = find_packed(problem.cu_seqlens_k, problem.batch, tile, 2 * kKeyBlock);
@@ -185,8 +184,8 @@ __global__ void __launch_bounds__(kRoundThreads)
     const int key = first_key + pass * kRows;
     raw[pass] = uint4{0, 0, 0, 0};
     if (key < sequence.seqlen_k) {
-      const auto* from = find_row(problem, static_cast<const Element*>(problem.k), problem.k_strides, sequence,
-                                  sequence.first_k + key, kv_head);
+      const auto* from = find_row(problem, static_cast<const Element*>(problem.k), problem.k_strides,
+                                  sequence, sequence.first_k + key, kv_head);
       raw[pass] = reinterpret_cast<const uint4*>(from)[chunk];
     }
   }
@@ -257,11 +256,12 @@ template <class Element, int kHeadDim>
 void round_keys(const Problem& problem, const RoundedKeys& rounded, cudaStream_t stream) {
   const auto kv_heads = static_cast<unsigned>(problem.kv_heads);
   const auto batch = static_cast<unsigned>(problem.batch);
-  launch_overlapping(sample_keys_kernel<Element, kHeadDim>, dim3(batch, kv_heads, SelectWorkspace::kOffsetSlices),
-                     kOffsetThreads, 0, stream, problem, rounded);
-  launch_overlapping(round_keys_kernel<Element, kHeadDim>,
-                     dim3(rounded.key_tiles * (problem.is_packed() ? 1 : batch), kv_heads), kRoundThreads, 0, stream,
+  launch_overlapping(sample_keys_kernel<Element, kHeadDim>,
+                     dim3(batch, kv_heads, SelectWorkspace::kOffsetSlices), kOffsetThreads, 0, stream,
                      problem, rounded);
+  launch_overlapping(round_keys_kernel<Element, kHeadDim>,
+                     dim3(rounded.key_tiles * (problem.is_packed() ? 1 : batch), kv_heads), kRoundThreads, 0,
+                     stream, problem, rounded);
 }
 
 }  // namespace bsfa::sm90

@@ -54,8 +54,8 @@ __device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
         for (int box = 0; box < Config::kBoxes; ++box) {
           cute::SM90_TMA_LOAD_4D::copy(
               &params.k, full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
-              storage.k + stage * Config::kTileElements + box * Config::kBoxElements, box * Config::kBoxColumns,
-              key_row(tile.sequence, kTileBlocks * key_tile), tile.kv_head, batch);
+              storage.k + stage * Config::kTileElements + box * Config::kBoxElements,
+              box * Config::kBoxColumns, key_row(tile.sequence, kTileBlocks * key_tile), tile.kv_head, batch);
         }
         if constexpr (Config::kRounded) {
           cute::SM90_BULK_COPY_G2S::copy(scales + key_tile, full, storage.key_scales[stage], sizeof(float4));
@@ -87,8 +87,8 @@ __device__ __forceinline__ uint64_t spread_bits(uint32_t x) {
   return (bits | bits << 1) & 0x5555555555555555;
 }
 
-// Adds what a slot's rows have voted on 32 key tiles to a word of the mask. `votes`: the lane's own, bit i on its
-// block of the word's tile i.
+// Adds what a slot's rows have voted on 32 key tiles to a word of the mask. `votes`: the lane's own, bit i on
+// its block of the word's tile i.
 __device__ __forceinline__ void add_votes(uint64_t* words, int word, uint32_t votes, const VoterLane& voter) {
   const uint32_t even = __reduce_or_sync(0xffffffff, voter.key_block() == 0 ? votes : 0);
   const uint32_t odd = __reduce_or_sync(0xffffffff, voter.key_block() == 1 ? votes : 0);
@@ -125,17 +125,18 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
   struct Voters {
     VotingRow<kRule> row;
     uint64_t* words;
-    uint32_t votes;  // of the last 32 key tiles
+    uint32_t skips;  // the lane's votes to skip its block of the last 32 key tiles, the last in bit 0
     int full, visible;
     int ends[kQuadRows];  // of the keys that the thread's rows see
     bool exists;
   };
   const auto load = [&](int operand, auto& queries, Voters& voters) BSFA_INLINE_LAMBDA {
-    const Slot slot = find_slot(params.select, tile, (who.warpgroup * Config::kOperands + operand) * 4 + warp);
+    const Slot slot =
+        find_slot(params.select, tile, (who.warpgroup * Config::kOperands + operand) * 4 + warp);
     load_voters<Config, kRule>(params.select, params.rounded, tile, slot, voter, queries, voters.row);
     voters.words = words_of_block(params.select, params.select.block_mask, params.select.mask_words,
                                   tile.sequence, tile.head, slot.block);
-    voters.votes = 0;
+    voters.skips = ~0u;
     voters.exists = uniform(slot.exists);
     voters.full = uniform(slot.keys.full);
     voters.visible = uniform(slot.keys.visible);
@@ -148,8 +149,10 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
   load(0, queries0, voters0);
   load(1, queries1, voters1);
 
-  // Takes the lane's votes on its key block of a tile. `masked`: there may be hidden scores and forced blocks.
-  const auto vote = [&](Value peak0, Value peak1, float key_scale, int key_tile, auto masked) BSFA_INLINE_LAMBDA {
+  // Takes the lane's votes on its key block of a tile. `masked`: there may be hidden scores, forced blocks
+  // and invisible ones.
+  const auto vote = [&](Value peak0, Value peak1, float key_scale, int key_tile,
+                        auto masked) BSFA_INLINE_LAMBDA {
     constexpr bool kMasked = decltype(masked)::value;
     const auto is_hidden = [&](Value peak) { return kMasked && peak == hidden_peak<Value>(); };
     Vote vote0 = voters0.row.vote(peak0, key_scale, is_hidden(peak0), voter);
@@ -160,18 +163,23 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
         voters1.row.rebase(vote1, voter);
       }
     }
-    const auto keeps = [&](const Voters& voters, const Vote& vote) {
-      const int block = kTileBlocks * key_tile + voter.key_block();
-      return kMasked && block >= voters.full ? voters.exists && block < voters.visible
-                                             : voters.row.votes && vote.keeps;
+    const auto take = [&](Voters& voters, const Vote& vote) {
+      float excess = vote.excess;
+      if constexpr (kMasked) {
+        const int block = kTileBlocks * key_tile + voter.key_block();
+        if (block >= voters.full) {
+          excess = voters.exists && block < voters.visible ? 0.0f : -1.0f;
+        }
+      }
+      voters.skips = __funnelshift_l(__float_as_uint(excess), voters.skips, 1);  // the sign
     };
-    voters0.votes = voters0.votes * 2 + keeps(voters0, vote0);
-    voters1.votes = voters1.votes * 2 + keeps(voters1, vote1);
+    take(voters0, vote0);
+    take(voters1, vote1);
     if (key_tile % 32 == 0) {
-      add_votes(voters0.words, key_tile / 32, voters0.votes, voter);
-      add_votes(voters1.words, key_tile / 32, voters1.votes, voter);
-      voters0.votes = 0;
-      voters1.votes = 0;
+      add_votes(voters0.words, key_tile / 32, ~voters0.skips, voter);
+      add_votes(voters1.words, key_tile / 32, ~voters1.skips, voter);
+      voters0.skips = ~0u;
+      voters1.skips = ~0u;
     }
   };
   const auto find_peaks = [&](const auto& scores, const Voters& voters, int key_tile, auto masked,
@@ -181,34 +189,32 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
         const int ends[kQuadRows] = {voters.ends[0] - key_tile * kTileKeys,
                                      voters.ends[1] - key_tile * kTileKeys};
         thread_visible_peaks(scores, ends, voter, peaks);
-        hold(peaks);
         return;
       }
     }
     thread_peaks(scores, peaks);
-    hold(peaks);
   };
 
   // The peaks of the tile before, on which the vote is still to come: it is a long chain of dependent
-  // instructions, which fills the gaps of the next reduction. Before the first tile there are none.
+  // instructions, whose gaps the next reduction fills. Before the first tile there is an invisible one.
   struct Pending {
     Value peak0, peak1;
     float key_scale;
   };
   Pending pending{hidden_peak<Value>(), hidden_peak<Value>(), 1.0f};
 
-  // The GEMM of operand 0 with the tile is in flight. While a GEMM runs, the scores before it are reduced. One at
-  // a time: ptxas serialises two that are both in flight where a loop begins. `more`: a tile follows.
+  // The GEMM of operand 0 with the tile is in flight. While a GEMM runs, the scores before it are reduced.
+  // One at a time: ptxas serialises two that are both in flight where a loop begins. `more`: a tile follows.
   const auto step = [&](int key_tile, auto masked, auto more) BSFA_INLINE_LAMBDA {
     constexpr bool kMore = decltype(more)::value;
     const int stage = keys.stage();
     const PipelineState<Config::kStages> next{keys.count + 1};
-    const float key_scale = Config::kRounded ? storage.key_scales[stage][voter.key_block()] : 1.0f;
     Value peaks[kQuadRows][kTileBlocks];
     auto scores1 = partition_fragment_C(mma, Shape<_64, Int<kTileKeys>>{});
 
     finish_gemm<0>(scores0);
     start_gemm<false>(mma, queries1, tSrK(_, _, _, stage), scores1);
+    const float key_scale = Config::kRounded ? storage.key_scales[stage][voter.key_block()] : 1.0f;
     if constexpr (kMore) {
       wait(storage.k_full[next.stage()], next.phase());
     }
@@ -316,16 +322,15 @@ SelectKernelParams make_select_kernel_params(const SelectParams& params) {
     return make_tensor_map(name, type, data, keys, strides, Config::kTileKeys, Config::kBoxColumns);
   };
   const SlotList list{params.q_block, params.voters};
-  const int tiles = params.is_packed()
-                        ? params.seqlen_q / list.tile_queries() + list.spare() * params.batch
-                        : list.tiles(params.seqlen_q);
+  const int tiles = params.is_packed() ? params.seqlen_q / list.tile_queries() + list.spare() * params.batch
+                                       : list.tiles(params.seqlen_q);
   const int64_t seqlen_k = params.is_packed() ? params.seqlen_k / params.batch : params.seqlen_k;
 
   SelectKernelParams kernel_params{};
   kernel_params.select = params;
-  kernel_params.schedule =
-      make_schedule(tiles, (params.is_packed() ? 1 : params.batch) * params.kv_heads,
-                    params.heads / params.kv_heads, seqlen_k * Config::kHeadDim * sizeof(typename Config::Operand));
+  kernel_params.schedule = make_schedule(tiles, (params.is_packed() ? 1 : params.batch) * params.kv_heads,
+                                         params.heads / params.kv_heads,
+                                         seqlen_k * Config::kHeadDim * sizeof(typename Config::Operand));
   kernel_params.tiles = static_cast<int>(kernel_params.schedule.ctas());
   if constexpr (Config::kRounded) {
     kernel_params.rounded = {make_select_workspace(params, Config::kHeadDim), params.workspace};

@@ -51,10 +51,10 @@ inline uint64_t select_blocks_workspace(const SelectParams& params, int head_dim
   return params.precision == Precision::kInt8 ? make_select_workspace(params, head_dim).bytes : 0;
 }
 
-// Launches the selection of key blocks on `stream`; all of the block mask is written. Element: cutlass::half_t or
-// cutlass::bfloat16_t; kHeadDim: 64 or 128. The strides of q and k must be multiples of 8 elements, their
-// pointers aligned to 16 bytes, the workspace's to 256.
-// Instantiated in instantiations/{half,bfloat16}_{64,128}_select.cu.
+// Launches the selection of key blocks on `stream`; all of the block mask is written. Element:
+// cutlass::half_t or cutlass::bfloat16_t; kHeadDim: 64 or 128. The strides of q and k must be multiples of 8
+// elements, their pointers aligned to 16 bytes, the workspace's to 256. Instantiated in
+// instantiations/{half,bfloat16}_{64,128}_select.cu.
 template <class Element, int kHeadDim>
 void select_blocks(const SelectParams& params, cudaStream_t stream);
 

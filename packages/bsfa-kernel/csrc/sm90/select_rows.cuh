@@ -1,12 +1,12 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// The voting rows of a consumer warp of the selection kernel: their queries, their peaks and their votes. Each
-// lane of a quad votes for one of two rows in one of a tile's two key blocks.
+// The voting rows of a consumer warp of the selection kernel: their queries, their peaks and their votes.
+// Each lane of a quad votes for one of two rows in one of a tile's two key blocks.
 #pragma once
 
-#include <cute/tensor.hpp>
 #include <math_constants.h>
+#include <cute/tensor.hpp>
 
 #include <cfloat>
 #include <type_traits>
@@ -42,14 +42,23 @@ __device__ __forceinline__ Value hidden_peak() {
 }
 
 // The largest one, and NaN where there is one.
-__device__ __forceinline__ int32_t largest(int32_t a, int32_t b) { return max(a, b); }
-__device__ __forceinline__ int32_t largest(int32_t a, int32_t b, int32_t c) { return __vimax3_s32(a, b, c); }
-__device__ __forceinline__ float largest(float a, float b) { return ptx::max_nan(a, b); }
-__device__ __forceinline__ float largest(float a, float b, float c) { return largest(largest(a, b), c); }
+__device__ __forceinline__ int32_t largest(int32_t a, int32_t b) {
+  return max(a, b);
+}
+__device__ __forceinline__ int32_t largest(int32_t a, int32_t b, int32_t c) {
+  return __vimax3_s32(a, b, c);
+}
+__device__ __forceinline__ float largest(float a, float b) {
+  return ptx::max_nan(a, b);
+}
+__device__ __forceinline__ float largest(float a, float b, float c) {
+  return largest(largest(a, b), c);
+}
 
 // The lane's peak: over the quad, of its row and key block, from each lane's peaks of both.
 template <class Value>
-__device__ __forceinline__ Value quad_peak(const Value (&peaks)[kQuadRows][kTileBlocks], const VoterLane& voter) {
+__device__ __forceinline__ Value quad_peak(const Value (&peaks)[kQuadRows][kTileBlocks],
+                                           const VoterLane& voter) {
   const bool second_row = voter.row_of_quad() == 1;
   const bool second_block = voter.key_block() == 1;
   Value row_peaks[kTileBlocks];
@@ -106,25 +115,13 @@ __device__ __forceinline__ void thread_visible_peaks(const Scores& scores, const
   }
 }
 
-// Peaks are found before the next GEMM overwrites the scores: the compiler would move that behind its start.
-template <class Value>
-__device__ __forceinline__ void hold(Value (&peaks)[kQuadRows][kTileBlocks]) {
-  using Register = std::conditional_t<std::is_same_v<Value, float>, float, uint32_t>;
-#pragma unroll
-  for (auto& row : peaks) {
-#pragma unroll
-    for (Value& peak : row) {
-      cute::warpgroup_fence_operand(reinterpret_cast<Register&>(peak));
-    }
-  }
-}
-
-// A lane's vote, and what rebase() needs.
+// A lane's vote on a key block, and what rebase() needs.
 struct Vote {
-  bool keeps;
+  float excess;  // of the peak over the bound: the row keeps the block unless this is negative, which NaN is
+                 // not
+  float score, factor;
+  float sum;     // before the vote
   bool is_high;  // the peak is so far above the base, or NaN, that rebase() must follow
-  float peak;
-  float sum;  // before the vote
 };
 
 // What a lane knows of its row. Scores are in powers of two: scale * log2(e) * q·k.
@@ -143,33 +140,44 @@ struct VotingRow {
   __device__ __forceinline__ void reset() {
     base = kRule == Rule::kRunningMax ? -CUDART_INF_F : -FLT_MAX;
     sum = 0.0f;
+    if (kRule == Rule::kPeakLse && !votes) {
+      // Scores of 0 and no bound to reach: a vote to skip without a test, except for NaN, which is
+      // rebase()'s.
+      scale = 0.0f;
+      threshold = CUDART_INF_F;
+      base = 0.0f;
+      sum = 1.0f;
+    }
+    // Or else the compiler works it out again in every step.
+    asm volatile("" : "+f"(threshold));
   }
 
   // What the row votes on the lane's block of the two, given its peak there. Lanes of a quad must come with
   // both blocks of a row. peak_lse: rebase() must follow where a lane of the warp says so.
   template <class Value>
   __device__ __forceinline__ Vote vote(Value peak, float key_scale, bool is_hidden, const VoterLane& voter) {
-    const float factor = scale * key_scale;
-    const auto scaled = [&](float less) {
-      return is_hidden ? -CUDART_INF_F : fmaf(static_cast<float>(peak), factor, -less);
-    };
-    Vote vote{true, false, scaled(0.0f), sum};
-    if constexpr (kRule == Rule::kAbsolute) {
-      vote.keeps = !(vote.peak < threshold);
-    } else if constexpr (kRule == Rule::kRunningMax) {
-      float first, second;
-      exchange(vote.peak == CUDART_INF_F ? CUDART_NAN_F : vote.peak, voter, first, second);
-      const float between = ptx::max_nan(base, first);
-      vote.keeps = !(vote.peak < (voter.key_block() == 1 ? base : between) + threshold);
-      base = ptx::max_nan(between, second);
-    } else {
-      const float above = scaled(base);
-      float first, second;
-      exchange(ptx::exp2_approx(above), voter, first, second);
-      const float between = sum + first;
-      vote.keeps = !(above < ptx::log2_approx(voter.key_block() == 1 ? sum : between) + threshold);
+    Vote vote{0.0f, is_hidden ? -CUDART_INF_F : static_cast<float>(peak), scale * key_scale, sum, false};
+    if constexpr (kRule == Rule::kPeakLse) {
+      // A hidden peak is no product: its factor may be 0 or NaN.
+      const float above = is_hidden ? -CUDART_INF_F : fmaf(vote.score, vote.factor, -base);
+      const float mine = ptx::exp2_approx(above);
+      const float other = __shfl_xor_sync(0xffffffff, mine, 1);
+      // Block 0 is visited after block 1. An infinite or NaN share is rebase()'s.
+      const float reference = fmaf(other, voter.key_block() == 1 ? 0.0f : 1.0f, sum);
+      vote.excess = above - (ptx::log2_approx(reference) + threshold);
       vote.is_high = !(above <= kRange);  // NaN is
-      sum = between + second;
+      sum += mine + other;
+    } else {
+      const float x = scaled(vote);
+      float bound = threshold;
+      if constexpr (kRule == Rule::kRunningMax) {
+        float first, second;
+        exchange(x == CUDART_INF_F ? CUDART_NAN_F : x, voter, first, second);
+        const float between = ptx::max_nan(base, first);
+        bound += voter.key_block() == 1 ? base : between;
+        base = ptx::max_nan(between, second);
+      }
+      vote.excess = votes ? x - bound : -1.0f;
     }
     return vote;
   }
@@ -178,20 +186,25 @@ struct VotingRow {
   // these, since a row's result must not depend on its neighbours. All lanes must come.
   __device__ __forceinline__ void rebase(Vote& vote, const VoterLane& voter) {
     const bool other_is_high = __shfl_xor_sync(0xffffffff, vote.is_high, 1);
+    const float x = scaled(vote);
     float first, second;
-    exchange(vote.peak, voter, first, second);
+    exchange(x, voter, first, second);
     const float before = base + ptx::log2_approx(vote.sum);
     const float between = add_peak(before, first);
     const float after = add_peak(between, second);
     if (vote.is_high || other_is_high) {
-      vote.keeps = !(vote.peak < (voter.key_block() == 1 ? before : between) + threshold);
+      vote.excess = votes ? x - ((voter.key_block() == 1 ? before : between) + threshold) : -1.0f;
       // A row that has seen NaN gets a base that nothing exceeds.
-      base = isnan(after) ? FLT_MAX : after;
-      sum = isnan(after) ? after : 1.0f;
+      base = !votes ? base : isnan(after) ? FLT_MAX : after;
+      sum = !votes ? vote.sum : isnan(after) ? after : 1.0f;
     }
   }
 
  private:
+  __device__ __forceinline__ static float scaled(const Vote& vote) {
+    return vote.score == -CUDART_INF_F ? vote.score : vote.score * vote.factor;
+  }
+
   // The lane's value and that of the row's other lane, in the order of visits.
   __device__ __forceinline__ static void exchange(float mine, const VoterLane& voter, float& first,
                                                   float& second) {
@@ -208,8 +221,8 @@ struct VotingRow {
   }
 };
 
-// Loads a slot's queries as the left operand of Q K^T, rounded where the config says so, and sets what the lane
-// needs to know of its row.
+// Loads a slot's queries as the left operand of Q K^T, rounded where the config says so, and sets what the
+// lane needs to know of its row.
 template <class Config, Rule kRule, class Queries>
 __device__ __forceinline__ void load_voters(const SelectParams& params, const RoundedKeys& rounded,
                                             const SelectTile& tile, const Slot& slot, const VoterLane& voter,
@@ -230,7 +243,6 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
     from[row] = find_row(params, static_cast<const Element*>(params.q), params.q_strides, tile.sequence,
                          query_row(tile.sequence, exists[row] ? query : 0), tile.head);
   }
-  voting_row.reset();
   voting_row.votes = (voter.row_of_quad() == 0 ? exists[0] : exists[1]) && slot.threshold != CUDART_INF_F;
   voting_row.threshold = slot.threshold * CUDART_L2E_F;
 
@@ -251,8 +263,8 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
     for (int row = 0; row < kQuadRows; ++row) {
       CUTE_UNROLL
       for (int i = 0; i < 2 * kSteps; ++i) {
-        raw[row][i] = exists[row] ? *reinterpret_cast<const uint2*>(from[row] + i * 16 + in_quad * 4)
-                                  : uint2{0, 0};
+        raw[row][i] =
+            exists[row] ? *reinterpret_cast<const uint2*>(from[row] + i * 16 + in_quad * 4) : uint2{0, 0};
       }
     }
     float scales[kQuadRows];
@@ -272,8 +284,8 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
       scales[row] = scale.scale * unit;
       CUTE_UNROLL
       for (int i = 0; i < 2 * kSteps; ++i) {
-        words(i / 2 * 4 + i % 2 * 2 + row) = round_to_bytes(
-            to_floats<Element>(raw[row][i].x), to_floats<Element>(raw[row][i].y), scale.inverse);
+        words(i / 2 * 4 + i % 2 * 2 + row) = round_to_bytes(to_floats<Element>(raw[row][i].x),
+                                                            to_floats<Element>(raw[row][i].y), scale.inverse);
       }
       if constexpr (kRule == Rule::kAbsolute) {
         const float* offsets = rounded.offsets_of(params, tile.sequence, tile.kv_head, Config::kHeadDim);
@@ -295,6 +307,7 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
       voting_row.threshold -= voter.row_of_quad() == 0 ? lacks[0] : lacks[1];
     }
   }
+  voting_row.reset();
 }
 
 }  // namespace bsfa::sm90

@@ -29,9 +29,7 @@ struct SlotList {
     const int rows = seqlen_q - last_block * q_block;
     return last_block * slots_of_block() + (rows + kSlotRows - 1) / kSlotRows;
   }
-  __host__ __device__ int tiles(int seqlen_q) const {
-    return (slots(seqlen_q) + kSlots - 1) / kSlots;
-  }
+  __host__ __device__ int tiles(int seqlen_q) const { return (slots(seqlen_q) + kSlots - 1) / kSlots; }
   // Queries of a full tile.
   __host__ __device__ int tile_queries() const { return kSlots * kSlotRows * voters; }
   // Tiles that a sequence can need beyond its length over tile_queries(): one for the ragged end, one for the
@@ -122,7 +120,8 @@ __device__ __forceinline__ SelectWork find_select_work(const SelectParams& param
   work.oversized = (tile.sequence.seqlen_k + kKeyBlock - 1) / kKeyBlock > params.mask_words * kMaskBits;
   work.votes = __any_sync(0xffffffff, slot.has_finite_threshold() && slot.keys.full > 0) && !work.oversized;
   work.key_tiles = (__shfl_sync(0xffffffff, slot.keys.visible, kSlots - 1) + 1) / 2;
-  work.full = __shfl_sync(0xffffffff, slot.keys.full, 0);  // of the sequence's first block, if it does not exist
+  work.full =
+      __shfl_sync(0xffffffff, slot.keys.full, 0);  // of the sequence's first block, if it does not exist
   return work;
 }
 
