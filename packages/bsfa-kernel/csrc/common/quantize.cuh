@@ -23,6 +23,7 @@ namespace bsfa {
 struct RoundedKeys {
   int8_t* keys;
   float4* scales;  // of a tile's two key blocks, in x and y
+  float2* sums;
   float* offsets;
   int32_t key_tiles;
 
@@ -30,6 +31,7 @@ struct RoundedKeys {
   RoundedKeys(const SelectWorkspace& workspace, void* memory)
       : keys(static_cast<int8_t*>(memory) + workspace.keys),
         scales(reinterpret_cast<float4*>(static_cast<char*>(memory) + workspace.scales)),
+        sums(reinterpret_cast<float2*>(static_cast<char*>(memory) + workspace.sums)),
         offsets(reinterpret_cast<float*>(static_cast<char*>(memory) + workspace.offsets)),
         key_tiles(workspace.key_tiles) {}
 
@@ -40,6 +42,12 @@ struct RoundedKeys {
         problem.is_packed() ? packed_tile(problem.cu_seqlens_k, sequence.index, 2 * kKeyBlock) : 0;
     return scales + (int64_t{batch_coordinate(problem, sequence)} * problem.kv_heads + kv_head) * key_tiles +
            first;
+  }
+  // Of a slice of the sampled keys.
+  __device__ __forceinline__ float2* sums_of(const Problem& problem, const Sequence& sequence, int kv_head,
+                                             int head_dim, int slice) const {
+    const int64_t row = int64_t{sequence.index} * problem.kv_heads + kv_head;
+    return sums + (row * SelectWorkspace::kOffsetSlices + slice) * head_dim;
   }
   __device__ __forceinline__ float* offsets_of(const Problem& problem, const Sequence& sequence, int kv_head,
                                                int head_dim) const {
@@ -130,29 +138,31 @@ __device__ __forceinline__ void round_rows(const Element* const (&from)[2], cons
 inline constexpr int kOffsetThreads = 512;
 inline constexpr int kMaxSamples = 1024;
 
-// The offset of a sequence and kv head: grid (batch, kv_heads). A thread sums 8 channels of some of the
-// sampled keys.
+// Sums a slice of the sampled keys of a sequence and kv head: grid (batch, kv_heads, kOffsetSlices). A thread
+// sums 8 channels of some of them.
 template <int kArch, class Element, int kHeadDim>
 __global__ void __launch_bounds__(kOffsetThreads)
-    offset_kernel(const __grid_constant__ Problem problem, const __grid_constant__ RoundedKeys rounded) {
+    sample_keys_kernel(const __grid_constant__ Problem problem, const __grid_constant__ RoundedKeys rounded) {
   constexpr int kChunks = kHeadDim / 8;
   constexpr int kRows = kOffsetThreads / kChunks;
+  constexpr int kSamples = kMaxSamples / SelectWorkspace::kOffsetSlices;
   __shared__ float sums[kRows][kHeadDim];
   __shared__ float counts[kRows][kHeadDim];
   begin<kArch>();
 
   const int kv_head = blockIdx.y;
+  const int slice = blockIdx.z;
   const Sequence sequence =
       problem.is_packed() ? packed_sequence(problem, blockIdx.x)
                           : Sequence{static_cast<int>(blockIdx.x), 0, 0, problem.seqlen_q, problem.seqlen_k};
   const int step = (sequence.seqlen_k + kMaxSamples - 1) / kMaxSamples;
   const int chunk = threadIdx.x % kChunks;
-  const int first = threadIdx.x / kChunks;
+  const int row = threadIdx.x / kChunks;
   float sum[8] = {};
   float count[8] = {};
-#pragma unroll 8
-  for (int i = first; i < kMaxSamples; i += kRows) {
-    const int64_t key = int64_t{i} * step;
+#pragma unroll
+  for (int i = 0; i < kSamples / kRows; ++i) {
+    const int64_t key = int64_t{slice * kSamples + i * kRows + row} * step;
     if (key < sequence.seqlen_k) {
       const auto* from = find_row(problem, static_cast<const Element*>(problem.k), problem.k_strides,
                                   sequence, sequence.first_k + static_cast<int>(key), kv_head);
@@ -170,25 +180,24 @@ __global__ void __launch_bounds__(kOffsetThreads)
   }
 #pragma unroll
   for (int channel = 0; channel < 8; ++channel) {
-    sums[first][chunk * 8 + channel] = sum[channel];
-    counts[first][chunk * 8 + channel] = count[channel];
+    sums[row][chunk * 8 + channel] = sum[channel];
+    counts[row][chunk * 8 + channel] = count[channel];
   }
   __syncthreads();
   if (threadIdx.x < kHeadDim) {
-    float total = 0.0f;
-    float keys = 0.0f;
-    for (int row = 0; row < kRows; ++row) {
-      total += sums[row][threadIdx.x];
-      keys += counts[row][threadIdx.x];
+    float2 total{0.0f, 0.0f};
+    for (int i = 0; i < kRows; ++i) {
+      total.x += sums[i][threadIdx.x];
+      total.y += counts[i][threadIdx.x];
     }
-    rounded.offsets_of(problem, sequence, kv_head, kHeadDim)[threadIdx.x] = total / fmaxf(keys, 1.0f);
+    rounded.sums_of(problem, sequence, kv_head, kHeadDim, slice)[threadIdx.x] = total;
   }
 }
 
 inline constexpr int kRoundThreads = 256;
 
-// Rounds a tile of two key blocks, half of the threads each: grid (key_tiles * batch, kv_heads), packed:
-// (key_tiles, kv_heads). The same 8 channels of all its keys fall to a thread.
+// Finds the offset, and rounds a tile of two key blocks, half of the threads each: grid (key_tiles * batch,
+// kv_heads), packed: (key_tiles, kv_heads). The same 8 channels of all its keys fall to a thread.
 template <int kArch, class Element, int kHeadDim>
 __global__ void __launch_bounds__(kRoundThreads)
     round_keys_kernel(const __grid_constant__ Problem problem, const __grid_constant__ RoundedKeys rounded) {
@@ -196,6 +205,7 @@ __global__ void __launch_bounds__(kRoundThreads)
   constexpr int kRows = kRoundThreads / 2 / kChunks;
   constexpr int kPasses = kKeyBlock / kRows;
   __shared__ uint32_t largest[kRoundThreads / 32];
+  alignas(16) __shared__ float offsets[kHeadDim];
   begin<kArch>();
 
   const int kv_head = blockIdx.y;
@@ -225,9 +235,23 @@ __global__ void __launch_bounds__(kRoundThreads)
       raw[pass] = reinterpret_cast<const uint4*>(from)[chunk];
     }
   }
-  const float* offsets = rounded.offsets_of(problem, sequence, kv_head, kHeadDim) + chunk * 8;
-  const float4 offset0 = reinterpret_cast<const float4*>(offsets)[0];
-  const float4 offset1 = reinterpret_cast<const float4*>(offsets)[1];
+  if (threadIdx.x < kHeadDim) {
+    float2 total{0.0f, 0.0f};
+#pragma unroll
+    for (int slice = 0; slice < SelectWorkspace::kOffsetSlices; ++slice) {
+      const float2 sum = rounded.sums_of(problem, sequence, kv_head, kHeadDim, slice)[threadIdx.x];
+      total.x += sum.x;
+      total.y += sum.y;
+    }
+    const float offset = total.x / fmaxf(total.y, 1.0f);
+    offsets[threadIdx.x] = offset;
+    if (tile == 0) {
+      rounded.offsets_of(problem, sequence, kv_head, kHeadDim)[threadIdx.x] = offset;
+    }
+  }
+  __syncthreads();
+  const float4 offset0 = reinterpret_cast<const float4*>(offsets + chunk * 8)[0];
+  const float4 offset1 = reinterpret_cast<const float4*>(offsets + chunk * 8)[1];
   const auto centred = [&](uint32_t pair, float x, float y) {
     const float2 two = to_floats<Element>(pair);
     return float2{two.x - x, two.y - y};
@@ -278,8 +302,9 @@ template <int kArch, class Element, int kHeadDim>
 void round_keys(const Problem& problem, const RoundedKeys& rounded, cudaStream_t stream) {
   const auto kv_heads = static_cast<unsigned>(problem.kv_heads);
   const auto batch = static_cast<unsigned>(problem.batch);
-  launch<kArch>(offset_kernel<kArch, Element, kHeadDim>, dim3(batch, kv_heads), kOffsetThreads, 0, stream,
-                problem, rounded);
+  launch<kArch>(sample_keys_kernel<kArch, Element, kHeadDim>,
+                dim3(batch, kv_heads, SelectWorkspace::kOffsetSlices), kOffsetThreads, 0, stream, problem,
+                rounded);
   launch<kArch>(round_keys_kernel<kArch, Element, kHeadDim>,
                 dim3(rounded.key_tiles * (problem.is_packed() ? 1 : batch), kv_heads), kRoundThreads, 0,
                 stream, problem, rounded);

@@ -13,9 +13,11 @@ namespace bsfa {
 // What the workspace holds, in this order.
 struct SelectWorkspace {
   static constexpr uint64_t kAlignment = 256;
+  static constexpr int kOffsetSlices = 8;  // CTAs that sample the keys of a head
 
   uint64_t keys;     // int8 [batch, kv_heads, seqlen_k, head_dim], varlen: [kv_heads, total_k, head_dim]
   uint64_t scales;   // float [batch, kv_heads, key_tiles, 4], varlen: [kv_heads, key_tiles, 4]
+  uint64_t sums;     // float [batch, kv_heads, kOffsetSlices, head_dim, 2]: of sampled keys, and how many
   uint64_t offsets;  // float [batch, kv_heads, head_dim]
   uint64_t bytes;
   int32_t key_tiles;  // of two key blocks
@@ -34,7 +36,9 @@ inline SelectWorkspace make_select_workspace(const SelectParams& params, int hea
                                            : (params.seqlen_k + kTileKeys - 1) / kTileKeys;
   workspace.keys = 0;
   workspace.scales = padded(heads * params.seqlen_k * head_dim);
-  workspace.offsets = workspace.scales + padded(heads * workspace.key_tiles * 4 * sizeof(float));
+  workspace.sums = workspace.scales + padded(heads * workspace.key_tiles * 4 * sizeof(float));
+  workspace.offsets =
+      workspace.sums + padded(offset_rows * SelectWorkspace::kOffsetSlices * head_dim * 2 * sizeof(float));
   workspace.bytes = workspace.offsets + padded(offset_rows * head_dim * sizeof(float));
   return workspace;
 }

@@ -118,7 +118,7 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
   struct Voters {
     VotingRow<kRule> row;
     uint64_t* words;
-    uint32_t votes;  // of the last 32 key tiles
+    uint32_t skips;  // the lane's votes to skip its block of the last 32 key tiles, the last in bit 0
     int full, visible;
     int ends[kQuadRows];  // of the keys that the thread's rows see
     bool exists;
@@ -129,7 +129,7 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
     load_voters<Config, kRule>(params.select, params.rounded, tile, slot, voter, queries, voters.row);
     voters.words = words_of_block(params.select, params.select.block_mask, params.select.mask_words,
                                   tile.sequence, tile.head, slot.block);
-    voters.votes = 0;
+    voters.skips = ~0u;
     voters.exists = uniform(slot.exists);
     voters.full = uniform(slot.keys.full);
     voters.visible = uniform(slot.keys.visible);
@@ -142,20 +142,39 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
   load(0, queries0, voters0);
   load(1, queries1, voters1);
 
-  // Takes the lane's vote on its key block, `block`. `masked`: there may be hidden scores and forced blocks.
-  const auto vote = [&](Voters& voters, Value peak, float key_scale, int key_tile, auto masked)
-                        BSFA_INLINE_LAMBDA {
-                          constexpr bool kMasked = decltype(masked)::value;
-                          const bool is_hidden = kMasked && peak == hidden_peak<Value>();
-                          bool keeps = voters.row.vote(peak, key_scale, is_hidden, voter);
-                          if constexpr (kMasked) {
-                            const int block = kTileBlocks * key_tile + voter.key_block();
-                            if (block >= voters.full) {
-                              keeps = voters.exists && block < voters.visible;
-                            }
-                          }
-                          voters.votes = voters.votes * 2 + keeps;
-                        };
+  // Takes the lane's votes on its key block of a tile. `masked`: there may be hidden scores, forced blocks
+  // and invisible ones.
+  const auto vote = [&](Value peak0, Value peak1, float key_scale, int key_tile,
+                        auto masked) BSFA_INLINE_LAMBDA {
+    constexpr bool kMasked = decltype(masked)::value;
+    const auto is_hidden = [&](Value peak) { return kMasked && peak == hidden_peak<Value>(); };
+    Vote vote0 = voters0.row.vote(peak0, key_scale, is_hidden(peak0), voter);
+    Vote vote1 = voters1.row.vote(peak1, key_scale, is_hidden(peak1), voter);
+    if constexpr (kRule == Rule::kPeakLse) {
+      if (__any_sync(0xffffffff, vote0.is_high || vote1.is_high)) {
+        voters0.row.rebase(vote0, voter);
+        voters1.row.rebase(vote1, voter);
+      }
+    }
+    const auto take = [&](Voters& voters, const Vote& vote) {
+      float excess = vote.excess;
+      if constexpr (kMasked) {
+        const int block = kTileBlocks * key_tile + voter.key_block();
+        if (block >= voters.full) {
+          excess = voters.exists && block < voters.visible ? 0.0f : -1.0f;
+        }
+      }
+      voters.skips = __funnelshift_l(__float_as_uint(excess), voters.skips, 1);  // the sign
+    };
+    take(voters0, vote0);
+    take(voters1, vote1);
+    if (key_tile % 32 == 0) {
+      add_votes(voters0.words, key_tile / 32, ~voters0.skips, voter);
+      add_votes(voters1.words, key_tile / 32, ~voters1.skips, voter);
+      voters0.skips = ~0u;
+      voters1.skips = ~0u;
+    }
+  };
   const auto find_peaks = [&](const auto& scores, const Voters& voters, int key_tile, auto masked,
                               Value(&peaks)[kQuadRows][kTileBlocks]) BSFA_INLINE_LAMBDA {
     if constexpr (decltype(masked)::value) {
@@ -163,20 +182,19 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
         const int ends[kQuadRows] = {voters.ends[0] - key_tile * kTileKeys,
                                      voters.ends[1] - key_tile * kTileKeys};
         thread_visible_peaks(scores, ends, voter, peaks);
-        hold(peaks);
         return;
       }
     }
     thread_peaks(scores, peaks);
-    hold(peaks);
   };
 
-  const auto flush = [&](Voters& voters, int key_tile) BSFA_INLINE_LAMBDA {
-    if (key_tile % 32 == 0) {
-      add_votes(voters.words, key_tile / 32, voters.votes, voter);
-      voters.votes = 0;
-    }
+  // The peaks of the tile before, on which the vote is still to come: it is a long chain of dependent
+  // instructions, whose gaps the next reduction fills. Before the first tile there is an invisible one.
+  struct Pending {
+    Value peak0, peak1;
+    float key_scale;
   };
+  Pending pending{hidden_peak<Value>(), hidden_peak<Value>(), 1.0f};
 
   // The GEMM of operand 0 with the tile is in flight. While a GEMM runs, the scores before it are reduced.
   // One at a time: ptxas serialises two that are both in flight where a loop begins. `more`: a tile follows.
@@ -184,30 +202,27 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
     constexpr bool kMore = decltype(more)::value;
     const int stage = keys.stage();
     const PipelineState<Config::kStages> next{keys.count + 1};
-    const bool next_is_there = kMore && uniform(storage.k_full[next.stage()].test_wait(next.phase()));
-    const float key_scale = Config::kRounded ? storage.key_scales[stage][voter.key_block()] : 1.0f;
     Value peaks[kQuadRows][kTileBlocks];
     auto scores1 = partition_fragment_C(mma, Shape<_64, Int<kTileKeys>>{});
 
-    // ptxas would move a reduction in front of the GEMM that it is to overlap, but not across a branch: hence
-    // where the wait for keys and the flush of votes stand.
     finish_gemm<0>(scores0);
     start_gemm<false>(mma, queries1, tSrK(_, _, _, stage), scores1);
+    const float key_scale = Config::kRounded ? storage.key_scales[stage][voter.key_block()] : 1.0f;
     if constexpr (kMore) {
-      wait_unless(next_is_there, storage.k_full[next.stage()], next.phase());
+      wait(storage.k_full[next.stage()], next.phase());
     }
     find_peaks(scores0, voters0, key_tile, masked, peaks);
-    vote(voters0, quad_peak(peaks, voter), key_scale, key_tile, masked);
+    vote(pending.peak0, pending.peak1, pending.key_scale, key_tile + 1, masked);
+    pending.peak0 = quad_peak(peaks, voter);
+    pending.key_scale = key_scale;
 
     finish_gemm<0>(scores1);
     if constexpr (kMore) {
       start_gemm<false>(mma, queries0, tSrK(_, _, _, next.stage()), scores0);
     }
-    flush(voters0, key_tile);
     release_branchless(storage.k_empty[stage], who);
     find_peaks(scores1, voters1, key_tile, masked, peaks);
-    vote(voters1, quad_peak(peaks, voter), key_scale, key_tile, masked);
-    flush(voters1, key_tile);
+    pending.peak1 = quad_peak(peaks, voter);
     keys.advance();
   };
 
@@ -215,7 +230,7 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
   start_gemm<false>(mma, queries0, tSrK(_, _, _, keys.stage()), scores0);
   int key_tile = work.key_tiles - 1;
 #pragma unroll 1
-  for (; key_tile > 0 && kTileBlocks * (key_tile + 1) > work.full; --key_tile) {
+  for (; key_tile > 0 && kTileBlocks * (key_tile + 2) > work.full; --key_tile) {
     step(key_tile, true_type{}, true_type{});
   }
 #pragma unroll 1
@@ -223,6 +238,7 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
     step(key_tile, false_type{}, true_type{});
   }
   step(0, true_type{}, false_type{});
+  vote(pending.peak0, pending.peak1, pending.key_scale, 0, true_type{});
 }
 
 // A tile whose verdicts follow from its thresholds.

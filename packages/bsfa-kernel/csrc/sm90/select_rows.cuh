@@ -8,6 +8,9 @@
 #include <math_constants.h>
 #include <cute/tensor.hpp>
 
+#include <cfloat>
+#include <type_traits>
+
 #include "../common/ptx.cuh"
 #include "../common/quantize.cuh"
 #include "../common/select_work.cuh"
@@ -112,18 +115,14 @@ __device__ __forceinline__ void thread_visible_peaks(const Scores& scores, const
   }
 }
 
-// Peaks are found before the next GEMM overwrites the scores: the compiler would move that behind its start.
-template <class Value>
-__device__ __forceinline__ void hold(Value (&peaks)[kQuadRows][kTileBlocks]) {
-  using Register = std::conditional_t<std::is_same_v<Value, float>, float, uint32_t>;
-#pragma unroll
-  for (auto& row : peaks) {
-#pragma unroll
-    for (Value& peak : row) {
-      cute::warpgroup_fence_operand(reinterpret_cast<Register&>(peak));
-    }
-  }
-}
+// A lane's vote on a key block, and what rebase() needs.
+struct Vote {
+  float excess;  // of the peak over the bound: the row keeps the block unless this is negative, which NaN is
+                 // not
+  float score, factor;
+  float sum;     // before the vote
+  bool is_high;  // the peak is so far above the base, or NaN, that rebase() must follow
+};
 
 // What a lane knows of its row. Scores are in powers of two: scale * log2(e) * q·k.
 template <Rule kRule>
@@ -141,43 +140,71 @@ struct VotingRow {
   __device__ __forceinline__ void reset() {
     base = kRule == Rule::kRunningMax ? -CUDART_INF_F : -FLT_MAX;
     sum = 0.0f;
+    if (kRule == Rule::kPeakLse && !votes) {
+      // Scores of 0 and no bound to reach: a vote to skip without a test, except for NaN, which is
+      // rebase()'s.
+      scale = 0.0f;
+      threshold = CUDART_INF_F;
+      base = 0.0f;
+      sum = 1.0f;
+    }
+    // Or else the compiler works it out again in every step.
+    asm volatile("" : "+f"(threshold));
   }
 
-  // Whether the row votes to keep the lane's block of the two, given its peak there. Lanes of a quad must
-  // come with both blocks of a row.
+  // What the row votes on the lane's block of the two, given its peak there. Lanes of a quad must come with
+  // both blocks of a row. peak_lse: rebase() must follow where a lane of the warp says so.
   template <class Value>
-  __device__ __forceinline__ bool vote(Value peak, float key_scale, bool is_hidden, const VoterLane& voter) {
-    const float factor = scale * key_scale;
-    const float score = static_cast<float>(peak);
-    const auto scaled = [&](float less) { return is_hidden ? -CUDART_INF_F : fmaf(score, factor, -less); };
-    bool keeps;
-    if constexpr (kRule == Rule::kAbsolute) {
-      keeps = !(scaled(0.0f) < threshold);
-    } else if constexpr (kRule == Rule::kRunningMax) {
-      const float x = scaled(0.0f);
-      float first, second;
-      exchange(x == CUDART_INF_F ? CUDART_NAN_F : x, voter, first, second);
-      const float between = ptx::max_nan(base, first);
-      keeps = !(x < (voter.key_block() == 1 ? base : between) + threshold);
-      base = ptx::max_nan(between, second);
+  __device__ __forceinline__ Vote vote(Value peak, float key_scale, bool is_hidden, const VoterLane& voter) {
+    Vote vote{0.0f, is_hidden ? -CUDART_INF_F : static_cast<float>(peak), scale * key_scale, sum, false};
+    if constexpr (kRule == Rule::kPeakLse) {
+      // A hidden peak is no product: its factor may be 0 or NaN.
+      const float above = is_hidden ? -CUDART_INF_F : fmaf(vote.score, vote.factor, -base);
+      const float mine = ptx::exp2_approx(above);
+      const float other = __shfl_xor_sync(0xffffffff, mine, 1);
+      // Block 0 is visited after block 1. An infinite or NaN share is rebase()'s.
+      const float reference = fmaf(other, voter.key_block() == 1 ? 0.0f : 1.0f, sum);
+      vote.excess = above - (ptx::log2_approx(reference) + threshold);
+      vote.is_high = !(above <= kRange);  // NaN is
+      sum += mine + other;
     } else {
-      const float above = scaled(base);
-      float first, second;
-      exchange(ptx::exp2_approx(above), voter, first, second);
-      const float between = sum + first;
-      const float reference = voter.key_block() == 1 ? sum : between;
-      keeps = !(above < ptx::log2_approx(reference) + threshold);
-      const float sum_before = sum;
-      sum = between + second;
-      const bool is_high = !(above <= kRange);  // NaN is
-      if (__any_sync(0xffffffff, is_high)) {
-        rebase(scaled(0.0f), is_high, sum_before, voter, keeps);
+      const float x = scaled(vote);
+      float bound = threshold;
+      if constexpr (kRule == Rule::kRunningMax) {
+        float first, second;
+        exchange(x == CUDART_INF_F ? CUDART_NAN_F : x, voter, first, second);
+        const float between = ptx::max_nan(base, first);
+        bound += voter.key_block() == 1 ? base : between;
+        base = ptx::max_nan(between, second);
       }
+      vote.excess = votes ? x - bound : -1.0f;
     }
-    return votes && keeps;
+    return vote;
+  }
+
+  // The vote and the sum once more for rows whose peak was too high, with a new base: the reference. Only for
+  // these, since a row's result must not depend on its neighbours. All lanes must come.
+  __device__ __forceinline__ void rebase(Vote& vote, const VoterLane& voter) {
+    const bool other_is_high = __shfl_xor_sync(0xffffffff, vote.is_high, 1);
+    const float x = scaled(vote);
+    float first, second;
+    exchange(x, voter, first, second);
+    const float before = base + ptx::log2_approx(vote.sum);
+    const float between = add_peak(before, first);
+    const float after = add_peak(between, second);
+    if (vote.is_high || other_is_high) {
+      vote.excess = votes ? x - ((voter.key_block() == 1 ? before : between) + threshold) : -1.0f;
+      // A row that has seen NaN gets a base that nothing exceeds.
+      base = !votes ? base : isnan(after) ? FLT_MAX : after;
+      sum = !votes ? vote.sum : isnan(after) ? after : 1.0f;
+    }
   }
 
  private:
+  __device__ __forceinline__ static float scaled(const Vote& vote) {
+    return vote.score == -CUDART_INF_F ? vote.score : vote.score * vote.factor;
+  }
+
   // The lane's value and that of the row's other lane, in the order of visits.
   __device__ __forceinline__ static void exchange(float mine, const VoterLane& voter, float& first,
                                                   float& second) {
@@ -188,38 +215,9 @@ struct VotingRow {
 
   // log2(2^x + 2^y) with y a peak: NaN once one was NaN or +inf.
   __device__ __forceinline__ static float add_peak(float x, float y) {
-    if (!(y < CUDART_INF_F)) {
-      return CUDART_NAN_F;
-    }
     const float larger = ptx::max_nan(x, y);
-    return larger == -CUDART_INF_F ? larger
-                                   : larger + ptx::log2_approx(1.0f + ptx::exp2_approx(-fabsf(x - y)));
-  }
-
-  // The vote and the sum once more for rows whose peak is far above the base, or NaN, with a new base: the
-  // reference. Only for these: a row's result must not depend on its neighbours.
-  __device__ __forceinline__ static float4 rebased(float x, float base, float sum, float threshold,
-                                                   int lane) {
-    const VoterLane voter{lane};
-    float first, second;
-    exchange(x, voter, first, second);
-    const float before = base + ptx::log2_approx(sum);
-    const float between = add_peak(before, first);
-    const float after = add_peak(between, second);
-    const bool keeps = !(x < (voter.key_block() == 1 ? before : between) + threshold);
-    // A row that has seen NaN gets a base that nothing exceeds.
-    return isnan(after) ? float4{FLT_MAX, after, keeps ? 1.0f : 0.0f, 0.0f}
-                        : float4{after, 1.0f, keeps ? 1.0f : 0.0f, 0.0f};
-  }
-  __device__ __forceinline__ void rebase(float x, bool is_high, float sum_before, const VoterLane& voter,
-                                         bool& keeps) {
-    const bool row_is_high = __shfl_xor_sync(0xffffffff, is_high, 1) || is_high;
-    const float4 next = rebased(x, base, sum_before, threshold, voter.lane);
-    if (row_is_high) {
-      base = next.x;
-      sum = next.y;
-      keeps = next.z != 0.0f;
-    }
+    const float sum = larger + ptx::log2_approx(1.0f + ptx::exp2_approx(-fabsf(x - y)));
+    return !(y < CUDART_INF_F) ? CUDART_NAN_F : larger == -CUDART_INF_F ? larger : sum;
   }
 };
 
@@ -245,7 +243,6 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
     from[row] = find_row(params, static_cast<const Element*>(params.q), params.q_strides, tile.sequence,
                          query_row(tile.sequence, exists[row] ? query : 0), tile.head);
   }
-  voting_row.reset();
   voting_row.votes = (voter.row_of_quad() == 0 ? exists[0] : exists[1]) && slot.threshold != CUDART_INF_F;
   voting_row.threshold = slot.threshold * CUDART_L2E_F;
 
@@ -310,6 +307,7 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
       voting_row.threshold -= voter.row_of_quad() == 0 ? lacks[0] : lacks[1];
     }
   }
+  voting_row.reset();
 }
 
 }  // namespace bsfa::sm90

@@ -43,8 +43,8 @@ inline auto encode_function() {
   return function;
 }
 
-// Boxes of box_rows x box_columns land in shared memory with the swizzle of their width, 128 or 64 bytes; what
-// lies outside reads 0.
+// Boxes of box_rows x box_columns land in shared memory with the swizzle of their width, 128 or 64 bytes;
+// what lies outside reads 0.
 inline CUtensorMap make_tensor_map(const char* name, CUtensorMapDataType type, const void* data,
                                    const TensorShape& shape, const Strides& strides, uint32_t box_rows,
                                    uint32_t box_columns) {
@@ -60,10 +60,10 @@ inline CUtensorMap make_tensor_map(const char* name, CUtensorMapDataType type, c
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   const bool wide = box_columns * element_bytes == 128;
   CUtensorMap map;
-  const CUresult status =
-      encode_function()(&map, type, 4, const_cast<void*>(data), extents, byte_strides, box, steps,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = encode_function()(
+      &map, type, 4, const_cast<void*>(data), extents, byte_strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     fail(BSFA_CUDA_ERROR, "cuTensorMapEncodeTiled failed for ", name, " with status ",
          static_cast<int>(status));
