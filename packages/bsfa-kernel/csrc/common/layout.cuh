@@ -134,29 +134,34 @@ __device__ __forceinline__ int64_t lse_line(const ForwardParams& params, const Q
   return params.is_packed() ? tile.head : int64_t{tile.sequence.index} * params.heads + tile.head;
 }
 
-// Which query block of all heads and sequences block `index` of a sequence is, in `kept` and in block masks.
-__device__ __forceinline__ int64_t query_block_number(const Problem& problem, const Sequence& sequence,
-                                                      int head, int index) {
-  if (problem.is_packed()) {
-    const int columns = problem.seqlen_q / problem.q_block + problem.batch;
-    return int64_t{head} * columns + packed_tile(problem.cu_seqlens_q, sequence.index, problem.q_block) +
-           index;
-  }
-  const int blocks = (problem.seqlen_q + problem.q_block - 1) / problem.q_block;
-  return (int64_t{sequence.index} * problem.heads + head) * blocks + index;
-}
-
 // Number of key blocks that query block `index` of a tile's sequence kept.
 __device__ __forceinline__ int32_t* kept_of_block(const ForwardParams& params, const QueryTile& tile,
                                                   int index) {
-  return params.kept + query_block_number(params, tile.sequence, tile.head, index);
+  if (params.is_packed()) {
+    const int columns = params.seqlen_q / params.q_block + params.batch;
+    return params.kept + int64_t{tile.head} * columns +
+           packed_tile(params.cu_seqlens_q, tile.sequence.index, params.q_block) + index;
+  }
+  const int blocks = (params.seqlen_q + params.q_block - 1) / params.q_block;
+  return params.kept + (int64_t{tile.sequence.index} * params.heads + tile.head) * blocks + index;
 }
 
-// The words of a block mask that belong to query block `index` of a sequence. Word: uint64_t, const or not.
+// The words of a block mask that belong to query block `index` of a sequence: as in `kept`, whose code is not
+// shared because other code there makes ptxas lay out the whole forward kernel anew. Word: uint64_t, const or
+// not.
 template <class Word>
 __device__ __forceinline__ Word* words_of_block(const Problem& problem, Word* block_mask, int mask_words,
                                                 const Sequence& sequence, int head, int index) {
-  return block_mask + query_block_number(problem, sequence, head, index) * mask_words;
+  int64_t block;
+  if (problem.is_packed()) {
+    const int columns = problem.seqlen_q / problem.q_block + problem.batch;
+    block =
+        int64_t{head} * columns + packed_tile(problem.cu_seqlens_q, sequence.index, problem.q_block) + index;
+  } else {
+    const int blocks = (problem.seqlen_q + problem.q_block - 1) / problem.q_block;
+    block = (int64_t{sequence.index} * problem.heads + head) * blocks + index;
+  }
+  return block_mask + block * mask_words;
 }
 
 // In packed tensors a sequence can have more columns of `kept` than blocks of queries: the tile at its last
