@@ -20,8 +20,9 @@ SELECTIONS: tuple[Selection, ...] = ("exact", "int8", "auto")
 """``exact`` decides by the scores that attention uses, in one kernel with it; ``int8`` selects by
 scores in 8 bits, then attends to what is selected; ``auto`` takes the faster of both."""
 
-CROSSOVERS: Mapping[int, float] = MappingProxyType({1: 0.55, 2: 0.35, 4: 0.2})
-"""By voters: the share of blocks skipped from which on two steps take less time than one kernel."""
+CROSSOVERS: Mapping[int, float] = MappingProxyType({1: 0.72, 2: 0.6, 4: 0.55})
+"""By voters: the share of blocks skipped from which on two steps take less time than one kernel (H100,
+64K tokens, head_dim 128, 64x64, irregular; docs/lab/selection.md)."""
 
 
 def check_selection(selection: object, expected_skipped: object) -> None:
