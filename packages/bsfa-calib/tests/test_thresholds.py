@@ -160,6 +160,19 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
         ThresholdTable.load(path)
 
 
+@pytest.mark.parametrize("size", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "table.safetensors"
+    for length in range(size):
+        table = ThresholdTable(np.zeros((1, 1, 1, 1), np.float32), (4,), model="m" * length)
+        table.save(path)
+        (found,) = struct.unpack("<Q", path.read_bytes()[:8])
+        if found == size:
+            break
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    assert ThresholdTable.load(path).model == table.model
+
+
 def test_tensors_of_another_origin_are_refused(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 

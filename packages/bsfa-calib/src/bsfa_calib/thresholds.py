@@ -385,7 +385,8 @@ def _read_tensors(name: str) -> tuple[dict[str, str], dict[str, FloatArray]]:
     size = os.path.getsize(name)
     with open(name, "rb") as file:
         start = file.read(8)
-        if start.startswith(_PICKLE_STARTS):
+        # A header of 640 bytes begins like a pickle, but for the zeros of its length.
+        if start.startswith(_PICKLE_STARTS) and any(start[2:]):
             raise ThresholdFileError(
                 "this is a PyTorch file, not a threshold table; if it holds thresholds of the "
                 "paper's repository, convert it with `bsfa-calibrate table convert`"
