@@ -90,7 +90,7 @@ def evaluated(**changes: Any) -> dict[str, Any]:
     sparse[0]["bands"] = bands(0.25, 2.5)
     methods = {
         "dense": {"kind": "dense", "options": {}, "geometry": "128x64"},
-        "x": {"kind": "scalar", "options": {"rule": "running_lse"}, "geometry": "64x64"},
+        "x": {"kind": "scalar", "options": {"rule": "peak_lse"}, "geometry": "64x64"},
     }
     made_with = {"device": "A GPU", "dtype": "float16", "backend": "native", "torch": "2.11.0"}
     header = {"model": {"name": "m"}, "configurations": methods, "environment": made_with}

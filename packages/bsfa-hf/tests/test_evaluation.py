@@ -37,8 +37,8 @@ from bsfa_hf.evaluation.plot import plot_results
 from bsfa_hf.evaluation.results import Results, ResultsError, load
 from bsfa_hf.evaluation.run import Evaluation, EvaluationError, Plan, rank_path
 from bsfa_hf.evaluation.summary import advice, markdown, summarise
-from bsfa_hf.methods import BlockSparse
-from bsfa_kernel import DEFAULT_GEOMETRY
+from bsfa_hf.methods import BlockSparse, OneThreshold
+from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 from tiny import small_llama
 
 LENGTH = 512
@@ -76,9 +76,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def a_table(path: Path, threshold: float, *, layers: int = LAYERS, model: str = "") -> Path:
     values = np.full((2, layers, HEADS, 1), threshold, np.float32)
     values[0] = -np.inf
-    table = ThresholdTable(
-        values, (0.0, 0.5), axis="target_sparsity", rule="running_lse", model=model
-    )
+    table = ThresholdTable(values, (0.0, 0.5), axis="target_sparsity", rule="peak_lse", model=model)
     table.save(path)
     return path
 
@@ -120,6 +118,8 @@ def test_the_digest_follows_the_table_and_not_its_name(tmp_path: Path) -> None:
         ("sliding_window:window=8,depth=2", "takes window, sink, got depth=2"),
         ("sliding_window:window", "options are option=value"),
         ("=dense", "a configuration is"),
+        ("scalar:rule=absolute,threshold=1,voters=3", r"voters must be one of \(1, 2, 4\), got 3"),
+        ("scalar:rule=absolute,threshold=1,selection=fp8", "selection must be one of exact, int8"),
         ("sparge_attn:topk=2", r"topk must be in \(0, 1\]"),
     ],
 )
@@ -139,6 +139,23 @@ def test_a_point_is_written_by_its_axis_or_as_a_point(tmp_path: Path) -> None:
     for point in ("target_sparsity=0.5", "point=target_sparsity=0.5"):
         method = make_method(parse_configuration(f"table:file={path},{point}"))
         assert method == BlockSparse(str(path), Point("target_sparsity", 0.5))
+
+
+def test_voters_and_selection_are_part_of_a_configuration(tmp_path: Path) -> None:
+    one = parse_configuration("scalar:rule=peak_lse,threshold=-1,geometry=64x64")
+    four = parse_configuration("scalar:rule=peak_lse,threshold=-1,geometry=64x64,voters=4")
+    assert (one.voters, four.voters) == (1, 4)
+    assert one.digest != four.digest
+    assert make_method(four) == OneThreshold(-1.0, "peak_lse", Geometry(64, 64), 4)
+    path = a_table(tmp_path / "table", -1.0)
+    chosen = parse_configuration(f"table:file={path},target_sparsity=0.5,selection=int8")
+    method = make_method(chosen)
+    assert method == BlockSparse(str(path), Point("target_sparsity", 0.5), selection="int8")
+    plain = parse_configuration(f"table:file={path},target_sparsity=0.5")
+    assert plain.digest != chosen.digest
+    values = ThresholdTable.load(path)
+    dataclasses.replace(values, voters=2).save(path)
+    assert parse_configuration(f"table:file={path},target_sparsity=0.5").digest != plain.digest
 
 
 @pytest.mark.parametrize(
@@ -259,7 +276,7 @@ def test_an_evaluation_compares_every_configuration_with_dense(
 def test_what_is_evaluated_is_what_enable_gives(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
 ) -> None:
-    path = a_table(tmp_path / "table", 0.0)
+    path = a_table(tmp_path / "table", 1.0)
     plan = a_plan(text, f"table:file={path},target_sparsity=0.5", tasks=("kl",), samples=1)
     Evaluation(model, tokenizer, plan, tmp_path / "results.json").run()
     assert model.config._attn_implementation == "sdpa"
@@ -409,7 +426,7 @@ def test_perplexity_without_text_is_refused() -> None:
 def test_a_model_that_gains_nothing_is_told_so(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
 ) -> None:
-    plan = a_plan(text, "scalar:rule=running_lse,threshold=-30", tasks=("kl",), samples=1)
+    plan = a_plan(text, "scalar:rule=peak_lse,threshold=-30", tasks=("kl",), samples=1)
     evaluation = Evaluation(model, tokenizer, plan, tmp_path / "results.json")
     evaluation.run()
     content = load(tmp_path / "results.json")
@@ -468,7 +485,7 @@ def test_the_real_model_is_evaluated_from_the_command_line(
         *("evaluate", "--model", os.environ["BSFA_TEST_MODEL"]),
         *("--text", os.environ["BSFA_TEST_TEXT"], "--lengths", "512", "--samples", "1"),
         *("--tasks", "kl,needle", "--depths", "0.5", "--out", str(out)),
-        *("--config", "lse=scalar:rule=running_lse,threshold=-5"),
+        *("--config", "lse=scalar:rule=peak_lse,threshold=-5"),
     ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out

@@ -139,6 +139,13 @@ def test_environment_variables_are_read(
     assert bsfa_hf.get_current_attention_config(model) == AttentionConfig(
         mode="block_sparse", threshold_file=file, block_sparse_topk=8
     )
+    monkeypatch.setenv("CUSTOM_SELECTION", "int8")
+    bsfa_hf.inject_custom_attention(model)
+    model(tokens(400))
+    assert bsfa_hf.stats(model).sparse_calls_by_selection == {"exact": 0, "int8": LAYERS}
+    monkeypatch.setenv("CUSTOM_SELECTION", "fp4")
+    with pytest.raises(ValueError, match="selection must be one of exact, int8, auto, got 'fp4'"):
+        bsfa_hf.create_attention_config_from_env()
     monkeypatch.setenv("CUSTOM_ATTENTION_MODE", "sliding_window")
     monkeypatch.setenv("CUSTOM_SLIDING_WINDOW_SIZE", "64")
     bsfa_hf.inject_custom_attention(model)

@@ -23,6 +23,7 @@ import bsfa_kernel
 from bsfa_calib import estimate
 from bsfa_calib.hook import Meter, applied
 from bsfa_calib.store import Measured
+from bsfa_calib.voting import voting_maxima
 from bsfa_kernel import Geometry
 
 # Maxima of a sample that are set aside, so that those of several layers are worked on together: of
@@ -44,12 +45,14 @@ class Recorder:
         k_block: keys in a sparsity block.
         sink: called with the layer's index and its maxima, float32 ``[heads, q_blocks, k_blocks]``,
             on the model's device.
+        voters: one query row in 1, 2 or 4 votes; the others are left out of the maxima.
     """
 
     rule: str
     q_block: int
     k_block: int
     sink: Callable[[int, Tensor], None]
+    voters: int = 1
 
     @property
     def geometry(self) -> Geometry:
@@ -58,11 +61,14 @@ class Recorder:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> None:
         """See ``Method``; prompts are whole, so that there is nothing to record of others."""
-        if q.shape[1] == k.shape[1]:
-            maxima = bsfa_kernel.block_maxima(
-                q, k, scale=scale, rule=self.rule, geometry=self.geometry
-            )
-            self.sink(layer, maxima[0])
+        if q.shape[1] != k.shape[1]:
+            return
+        options: dict[str, Any] = {"scale": scale, "rule": self.rule, "geometry": self.geometry}
+        if self.voters == 1:
+            maxima = bsfa_kernel.block_maxima(q, k, **options)
+        else:
+            maxima = voting_maxima(q, k, **options, voters=self.voters)
+        self.sink(layer, maxima[0])
 
 
 @contextlib.contextmanager

@@ -327,15 +327,9 @@ def _sparse(
     kept: list[Tensor] = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor
         out, part = block_sparse_attention(
-            q,
-            k,
-            v,
-            thresholds,
-            scale=scaling,
-            rule=state.rule,
-            geometry=state.geometry,
-            return_kept=True,
+            *(q, k, v, thresholds), scale=scaling, return_kept=True, **state.kernel_options
         )
         kept.append(part)
         return out
@@ -360,7 +354,7 @@ def _sparse(
                     v[row : row + 1, span.keys],
                 )[0]
         lengths = [(span.seqlen_q, span.seqlen_k) for span in spans if span.seqlen_q]
-    state.statistics.count_sparse(layer, kept, lengths, state.geometry)
+    state.statistics.count_sparse(layer, kept, lengths, state.geometry, state.selection_for(q))
     return out
 
 
@@ -406,24 +400,29 @@ def _packed(
     query, key, value = _arguments_of_kernel(query, key, value)
     reason: Reason | None = None
     thresholds = state.layer_thresholds(layer, query.device)
+    how = state.kernel_options
     if all(seqlen_q <= 1 for seqlen_q, _ in lengths):
         reason, thresholds = Reason.DECODE, torch.full_like(thresholds, -math.inf)
+        how |= {"selection": "exact", "expected_skipped": None}
     elif not any(can_skip(*each, state.geometry) for each in lengths):
         reason = Reason.TOO_SHORT
+    if how["selection"] != "exact":
+        how["max_seqlen_k"] = max(seqlen_k for _, seqlen_k in lengths)
+    out: Tensor
     out, kept = block_sparse_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         thresholds,
         scale=options["scaling"],
-        rule=state.rule,
-        geometry=state.geometry,
         cu_seqlens_q=starts_q.to(torch.int32),
         cu_seqlens_k=starts_k.to(torch.int32),
         return_kept=True,
+        **how,
     )
     if reason is None:
-        state.statistics.count_sparse(layer, [kept], lengths, state.geometry)
+        selection = state.selection_for(query)
+        state.statistics.count_sparse(layer, [kept], lengths, state.geometry, selection)
     else:
         state.statistics.count_dense(layer, reason)
     return out[None]

@@ -31,6 +31,7 @@ from bsfa_calib.point import AXES, Point
 from bsfa_calib.report import printable
 from bsfa_calib.thresholds import table_files
 from bsfa_hf.state import model_names
+from bsfa_kernel import SELECTIONS
 
 # Converters for argparse.
 positive = checked(_positive)
@@ -64,7 +65,18 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
         help="threshold table (default: the longest fitting one in ./thresholds/<model>)",
     )
     add_point_options(parser)
+    add_selection_option(parser)
     add_any_model_option(parser)
+
+
+def add_selection_option(parser: argparse.ArgumentParser) -> None:
+    """An option that says from what scores blocks are chosen."""
+    parser.add_argument(
+        "--selection",
+        choices=SELECTIONS,
+        help="choose blocks from 16-bit scores, from 8-bit ones, or as is faster for what the "
+        "table is expected to skip (default: BSFA_SELECTION, else auto)",
+    )
 
 
 def add_any_model_option(parser: argparse.ArgumentParser) -> None:

@@ -13,16 +13,19 @@ from pathlib import Path
 
 from bsfa_calib.point import AXES
 from bsfa_calib.thresholds import ThresholdTable
-from bsfa_hf.automatic import named_point
+from bsfa_hf.automatic import named_point, named_selection
 from bsfa_hf.baselines import SlidingWindow, SpargeAttention
 from bsfa_hf.methods import BlockSparse, Method, OneThreshold
-from bsfa_kernel import DEFAULT_GEOMETRY, GEOMETRIES, RULES, Geometry
+from bsfa_kernel import DEFAULT_GEOMETRY, GEOMETRIES, RULES, VOTERS, Geometry
 
 # The options that each kind takes, and whether it must have them.
 _OPTIONS: dict[str, dict[str, bool]] = {
     "dense": {},
-    "table": {"file": True, **dict.fromkeys(("point", *AXES), False)},
-    "scalar": {"rule": True, "threshold": False, "sparsity": False, "geometry": False},
+    "table": {"file": True, **dict.fromkeys(("point", *AXES, "selection"), False)},
+    "scalar": {
+        "rule": True,
+        **dict.fromkeys(("threshold", "sparsity", "geometry", "voters", "selection"), False),
+    },
     "sliding_window": {"window": True, "sink": False},
     "sparge_attn": dict.fromkeys(("topk", "simthreshd1", "cdfthreshd", "pvthreshd"), False),
 }
@@ -61,6 +64,11 @@ class Configuration:
             return Geometry(table.q_block, table.k_block)
         return Geometry.parse(self.option("geometry", str(DEFAULT_GEOMETRY)))
 
+    @property
+    def voters(self) -> int:
+        """Of how many query rows one votes, for a scalar."""
+        return int(self.option("voters", "1"))
+
 
 def make_configuration(
     kind: str, options: Mapping[str, str] | None = None, *, name: str = ""
@@ -69,13 +77,15 @@ def make_configuration(
 
     * ``dense``: SDPA, what everything is compared with.
     * ``table``: thresholds of ``file`` at a ``point``, which may be named by its axis, as ``k``;
-      rule and geometry are the table's.
+      rule, geometry and voters are the table's.
     * ``scalar``: one threshold for the whole model under ``rule`` (running_max is BLASST's, arXiv
       2512.12087); either ``threshold``, or ``sparsity``, for which it is then found on text that
-      is not evaluated on.
+      is not evaluated on; ``voters`` is 1 unless given.
     * ``sliding_window``: the last ``window`` keys, and the first ``sink``.
     * ``sparge_attn``: SpargeAttention (arXiv 2502.18137), if it is installed; ``topk``, or
       ``cdfthreshd``, and its ``simthreshd1`` and ``pvthreshd``.
+
+    For both, ``selection`` says from what scores blocks are chosen (``bsfa_hf.enable``).
 
     Raises:
         ConfigurationError: unknown kind or option, one missing, or a value out of range.
@@ -151,11 +161,15 @@ def make_method(
     if configuration.kind == "dense":
         return None
     if configuration.kind == "table":
-        return BlockSparse(options["file"], named_point(options.get, ""), check_model)
+        point = named_point(options.get, "")
+        return BlockSparse(options["file"], point, check_model, options.get("selection"))
     if configuration.kind == "scalar":
         if threshold is None:
             threshold = float(options["threshold"])
-        return OneThreshold(threshold, options["rule"], configuration.geometry)
+        return OneThreshold(
+            *(threshold, options["rule"], configuration.geometry, configuration.voters),
+            selection=options.get("selection"),
+        )
     if configuration.kind == "sliding_window":
         return SlidingWindow(int(options["window"]), int(options.get("sink", 0)))
     return SpargeAttention({name: float(options[name]) for name in options}, measure=True)
@@ -168,7 +182,8 @@ def _check_values(kind: str, options: Mapping[str, str]) -> str:
             table = ThresholdTable.load(options["file"])
             values = table.select(named_point(options.get, ""))
             identity = hashlib.sha256(values.tobytes()).hexdigest()
-            return f"{identity} {table.rule} {table.geometry}"
+            named_selection(options.get("selection"))
+            return f"{identity} {table.rule} {table.geometry} {table.voters}"
         if kind == "scalar":
             _check_scalar(options)
             return ""
@@ -190,6 +205,9 @@ def _check_scalar(options: Mapping[str, str]) -> None:
     if not 0 <= float(options.get("sparsity", 0)) < 1:
         raise ConfigurationError(f"sparsity must be in [0, 1), got {options['sparsity']}")
     geometry = Geometry.parse(options.get("geometry", str(DEFAULT_GEOMETRY)))
+    if options.get("voters", "1") not in map(str, VOTERS):
+        raise ConfigurationError(f"voters must be one of {VOTERS}, got {options['voters']}")
+    named_selection(options.get("selection"))
     if geometry not in GEOMETRIES:
         raise ConfigurationError(
             f"geometry must be one of {', '.join(map(str, GEOMETRIES))}, got {geometry}"

@@ -354,6 +354,7 @@ class Evaluation:
             [windows[0].ids],
             rule=configuration.option("rule"),
             geometry=configuration.geometry,
+            voters=configuration.voters,
             target_sparsity=target,
         )
         self._progress(
