@@ -178,8 +178,10 @@ def verdict(found: Calibrated) -> list[str]:
             "too short."
         )
         return sentences
+    exact, in_8_bits = 1 / (1 - most / 2), 1 / (1 - most + 0.25 / found.table.voters)
     sentences.append(
         f"Up to {most:.0%} of the blocks can be skipped within a KL divergence of {_CHEAP_KL:g} "
-        f"nats; the limit of attention's speed-up is then {1 / (1 - most / 2):.2f}x."
+        f"nats; the limit of attention's speed-up is then {exact:.2f}x"
+        + (f", {in_8_bits:.2f}x if blocks are chosen in 8 bits." if in_8_bits > exact else ".")
     )
     return sentences
