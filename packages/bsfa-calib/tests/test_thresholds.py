@@ -451,6 +451,13 @@ def test_a_table_knows_what_each_point_is_expected_to_skip() -> None:
     share = np.array([[[0, 0], [0.2, 0.4]], [[0, 0], [0.1, 0.1]]], np.float32)
     blocks = ThresholdTable(values, (4, 8), statistics={"sparsity": share})
     assert blocks.expected_sparsity("k=4") == pytest.approx(0.3)
+    for unusable in (np.nan, np.inf, -0.1, 1.5):
+        held_out = np.full_like(share, unusable)
+        both = {"held_out_sparsity": held_out, "sparsity": share}
+        known = ThresholdTable(values, (4, 8), statistics=both)
+        assert known.expected_sparsity("k=4") == pytest.approx(0.3)
+        neither = ThresholdTable(values, (4, 8), statistics={"sparsity": held_out})
+        assert neither.expected_sparsity("k=4") is None
     assert ThresholdTable(values, (4, 8)).expected_sparsity("k=8") is None
     assert ThresholdTable(values[:1], (0.5,), **named).expected_sparsity() == 0.5
     with pytest.raises(ValueError, match="has no k=5"):

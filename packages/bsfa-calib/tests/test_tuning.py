@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from bsfa_calib import scalar
+from bsfa_calib import hook, scalar
 from bsfa_calib.expected import Expected, Measure, check_layers, verdict, with_expected
 from bsfa_calib.hook import HookError
 from bsfa_calib.thresholds import ThresholdTable
@@ -30,6 +33,25 @@ def test_a_scalar_is_found_for_a_sparsity(
 ) -> None:
     found = find_scalar(model, [ids], rule=rule, target_sparsity=0.3, tolerance=0.02)
     assert found.sparsity == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("selection", ["int8", "auto"])
+def test_a_scalar_is_found_with_the_selection_that_it_is_for(
+    model: LlamaForCausalLM, ids: list[int], monkeypatch: pytest.MonkeyPatch, selection: str
+) -> None:
+    told: list[dict[str, Any]] = []
+    right = hook.block_sparse_attention
+
+    def attention(*tensors: Tensor, **options: Any) -> Any:
+        told.append(options)
+        return right(*tensors, **options)
+
+    monkeypatch.setattr(hook, "block_sparse_attention", attention)
+    options: dict[str, Any] = {"rule": "peak_lse", "target_sparsity": 0.3, "tolerance": 0.05}
+    find_scalar(model, [ids], selection=selection, **options)
+    assert {call["selection"] for call in told} == {selection}
+    expected = 0.3 if selection == "auto" else None
+    assert {call.get("expected_skipped") for call in told} == {expected}
 
 
 def test_a_sparsity_beyond_what_is_not_forced_is_refused(

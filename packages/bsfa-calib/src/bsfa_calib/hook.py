@@ -137,7 +137,9 @@ class BlockSparse:
         geometry: the sparsity block.
         backend: one of ``BACKENDS``.
         voters: one query row in 1, 2 or 4 votes.
-        selection: "exact" or "int8": from what scores blocks are chosen.
+        selection: from what scores blocks are chosen, one of ``bsfa_kernel.SELECTIONS``; the
+            reference knows "exact" alone.
+        expected_skipped: share of the blocks that the thresholds skip, by which "auto" decides.
     """
 
     thresholds: Tensor
@@ -146,6 +148,7 @@ class BlockSparse:
     backend: str = "auto"
     voters: int = 1
     selection: str = "exact"
+    expected_skipped: float | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
         """See ``Method``."""
@@ -160,9 +163,10 @@ class BlockSparse:
             result = reference.attention(q, k, v, thresholds, **options)
             out, kept = result.out, result.kept
         else:
-            out, kept = block_sparse_attention(
-                *(q, k, v, thresholds), **options, selection=self.selection, return_kept=True
-            )
+            options["selection"] = self.selection
+            if self.selection == "auto":
+                options["expected_skipped"] = self.expected_skipped
+            out, kept = block_sparse_attention(q, k, v, thresholds, **options, return_kept=True)
         visible = count_visible(q.shape[1], k.shape[1], self.geometry)
         return Attended(out, 1 - kept[0].sum(-1).float() / visible)
 

@@ -201,7 +201,7 @@ class ThresholdTable:
         """Share of the blocks that an operating point skips in the layers that can skip any.
 
         What was measured on held-out text counts first, then what calibration measured, then what
-        was asked for.
+        was asked for. A measured value that is no share, within 0 to 1, is passed over.
 
         Args:
             point: the point, or its text; not needed if the table holds a single one.
@@ -217,12 +217,13 @@ class ThresholdTable:
             share = float(self.provenance["expected_sparsity"].split(",")[index])
             if 0 <= share <= 1:
                 return share
-        measured = self.statistics.get("held_out_sparsity", self.statistics.get("sparsity"))
-        if measured is not None:
-            able = ~np.isneginf(self.thresholds[index]).all(-1)
-            values = measured[index][able & ~np.isnan(measured[index])]
-            if values.size:
-                return float(values.mean(dtype=np.float64))
+        able = ~np.isneginf(self.thresholds[index]).all(-1)
+        for name in ("held_out_sparsity", "sparsity"):
+            if name in self.statistics:
+                values = self.statistics[name][index][able]
+                values = values[~np.isnan(values)].astype(np.float64)
+                if values.size and 0 <= (share := float(values.mean())) <= 1:
+                    return share
         return float(self.points[index]) if self.axis == "target_sparsity" else None
 
     def head_slice(self, start: int, stop: int) -> ThresholdTable:

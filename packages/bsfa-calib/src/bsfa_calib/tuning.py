@@ -47,6 +47,7 @@ def find_scalar(
     target_sparsity: float,
     geometry: Geometry = DEFAULT_GEOMETRY,
     voters: int = 1,
+    selection: str = "exact",
     tolerance: float = 0.005,
     backend: str = "auto",
 ) -> FoundScalar:
@@ -62,6 +63,8 @@ def find_scalar(
         target_sparsity: share of all visible blocks, forced ones included.
         geometry: the sparsity block.
         voters: one query row in 1, 2 or 4 votes.
+        selection: from what scores blocks are chosen, one of ``bsfa_kernel.SELECTIONS``; "auto"
+            decides by the target.
         tolerance: how close is close enough.
         backend: one of ``bsfa_calib.hook.BACKENDS``.
 
@@ -80,7 +83,9 @@ def find_scalar(
 
     def sparsity(threshold: float) -> float:
         values = torch.full((layers, heads, 1), threshold, device=language_model.device)
-        method = BlockSparse(values, rule, geometry, backend, voters)
+        method = BlockSparse(
+            *(values, rule, geometry, backend, voters, selection), expected_skipped=target_sparsity
+        )
         return float(np.mean([_skipped(language_model, method, ids) for ids in samples]))
 
     threshold, reached = _bisect(sparsity, -_REACH, _REACH, target_sparsity, tolerance)
