@@ -568,6 +568,19 @@ def test_packed_sequences_are_selected_in_8_bits(told: list[dict[str, Any]]) -> 
     assert largest_difference(found, model(tokens(200, seed=1)).logits) < 1e-4
 
 
+def test_packed_sequences_that_are_too_short_are_not_selected(told: list[dict[str, Any]]) -> None:
+    model = tiny_model()
+    ids = torch.cat([tokens(60), tokens(50, seed=1)], 1)
+    starts = torch.tensor([0, 60, 110], dtype=torch.int32)
+    positions = torch.cat([torch.arange(60), torch.arange(50)])[None]
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "position_ids": positions}
+    with bsfa_hf.enabled(model, table(math.inf), selection="int8") as stats:
+        found = model(ids, **packed).logits[:, 60:]
+    assert [call["selection"] for call in told] == ["exact"] * LAYERS
+    assert stats.dense_calls == {str(Reason.TOO_SHORT): LAYERS}
+    assert largest_difference(found, model(tokens(50, seed=1)).logits) < 1e-4
+
+
 def test_a_selection_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="selection must be one of exact, int8, auto, got 'fp4'"):

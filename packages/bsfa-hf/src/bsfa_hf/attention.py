@@ -403,9 +403,10 @@ def _packed(
     how = state.kernel_options
     if all(seqlen_q <= 1 for seqlen_q, _ in lengths):
         reason, thresholds = Reason.DECODE, torch.full_like(thresholds, -math.inf)
-        how |= {"selection": "exact", "expected_skipped": None}
     elif not any(can_skip(*each, state.geometry) for each in lengths):
         reason = Reason.TOO_SHORT
+    if reason is not None:  # every block is kept: there is nothing to select
+        how |= {"selection": "exact", "expected_skipped": None}
     if how["selection"] != "exact":
         how["max_seqlen_k"] = max(seqlen_k for _, seqlen_k in lengths)
     out: Tensor

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -94,13 +94,17 @@ def named_point(lookup: Callable[[str], Any], prefix: str) -> Point | None:
     return given[0] if given else None
 
 
-def named_selection(given: str | None = None) -> str:
+def named_selection(given: str | None = None, environment: Mapping[str, str] = os.environ) -> str:
     """From what scores blocks are to be chosen: as given, or as BSFA_SELECTION says, or "auto".
+
+    Args:
+        given: a selection; None or "" leaves it to the environment.
+        environment: where BSFA_SELECTION is looked up.
 
     Raises:
         ValueError: it is not one of ``bsfa_kernel.SELECTIONS``.
     """
-    selection = given or os.environ.get("BSFA_SELECTION") or "auto"
+    selection = given or environment.get("BSFA_SELECTION") or "auto"
     if selection not in SELECTIONS:
         name = "selection" if given else "BSFA_SELECTION"
         raise ValueError(f"{name} must be one of {', '.join(SELECTIONS)}, got {selection!r}")

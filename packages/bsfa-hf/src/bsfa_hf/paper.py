@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bsfa_calib.point import PointLike, as_point
-from bsfa_hf.automatic import named_point, read_number
+from bsfa_hf.automatic import named_point, named_selection, read_number
 from bsfa_hf.baselines import SPARGE_DEFAULTS, SlidingWindow, SpargeAttention
 from bsfa_hf.integration import disable, switch
 from bsfa_hf.methods import BlockSparse, Method, Sdpa
@@ -66,6 +66,8 @@ class AttentionConfig:
         if self.mode == "sliding_window":
             self._needs("sliding_window_size")
         # What is out of range is refused here, before there is a model.
+        if self.selection is not None:
+            named_selection(self.selection)
         self.method()
 
     def method(self, *, check_model: bool = True) -> Method:
@@ -101,9 +103,10 @@ def create_attention_config_from_env(
 
     ``CUSTOM_ATTENTION_MODE`` names the mode. For block_sparse: ``CUSTOM_THRESHOLD_FILE``, and
     ``CUSTOM_BLOCK_SPARSE_TOPK`` or another point, as ``CUSTOM_POINT=target_sparsity=0.75`` or
-    ``CUSTOM_TARGET_SPARSITY=0.75``, and ``CUSTOM_SELECTION``. For sparge_attn:
-    ``CUSTOM_SPARGE_SIMTHRESHD1``, ``CUSTOM_SPARGE_TOPK`` and ``CUSTOM_SPARGE_PVTHRESHD``. For
-    sliding_window: ``CUSTOM_SLIDING_WINDOW_SIZE`` and ``CUSTOM_SLIDING_WINDOW_SINK``.
+    ``CUSTOM_TARGET_SPARSITY=0.75``, and ``CUSTOM_SELECTION``, or else ``BSFA_SELECTION``. For
+    sparge_attn: ``CUSTOM_SPARGE_SIMTHRESHD1``, ``CUSTOM_SPARGE_TOPK`` and
+    ``CUSTOM_SPARGE_PVTHRESHD``. For sliding_window: ``CUSTOM_SLIDING_WINDOW_SIZE`` and
+    ``CUSTOM_SLIDING_WINDOW_SINK``.
 
     Returns:
         The configuration; None if ``CUSTOM_ATTENTION_MODE`` is not set.
@@ -125,7 +128,7 @@ def create_attention_config_from_env(
             threshold_file=environment.get("CUSTOM_THRESHOLD_FILE"),
             block_sparse_topk=number("BLOCK_SPARSE_TOPK", int),
             point=named_point(environment.get, "CUSTOM_"),
-            selection=environment.get("CUSTOM_SELECTION") or None,
+            selection=named_selection(environment.get("CUSTOM_SELECTION"), environment),
         )
     if mode == "sparge_attn":
         params = dict(SPARGE_DEFAULTS)
