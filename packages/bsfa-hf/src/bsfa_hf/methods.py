@@ -99,6 +99,7 @@ class OneThreshold:
         geometry: the sparsity block.
         voters: one query row in 1, 2 or 4 votes.
         selection: as that of `BlockSparse`.
+        expected_skipped: share of the blocks that the threshold skips, if it is known.
     """
 
     implementation: ClassVar[str] = attention.NAME
@@ -108,6 +109,7 @@ class OneThreshold:
     geometry: Geometry
     voters: int = 1
     selection: str | None = None
+    expected_skipped: float | None = None
 
     def state(self, model: torch.nn.Module) -> State:
         """See `Method`."""
@@ -121,4 +123,5 @@ class OneThreshold:
             description=f"one threshold of {self.threshold:g}",
             voters=self.voters,
             selection=named_selection(self.selection),
+            expected_skipped=self.expected_skipped,
         )

@@ -115,7 +115,12 @@ def configurations(arguments: argparse.Namespace) -> tuple[Configuration, ...]:
         if arguments.selection is not None:
             options["selection"] = arguments.selection
         found.append(make_configuration("table", options))
-    found += [parse_configuration(text) for text in arguments.config]
+    found += [parse_configuration(text, selection=arguments.selection) for text in arguments.config]
+    if found and arguments.selection and not any(each.option("selection") for each in found):
+        # It would change nothing.
+        raise ValueError(
+            f"--selection {arguments.selection} is for tables and scalars: no configuration is one"
+        )
     if not found:
         raise ValueError("nothing to compare with dense: give --thresholds and points, or --config")
     return tuple(found)

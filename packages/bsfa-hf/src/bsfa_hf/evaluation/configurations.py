@@ -30,6 +30,7 @@ _OPTIONS: dict[str, dict[str, bool]] = {
     "sparge_attn": dict.fromkeys(("topk", "simthreshd1", "cdfthreshd", "pvthreshd"), False),
 }
 KINDS = tuple(_OPTIONS)
+_SELECTING = tuple(kind for kind, known in _OPTIONS.items() if "selection" in known)
 
 
 class ConfigurationError(ValueError):
@@ -43,7 +44,8 @@ class Configuration:
     Attributes:
         name: what tables and plots call it.
         kind: one of ``KINDS``.
-        options: the kind's options, as written.
+        options: the kind's options, as written; the selection as it was asked for, by an option
+            or else by the environment.
         digest: changes with whatever changes the result: kind, options, and a table's content.
     """
 
@@ -59,15 +61,25 @@ class Configuration:
     @property
     def geometry(self) -> Geometry:
         """The sparsity block in which this configuration's sparsity is counted."""
-        if self.kind == "table":
-            table = ThresholdTable.load(self.option("file"))
+        table = self._table()
+        if table is not None:
             return Geometry(table.q_block, table.k_block)
         return Geometry.parse(self.option("geometry", str(DEFAULT_GEOMETRY)))
 
     @property
+    def rule(self) -> str:
+        """What scores are compared with, one of ``bsfa_kernel.RULES``; "" without thresholds."""
+        table = self._table()
+        return self.option("rule") if table is None else table.rule
+
+    @property
     def voters(self) -> int:
-        """Of how many query rows one votes, for a scalar."""
-        return int(self.option("voters", "1"))
+        """Of how many query rows one votes."""
+        table = self._table()
+        return int(self.option("voters", "1")) if table is None else table.voters
+
+    def _table(self) -> ThresholdTable | None:
+        return ThresholdTable.load(self.option("file")) if self.kind == "table" else None
 
 
 def make_configuration(
@@ -85,7 +97,8 @@ def make_configuration(
     * ``sparge_attn``: SpargeAttention (arXiv 2502.18137), if it is installed; ``topk``, or
       ``cdfthreshd``, and its ``simthreshd1`` and ``pvthreshd``.
 
-    For both, ``selection`` says from what scores blocks are chosen (``bsfa_hf.enable``).
+    For tables and scalars, ``selection`` says from what scores blocks are chosen, as that of
+    ``bsfa_hf.enable``.
 
     Raises:
         ConfigurationError: unknown kind or option, one missing, or a value out of range.
@@ -105,14 +118,24 @@ def make_configuration(
     if missing:
         raise ConfigurationError(f"{kind} needs {', '.join(missing)}")
     content = _check_values(kind, options)
+    if kind in _SELECTING:
+        selection = named_selection(options.get("selection"))
+        if selection != "auto":
+            options["selection"] = selection
+        name = name or _default_name(kind, options)
+        options["selection"] = selection
     ordered = tuple(sorted(options.items()))
     described = json.dumps([kind, content, [item for item in ordered if item[0] != "file"]])
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
     return Configuration(name or _default_name(kind, options), kind, ordered, digest)
 
 
-def parse_configuration(text: str) -> Configuration:
+def parse_configuration(text: str, *, selection: str | None = None) -> Configuration:
     """Read ``[NAME=]KIND[:option=value,...]``, as ``blasst=scalar:rule=running_max,threshold=-7``.
+
+    Args:
+        text: the configuration.
+        selection: the selection of a table or scalar that names none.
 
     Raises:
         ConfigurationError: it is not written so, or breaks a rule of its kind.
@@ -129,7 +152,10 @@ def parse_configuration(text: str) -> Configuration:
                 f"options are option=value, each once, got {item!r} in {text!r}"
             )
         options[option.strip()] = value.strip()
-    return make_configuration(kind.strip(), options, name=name.strip())
+    kind = kind.strip()
+    if selection is not None and kind in _SELECTING:
+        options.setdefault("selection", selection)
+    return make_configuration(kind, options, name=name.strip())
 
 
 def check_names(configurations: Iterable[Configuration]) -> None:
@@ -169,6 +195,7 @@ def make_method(
         return OneThreshold(
             *(threshold, options["rule"], configuration.geometry, configuration.voters),
             selection=options.get("selection"),
+            expected_skipped=float(options["sparsity"]) if "sparsity" in options else None,
         )
     if configuration.kind == "sliding_window":
         return SlidingWindow(int(options["window"]), int(options.get("sink", 0)))
