@@ -12,8 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 import report
+from bsfa_calib.point import AXES
 from bsfa_kernel import VOTERS
 from harness import Record
+from report import DEFAULT
+from report import PAPER as PAPER_RULE
 from study.compare import (
     BLASST,
     BOOTSTRAPS,
@@ -167,23 +170,36 @@ class _Label(NamedTuple):
 def _label(record: Record) -> _Label:
     options, geometry = record["options"], record["geometry"]
     skipped = float(np.mean(record["sparsity"]))
-    if record["method"] == "dense":
+    method, rule = record["method"], record["rule"]
+    if method == "dense":
         return _Label(0, 0.0, "dense")
-    if record["method"] == "table" and "k" in options:
-        return _Label(5, skipped, f"*absolute, k = {options['k']}, {geometry} (the paper's)*")
-    if record["method"] == "table":
-        learned_at, *_, last = Path(options["file"]).stem.split("-")
-        voters = f", {last.replace('in', ' in ')}" if last.startswith("1in") else ""
-        text = f"peak_lse, learned at {learned_at.upper()}, {geometry}{voters}, "
-        text += options["target_sparsity"]
-        default = geometry == "64x64" and not voters
-        return _Label(1 if default else 2, skipped, f"**{text}**" if default else text)
-    if record["method"] == "scalar":
-        order = 3 if options["rule"] == "peak_lse" else 4
-        voters = f", 1 in {options['voters']}" if "voters" in options else ""
-        return _Label(order, skipped, f"{options['rule']}, one scalar, {geometry}{voters}")
-    text = f"sliding window of {options['window']} keys and the first {options['sink']}"
-    return _Label(6, skipped, text)
+    if method == "sliding_window":
+        text = f"sliding window of {options['window']} keys"
+        sink = int(options.get("sink", 0))
+        return _Label(6, skipped, f"{text} and the first {sink}" if sink else text)
+    if method not in ("table", "scalar"):
+        text = ", ".join((method, *(f"{name} = {options[name]}" for name in sorted(options))))
+        return _Label(7, skipped, text)
+    blocks = geometry
+    if record["voters"] > 1:
+        blocks += f", 1 in {record['voters']}"
+    calls = record.get("sparse_calls_by_selection", {})
+    if calls.get("int8"):
+        blocks += ", 16 and 8 bits" if calls.get("exact") else ", 8 bits"
+    if method == "scalar":
+        order = 3 if rule == DEFAULT[0] else 4
+        return _Label(order, skipped, f"{rule}, one scalar, {blocks}")
+    named = options.get("point") or next(
+        f"{axis}={options[axis]}" for axis in AXES if axis in options
+    )
+    axis, _, value = named.partition("=")
+    if axis == "k":
+        text = f"{rule}, k = {value}, {blocks}"
+        is_paper = (rule, blocks) == PAPER_RULE
+        return _Label(5, skipped, f"*{text} (the paper's)*" if is_paper else text)
+    text = f"{rule}, {Path(options['file']).stem}, {blocks}, {axis} = {value}"
+    default = (rule, geometry, record["voters"]) == (*DEFAULT, 1)
+    return _Label(1 if default else 2, skipped, f"**{text}**" if default else text)
 
 
 def _method(record: Record) -> str:

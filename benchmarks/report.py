@@ -65,8 +65,8 @@ _KEYS = {
     ),
     "thresholds_study_summary": ("gpu", "model", "seqlen", "command"),
     "evaluation": (
-        *("gpu", "model", "dtype", "task", "seqlen", "keys", "method", "geometry", "options"),
-        "contexts",
+        *("gpu", "model", "dtype", "task", "seqlen", "keys", "method", "rule", "geometry"),
+        *("voters", "options", "contexts"),
     ),
 }
 # The order of rows: what is recommended comes first.
