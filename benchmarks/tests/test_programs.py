@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -123,6 +124,35 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     arguments = ["--device", "cpu", "--seqlens", "384", "--head-dims", "32", "--heads", "4"]
     steps.main([*arguments, "--kv-heads", "2", "--out", str(out)])
     assert {record["kind"] for record in harness.read_records(out)} == {"select_blocks"}
+
+
+@pytest.mark.parametrize("wrong", ["forced blocks only", "every row votes", "none skipped"])
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+def test_a_wrong_selection_is_not_timed(
+    wrong: str,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import steps
+
+    right: Callable[..., Any] = bsfa_kernel.select_blocks
+
+    def select(q: Any, k: Any, thresholds: torch.Tensor, **options: Any) -> Any:
+        if wrong == "every row votes":
+            return right(q, k, thresholds, **{**options, "voters": 1})
+        limit = math.inf if wrong == "forced blocks only" else -math.inf
+        return right(q, k, torch.full_like(thresholds, limit), **options)
+
+    monkeypatch.setattr(bsfa_kernel, "select_blocks", select)
+    out = tmp_path / "steps.jsonl"
+    arguments = ["--device", "cpu", "--seqlens", "1000", "--head-dims", "32", "--heads", "2"]
+    arguments += ["--kv-heads", "1", "--precisions", precision, "--kept", "0.5"]
+    steps.main([*arguments, "--out", str(out)])
+    timed = [r["voters"] for r in harness.read_records(out) if r["kind"] == "select_blocks"]
+    assert timed == ([1] if wrong == "every row votes" else [])
+    assert "of the verdicts are not the reference's" in capsys.readouterr().out
 
 
 def test_a_spent_budget_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
