@@ -162,7 +162,9 @@ def block_sparse_attention(
             call's length; not for "exact". On a GPU, where it cannot be checked, a sequence with
             more key blocks than the mask has bits gets NaN.
         return_lse: also return the log-sum-exp of the scores kept.
-        return_kept: also return how many key blocks each query block kept.
+        return_kept: also return how many key blocks each query block kept. Graphs that are exported
+            with a dynamic seqlen_q then need two query blocks, as torch makes a case of its own of
+            a dimension of 1; without it they take any lengths.
 
     Returns:
         The output, as q; then, where asked for, lse: float32 [batch, heads, seqlen_q] (varlen
@@ -207,7 +209,8 @@ def block_sparse_attention(
     if selection == "auto":
         resolved = resolve_but_for_length(expected_skipped, voters, q)
         call = ForwardCall(*call[:-2], resolved, max_seqlen_k)
-    out, lse, kept = _torch_op.launch_forward(call) if direct else dispatch(_forward, call)
+    outputs: Any = _torch_op.launch_forward(call) if direct else dispatch(_forward, call)
+    out, lse, kept = outputs
     if return_lse:
         return (out, lse, kept) if return_kept else (out, lse)
     if return_kept:

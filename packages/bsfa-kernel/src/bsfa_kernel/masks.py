@@ -44,7 +44,8 @@ def unpack_blocks(block_mask: Tensor, k_blocks: int) -> Tensor:
 
     Args:
         block_mask: int64 [..., words].
-        k_blocks: how many bits to return, from the first.
+        k_blocks: how many bits to return, from the first. In graphs that are exported with dynamic
+            lengths, query blocks, words and these must be 2 at least.
 
     Returns:
         bool [..., k_blocks].

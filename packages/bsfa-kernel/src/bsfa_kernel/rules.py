@@ -25,8 +25,8 @@ Selection: TypeAlias = Literal["exact", "int8", "auto"]
 
 SELECTIONS: tuple[Selection, ...] = ("exact", "int8", "auto")
 """``exact`` decides by the scores that attention uses, in one kernel with it; ``int8`` selects by
-scores in 8 bits, then attends to what is selected; ``auto`` is ``int8`` where ``CROSSOVERS`` say so
-and the call is long enough for them, else ``exact``."""
+scores in 8 bits, then attends to what is selected; ``auto`` is one of both, by the conditions of
+``resolve_selection``."""
 
 Precision: TypeAlias = Literal["exact", "int8"]
 
