@@ -24,7 +24,8 @@ by them too, without having been measured."""
 
 MIN_SEQLEN_K = 16384
 """Keys of a call below which ``selection="auto"`` stays in one kernel: shorter calls were not
-measured, and of them the fixed costs of a second step are a larger part."""
+measured (the crossovers are from 65536 keys), and what two steps cost at least weighs more in them.
+"""
 
 
 def check_expected_skipped(expected_skipped: object, selection: str) -> None:
@@ -107,7 +108,7 @@ def takes_two_steps(selection: str, seqlen_k: int) -> bool:
 def selects_first(
     selection: str, expected_skipped: float | None, voters: int, q: torch.Tensor
 ) -> bool:
-    """``resolve_selection`` of a call whose length is not known, taken to be a long one."""
+    """Whether ``resolve_selection`` gives "int8" for calls that are long enough for it."""
     if selection == "auto":
         selection = resolve_but_for_length(expected_skipped, voters, q)
     return selection != "exact"
