@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 import bsfa_kernel
-from bsfa_calib import voting
 from bsfa_kernel import Geometry, reference
 
 PLANTED_BLOCK = 128
@@ -313,16 +312,12 @@ def voting_maxima(
 
     Returns:
         float32 [batch, heads, q_blocks, k_blocks].
-
-    Raises:
-        ValueError: one row in several is to vote without a causal mask.
     """
+    options: dict[str, Any] = {"causal": shape.causal, "rule": rule, "geometry": geometry}
     if voters == 1:
-        return bsfa_kernel.block_maxima(q, k, causal=shape.causal, rule=rule, geometry=geometry)
-    if not shape.causal:
-        raise ValueError(f"voters must be 1 without a causal mask, got {voters}")
-    options: dict[str, Any] = {"scale": shape.scale, "rule": rule, "geometry": geometry}
-    return voting.voting_maxima(q, k, **options, voters=voters)
+        return bsfa_kernel.block_maxima(q, k, **options)
+    options |= {"voters": voters, "compute_dtype": torch.float32}
+    return reference.block_maxima(q, k, **options)
 
 
 def quantile_thresholds(

@@ -88,7 +88,7 @@ class Rounding:
             bins = (error / _BIN).long().clamp_(max=_BINS - 1).flatten()
             self._counts += torch.bincount(bins, minlength=_BINS)
             for index, voters in enumerate(bsfa_kernel.VOTERS):
-                voting = slice(None) if block.last else slice(voters - 1, None, voters)
+                voting = block.voting(voters)
                 found, other = (
                     excesses(x[:, :, voting], rule=self._rule)[..., free, None]
                     >= self._thresholds[index]

@@ -88,10 +88,14 @@ def test_irregular_patterns_differ_between_heads_and_query_blocks() -> None:
     assert float(others.max()) < 0.95
 
 
-def test_voters_need_a_causal_mask() -> None:
+def test_voters_do_without_a_causal_mask() -> None:
     shape = replace(SHAPE, causal=False)
-    with pytest.raises(ValueError, match="voters must be 1 without a causal mask, got 2"):
-        inputs.irregular(shape, 0.5, CPU, geometry=GEOMETRIES[0], voters=(1, 2))
+    geometry = GEOMETRIES[0]
+    problem = inputs.irregular(shape, 0.5, CPU, geometry=geometry, voters=(1, 2))
+    thresholds = problem.thresholds[geometry, 2]
+    options = {"causal": False, "geometry": geometry, "voters": 2}
+    kept = reference.attention(problem.q, problem.k, problem.v, thresholds, **options).kept
+    assert inputs.measured_sparsity(kept, shape, geometry) == pytest.approx(0.5, abs=0.03)
 
 
 def test_captured_inputs_are_those_that_the_attention_function_got(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bsfa_kernel
-from bsfa_calib import estimate, voting
+from bsfa_calib import estimate
 from bsfa_calib.recording import Recorder, histogram, top_maxima
 from bsfa_kernel import Geometry
 from bsfa_kernel.geometry import count_visible
@@ -244,18 +244,3 @@ def test_the_share_that_a_scalar_is_predicted_to_skip_is_what_the_reference_skip
         assert skipped == pytest.approx(target, abs=0.01)
         below = (found[0] < np.float32(scalar)) & free
         assert skipped == pytest.approx(int(below.sum()) / visible, abs=1e-12)
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("rule", bsfa_kernel.RULES)
-@pytest.mark.parametrize("seqlen", [1, 100, 500, 512])
-def test_maxima_over_every_row_are_those_of_the_kernels(
-    rule: str, geometry: Geometry, seqlen: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(voting, "_SCORES_AT_A_TIME_CPU", 1 << 18)
-    generator = torch.Generator().manual_seed(3)
-    q = torch.randn(2, seqlen, 4, 16, generator=generator)
-    k = torch.randn(2, seqlen, 2, 16, generator=generator)
-    options = {"scale": 0.3, "rule": rule, "geometry": geometry}
-    found = voting.voting_maxima(q, k, **options, voters=1)
-    torch.testing.assert_close(found, bsfa_kernel.reference.block_maxima(q, k, **options))

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import bsfa_hf
-from bsfa_calib import ThresholdTable, hook
+from bsfa_calib import ThresholdTable, binding, hook
 from bsfa_hf import Reason, attention
 from bsfa_hf.attention import bsfa_attention
 from bsfa_kernel import RULES, Geometry, block_sparse_attention
@@ -566,6 +566,34 @@ def test_packed_sequences_are_selected_in_8_bits(told: list[dict[str, Any]]) -> 
     assert [call["max_seqlen_k"] for call in told] == [300] * LAYERS
     assert stats.sparse_calls_by_selection == {"exact": 0, "int8": LAYERS}
     assert largest_difference(found, model(tokens(200, seed=1)).logits) < 1e-4
+
+
+def test_what_is_counted_goes_by_the_keys_of_each_kernel_call(
+    told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def resolve(selection: str, q: Tensor, seqlen_k: int, **options: Any) -> str:
+        asked.append(seqlen_k)
+        return "int8" if seqlen_k >= 300 else "exact"
+
+    monkeypatch.setattr(binding, "resolve_selection", resolve)
+    model = tiny_model()
+    mask = torch.ones(2, 300, dtype=torch.long)
+    mask[1, :90] = 0
+    with bsfa_hf.enabled(model, table()) as stats:
+        model(tokens(290))
+        assert asked == [290] * LAYERS
+        assert stats.sparse_calls_by_selection == {"exact": LAYERS, "int8": 0}
+        model(tokens(300).expand(2, -1), attention_mask=mask)
+        assert asked[LAYERS:] == [300, 210] * LAYERS
+        assert stats.sparse_calls_by_selection == {"exact": LAYERS, "int8": LAYERS}
+        starts = torch.tensor([0, 310, 500], dtype=torch.int32)
+        positions = torch.cat([torch.arange(310), torch.arange(190)])[None]
+        packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "position_ids": positions}
+        model(tokens(500), **packed)
+        assert asked[3 * LAYERS :] == [310] * LAYERS
+        assert [call["max_seqlen_k"] for call in told[-LAYERS:]] == [310] * LAYERS
 
 
 def test_packed_sequences_that_are_too_short_are_not_selected(told: list[dict[str, Any]]) -> None:

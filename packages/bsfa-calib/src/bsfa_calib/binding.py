@@ -21,8 +21,15 @@ from torch import Tensor
 from bsfa_calib.convert import Table, load_table
 from bsfa_calib.point import Point, PointLike
 from bsfa_calib.statistics import Statistics
-from bsfa_kernel import DEFAULT_GEOMETRY, GEOMETRIES, RULES, SELECTIONS, VOTERS, Geometry
-from bsfa_kernel._auto import selects_first
+from bsfa_kernel import (
+    DEFAULT_GEOMETRY,
+    GEOMETRIES,
+    RULES,
+    SELECTIONS,
+    VOTERS,
+    Geometry,
+    resolve_selection,
+)
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,17 @@ class State:
             "expected_skipped": self.expected_skipped if self.selection == "auto" else None,
         }
 
-    def selection_for(self, q: Tensor) -> str:
-        """From what scores a call with these queries chooses its blocks: "exact" or "int8"."""
-        first = selects_first(self.selection, self.expected_skipped, self.voters, q)
-        return "int8" if first else "exact"
+    def selection_for(self, q: Tensor, seqlen_k: int) -> str:
+        """From what scores a call chooses its blocks: "exact" or "int8".
+
+        Args:
+            q: its queries.
+            seqlen_k: its keys; of packed sequences, those of the longest.
+        """
+        expected = self.kernel_options["expected_skipped"]
+        return resolve_selection(
+            self.selection, q, seqlen_k, voters=self.voters, expected_skipped=expected
+        )
 
     def layer_thresholds(self, layer: int, device: torch.device) -> Tensor:
         """Thresholds of a layer, float32 [heads, rows], on a device."""

@@ -23,7 +23,6 @@ import bsfa_kernel
 from bsfa_calib import estimate
 from bsfa_calib.hook import Meter, applied
 from bsfa_calib.store import Measured
-from bsfa_calib.voting import voting_maxima
 from bsfa_kernel import Geometry
 
 # Maxima of a sample that are set aside, so that those of several layers are worked on together: of
@@ -67,7 +66,8 @@ class Recorder:
         if self.voters == 1:
             maxima = bsfa_kernel.block_maxima(q, k, **options)
         else:
-            maxima = voting_maxima(q, k, **options, voters=self.voters)
+            options |= {"voters": self.voters, "compute_dtype": torch.float32}
+            maxima = bsfa_kernel.reference.block_maxima(q, k, **options)
         self.sink(layer, maxima[0])
 
 

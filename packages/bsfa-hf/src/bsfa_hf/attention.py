@@ -325,6 +325,7 @@ def _sparse(
     """Run the kernel on a batch, row by row where the rows are padded differently."""
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     kept: list[Tensor] = []
+    selections: list[str] = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor
@@ -332,6 +333,7 @@ def _sparse(
             *(q, k, v, thresholds), scale=scaling, return_kept=True, **state.kernel_options
         )
         kept.append(part)
+        selections.append(state.selection_for(q, k.shape[1]))
         return out
 
     spans = plan.spans if plan is not None else None
@@ -354,7 +356,8 @@ def _sparse(
                     v[row : row + 1, span.keys],
                 )[0]
         lengths = [(span.seqlen_q, span.seqlen_k) for span in spans if span.seqlen_q]
-    state.statistics.count_sparse(layer, kept, lengths, state.geometry, state.selection_for(q))
+    selection = "int8" if "int8" in selections else "exact"
+    state.statistics.count_sparse(layer, kept, lengths, state.geometry, selection)
     return out
 
 
@@ -422,7 +425,7 @@ def _packed(
         **how,
     )
     if reason is None:
-        selection = state.selection_for(query)
+        selection = state.selection_for(query, max(seqlen_k for _, seqlen_k in lengths))
         state.statistics.count_sparse(layer, [kept], lengths, state.geometry, selection)
     else:
         state.statistics.count_dense(layer, reason)
