@@ -170,7 +170,7 @@ class _Label(NamedTuple):
 def _label(record: Record) -> _Label:
     options, geometry = record["options"], record["geometry"]
     skipped = float(np.mean(record["sparsity"]))
-    method, rule = record["method"], record["rule"]
+    method, rule = record["method"], record["rule"] or "unknown rule"
     if method == "dense":
         return _Label(0, 0.0, "dense")
     if method == "sliding_window":
