@@ -192,7 +192,7 @@ EVERY = [
     ("seqlen_q", 2**31, "seqlen_q must be between 0 and 1073741824, got 2147483648"),
     ("seqlen_k", -1, "seqlen_k must be between 0 and 1073741824, got -1"),
     ("seqlen_k", 2**40, "seqlen_k must be between 0 and 1073741824, got 1099511627776"),
-    ("batch", 2**29, r"batch \* heads \* ceil\(seqlen_q / 64\) must be at most 2147483647, got"),
+    ("batch", 2**29, r"batch \* heads \* ceil\(seqlen_q / 64\) must be at most 1073741823, got"),
     ("cu_seqlens_q", 0x80000, "must both be given or both be null, got only cu_seqlens_q"),
     ("cu_seqlens_k", 0x80000, "must both be given or both be null, got only cu_seqlens_k"),
     ("q", None, "q must not be null"),
