@@ -326,9 +326,9 @@ SelectParams validate_shape(const bsfa_select_blocks_args* pointer) {
              "precision must be 0 (exact) or 1 (int8), got ", args.precision);
   params.precision = static_cast<Precision>(args.precision);
   constexpr int64_t kMaxRoundedHeads = 65535;  // a dimension of a grid
-  BSFA_CHECK_SUPPORTED(params.precision == Precision::kExact || args.problem.kv_heads <= kMaxRoundedHeads,
-                       "kv_heads must be at most ", kMaxRoundedHeads, " for precision 1 (int8), got ",
-                       args.problem.kv_heads);
+  BSFA_CHECK(params.precision == Precision::kExact || args.problem.kv_heads <= kMaxRoundedHeads,
+             "kv_heads must be at most ", kMaxRoundedHeads, " for precision 1 (int8), got ",
+             args.problem.kv_heads);
   params.threshold_rows = check_threshold_rows(args.threshold_rows, 1);
   params.mask_words = check_mask_words(args.problem, args.mask_words);
   return params;

@@ -274,6 +274,12 @@ MASK: list[Refused] = [
 
 SELECT: list[Refused] = [
     ("precision", 2, r"precision must be 0 \(exact\) or 1 \(int8\), got 2", {}),
+    (
+        "precision",
+        1,
+        r"kv_heads must be at most 65535 for precision 1 \(int8\), got 65536",
+        {"heads": 65536, "kv_heads": 65536},
+    ),
     ("block_mask", None, "block_mask must not be null", {**PACKED, "seqlen_q": 0}),
 ]
 
