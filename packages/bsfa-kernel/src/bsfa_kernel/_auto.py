@@ -105,15 +105,6 @@ def takes_two_steps(selection: str, seqlen_k: int) -> bool:
     return selection == "int8" or (selection == "auto" and seqlen_k >= MIN_SEQLEN_K)
 
 
-def selects_first(
-    selection: str, expected_skipped: float | None, voters: int, q: torch.Tensor
-) -> bool:
-    """Whether ``resolve_selection`` gives "int8" for calls that are long enough for it."""
-    if selection == "auto":
-        selection = resolve_but_for_length(expected_skipped, voters, q)
-    return selection != "exact"
-
-
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _head_dims_with_both_steps(device: int, dtype: torch.dtype, arch: int) -> tuple[int, ...]:
     """Those that the library has both kernels for; asked once when a graph is compiled."""
