@@ -59,7 +59,7 @@ def test_emulation_decides_and_computes_as_the_reference(
     thresholds = centre + torch.randn(3, 4, 512 // geometry.q_block)
     thresholds[0] = -math.inf
     thresholds[1, 2] = math.inf
-    options = {"rule": rule, "geometry": geometry, "scale": 0.25, "voters": voters}
+    options: dict[str, Any] = {"rule": rule, "geometry": geometry, "scale": 0.25, "voters": voters}
     alone = emulate(q, k, v, thresholds[2:], **options)
     found = emulate(q, k, v, thresholds, **options)
     visible = count_visible(512, 512, geometry)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ FORCED = 1 - SHAPE.blocks(GEOMETRIES[0])[1] / SHAPE.blocks(GEOMETRIES[0])[0]
 
 def attend(problem: Problem, geometry: Geometry, voters: int = 1) -> reference.AttentionResult:
     q, k, v = problem.q.float(), problem.k.float(), problem.v.float()
-    options = {"rule": problem.rule, "geometry": geometry, "voters": voters}
+    options: dict[str, Any] = {"rule": problem.rule, "geometry": geometry, "voters": voters}
     return reference.attention(q, k, v, problem.thresholds[geometry, voters], **options)
 
 
@@ -68,7 +69,7 @@ def test_asking_for_everything_leaves_the_forced_blocks_and_the_first() -> None:
 def test_irregular_inputs_skip_the_share_of_every_query_block(
     geometry: Geometry, sparsity: float, rule: str, voters: int
 ) -> None:
-    options = {"geometry": geometry, "rule": rule, "voters": (1, 2, 4), "seed": 4}
+    options: dict[str, Any] = {"geometry": geometry, "rule": rule, "voters": (1, 2, 4), "seed": 4}
     problem = inputs.irregular(SHAPE, sparsity, CPU, **options)
     kept = attend(problem, geometry, voters).kept
     seqlen = SHAPE.seqlen
@@ -93,7 +94,7 @@ def test_voters_do_without_a_causal_mask() -> None:
     geometry = GEOMETRIES[0]
     problem = inputs.irregular(shape, 0.5, CPU, geometry=geometry, voters=(1, 2))
     thresholds = problem.thresholds[geometry, 2]
-    options = {"causal": False, "geometry": geometry, "voters": 2}
+    options: dict[str, Any] = {"causal": False, "geometry": geometry, "voters": 2}
     kept = reference.attention(problem.q, problem.k, problem.v, thresholds, **options).kept
     assert inputs.measured_sparsity(kept, shape, geometry) == pytest.approx(0.5, abs=0.03)
 
