@@ -20,7 +20,7 @@ from bsfa_calib.thresholds import ThresholdTable
 
 if TYPE_CHECKING:
     from bsfa_calib.data import Document
-    from bsfa_calib.text import Split
+    from bsfa_calib.text import Split, Window
     from bsfa_kernel import Geometry
 
 _DESCRIPTION = """
@@ -30,7 +30,8 @@ Calibrate thresholds for a model on your own text, and write a table.
   scalar   one threshold for the whole model at each sparsity, found in one pass
   topk     the paper's: for every layer, head and position a threshold that keeps k blocks
 
-What to expect of each point is measured on further samples. The same command goes on where it was
+What to expect of each point is measured on further samples; with --serve-length, on longer ones,
+which learned and scalar find their points on then. The same command goes on where it was
 stopped.
 """
 
@@ -181,15 +182,33 @@ def _split(
             each=arguments.samples,
             held_out=arguments.holdout,
         )
+    serving: list[Window] = []
+    if arguments.serve_length is not None:
+        # Points are found on text that no threshold was made from: each gets its share.
+        made = arguments.samples * arguments.length
+        share = made / (made + arguments.serve_samples * arguments.serve_length)
+        edge = part[0] + share * (part[1] - part[0])
+        serving = read_windows(
+            documents,
+            tokenizer,
+            length=arguments.serve_length,
+            count=arguments.serve_samples,
+            part=(edge, part[1]),
+        )
+        part = (part[0], edge)
     windows = read_windows(
         documents,
         tokenizer,
         length=arguments.length,
         count=arguments.samples + (arguments.holdout or 0),
         part=part,
-        whole=method != "learned",
+        whole=method != "learned" and not serving,
     )
-    return Split(tuple(windows[: arguments.samples]), tuple(windows[arguments.samples :]))
+    return Split(
+        tuple(windows[: arguments.samples]),
+        tuple(windows[arguments.samples :]),
+        tuple(serving),
+    )
 
 
 def _check_model(
@@ -216,10 +235,9 @@ def _check_model(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if arguments.length is None and paper is not None:
         arguments.length = min(paper.longest, positions or paper.longest)
-    if positions is not None and arguments.length > positions:
-        raise ValueError(
-            f"samples of {arguments.length} tokens exceed the model's {positions} positions"
-        )
+    longest = arguments.serve_length or arguments.length
+    if positions is not None and longest > positions:
+        raise ValueError(f"samples of {longest} tokens exceed the model's {positions} positions")
 
 
 def _what_is_read(split: Split) -> str:
@@ -231,9 +249,11 @@ def _what_is_read(split: Split) -> str:
         f"{printable(kind)}: {used} + {held} held out" for kind, (used, held) in counts.items()
     )
     lengths = [len(window.ids) for window in split.calibration]
+    served = [len(window.ids) for window in split.serving]
     return (
         f"{len(split.calibration)} samples of {min(lengths)} to {max(lengths)} tokens, "
         f"{len(split.held_out)} held out ({kinds})"
+        + (f"; points on {len(served)} of {max(served)} tokens" if served else "")
     )
 
 
@@ -253,7 +273,12 @@ def _provenance(command: str, model: Any, split: Split) -> dict[str, str]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
     }
-    for key, windows in (("data", split.calibration), ("held_out", split.held_out)):
+    groups = {
+        "data": split.calibration,
+        "held_out": split.held_out,
+        "served": split.serving,
+    }
+    for key, windows in groups.items():
         if windows:
             facts[key] = printable("; ".join(window.name for window in windows))
     return facts
