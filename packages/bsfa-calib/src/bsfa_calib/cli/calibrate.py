@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace, *, paper: Paper | None = None) -> int:
         provenance={
             **table.provenance,
             **_provenance(written, loaded.model, split),
+            **_parts_of(arguments, part),
         },
     )
     table.save(output)
@@ -164,6 +165,19 @@ def _part(
     return (0.0, 1.0) if all(d.whole for group in documents.values() for d in group) else (0.0, 0.5)
 
 
+def _shared(
+    arguments: argparse.Namespace, part: tuple[float, float]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The parts of the text for thresholds and for points, by the tokens that each needs.
+
+    So points are found on text that no threshold was made from.
+    """
+    made = arguments.samples * arguments.length
+    share = made / (made + arguments.serve_samples * arguments.serve_length)
+    edge = part[0] + share * (part[1] - part[0])
+    return (part[0], edge), (edge, part[1])
+
+
 def _split(
     arguments: argparse.Namespace,
     documents: Mapping[str, Sequence[Document]],
@@ -184,18 +198,14 @@ def _split(
         )
     serving: list[Window] = []
     if arguments.serve_length is not None:
-        # Points are found on text that no threshold was made from: each gets its share.
-        made = arguments.samples * arguments.length
-        share = made / (made + arguments.serve_samples * arguments.serve_length)
-        edge = part[0] + share * (part[1] - part[0])
+        part, rest = _shared(arguments, part)
         serving = read_windows(
             documents,
             tokenizer,
             length=arguments.serve_length,
             count=arguments.serve_samples,
-            part=(edge, part[1]),
+            part=rest,
         )
-        part = (part[0], edge)
     windows = read_windows(
         documents,
         tokenizer,
@@ -255,6 +265,17 @@ def _what_is_read(split: Split) -> str:
         f"{len(split.held_out)} held out ({kinds})"
         + (f"; points on {len(served)} of {max(served)} tokens" if served else "")
     )
+
+
+def _parts_of(arguments: argparse.Namespace, part: tuple[float, float]) -> dict[str, str]:
+    """What parts of the text thresholds and points come from, where these are others."""
+    if arguments.serve_length is None:
+        return {}
+    made, served = _shared(arguments, part)
+    return {
+        "data_part": f"{made[0]:g}:{made[1]:g}",
+        "served_part": f"{served[0]:g}:{served[1]:g}",
+    }
 
 
 def _provenance(command: str, model: Any, split: Split) -> dict[str, str]:
