@@ -299,8 +299,8 @@ def test_the_command_points_at_the_serving_length(
 ) -> None:
     output = tmp_path / "table.safetensors"
     more = ("--method", method, "--target-sparsity", "0.4", "0.6", "--voters", voters)
-    more += QUICK if method == "learned" else ()
-    assert main(command(model_directory, text_directory, output, *more)) == 0
+    quick = QUICK if method == "learned" else ()
+    assert main(command(model_directory, text_directory, output, *more, *quick)) == 0
     table = ThresholdTable.load(output)
     assert (table.max_seqlen, table.serve_seqlen, table.samples) == (512, 1024, 2)
     assert (table.voters, table.points) == (int(voters), (0.4, 0.6))
