@@ -262,7 +262,9 @@ def test_a_first_interrupt_finishes_the_sample_and_a_second_does_not() -> None:
             reporter(Progress(1, 3, 100, None, 2))
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert "stopping after this sample" in stream.getvalue()
+    assert "stopping as soon as this is done" in stream.getvalue()
+    with reporter.interruptible(), pytest.raises(Interrupted, match="measured"):
+        reporter.note("measured")
 
 
 class Terminal(io.StringIO):

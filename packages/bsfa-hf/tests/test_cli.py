@@ -327,6 +327,12 @@ def test_of_two_shipped_tables_for_a_length_the_one_with_more_points_is_taken(
         found = find_table(loaded, tokens)
         assert found is not None
         assert found.stem == name
+    served = dataclasses.replace(few, max_seqlen=4096, serve_seqlen=65536)
+    served.save(folder / "4k-at-64k.safetensors")
+    for tokens, name in ((4096, "4k"), (9000, "4k-at-64k"), (100_000, "4k-at-64k")):
+        found = find_table(loaded, tokens)
+        assert found is not None
+        assert found.stem == name
     asked = find_table(loaded, 5000, Point("target_sparsity", 0.92))
     assert asked is not None
     assert asked.stem == "8k-learned-64x64"

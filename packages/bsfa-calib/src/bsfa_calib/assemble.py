@@ -87,13 +87,11 @@ class Assembly:
         thresholds = np.full((*leading, 1), -np.inf, np.float32)
         values = None
         for prefix, group in self.groups.items():
-            total: Tensor | int = 0
+            total = self.counts(prefix)
             visible, query_blocks = 0, 0
-            for key, length in group:
-                total = total + self._read(key, self.captured).long()
+            for _, length in group:
                 visible += count_visible(length, length, self.geometry)
                 query_blocks += block_count(length, self.geometry.q_block)
-            assert isinstance(total, Tensor)
             if values is None:
                 everywhere = total.sum((0, 1)).cpu().numpy()
                 heads = total.shape[0] * total.shape[1]
@@ -106,6 +104,14 @@ class Assembly:
                 unforced - skipped * visible
             ) / query_blocks
         return thresholds, statistics
+
+    def counts(self, prefix: str) -> Tensor:
+        """Histograms of a group of samples together, int64 ``[captured, heads, bins]``."""
+        (first, _), *others = self.groups[prefix]
+        total = self._read(first, self.captured).long()
+        for key, _ in others:
+            total += self._read(key, self.captured)
+        return total
 
     def _layers_at_a_time(self) -> Iterator[list[int]]:
         """The layers, in groups of which all samples' maxima take little memory."""

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from bsfa_calib.assemble import Assembly
 from bsfa_calib.dense import named
 from bsfa_calib.estimate import parse_aggregate, unforced_blocks
@@ -19,8 +21,18 @@ from bsfa_calib.recording import CaptureError, Recorder, capturing, measure
 from bsfa_calib.store import SampleStore
 from bsfa_calib.thresholds import ThresholdTable
 from bsfa_kernel import DEFAULT_GEOMETRY, RULES, VOTERS, Geometry
+from bsfa_kernel.geometry import count_visible
 
-__all__ = ["CaptureError", "Progress", "Recorder", "Settings", "calibrate", "capturing"]
+__all__ = [
+    "BlockCounts",
+    "CaptureError",
+    "Progress",
+    "Recorder",
+    "Settings",
+    "block_counts",
+    "calibrate",
+    "capturing",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -82,6 +94,23 @@ class Settings:
     def keep(self) -> int:
         """Block maxima that are kept a query block; 0 where histograms of them suffice."""
         return 0 if self.k_values is None else self.keep_maxima or 4 * int(self.points[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCounts:
+    """Histograms of block maxima.
+
+    Attributes:
+        counts: int64 ``[captured layers, heads, HISTOGRAM_BINS]``, summed over the samples.
+        visible: visible blocks of a head in all samples, forced ones included.
+        layers: the captured layers.
+        dense: the others, which run dense, and why.
+    """
+
+    counts: Tensor
+    visible: int
+    layers: list[int]
+    dense: dict[int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,44 +180,13 @@ def calibrate(
         raise ValueError("a held-out sample is empty: every sample must have at least one token")
     geometry, points, keep = settings.geometry, settings.points, settings.keep
     _check_lengths(samples, int(points[0]) if keep else 0, geometry)
-    described = {
-        "model": "" if checkpoint is None else fingerprint(model),
-        "rule": settings.rule,
-        "block": list(geometry),
-        "voters": settings.voters,
-        "keep": keep,
-    }
+    described = _described(model, settings, checkpoint)
     layers, heads = attention_shape(model)
     every = [*samples, *held_out]
-    dense: dict[int, str] = {}
     with SampleStore(checkpoint, described) as store:
         keys = [store.key(tokens) for tokens in every]
-        recorder = Recorder(settings.rule, *geometry, lambda layer, maxima: None, settings.voters)
-        for index, (key, tokens) in enumerate(zip(keys, every, strict=True)):
-            state = Progress(index, len(every), len(tokens), 0, layers)
-            measured = store.find(key)
-            found = measured is not None
-            if measured is None:
-                measured, maxima = measure(
-                    model,
-                    tokens,
-                    recorder,
-                    layers=layers,
-                    keep=keep,
-                    progress=_layers_of(state, progress),
-                )
-                store.write(key, measured, maxima)
-            dense.update(measured.dense)
-            if progress is not None:
-                progress(dataclasses.replace(state, sample=index + 1, layer=None, resumed=found))
+        dense = _read(model, every, settings, store, progress)
         captured = [layer for layer in range(layers) if layer not in dense]
-        if not captured:
-            raise CaptureError(
-                f"no layer of this model can be calibrated, all run dense: {named(dense)}"
-            )
-        if dense:
-            _logger.warning("these run dense and are counted so: %s", named(dense))
-
         lengths = [(key, len(tokens)) for key, tokens in zip(keys, every, strict=True)]
         groups = {"": lengths[: len(samples)]}
         if held_out:
@@ -213,6 +211,92 @@ def calibrate(
         provenance={"dense_layers": named(dense)} if dense else {},
         statistics=statistics,
     )
+
+
+def block_counts(
+    model: Any,
+    samples: Sequence[Sequence[int]],
+    settings: Settings,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> BlockCounts:
+    """Histograms of the unforced block maxima of samples, from one dense pass over them.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        samples: token ids of each.
+        settings: with ``target_sparsities``, which do not matter here.
+        checkpoint: directory for what was measured on each sample; a later call finds it there.
+        progress: told of every layer and sample.
+
+    Raises:
+        CaptureError: the model's attention cannot be measured, or gives NaN.
+        HookError: it passes its attention function what block-sparse attention does not know.
+        SwitchError: its attention does not come from transformers' interface.
+    """
+    layers, heads = attention_shape(model)
+    lengths = [len(tokens) for tokens in samples]
+    with SampleStore(checkpoint, _described(model, settings, checkpoint)) as store:
+        dense = _read(model, samples, settings, store, progress)
+        captured = [layer for layer in range(layers) if layer not in dense]
+        groups = {"": [(store.key(s), n) for s, n in zip(samples, lengths, strict=True)]}
+        counts = Assembly(store, groups, captured, layers, heads, settings.geometry).counts("")
+    visible = sum(count_visible(length, length, settings.geometry) for length in lengths)
+    return BlockCounts(counts, visible, captured, dense)
+
+
+def _described(
+    model: Any, settings: Settings, checkpoint: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+    """What a sample's measurements depend on besides its tokens."""
+    return {
+        "model": "" if checkpoint is None else fingerprint(model),
+        "rule": settings.rule,
+        "block": list(settings.geometry),
+        "voters": settings.voters,
+        "keep": settings.keep,
+    }
+
+
+def _read(
+    model: Any,
+    samples: Sequence[Sequence[int]],
+    settings: Settings,
+    store: SampleStore,
+    progress: Callable[[Progress], None] | None,
+) -> dict[int, str]:
+    """Let the model read the samples that the store does not hold; the layers that run dense."""
+    layers, _ = attention_shape(model)
+    dense: dict[int, str] = {}
+    recorder = Recorder(
+        settings.rule, *settings.geometry, lambda layer, maxima: None, settings.voters
+    )
+    for index, tokens in enumerate(samples):
+        key = store.key(tokens)
+        state = Progress(index, len(samples), len(tokens), 0, layers)
+        measured = store.find(key)
+        found = measured is not None
+        if measured is None:
+            measured, maxima = measure(
+                model,
+                tokens,
+                recorder,
+                layers=layers,
+                keep=settings.keep,
+                progress=_layers_of(state, progress),
+            )
+            store.write(key, measured, maxima)
+        dense.update(measured.dense)
+        if progress is not None:
+            progress(dataclasses.replace(state, sample=index + 1, layer=None, resumed=found))
+    if len(dense) >= layers:
+        raise CaptureError(
+            f"no layer of this model can be calibrated, all run dense: {named(dense)}"
+        )
+    if dense:
+        _logger.warning("these run dense and are counted so: %s", named(dense))
+    return dense
 
 
 def _layers_of(

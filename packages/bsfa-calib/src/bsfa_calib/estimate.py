@@ -250,16 +250,30 @@ def skipped_share(
     Returns:
         float64 ``[targets, ...]``.
     """
-    position = (np.asarray(thresholds) + HISTOGRAM_REACH) * BINS_PER_UNIT + 1
+    totals = _as_tensor(counts).cumsum(-1)
+    skipped = blocks_below(totals, np.asarray(thresholds, np.float64))
+    return np.asarray(np.moveaxis(skipped, -1, 0) / np.asarray(visible), dtype=np.float64)
+
+
+def blocks_below(totals: Tensor, thresholds: Float64Array) -> Float64Array:
+    """Number of unforced blocks below thresholds, taken to be linear within a bin.
+
+    Args:
+        totals: int64 ``[..., HISTOGRAM_BINS]``, running sums of histograms.
+        thresholds: float64 ``[..., n]``, or ``[n]`` for thresholds alike everywhere.
+
+    Returns:
+        float64 ``[..., n]``.
+    """
+    position = (thresholds + HISTOGRAM_REACH) * BINS_PER_UNIT + 1
     position = np.clip(position, 0, HISTOGRAM_BINS)
     left = np.minimum(position.astype(np.int64), HISTOGRAM_BINS - 1)
     part = position - left
     # Of the running sums, few are wanted; the one before the first bin is 0.
-    totals = _as_tensor(counts).cumsum(-1)
-    edges = _as_tensor(np.stack([left, left + 1])).to(totals.device)
-    below = (totals[..., (edges - 1).clamp(min=0)] * (edges > 0)).cpu().numpy()
-    skipped = below[..., 0, :] * (1 - part) + below[..., 1, :] * part
-    return np.asarray(np.moveaxis(skipped, -1, 0) / np.asarray(visible), dtype=np.float64)
+    edges = _as_tensor(left).to(totals.device).expand(*totals.shape[:-1], left.shape[-1])
+    upper = totals.gather(-1, edges).cpu().numpy()
+    lower = (totals.gather(-1, (edges - 1).clamp(min=0)) * (edges > 0)).cpu().numpy()
+    return np.asarray(lower * (1 - part) + upper * part, dtype=np.float64)
 
 
 def _as_tensor(array: Any) -> Tensor:

@@ -42,7 +42,11 @@ _CLOSE_SPARSITY, _CLOSE_LOSS = 0.002, 0.03
 
 
 class ThresholdPath:
-    """Thresholds from dense to sparse: learned ones, and what lies between and beyond them."""
+    """Thresholds from dense to sparse: learned ones, and what lies between and beyond them.
+
+    Attributes:
+        points: the learned ones, float32 [points, layers, heads, rows].
+    """
 
     def __init__(self, learned: Sequence[Learned]) -> None:
         """Go through thresholds learned at ascending sparsities.
@@ -52,23 +56,23 @@ class ThresholdPath:
         """
         if not learned:
             raise ValueError("at least one learned point is needed")
-        self._points = np.stack([one.thresholds for one in learned])
+        self.points: Float32Array = np.stack([one.thresholds for one in learned])
 
     @property
     def last(self) -> float:
         """Place of the last learned point; the first lies at 0."""
-        return len(self._points) - 1.0
+        return len(self.points) - 1.0
 
     def at(self, place: float) -> Float32Array:
         """Thresholds [layers, heads, rows] at a place."""
         if place <= 0:
-            found = self._points[0] + _BEYOND * place
+            found = self.points[0] + _BEYOND * place
         elif place >= self.last:
-            found = self._points[-1] + _BEYOND * (place - self.last)
+            found = self.points[-1] + _BEYOND * (place - self.last)
         else:
             index = int(place)
             share = place - index
-            found = (1 - share) * self._points[index] + share * self._points[index + 1]
+            found = (1 - share) * self.points[index] + share * self.points[index + 1]
         return np.asarray(found, np.float32)
 
 
@@ -84,6 +88,7 @@ def learn_path(
     settings: Settings | None = None,
     start: Float32Array | None = None,
     rungs: Sequence[float] | None = None,
+    serve_length: int | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Learned]:
@@ -101,6 +106,8 @@ def learn_path(
         settings: how to learn.
         start: thresholds [layers, heads] or [layers, heads, rows] to start from.
         rungs: sparsities to learn at, ascending, instead of those of the ladder.
+        serve_length: tokens of the samples that the target sparsities refer to, if they are longer
+            (see ``serving``).
         checkpoint: file that keeps what is learned; what a run of the same model with the same
             arguments left there is used, as far as its rungs are those needed now.
         progress: told of every tenth step.
@@ -110,20 +117,14 @@ def learn_path(
             neither or both kinds are given, the rungs cannot be climbed in their order, or the
             checkpoint is another kind of file.
     """
-    if bool(target_sparsities) == bool(max_losses):
-        raise TuningError("give either target sparsities or bounds on the loss")
     settings = settings or Settings()
-    most = 1 - forced_share(len(samples[0]), len(samples[0]), geometry)
-    for target in target_sparsities:
-        if not 0 < target < most:
-            raise TuningError(
-                f"a sparsity must be above 0 and, for {len(samples[0])} tokens, of which the "
-                f"forced blocks are {1 - most:.3f}, below {most:.3f}, got {target:g}"
-            )
-    if any(not 0 < loss < math.inf for loss in max_losses):
-        raise TuningError(f"a bound on the loss must be above 0, got {min(max_losses):g}")
-    if rungs is None:
-        ladder = _rungs(target_sparsities, reachable(len(samples[0]), geometry))
+    length = len(samples[0])
+    check_points(target_sparsities, max_losses, serve_length or length, geometry)
+    most = 1 - forced_share(length, length, geometry)
+    if rungs is None and serve_length is not None:
+        ladder = serving_rungs(target_sparsities, length, geometry)
+    elif rungs is None:
+        ladder = _rungs(target_sparsities, reachable(length, geometry))
     else:
         ladder = tuple(rungs)
         climbs = bool(ladder) and list(ladder) == sorted(set(ladder))
@@ -131,7 +132,7 @@ def learn_path(
             raise TuningError(
                 f"rungs must be ascending, above 0 and below {most:.3f}, got {list(ladder)}"
             )
-    key = _digest(model, samples, f"{rule} {geometry} {voters} {settings}", start)
+    key = digest_of(model, samples, f"{rule} {geometry} {voters} {settings}", start)
     made = []
     for rung, learned in zip(ladder, _load(checkpoint, key), strict=False):
         if learned.target != rung:
@@ -209,7 +210,7 @@ def calibrate(
     points = tuple(sorted(set(target_sparsities or max_losses)))
     thresholds, expected = [], []
     for point in points:
-        place, found = _find(at, axis, point, path.last)
+        place, found = find_place(at, axis, point, path.last)
         thresholds.append(path.at(place))
         expected.append(found)
         progress(
@@ -229,7 +230,32 @@ def calibrate(
     return with_expected(table, expected, measure.dense_layers)
 
 
-def _find(
+def check_points(
+    target_sparsities: Sequence[float],
+    max_losses: Sequence[float],
+    length: int,
+    geometry: Geometry,
+) -> None:
+    """Refuse points that prompts of a length cannot have.
+
+    Raises:
+        TuningError: a target cannot be reached, a bound is not above 0, or neither or both kinds
+            are given.
+    """
+    if bool(target_sparsities) == bool(max_losses):
+        raise TuningError("give either target sparsities or bounds on the loss")
+    most = 1 - forced_share(length, length, geometry)
+    for target in target_sparsities:
+        if not 0 < target < most:
+            raise TuningError(
+                f"a sparsity must be above 0 and, for {length} tokens, of which the "
+                f"forced blocks are {1 - most:.3f}, below {most:.3f}, got {target:g}"
+            )
+    if any(not 0 < loss < math.inf for loss in max_losses):
+        raise TuningError(f"a bound on the loss must be above 0, got {min(max_losses):g}")
+
+
+def find_place(
     measure: Callable[[float], Expected], axis: str, point: float, last: float
 ) -> tuple[float, Expected]:
     """The place of a point: the closest sparsity, or the sparsest place within a loss."""
@@ -264,6 +290,21 @@ def reachable(length: int, geometry: Geometry) -> tuple[float, ...]:
     return tuple(rung for rung in LADDER if rung < most)
 
 
+def serving_rungs(
+    target_sparsities: Sequence[float], length: int, geometry: Geometry
+) -> tuple[float, ...]:
+    """The rungs to go through at a length for sparsities at a longer one.
+
+    The same thresholds skip more of longer prompts: what skips a target there lies at it or below.
+
+    Raises:
+        TuningError: the length leaves room for no rung.
+    """
+    ladder = _rungs((), reachable(length, geometry))
+    above = [rung for rung in ladder if rung >= max(target_sparsities, default=1.0)]
+    return tuple(rung for rung in ladder if not above or rung <= above[0])
+
+
 def _rungs(target_sparsities: Sequence[float], ladder: tuple[float, ...]) -> tuple[float, ...]:
     """The part of the ladder that some sparsities need; without any, the whole."""
     if not ladder:
@@ -280,12 +321,13 @@ def _rungs(target_sparsities: Sequence[float], ladder: tuple[float, ...]) -> tup
     return tuple(rung for rung in ladder if first <= rung <= last)
 
 
-def _digest(
+def digest_of(
     model: Any,
     samples: Sequence[Sequence[int]],
     settings: str,
     start: Float32Array | None,
 ) -> str:
+    """What tells the work on a model and samples, under settings and from a start, from other."""
     digest = hashlib.sha256(json.dumps([list(ids) for ids in samples]).encode())
     digest.update(f"{fingerprint(model)} {settings}".encode())
     if start is not None:

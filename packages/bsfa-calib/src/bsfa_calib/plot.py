@@ -54,7 +54,7 @@ def plot(
     FigureCanvasAgg(figure)
     figure.suptitle(
         f"{printable(table.model) or 'thresholds'}: rule {table.rule}, {table.geometry}, up to "
-        f"{table.max_seqlen} tokens"
+        f"{table.seqlen} tokens"
     )
     axes = figure.subplots(len(chosen), 3, squeeze=False)
     for row, point in zip(axes, chosen, strict=True):

@@ -20,18 +20,7 @@ _LOG_INTERVAL = 30.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C was pressed, and the sample in progress is done.
-
-    Attributes:
-        done: samples whose measurements are kept.
-        samples: samples in all.
-    """
-
-    def __init__(self, done: int, samples: int) -> None:
-        """Say how many samples are done."""
-        super().__init__(f"{done} of {samples} samples are done")
-        self.done = done
-        self.samples = samples
+    """Ctrl-C was pressed, and what was in progress is done and kept."""
 
 
 class ProgressReporter:
@@ -70,17 +59,27 @@ class ProgressReporter:
         elif progress.layer is None or now - self._last_line > _LOG_INTERVAL:
             self._line(text)
         if self._stop and progress.layer is None:
-            raise Interrupted(progress.sample, progress.samples)
+            raise Interrupted(f"{progress.sample} of {progress.samples} samples are done")
+
+    def note(self, text: str) -> None:
+        """Show a line about something that is done and kept.
+
+        Raises:
+            Interrupted: Ctrl-C was pressed meanwhile.
+        """
+        self._line(text)
+        if self._stop:
+            raise Interrupted(text)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let the first Ctrl-C stop after the sample in progress, and a second one at once."""
+        """Let the first Ctrl-C stop after what is in progress, and a second one at once."""
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             if self._stop:
                 raise KeyboardInterrupt
             self._stop = True
-            self._line("stopping after this sample; press Ctrl-C again to stop now")
+            self._line("stopping as soon as this is done and kept; press Ctrl-C again to stop now")
 
         try:
             before = signal.signal(signal.SIGINT, stop)
@@ -109,10 +108,11 @@ class ProgressReporter:
         if measured <= 0:
             return ""
         left = taken / measured * (progress.samples - done)
-        return f", {_clock(taken)} taken, about {_clock(left)} left"
+        return f", {clock(taken)} taken, about {clock(left)} left"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -62,6 +62,7 @@ def describe(table: ThresholdTable) -> str:
         "shape": f"{table.layers} layers, {table.heads} heads, {table.rows} rows",
         "thresholds": f"{spread} (scaled scores)",
         "longest sample": f"{table.max_seqlen} tokens",
+        **({"points found at": f"{table.serve_seqlen} tokens"} if table.serve_seqlen else {}),
         "samples": f"{table.samples}, combined by {table.aggregate or 'an unknown rule'}",
         **table.provenance,
     }
@@ -157,6 +158,7 @@ def as_json(table: ThresholdTable) -> str:
             "model": table.model,
             "revision": table.revision,
             "max_seqlen": table.max_seqlen,
+            "serve_seqlen": table.serve_seqlen,
             "samples": table.samples,
             "aggregate": table.aggregate,
             "provenance": table.provenance,

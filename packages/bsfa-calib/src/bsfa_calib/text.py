@@ -58,10 +58,17 @@ class Window:
 
 @dataclass(frozen=True)
 class Split:
-    """Windows to calibrate on, and others of the same kinds to test the thresholds on."""
+    """Windows to calibrate on, and others of the same kinds to test the thresholds on.
+
+    Attributes:
+        calibration: to calibrate on.
+        held_out: to test on.
+        serving: longer ones, to find the points on.
+    """
 
     calibration: tuple[Window, ...]
     held_out: tuple[Window, ...]
+    serving: tuple[Window, ...] = ()
 
 
 def check_part(part: tuple[float, float]) -> None:

@@ -63,6 +63,8 @@ class ThresholdTable:
         model: name of the model that the thresholds belong to.
         revision: its revision, commit or checksum; may be empty.
         max_seqlen: tokens in the longest calibration sample.
+        serve_seqlen: tokens in the longest sample that the points were found on, where these are
+            others and longer; 0 if they are not.
         samples: number of calibration samples.
         aggregate: how the samples were combined, as ``"pooled"`` or ``"mean"``.
         provenance: anything else worth knowing: data, command, versions.
@@ -85,6 +87,7 @@ class ThresholdTable:
     model: str = ""
     revision: str = ""
     max_seqlen: int = 0
+    serve_seqlen: int = 0
     samples: int = 0
     aggregate: str = ""
     provenance: dict[str, str] = field(default_factory=dict)
@@ -100,8 +103,13 @@ class ThresholdTable:
             raise ValueError(f"voters must be one of {VOTERS}, got {self.voters!r}")
         for name in ("q_block", "k_block"):
             _check_count(name, getattr(self, name), 1)
-        for name in ("max_seqlen", "samples"):
+        for name in ("max_seqlen", "serve_seqlen", "samples"):
             _check_count(name, getattr(self, name), 0)
+        if 0 < self.serve_seqlen < self.max_seqlen:
+            raise ValueError(
+                f"serve_seqlen must be 0 or at least max_seqlen = {self.max_seqlen}, "
+                f"got {self.serve_seqlen}"
+            )
         for name in ("model", "revision", "aggregate"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
@@ -150,6 +158,11 @@ class ThresholdTable:
     def rows(self) -> int:
         """Number of query-block positions; 1 is a scalar a head."""
         return int(self.thresholds.shape[3])
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens in the longest sample that the points were found on; 0: not known."""
+        return self.serve_seqlen or self.max_seqlen
 
     @property
     def geometry(self) -> str:
@@ -266,6 +279,8 @@ class ThresholdTable:
             "provenance": json.dumps(self.provenance, sort_keys=True),
             "created_by": f"bsfa-calib {__version__}",
         }
+        if self.serve_seqlen:
+            metadata["serve_seqlen"] = str(self.serve_seqlen)
         if self.voters > 1:
             # A reader of version 1 would let every row vote; where that is right it may read on.
             metadata |= {"version": str(FORMAT_VERSION), "voters": str(self.voters)}
@@ -517,6 +532,7 @@ def _fields(metadata: Mapping[str, str], tensors: Mapping[str, FloatArray]) -> d
         "model": metadata.get("model", ""),
         "revision": metadata.get("revision", ""),
         "max_seqlen": _integer("max_seqlen", metadata.get("max_seqlen", "0")),
+        "serve_seqlen": _integer("serve_seqlen", metadata.get("serve_seqlen", "0")),
         "samples": _integer("samples", metadata.get("samples", "0")),
         "aggregate": metadata.get("aggregate", ""),
         "provenance": _json(metadata, "provenance", dict) if "provenance" in metadata else {},
@@ -537,9 +553,10 @@ def _refuse_replaced_rule(metadata: Mapping[str, str]) -> None:
     if metadata.get("rule") != _REPLACED_RULE:
         return
     model = metadata.get("model") or "MODEL"
-    length = metadata.get("max_seqlen", "0")
+    length, served = (metadata.get(key, "0") for key in ("max_seqlen", "serve_seqlen"))
     command = ["bsfa", "calibrate", "--model", model, "--text", "FOLDER"]
     command += ["--length", length] if length not in ("", "0") else []
+    command += ["--serve-length", served] if served not in ("", "0") else []
     command += ["--geometry", metadata.get("block", "64x64"), "--out", "NEW.safetensors"]
     raise ThresholdFileError(
         f"this table was calibrated for the rule {_REPLACED_RULE}, which peak_lse has replaced; "

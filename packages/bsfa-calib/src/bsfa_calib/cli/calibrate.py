@@ -20,7 +20,7 @@ from bsfa_calib.thresholds import ThresholdTable
 
 if TYPE_CHECKING:
     from bsfa_calib.data import Document
-    from bsfa_calib.text import Split
+    from bsfa_calib.text import Split, Window
     from bsfa_kernel import Geometry
 
 _DESCRIPTION = """
@@ -30,7 +30,8 @@ Calibrate thresholds for a model on your own text, and write a table.
   scalar   one threshold for the whole model at each sparsity, found in one pass
   topk     the paper's: for every layer, head and position a threshold that keeps k blocks
 
-What to expect of each point is measured on further samples. The same command goes on where it was
+What to expect of each point is measured on further samples; with --serve-length, on longer ones,
+which learned and scalar find their points on then. The same command goes on where it was
 stopped.
 """
 
@@ -118,6 +119,7 @@ def run(arguments: argparse.Namespace, *, paper: Paper | None = None) -> int:
         provenance={
             **table.provenance,
             **_provenance(written, loaded.model, split),
+            **_parts_of(arguments, part),
         },
     )
     table.save(output)
@@ -163,6 +165,19 @@ def _part(
     return (0.0, 1.0) if all(d.whole for group in documents.values() for d in group) else (0.0, 0.5)
 
 
+def _shared(
+    arguments: argparse.Namespace, part: tuple[float, float]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The parts of the text for thresholds and for points, by the tokens that each needs.
+
+    So points are found on text that no threshold was made from.
+    """
+    made = arguments.samples * arguments.length
+    share = made / (made + arguments.serve_samples * arguments.serve_length)
+    edge = part[0] + share * (part[1] - part[0])
+    return (part[0], edge), (edge, part[1])
+
+
 def _split(
     arguments: argparse.Namespace,
     documents: Mapping[str, Sequence[Document]],
@@ -181,15 +196,29 @@ def _split(
             each=arguments.samples,
             held_out=arguments.holdout,
         )
+    serving: list[Window] = []
+    if arguments.serve_length is not None:
+        part, rest = _shared(arguments, part)
+        serving = read_windows(
+            documents,
+            tokenizer,
+            length=arguments.serve_length,
+            count=arguments.serve_samples,
+            part=rest,
+        )
     windows = read_windows(
         documents,
         tokenizer,
         length=arguments.length,
         count=arguments.samples + (arguments.holdout or 0),
         part=part,
-        whole=method != "learned",
+        whole=method != "learned" and not serving,
     )
-    return Split(tuple(windows[: arguments.samples]), tuple(windows[arguments.samples :]))
+    return Split(
+        tuple(windows[: arguments.samples]),
+        tuple(windows[arguments.samples :]),
+        tuple(serving),
+    )
 
 
 def _check_model(
@@ -216,10 +245,9 @@ def _check_model(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if arguments.length is None and paper is not None:
         arguments.length = min(paper.longest, positions or paper.longest)
-    if positions is not None and arguments.length > positions:
-        raise ValueError(
-            f"samples of {arguments.length} tokens exceed the model's {positions} positions"
-        )
+    longest = arguments.serve_length or arguments.length
+    if positions is not None and longest > positions:
+        raise ValueError(f"samples of {longest} tokens exceed the model's {positions} positions")
 
 
 def _what_is_read(split: Split) -> str:
@@ -231,10 +259,23 @@ def _what_is_read(split: Split) -> str:
         f"{printable(kind)}: {used} + {held} held out" for kind, (used, held) in counts.items()
     )
     lengths = [len(window.ids) for window in split.calibration]
+    served = [len(window.ids) for window in split.serving]
     return (
         f"{len(split.calibration)} samples of {min(lengths)} to {max(lengths)} tokens, "
         f"{len(split.held_out)} held out ({kinds})"
+        + (f"; points on {len(served)} of {max(served)} tokens" if served else "")
     )
+
+
+def _parts_of(arguments: argparse.Namespace, part: tuple[float, float]) -> dict[str, str]:
+    """What parts of the text thresholds and points come from, where these are others."""
+    if arguments.serve_length is None:
+        return {}
+    made, served = _shared(arguments, part)
+    return {
+        "data_part": f"{made[0]:g}:{made[1]:g}",
+        "served_part": f"{served[0]:g}:{served[1]:g}",
+    }
 
 
 def _provenance(command: str, model: Any, split: Split) -> dict[str, str]:
@@ -253,7 +294,12 @@ def _provenance(command: str, model: Any, split: Split) -> dict[str, str]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
     }
-    for key, windows in (("data", split.calibration), ("held_out", split.held_out)):
+    groups = {
+        "data": split.calibration,
+        "held_out": split.held_out,
+        "served": split.serving,
+    }
+    for key, windows in groups.items():
         if windows:
             facts[key] = printable("; ".join(window.name for window in windows))
     return facts

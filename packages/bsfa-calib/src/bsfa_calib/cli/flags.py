@@ -39,6 +39,8 @@ _TAKERS: dict[str, tuple[str, ...]] = {
     "geometry": _MADE,
     "voters": _MADE,
     "holdout": _MADE,
+    "serve_length": ("learned", "scalar"),
+    "serve_samples": ("learned", "scalar"),
     "start": ("learned", "shift"),
     "shift_only": ("shift",),
     "steps": ("learned",),
@@ -57,6 +59,7 @@ _DEFAULTS: dict[str, Any] = {
     "length": 4096,
     "samples": 24,
     "holdout": 6,
+    "serve_samples": 2,
     "voters": 1,
     "steps": 60,
     "further_steps": 30,
@@ -105,6 +108,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--length", type=checked(positive), metavar="N", help="tokens in a sample (default: 4096)")
     add("--samples", type=checked(positive), metavar="N", help="to calibrate on (default: 24)")
     add("--holdout", type=checked(not_negative), metavar="N", help="more, to measure on (6)")
+    add(
+        "--serve-length",
+        type=checked(positive),
+        metavar="N",
+        help="learned, scalar: find and measure the points on longer samples, of this many tokens, "
+        "instead of on those held out",
+    )
+    add("--serve-samples", type=checked(positive), metavar="N", help="of them (default: 2)")
     points = parser.add_argument_group("operating points").add_mutually_exclusive_group()
     points.add_argument(
         "--target-sparsity",
@@ -211,12 +222,26 @@ def complete(arguments: argparse.Namespace, *, paper: bool = False) -> str:
             raise ValueError(f"--{name.replace('_', '-')} is not for {shown}")
     if method == "shift" and (arguments.start is None or len(arguments.max_loss or ()) != 1):
         raise ValueError("--shift-only needs --start and one --max-loss")
-    if not paper and method == "learned" and arguments.holdout == 0:
+    serves = arguments.serve_length is not None
+    if arguments.serve_samples is not None and not serves:
+        raise ValueError("--serve-samples needs --serve-length")
+    if serves and arguments.holdout:
+        raise ValueError(
+            "--holdout is not for --serve-length: points are measured on the serving samples"
+        )
+    if serves:
+        arguments.holdout = 0
+    elif not paper and method == "learned" and arguments.holdout == 0:
         raise ValueError("--holdout must be at least 1 for --method learned, got 0")
     defaults: Mapping[str, Any] = {**_DEFAULTS, **_BY_METHOD[method]}
     for name in FLAGS:
         if getattr(arguments, name) is None and not (name == "length" and paper):
             setattr(arguments, name, defaults.get(name))
+    if serves and arguments.serve_length < arguments.length:
+        raise ValueError(
+            f"--serve-length must be at least --length, {arguments.length}, got "
+            f"{arguments.serve_length}"
+        )
     return method
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from bsfa_calib import report
 from bsfa_calib.cli.common import note
 from bsfa_calib.cli.flags import TARGETS
+from bsfa_calib.progress import ProgressReporter, clock
 from bsfa_calib.report import printable
 from bsfa_calib.thresholds import ThresholdTable
 
 if TYPE_CHECKING:
     from bsfa_calib.expected import Calibrated
+    from bsfa_calib.learned import ThresholdPath
     from bsfa_calib.text import Split
     from bsfa_kernel import Geometry
 
@@ -42,8 +45,10 @@ class Job:
         self._start = start
         self._samples = [window.ids for window in split.calibration]
         self._held_out = [window.ids for window in split.held_out]
+        self._serving = [window.ids for window in split.serving]
         self._checkpoint = Path(arguments.checkpoint or f"{output}.checkpoint")
         self._learned = self._checkpoint / "learned.npz"
+        self._served = self._checkpoint / "served.json"
         if arguments.resume is False:
             self._remove()
 
@@ -63,6 +68,7 @@ class Job:
             "voters": arguments.voters,
             "progress": note,
         }
+        begin = time.monotonic()
         path = learned.learn_path(
             self._model,
             self._samples,
@@ -75,12 +81,16 @@ class Job:
                 seed=arguments.seed,
             ),
             start=None if self._start is None else self._start.thresholds[0],
+            serve_length=arguments.serve_length,
             checkpoint=self._learned,
         )
+        note(f"learned in {clock(time.monotonic() - begin)}")
         dtype = arguments.dtype
         if dtype == "auto":
             dtype = "float32" if self._model.device.type == "cpu" else "bfloat16"
         self._model.to(getattr(torch, dtype))
+        if self._serving:
+            return self._serve(learned.ThresholdPath(path), len(self._samples), "learned")
         found = learned.calibrate(
             self._model,
             learned.ThresholdPath(path),
@@ -92,22 +102,29 @@ class Job:
 
     def scalar(self) -> Made:
         from bsfa_calib import scalar
-        from bsfa_calib.progress import ProgressReporter
+        from bsfa_calib.learned import check_points, serving_rungs
+        from bsfa_calib.serving import path_of
 
         arguments, geometry = self._arguments, self._geometry
         assert geometry is not None
+        targets = self._targets()
+        if self._serving:
+            check_points(targets, (), arguments.serve_length, geometry)
+            targets = serving_rungs(targets, arguments.length, geometry)
         reporter = ProgressReporter()
         with reporter.interruptible():
             table = scalar.one_pass(
                 self._model,
                 self._samples,
-                target_sparsities=self._targets(),
+                target_sparsities=targets,
                 rule=arguments.rule,
                 geometry=geometry,
                 voters=arguments.voters,
                 checkpoint=self._checkpoint,
                 progress=reporter,
             )
+        if self._serving:
+            return self._serve(path_of(table), table.samples, table.aggregate)
         if not self._held_out:
             return table, _statistics
         found = scalar.measured(
@@ -117,7 +134,6 @@ class Job:
 
     def topk(self) -> Made:
         from bsfa_calib import capture
-        from bsfa_calib.progress import ProgressReporter
 
         arguments, geometry = self._arguments, self._geometry
         assert geometry is not None
@@ -159,14 +175,15 @@ class Job:
         """What an interrupted calibration leaves behind, for people."""
         samples = len(list(self._checkpoint.glob("sample-*.safetensors")))
         where = printable(str(self._checkpoint))
-        if samples:
-            return (
-                f"{samples} samples are done and kept in {where}. The same command goes on from "
-                "there."
-            )
-        if self._learned.exists():
-            return f"what was learned is kept in {where}. The same command goes on from there."
-        return "nothing was done yet that could be kept."
+        if self._served.exists():
+            done = "what was measured at the serving length is"
+        elif samples:
+            done = f"{samples} samples are done and"
+        elif self._learned.exists():
+            done = "what was learned is"
+        else:
+            return "nothing was done yet that could be kept."
+        return f"{done} kept in {where}. The same command goes on from there."
 
     def clean_up(self) -> None:
         """Remove the checkpoint, unless it is to be kept."""
@@ -174,7 +191,10 @@ class Job:
             self._remove()
 
     def _remove(self) -> None:
-        for old in (*self._checkpoint.glob("sample-*.safetensors"), self._learned):
+        for old in (
+            *self._checkpoint.glob("sample-*.safetensors"),
+            *(self._learned, self._served),
+        ):
             old.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._checkpoint.rmdir()
@@ -186,25 +206,56 @@ class Job:
             return tuple(arguments.target_sparsity or ())
         from bsfa_calib.learned import reachable
 
-        rungs = reachable(arguments.length, geometry)
+        length = arguments.serve_length or arguments.length
+        rungs = reachable(length, geometry)
         targets = [target for target in TARGETS if rungs and target <= rungs[-1]]
         if not targets:
             raise ValueError(
-                f"nothing to gain: of prompts of {arguments.length} tokens hardly a block can be "
+                f"nothing to gain: of prompts of {length} tokens hardly a block can be "
                 "skipped at all; calibrate for longer ones, or leave them dense"
             )
         return targets
+
+    def _serve(self, path: ThresholdPath, samples: int, aggregate: str) -> Made:
+        """The points on a path at the serving length."""
+        from bsfa_calib import serving
+
+        arguments, geometry = self._arguments, self._geometry
+        assert geometry is not None
+        begin = time.monotonic()
+        reporter = ProgressReporter()
+        note(f"finding the points at {max(map(len, self._serving))} tokens")
+        with reporter.interruptible():
+            found = serving.serve(
+                self._model,
+                path,
+                self._serving,
+                made_at=max(map(len, self._samples)),
+                target_sparsities=() if arguments.max_loss else self._targets(),
+                max_losses=arguments.max_loss or (),
+                rule=arguments.rule,
+                geometry=geometry,
+                voters=arguments.voters,
+                backend=arguments.backend,
+                aggregate=aggregate,
+                checkpoint=self._checkpoint,
+                reading=reporter,
+                progress=reporter.note,
+            )
+        note(f"found the points in {clock(time.monotonic() - begin)}")
+        return self._measured(found, samples)
 
     def _measured(self, found: Calibrated, samples: int) -> Made:
         """The table of a calibration that was measured, and what is printed about it."""
         from bsfa_calib import expected
 
         def lines(_table: ThresholdTable) -> list[str]:
-            tested = len(self._held_out) or len(self._samples)
+            apart = self._serving or self._held_out
+            tested = apart or self._samples
             return [
                 expected.report(found),
-                f"measured on {tested} samples of up to {self._arguments.length} tokens"
-                + (" that nothing was made from" if self._held_out else ""),
+                f"measured on {len(tested)} samples of up to {max(map(len, tested))} tokens"
+                + (" that nothing was made from" if apart else ""),
                 *expected.verdict(found),
             ]
 

@@ -251,9 +251,9 @@ def find_table(loaded: Loaded, tokens: int, wanted: Point | None = None) -> Path
         return has_it, -table.voters, -table.q_block * table.k_block, len(table.points)
 
     found.sort(key=fit, reverse=True)
-    longest = max(found, key=lambda entry: entry[0].max_seqlen)
-    fitting = [entry for entry in found if entry[0].max_seqlen >= tokens]
-    return min(fitting, key=lambda entry: entry[0].max_seqlen, default=longest)[1]
+    longest = max(found, key=lambda entry: entry[0].seqlen)
+    fitting = [entry for entry in found if entry[0].seqlen >= tokens]
+    return min(fitting, key=lambda entry: entry[0].seqlen, default=longest)[1]
 
 
 def choose_point(table: ThresholdTable, arguments: argparse.Namespace, tokens: int) -> Point:
