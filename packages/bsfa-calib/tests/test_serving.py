@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from bsfa_calib import ThresholdTable, scalar, serving
+from bsfa_calib import ThresholdTable, learned, scalar, serving
 from bsfa_calib.capture import CaptureError, Settings, block_counts
 from bsfa_calib.cli import main
 from bsfa_calib.estimate import skipped_share
@@ -336,16 +336,16 @@ def test_the_command_goes_on_where_it_was_stopped(
     output = tmp_path / "table.safetensors"
     arguments = command(model_directory, text_directory, output, *QUICK)
     arguments += ["--serve-samples", "1", "--target-sparsity", "0.5", "0.6"]
-    right = serving.with_expected
+    right = learned.with_expected
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(serving, "with_expected", interrupt)
+    monkeypatch.setattr(learned, "with_expected", interrupt)
     assert main(arguments) == 130
     where = f"kept in {output}.checkpoint"
     assert f"what was measured at the serving length is {where}" in capsys.readouterr().err
-    monkeypatch.setattr(serving, "with_expected", right)
+    monkeypatch.setattr(learned, "with_expected", right)
     assert main(arguments) == 0
     printed = capsys.readouterr().err
     assert "target 0.6 was learned before" in printed

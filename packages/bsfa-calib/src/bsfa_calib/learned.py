@@ -207,19 +207,13 @@ def calibrate(
         return known[place]
 
     axis = "target_sparsity" if target_sparsities else "max_loss"
-    points = tuple(sorted(set(target_sparsities or max_losses)))
-    thresholds, expected = [], []
-    for point in points:
-        place, found = find_place(at, axis, point, path.last)
-        thresholds.append(path.at(place))
-        expected.append(found)
-        progress(
-            f"{axis} {point:g}: skips {found.sparsity:.3f} at a KL divergence of {found.kl:.5f}"
-        )
-    table = ThresholdTable(
-        np.stack(thresholds),
-        points,
-        axis=axis,
+    return table_of_points(
+        path,
+        axis,
+        target_sparsities or max_losses,
+        lambda point: find_place(at, axis, point, path.last),
+        measure.dense_layers,
+        progress,
         q_block=geometry.q_block,
         k_block=geometry.k_block,
         rule=rule,
@@ -227,7 +221,6 @@ def calibrate(
         max_seqlen=len(samples[0]),
         aggregate="learned",
     )
-    return with_expected(table, expected, measure.dense_layers)
 
 
 def check_points(
@@ -253,6 +246,39 @@ def check_points(
             )
     if any(not 0 < loss < math.inf for loss in max_losses):
         raise TuningError(f"a bound on the loss must be above 0, got {min(max_losses):g}")
+
+
+def table_of_points(
+    path: ThresholdPath,
+    axis: str,
+    points: Sequence[float],
+    find: Callable[[float], tuple[float, Expected]],
+    dense: dict[int, str],
+    progress: Callable[[str], None],
+    **fields: Any,
+) -> Calibrated:
+    """The table of the places on a path that are found for its points.
+
+    Args:
+        path: what the thresholds are taken from.
+        axis: what the points are: "target_sparsity" or "max_loss".
+        points: in any order; each counts once.
+        find: a point's place, and what is measured there.
+        dense: the layers that run dense whatever the thresholds, and why.
+        progress: told of each point.
+        fields: the table's others, as ``ThresholdTable`` takes them.
+    """
+    points = tuple(sorted(set(points)))
+    thresholds, expected = [], []
+    for point in points:
+        place, found = find(point)
+        thresholds.append(path.at(place))
+        expected.append(found)
+        progress(
+            f"{axis} {point:g}: skips {found.sparsity:.3f} at a KL divergence of {found.kl:.5f}"
+        )
+    table = ThresholdTable(np.stack(thresholds), points, axis=axis, **fields)
+    return with_expected(table, expected, dense)
 
 
 def find_place(

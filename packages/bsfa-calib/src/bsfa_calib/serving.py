@@ -25,8 +25,15 @@ import numpy as np
 from bsfa_calib import capture
 from bsfa_calib.capture import BlockCounts, Progress
 from bsfa_calib.estimate import blocks_below
-from bsfa_calib.expected import Calibrated, Expected, Measure, with_expected
-from bsfa_calib.learned import GEOMETRY, ThresholdPath, check_points, digest_of, find_place
+from bsfa_calib.expected import Calibrated, Expected, Measure
+from bsfa_calib.learned import (
+    GEOMETRY,
+    ThresholdPath,
+    check_points,
+    digest_of,
+    find_place,
+    table_of_points,
+)
 from bsfa_calib.learning import Learned
 from bsfa_calib.progress import clock
 from bsfa_calib.thresholds import ThresholdTable, write_atomically
@@ -135,19 +142,13 @@ def serve(
     else:
         axis, dense = "max_loss", measure().dense_layers
         find = functools.partial(find_place, axis=axis, last=path.last)
-    points = tuple(sorted(set(target_sparsities or max_losses)))
-    thresholds, expected = [], []
-    for point in points:
-        place, found = find(at, point=point)
-        thresholds.append(path.at(place))
-        expected.append(found)
-        progress(
-            f"{axis} {point:g}: skips {found.sparsity:.3f} at a KL divergence of {found.kl:.5f}"
-        )
-    table = ThresholdTable(
-        np.stack(thresholds),
-        points,
-        axis=axis,
+    return table_of_points(
+        path,
+        axis,
+        target_sparsities or max_losses,
+        lambda point: find(at, point=point),
+        dense,
+        progress,
         q_block=geometry.q_block,
         k_block=geometry.k_block,
         rule=rule,
@@ -157,7 +158,6 @@ def serve(
         aggregate=aggregate,
         provenance={"served_samples": str(len(samples))},
     )
-    return with_expected(table, expected, dense)
 
 
 def path_of(table: ThresholdTable) -> ThresholdPath:

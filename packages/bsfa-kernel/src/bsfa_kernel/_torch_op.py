@@ -68,25 +68,25 @@ _Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 """out, lse and kept; None where not asked for."""
 
 
+def _query_blocks(call: ForwardCall | SelectCall | AttendCall) -> tuple[int, ...]:
+    """The shape of what there is one of for each query block: kept, and rows of a block mask."""
+    if call.cu_seqlens_q is None:
+        batch, seqlen_q, heads, _ = call.q.shape
+        return batch, heads, block_count(seqlen_q, call.q_block)
+    total_q, heads, _ = call.q.shape
+    return heads, total_q // call.q_block + call.cu_seqlens_q.shape[0] - 1
+
+
 def _allocate(call: ForwardCall | AttendCall, lse_dtype: torch.dtype) -> _Outputs:
     """The outputs, unwritten."""
     q = call.q
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = kept = None
-    if call.cu_seqlens_q is None:
-        batch, seqlen_q, heads, _ = q.shape
-        if call.return_lse:
-            lse = q.new_empty((batch, heads, seqlen_q), dtype=lse_dtype)
-        if call.return_kept:
-            q_blocks = block_count(seqlen_q, call.q_block)
-            kept = q.new_empty((batch, heads, q_blocks), dtype=torch.int32)
-    else:
-        total_q, heads, _ = q.shape
-        if call.return_lse:
-            lse = q.new_empty((heads, total_q), dtype=lse_dtype)
-        if call.return_kept:
-            columns = total_q // call.q_block + call.cu_seqlens_q.shape[0] - 1
-            kept = q.new_empty((heads, columns), dtype=torch.int32)
+    if call.return_lse:
+        *batch, seqlen_q, heads, _ = q.shape
+        lse = q.new_empty((*batch, heads, seqlen_q), dtype=lse_dtype)
+    if call.return_kept:
+        kept = q.new_empty(_query_blocks(call), dtype=torch.int32)
     return out, lse, kept
 
 
@@ -188,14 +188,7 @@ def _select_blocks_fake(*arguments: Any, **named: Any) -> Tensor:
 
 def _empty_mask(call: SelectCall) -> Tensor:
     """The block mask, unwritten."""
-    q = call.q
-    if call.cu_seqlens_q is None:
-        batch, seqlen_q, heads, _ = q.shape
-        shape: tuple[int, ...] = (batch, heads, block_count(seqlen_q, call.q_block))
-    else:
-        total_q, heads, _ = q.shape
-        shape = (heads, total_q // call.q_block + call.cu_seqlens_q.shape[0] - 1)
-    return q.new_empty((*shape, mask_words(call)), dtype=torch.int64)
+    return call.q.new_empty((*_query_blocks(call), mask_words(call)), dtype=torch.int64)
 
 
 @torch.library.impl(_library, "attend_blocks", "CPU")
