@@ -122,9 +122,9 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
     }
   };
 
-  Pair pair;    // whose scores are computed or have been; number pipelines.pairs - 1
-  Pair next;    // its keys are multiplied next
-  Pair values;  // of the pair whose probabilities are there
+  Pair pair{};    // whose scores are computed or have been; number pipelines.pairs - 1
+  Pair next{};    // its keys are multiplied next
+  Pair values{};  // of the pair whose probabilities are there
 
   // Steps. Stages of operands are in uniform registers, by `uniform`, before the GEMMs are issued.
   const auto start_scores = [&](int upper, int lower) BSFA_INLINE_LAMBDA {
