@@ -32,7 +32,7 @@ function(bsfa_add_cuda_sources target part architectures)
   target_sources(${objects} PRIVATE ${ARGN})
 endfunction()
 
-# bsfa_add_kernel(<target> <forward|block_maxima> <80|90a> <dtype> <head_dim> <source>)
+# bsfa_add_kernel(<target> <forward|block_maxima|select_blocks|attend_blocks> <80|90a> <dtype> <head_dim> <source>)
 #
 # Adds one instantiation, bsfa::sm<80|90>::<name><Element, head_dim>, where the options ask for it.
 function(bsfa_add_kernel target name architecture dtype head_dim source)
@@ -49,7 +49,7 @@ endfunction()
 
 # bsfa_write_tables(<target>): call it after the last bsfa_add_kernel().
 function(bsfa_write_tables target)
-  foreach(name IN ITEMS forward block_maxima)
+  foreach(name IN ITEMS forward block_maxima select_blocks attend_blocks)
     get_target_property(rows ${target} BSFA_ROWS_${name})
     if(NOT rows)
       set(rows "")

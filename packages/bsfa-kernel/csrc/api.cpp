@@ -66,24 +66,44 @@ void clear_kept(const ForwardParams& params, cudaStream_t stream) {
 }
 #endif
 
-void forward(const bsfa_forward_args* args) {
-  const ForwardParams params = validate(args);
-  const bool no_query = params.batch == 0 || params.seqlen_q == 0;
-  if (no_query && (params.kept == nullptr || !params.is_packed() || params.batch == 0)) {
-    return;
-  }
-  const bsfa_problem& problem = args->problem;
-  const Request request{"forward", problem.arch, problem.dtype, static_cast<int>(problem.head_dim)};
-  check_built(kForwardKernels, request);
+bool has_queries(const Problem& problem) {
+  return problem.batch > 0 && problem.seqlen_q > 0;
+}
+
+// Whether a call of attention has nothing to write. Without queries a packed call has spare columns of kept.
+bool writes_nothing(const ForwardParams& params) {
+  return !has_queries(params) && (params.kept == nullptr || !params.is_packed() || params.batch == 0);
+}
+
+Request make_request(const char* name, const bsfa_problem& problem) {
+  return {name, problem.arch, problem.dtype, static_cast<int>(problem.head_dim)};
+}
+
+// Runs attention: a kernel, or what is left to do where there is no query.
+template <class Params>
+void attend(const std::initializer_list<Kernel<Params>>& kernels, const Request& request,
+            const Params& params, const bsfa_problem& problem) {
 #if defined(BSFA_WITH_CUDA)
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   const DeviceGuard guard(problem.device);
-  if (no_query) {
-    clear_kept(params, stream);
+  if (has_queries(params)) {
+    launch(kernels, request, params, problem.device, stream);
   } else {
-    launch(kForwardKernels, request, params, problem.device, stream);
+    clear_kept(params, stream);
   }
+#else
+  (void)kernels, (void)request, (void)params, (void)problem;
 #endif
+}
+
+void forward(const bsfa_forward_args* args) {
+  const ForwardParams params = validate(args);
+  if (writes_nothing(params)) {
+    return;
+  }
+  const Request request = make_request("forward", args->problem);
+  check_built(kForwardKernels, request);
+  attend(kForwardKernels, request, params, args->problem);
 }
 
 void block_maxima(const bsfa_block_maxima_args* args) {
@@ -92,12 +112,58 @@ void block_maxima(const bsfa_block_maxima_args* args) {
     return;  // no block
   }
   const bsfa_problem& problem = args->problem;
-  const Request request{"block_maxima", problem.arch, problem.dtype, static_cast<int>(problem.head_dim)};
+  const Request request = make_request("block_maxima", problem);
   check_built(kBlockMaximaKernels, request);
 #if defined(BSFA_WITH_CUDA)
   const DeviceGuard guard(problem.device);
   launch(kBlockMaximaKernels, request, params, problem.device, static_cast<cudaStream_t>(problem.stream));
 #endif
+}
+
+void select_blocks(const bsfa_select_blocks_args* args) {
+  const SelectParams params = validate(args);
+  if (params.block_mask == nullptr) {
+    return;  // no word
+  }
+  const bsfa_problem& problem = args->problem;
+  const Request request = make_request("select_blocks", problem);
+  check_built(kSelectBlocksKernels, request);
+  if (has_queries(params)) {
+    check_workspace(args->workspace, args->workspace_bytes,
+                    workspace_bytes(kSelectBlocksKernels, request, params));
+  }
+#if defined(BSFA_WITH_CUDA)
+  const DeviceGuard guard(problem.device);
+  launch(kSelectBlocksKernels, request, params, problem.device, static_cast<cudaStream_t>(problem.stream));
+#endif
+}
+
+void attend_blocks(const bsfa_attend_blocks_args* args) {
+  const AttendParams params = validate(args);
+  if (writes_nothing(params)) {
+    return;
+  }
+  const Request request = make_request("attend_blocks", args->problem);
+  check_built(kAttendBlocksKernels, request);
+  if (has_queries(params)) {
+    check_workspace(args->workspace, args->workspace_bytes,
+                    workspace_bytes(kAttendBlocksKernels, request, params));
+  }
+  attend(kAttendBlocksKernels, request, params, args->problem);
+}
+
+// Where a call needs none it may have no kernel either.
+template <class Args, class Params>
+void workspace(const Args* args, const char* name, const std::initializer_list<Kernel<Params>>& kernels,
+               uint64_t* bytes) {
+  const Params params = validate_shape(args);
+  BSFA_CHECK(bytes != nullptr, "bytes must not be null");
+  *bytes = 0;
+  if (has_queries(params)) {
+    const Request request = make_request(name, args->problem);
+    check_built(kernels, request);
+    *bytes = workspace_bytes(kernels, request, params);
+  }
 }
 
 }  // namespace
@@ -111,6 +177,22 @@ bsfa_status bsfa_forward(const bsfa_forward_args* args) {
 
 bsfa_status bsfa_block_maxima(const bsfa_block_maxima_args* args) {
   return bsfa::guarded([&] { bsfa::block_maxima(args); });
+}
+
+bsfa_status bsfa_select_blocks(const bsfa_select_blocks_args* args) {
+  return bsfa::guarded([&] { bsfa::select_blocks(args); });
+}
+
+bsfa_status bsfa_attend_blocks(const bsfa_attend_blocks_args* args) {
+  return bsfa::guarded([&] { bsfa::attend_blocks(args); });
+}
+
+bsfa_status bsfa_select_blocks_workspace(const bsfa_select_blocks_args* args, uint64_t* bytes) {
+  return bsfa::guarded([&] { bsfa::workspace(args, "select_blocks", bsfa::kSelectBlocksKernels, bytes); });
+}
+
+bsfa_status bsfa_attend_blocks_workspace(const bsfa_attend_blocks_args* args, uint64_t* bytes) {
+  return bsfa::guarded([&] { bsfa::workspace(args, "attend_blocks", bsfa::kAttendBlocksKernels, bytes); });
 }
 
 const char* bsfa_version(void) {

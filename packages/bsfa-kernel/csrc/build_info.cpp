@@ -32,6 +32,8 @@ std::string build_info() {
                           ", \"cuda\": ", cuda, ", \"kernels\": [");
   append_kernels(text, "forward", kForwardKernels);
   append_kernels(text, "block_maxima", kBlockMaximaKernels);
+  append_kernels(text, "select_blocks", kSelectBlocksKernels);
+  append_kernels(text, "attend_blocks", kAttendBlocksKernels);
   return text + "]}";
 }
 

@@ -3,12 +3,19 @@
 
 #include "dispatch.hpp"
 
+#include <algorithm>
+
 #include "check.hpp"
 
 #if defined(BSFA_WITH_CUDA)
+#include "common/select_workspace.hpp"
+#include "sm80/attend.hpp"
 #include "sm80/block_maxima.hpp"
 #include "sm80/forward.hpp"
+#include "sm80/select.hpp"
+#include "sm90/attend.hpp"
 #include "sm90/forward.hpp"
+#include "sm90/select.hpp"
 
 namespace cutlass {
 struct half_t;
@@ -32,6 +39,14 @@ const std::initializer_list<Kernel<ForwardParams>> kForwardKernels = {
 
 const std::initializer_list<Kernel<BlockMaximaParams>> kBlockMaximaKernels = {
 #include "block_maxima_kernels.inc"
+};
+
+const std::initializer_list<Kernel<SelectParams>> kSelectBlocksKernels = {
+#include "select_blocks_kernels.inc"
+};
+
+const std::initializer_list<Kernel<AttendParams>> kAttendBlocksKernels = {
+#include "attend_blocks_kernels.inc"
 };
 
 const char* dtype_name(int dtype) {
@@ -72,6 +87,25 @@ std::string list(const std::initializer_list<Kernel<Params>>& kernels) {
   return text;
 }
 
+// Bytes of workspace that a kernel needs, by what does not point anywhere. Without CUDA there is no kernel.
+uint64_t needed([[maybe_unused]] const Kernel<SelectParams>& kernel,
+                [[maybe_unused]] const SelectParams& params) {
+#if defined(BSFA_WITH_CUDA)
+  return select_blocks_workspace(params, kernel.head_dim);
+#else
+  return 0;
+#endif
+}
+
+uint64_t needed([[maybe_unused]] const Kernel<AttendParams>& kernel,
+                [[maybe_unused]] const AttendParams& params) {
+#if defined(BSFA_WITH_CUDA)
+  return kernel.arch == 90 ? sm90::attend_blocks_workspace(params) : 0;
+#else
+  return 0;
+#endif
+}
+
 }  // namespace
 
 template <class Params>
@@ -104,11 +138,30 @@ const Kernel<Params>& select(const std::initializer_list<Kernel<Params>>& kernel
   return *best;
 }
 
-template void check_built(const std::initializer_list<Kernel<ForwardParams>>&, const Request&);
-template void check_built(const std::initializer_list<Kernel<BlockMaximaParams>>&, const Request&);
-template const Kernel<ForwardParams>& select(const std::initializer_list<Kernel<ForwardParams>>&,
-                                             const Request&, int);
-template const Kernel<BlockMaximaParams>& select(const std::initializer_list<Kernel<BlockMaximaParams>>&,
-                                                 const Request&, int);
+template <class Params>
+uint64_t workspace_bytes(const std::initializer_list<Kernel<Params>>& kernels, const Request& request,
+                         const Params& params) {
+  uint64_t bytes = 0;
+  for (const Kernel<Params>& kernel : kernels) {
+    if (matches(kernel, request)) {
+      bytes = std::max(bytes, needed(kernel, params));
+    }
+  }
+  return bytes;
+}
+
+template uint64_t workspace_bytes(const std::initializer_list<Kernel<SelectParams>>&, const Request&,
+                                  const SelectParams&);
+template uint64_t workspace_bytes(const std::initializer_list<Kernel<AttendParams>>&, const Request&,
+                                  const AttendParams&);
+
+#define BSFA_INSTANTIATE(Params)                                                           \
+  template void check_built(const std::initializer_list<Kernel<Params>>&, const Request&); \
+  template const Kernel<Params>& select(const std::initializer_list<Kernel<Params>>&, const Request&, int)
+
+BSFA_INSTANTIATE(ForwardParams);
+BSFA_INSTANTIATE(BlockMaximaParams);
+BSFA_INSTANTIATE(SelectParams);
+BSFA_INSTANTIATE(AttendParams);
 
 }  // namespace bsfa

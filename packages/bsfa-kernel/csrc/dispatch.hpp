@@ -6,6 +6,7 @@
 
 #include <bsfa/bsfa.h>
 
+#include <cstdint>
 #include <initializer_list>
 #include <string>
 
@@ -27,6 +28,8 @@ struct Kernel {
 // Every kernel in the library; the rows come from kernels.cmake.
 extern const std::initializer_list<Kernel<ForwardParams>> kForwardKernels;
 extern const std::initializer_list<Kernel<BlockMaximaParams>> kBlockMaximaKernels;
+extern const std::initializer_list<Kernel<SelectParams>> kSelectBlocksKernels;
+extern const std::initializer_list<Kernel<AttendParams>> kAttendBlocksKernels;
 
 // "float16" or "bfloat16".
 const char* dtype_name(int dtype);
@@ -46,6 +49,12 @@ struct Request {
 // Throws BSFA_UNSUPPORTED where the library has no such kernel for any GPU.
 template <class Params>
 void check_built(const std::initializer_list<Kernel<Params>>& kernels, const Request& request);
+
+// Bytes of workspace that serve a call whichever of the library's kernels it gets, so that no GPU need be
+// asked.
+template <class Params>
+uint64_t workspace_bytes(const std::initializer_list<Kernel<Params>>& kernels, const Request& request,
+                         const Params& params);
 
 // The newest kernel that the GPU can run. Throws BSFA_UNSUPPORTED where there is none.
 template <class Params>

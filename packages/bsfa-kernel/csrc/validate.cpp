@@ -16,8 +16,10 @@ namespace {
 constexpr int64_t kMaxExtent = INT32_MAX;         // the kernels count in int32_t
 constexpr int64_t kMaxSeqlen = int64_t{1} << 30;  // ... and round lengths up to whole blocks
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kAlignment = 16;                 // bytes; a thread moves no less
-constexpr int64_t kRowAlignment = kAlignment / 2;  // elements; float16 and bfloat16 have two bytes
+constexpr int64_t kAlignment = 16;                    // bytes; a thread moves no less
+constexpr int64_t kRowAlignment = kAlignment / 2;     // elements; float16 and bfloat16 have two bytes
+constexpr uint64_t kWorkspaceAlignment = 256;         // bytes
+constexpr int64_t kWordKeys = kMaskBits * kKeyBlock;  // keys that a word of a block mask stands for
 constexpr int64_t kMaxStride =
     (int64_t{1} << 39) - kRowAlignment;  // elements; a TMA descriptor holds 2^40 bytes
 
@@ -208,7 +210,75 @@ void check_operands(const bsfa_problem& args, Problem& problem) {
   }
 }
 
+// The thresholds' number of rows, as the kernels have it.
+int32_t check_threshold_rows(int64_t rows, int64_t least) {
+  check_range("threshold_rows", rows, least, kMaxExtent);
+  return static_cast<int32_t>(rows);
+}
+
+// The number of words in a row of a block mask. Only the device knows the longest of packed sequences.
+int32_t check_mask_words(const bsfa_problem& args, int64_t words) {
+  const int64_t most = (args.seqlen_k + kWordKeys - 1) / kWordKeys;
+  if (args.cu_seqlens_q == nullptr) {
+    BSFA_CHECK(words == most, "mask_words must be ceil(seqlen_k / ", kWordKeys, "), ", most, ", got ", words);
+  } else {
+    check_range("mask_words", words, std::min<int64_t>(most, 1), kMaxSeqlen / kWordKeys);
+  }
+  return static_cast<int32_t>(words);
+}
+
+// Of padded tensors the query blocks of a sequence, of packed ones as many as its sequences may have.
+int64_t count_query_blocks(const Problem& problem) {
+  return problem.is_packed() ? int64_t{problem.seqlen_q} / problem.q_block + problem.batch
+                             : (int64_t{problem.seqlen_q} + problem.q_block - 1) / problem.q_block;
+}
+
+bool has_queries(const bsfa_problem& args) {
+  return args.batch > 0 && args.seqlen_q > 0;
+}
+
+// The tensors of a call that has queries, beyond q and k.
+void check_outputs(const bsfa_problem& problem, const bsfa_tensor& v, const bsfa_tensor& out,
+                   ForwardParams& params) {
+  check_operands(problem, params);
+  const Tensor written = like_queries("out", out, problem);
+  params.out = out.data;
+  params.out_strides = check_tensor(written);
+  check_distinct(written);
+  if (problem.seqlen_k > 0) {
+    params.v = v.data;
+    params.v_strides = check_tensor(like_keys("v", v, problem));
+    BSFA_CHECK(params.out != params.q && params.out != params.k && params.out != params.v,
+               "out must not be one of the inputs: blocks of it are written while others are still read");
+  }
+}
+
+int32_t* check_kept(int32_t* kept) {
+  if (kept != nullptr) {
+    check_pointer("kept", kept, sizeof(int32_t));
+  }
+  return kept;
+}
+
+float* check_lse(float* lse) {
+  if (lse != nullptr) {
+    check_pointer("lse", lse, sizeof(float));
+  }
+  return lse;
+}
+
 }  // namespace
+
+void check_workspace(const void* workspace, uint64_t bytes, uint64_t needed) {
+  if (needed == 0) {
+    return;
+  }
+  BSFA_CHECK(workspace != nullptr, "workspace must not be null: this call needs ", needed, " bytes");
+  BSFA_CHECK(reinterpret_cast<uintptr_t>(workspace) % kWorkspaceAlignment == 0,
+             "workspace must be aligned to ", kWorkspaceAlignment, " bytes, and is ",
+             reinterpret_cast<uintptr_t>(workspace) % kWorkspaceAlignment, " bytes off");
+  BSFA_CHECK(bytes >= needed, "workspace_bytes must be at least ", needed, ", got ", bytes);
+}
 
 ForwardParams validate(const bsfa_forward_args* pointer) {
   check_version(pointer);
@@ -216,33 +286,15 @@ ForwardParams validate(const bsfa_forward_args* pointer) {
   const bsfa_problem& problem = args.problem;
   ForwardParams params{};
   static_cast<Problem&>(params) = check_problem(problem);
-  check_range("threshold_rows", args.threshold_rows, 1, kMaxExtent);
-  params.threshold_rows = static_cast<int32_t>(args.threshold_rows);
-  if (args.kept != nullptr) {
-    check_pointer("kept", args.kept, sizeof(int32_t));
-    params.kept = args.kept;
+  params.threshold_rows = check_threshold_rows(args.threshold_rows, 1);
+  params.kept = check_kept(args.kept);
+  if (!has_queries(problem)) {
+    return params;  // the tensors have no data, and nothing says where they are
   }
-  if (problem.batch == 0 || problem.seqlen_q == 0) {
-    return params;  // no query: the tensors have no data, and nothing says where they are
-  }
-
-  check_operands(problem, params);
-  const Tensor out = like_queries("out", args.out, problem);
-  params.out = args.out.data;
-  params.out_strides = check_tensor(out);
-  check_distinct(out);
-  if (problem.seqlen_k > 0) {
-    params.v = args.v.data;
-    params.v_strides = check_tensor(like_keys("v", args.v, problem));
-    BSFA_CHECK(params.out != params.q && params.out != params.k && params.out != params.v,
-               "out must not be one of the inputs: blocks of it are written while others are still read");
-  }
+  check_outputs(problem, args.v, args.out, params);
   check_pointer("thresholds", args.thresholds, sizeof(float));
   params.thresholds = args.thresholds;
-  if (args.lse != nullptr) {
-    check_pointer("lse", args.lse, sizeof(float));
-    params.lse = args.lse;
-  }
+  params.lse = check_lse(args.lse);
   return params;
 }
 
@@ -260,6 +312,69 @@ BlockMaximaParams validate(const bsfa_block_maxima_args* pointer) {
   check_operands(problem, params);
   check_pointer("maxima", args.maxima, sizeof(float));
   params.maxima = args.maxima;
+  return params;
+}
+
+SelectParams validate_shape(const bsfa_select_blocks_args* pointer) {
+  check_version(pointer);
+  const bsfa_select_blocks_args& args = *pointer;
+  SelectParams params{};
+  static_cast<Problem&>(params) = check_problem(args.problem);
+  BSFA_CHECK(args.precision == BSFA_PRECISION_EXACT || args.precision == BSFA_PRECISION_INT8,
+             "precision must be 0 (exact) or 1 (int8), got ", args.precision);
+  params.precision = static_cast<Precision>(args.precision);
+  params.threshold_rows = check_threshold_rows(args.threshold_rows, 1);
+  params.mask_words = check_mask_words(args.problem, args.mask_words);
+  return params;
+}
+
+SelectParams validate(const bsfa_select_blocks_args* pointer) {
+  SelectParams params = validate_shape(pointer);
+  const bsfa_select_blocks_args& args = *pointer;
+  if (args.problem.batch > 0 && count_query_blocks(params) > 0 && params.mask_words > 0) {
+    check_pointer("block_mask", args.block_mask, sizeof(uint64_t));
+    params.block_mask = args.block_mask;
+  }
+  if (!has_queries(args.problem)) {
+    return params;
+  }
+  check_operands(args.problem, params);
+  check_pointer("thresholds", args.thresholds, sizeof(float));
+  params.thresholds = args.thresholds;
+  params.workspace = args.workspace;
+  return params;
+}
+
+AttendParams validate_shape(const bsfa_attend_blocks_args* pointer) {
+  check_version(pointer);
+  const bsfa_attend_blocks_args& args = *pointer;
+  AttendParams params{};
+  static_cast<Problem&>(params) = check_problem(args.problem);
+  params.threshold_rows = check_threshold_rows(args.threshold_rows, 0);
+  BSFA_CHECK((args.thresholds == nullptr) == (args.threshold_rows == 0),
+             "threshold_rows must be 0 where thresholds is null, and only there, got ", args.threshold_rows);
+  params.mask_words = check_mask_words(args.problem, args.mask_words);
+  return params;
+}
+
+AttendParams validate(const bsfa_attend_blocks_args* pointer) {
+  AttendParams params = validate_shape(pointer);
+  const bsfa_attend_blocks_args& args = *pointer;
+  params.kept = check_kept(args.kept);
+  if (!has_queries(args.problem)) {
+    return params;
+  }
+  check_outputs(args.problem, args.v, args.out, params);
+  if (params.mask_words > 0) {
+    check_pointer("block_mask", args.block_mask, sizeof(uint64_t));
+    params.block_mask = args.block_mask;
+  }
+  if (args.thresholds != nullptr) {
+    check_pointer("thresholds", args.thresholds, sizeof(float));
+    params.thresholds = args.thresholds;
+  }
+  params.lse = check_lse(args.lse);
+  params.workspace = args.workspace;
   return params;
 }
 

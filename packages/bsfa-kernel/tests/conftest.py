@@ -34,6 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "slow: takes more than a few seconds",
     ):
         config.addinivalue_line("markers", marker)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:  # as many threads as cores in each would fight for them
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // workers, 1))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -20,11 +20,16 @@ import torch
 
 import bsfa_kernel
 import cases
-from bsfa_kernel import GEOMETRIES, RULES, Geometry, _native, reference
+from bsfa_kernel import GEOMETRIES, RULES, VOTERS, Geometry, _native, reference
 
 INF = float("inf")
 MARGIN = 1e-3
-LEVELS = {"absolute": 2.0, "running_max": 0.0, "running_lse": -4.0}
+NAMES = (
+    *("kept", "out", "rms of out", "lse"),
+    *("kept by mask", "out by mask", "rms of out by mask", "lse by mask"),
+    "selection in 8 bits",
+)
+LEVELS = {"absolute": 2.0, "running_max": 0.0, "peak_lse": -1.5}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Call:
     level: float
     layout: str
     special: float | None  # NaN or ±inf: an element of q and one of k
+    voters: int
 
     @classmethod
     def random(cls, seed: int, dtypes: list[torch.dtype], head_dims: list[int]) -> Call:
@@ -85,6 +91,7 @@ class Call:
             level=LEVELS[rule] + rng.uniform(-2, 2),
             layout=rng.choice(["plain", "plain", "heads first", "padded", "interleaved"]),
             special=rng.choice([None] * 7 + [float("nan"), INF, -INF]),
+            voters=rng.choice(VOTERS),
         )
         if rng.random() > 0.03:
             return call
@@ -145,6 +152,7 @@ def arguments(call: Call, device: str) -> tuple[list[torch.Tensor], dict[str, ob
         "scale": call.scale,
         "rule": call.rule,
         "geometry": call.geometry,
+        "voters": call.voters,
     }
     if call.packed:
         q, k, v = q[0], k[0], v[0]
@@ -208,6 +216,33 @@ def attend(call: Call, tensors: list[torch.Tensor], options: dict[str, object]):
     )
 
 
+def kept_by_mask(call: Call, tensors: list[torch.Tensor], options: dict[str, object]):
+    """What two steps with exact scores give."""
+    q, k, v, thresholds = tensors
+    mask = bsfa_kernel.select_blocks(q, k, thresholds, precision="exact", **options)
+    shape = {name: value for name, value in options.items() if name not in ("rule", "voters")}
+    return bsfa_kernel.attend_blocks(q, k, v, mask, return_lse=True, return_kept=True, **shape)
+
+
+def other_verdicts(
+    call: Call, tensors: list[torch.Tensor], options: dict[str, object]
+) -> torch.Tensor:
+    """Whether a selection in 8 bits differs where that is certain: bool, on the device.
+
+    Between float32 and float64 a rounded value may be another by one step, and a score by as much
+    as that is worth.
+    """
+    q, k, _, thresholds = tensors
+    expected = reference.select_blocks(
+        q, k, thresholds, precision="int8", compute_dtype=torch.float64, **options
+    )
+    found = bsfa_kernel.select_blocks(q, k, thresholds, precision="int8", **options)
+    wrong = (found != bsfa_kernel.pack_blocks(expected.mask)).any(-1)
+    scale = call.head_dim**-0.5 if call.scale is None else call.scale
+    step = scale * 8 * 8 / 127  # standard normal queries and keys are below 8 and the offset small
+    return (wrong & (expected.margin > 2 * step)).any()
+
+
 def targets(device: str) -> list[int]:
     """The architectures whose kernels run on the device; 0 stands for the CPU's back end."""
     if device == "cpu":
@@ -218,6 +253,18 @@ def targets(device: str) -> list[int]:
     if not found:
         raise SystemExit(f"no kernels for this GPU:\n{info}")
     return found
+
+
+def with_two_steps() -> set[tuple[int, torch.dtype, int]]:
+    """The architectures, element types and head dimensions that have both steps; 0 is the CPU."""
+    kinds: dict[str, set[tuple[int, torch.dtype, int]]] = {}
+    for kernel in bsfa_kernel.build_info().kernels:
+        kind = (kernel.arch, getattr(torch, kernel.dtype), kernel.head_dim)
+        kinds.setdefault(kernel.name, set()).add(kind)
+    both = kinds.get("select_blocks", set()) & kinds.get("attend_blocks", set())
+    return both | {
+        (0, dtype, size) for dtype in (torch.float16, torch.bfloat16) for size in (64, 128)
+    }
 
 
 def main() -> int:
@@ -235,6 +282,7 @@ def main() -> int:
         raise SystemExit("torch sees no CUDA device; --device cpu tries the script itself")
     archs = options.arch or targets(options.device)
     kernels = [kernel for kernel in bsfa_kernel.build_info().kernels if kernel.name == "forward"]
+    steps = with_two_steps()
     dtypes = [torch.float16, torch.bfloat16]
     head_dims = [64, 128]
     if options.device == "cuda":
@@ -260,8 +308,7 @@ def main() -> int:
             pending, torch.stack([flags for *_, flags in pending]).tolist(), strict=True
         ):
             if any(wrong):
-                names = ("kept", "out", "rms of out", "lse")
-                what = ", ".join(name for name, bad in zip(names, wrong, strict=True) if bad)
+                what = ", ".join(name for name, bad in zip(NAMES, wrong, strict=True) if bad)
                 failures.append(f"sm_{arch}: {what} differ: {call}")
         counts = torch.stack(shares).sum(0).tolist()
         clear_blocks += int(counts[0])
@@ -282,7 +329,15 @@ def main() -> int:
         for arch in archs:
             with _native.force_arch(arch):
                 found = attend(call, tensors, keywords)
-            pending.append((call, arch, differences(call, found, expected, largest)))
+                wrong = differences(call, found, expected, largest)
+                if (arch, call.dtype, call.head_dim) in steps:
+                    found = kept_by_mask(call, tensors, keywords)
+                    by_mask = differences(call, found, expected, largest)
+                    rounded = other_verdicts(call, tensors, keywords)
+                    wrong = torch.cat((wrong, by_mask, rounded[None]))
+                else:
+                    wrong = torch.nn.functional.pad(wrong, (0, len(NAMES) - len(wrong)))
+            pending.append((call, arch, wrong))
         done += 1
         if len(pending) >= 200:
             settle()

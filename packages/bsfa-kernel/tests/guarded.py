@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bsfa_kernel import Geometry, _native, reference
-from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
+from bsfa_kernel import Geometry, _native, pack_blocks, reference
+from bsfa_kernel._calls import MASK_BITS, AttendCall, BlockMaximaCall, ForwardCall, SelectCall
 from bsfa_kernel.geometry import block_count
+from bsfa_kernel.reference.forward import run_attend
+from bsfa_kernel.reference.selection import run_select
 
 GUARD = 64
 """Elements before and after an output."""
@@ -63,6 +65,7 @@ def forward(
     causal: bool,
     rule: str,
     geometry: Geometry,
+    voters: int = 1,
 ) -> tuple[Guarded, Guarded, Guarded]:
     """bsfa_forward on CUDA tensors; on CPU tensors the reference, copied, to try the guards."""
     batch, seqlen_q, heads, _ = q.shape
@@ -73,17 +76,66 @@ def forward(
     kept = Guarded.flat((batch, heads, q_blocks), torch.int32, device)
     if not q.is_cuda:
         expected = reference.attention(
-            q, k, v, thresholds, causal=causal, rule=rule, geometry=geometry
+            q, k, v, thresholds, causal=causal, rule=rule, geometry=geometry, voters=voters
         )
         for guarded, result in ((out, expected.out), (lse, expected.lse), (kept, expected.kept)):
             guarded.view.copy_(result)
         return out, lse, kept
     call = ForwardCall(
-        *(q, k, v, thresholds, None, None, causal, None, rule, *geometry),
+        *(q, k, v, thresholds, None, None, causal, None, rule, *geometry, voters),
         return_lse=True,
         return_kept=True,
     )
     _native.forward(call, out.view, lse.view, kept.view)
+    return out, lse, kept
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    thresholds: Tensor,
+    *,
+    causal: bool,
+    rule: str,
+    geometry: Geometry,
+    voters: int,
+    precision: str,
+) -> Guarded:
+    """bsfa_select_blocks on CUDA tensors; on CPU tensors the reference, copied."""
+    batch, seqlen_q, heads, _ = q.shape
+    words = block_count(k.shape[1], geometry.k_block * MASK_BITS)
+    shape = (batch, heads, block_count(seqlen_q, geometry.q_block), words)
+    mask = Guarded.flat(shape, torch.int64, str(q.device))
+    call = SelectCall(
+        *(q, k, thresholds, None, None, causal, None, rule, *geometry, voters, precision, None)
+    )
+    if q.is_cuda:
+        _native.select_blocks(call, mask.view)
+    else:
+        mask.view.copy_(pack_blocks(run_select(call).mask))
+    return mask
+
+
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor, *, causal: bool, geometry: Geometry
+) -> tuple[Guarded, Guarded, Guarded]:
+    """bsfa_attend_blocks on CUDA tensors; on CPU tensors the reference, copied."""
+    batch, seqlen_q, heads, _ = q.shape
+    device = str(q.device)
+    out = Guarded.rows(tuple(q.shape), q.dtype, device)
+    lse = Guarded.flat((batch, heads, seqlen_q), torch.float32, device)
+    kept = Guarded.flat((batch, heads, block_mask.shape[2]), torch.int32, device)
+    call = AttendCall(
+        *(q, k, v, block_mask, None, None, None, causal, None, *geometry),
+        return_lse=True,
+        return_kept=True,
+    )
+    if q.is_cuda:
+        _native.attend_blocks(call, out.view, lse.view, kept.view)
+    else:
+        expected = run_attend(call)
+        for guarded, result in ((out, expected.out), (lse, expected.lse), (kept, expected.kept)):
+            guarded.view.copy_(result)
     return out, lse, kept
 
 

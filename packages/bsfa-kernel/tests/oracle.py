@@ -25,7 +25,7 @@ class Expected(NamedTuple):
 
 
 @np.errstate(invalid="ignore")
-def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block) -> Expected:
+def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters=1) -> Expected:
     """All that the package's functions return, for arrays [batch, seqlen, heads, head_dim]."""
     batch, seqlen_q, heads, head_dim = q.shape
     _, seqlen_k, kv_heads, _ = k.shape
@@ -49,9 +49,11 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block) -> Exp
                 }
                 position = max(i * q_block + seqlen_k - seqlen_q, 0) // q_block
                 threshold = float(thresholds[h, min(position, thresholds.shape[1] - 1)])
-                args = (scores, rows, k_blocks, k_block, rule)
-                kept_blocks, _ = visit(*args, threshold)
-                _, maxima[b, h, i] = visit(*args, -INF)
+                voting = [
+                    r for r in rows if i == q_blocks - 1 or (r - i * q_block) % voters == voters - 1
+                ]
+                kept_blocks, _ = visit(scores, voting, k_blocks, k_block, rule, threshold)
+                _, maxima[b, h, i] = visit(scores, rows, k_blocks, k_block, rule, threshold)
                 for block in kept_blocks:
                     mask[b, h, i, block] = True
                 for r in rows:
@@ -64,30 +66,145 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block) -> Exp
     return Expected(out, lse, mask.sum(-1), mask, maxima)
 
 
-def visit(scores, rows, k_blocks, k_block, rule, threshold):
-    """The blocks that a query block keeps, and for each max(score - reference) when visited."""
+@np.errstate(invalid="ignore", over="ignore", divide="ignore")
+def select(q, k, thresholds, *, causal, scale, rule, q_block, voters, precision):
+    """A block mask of arrays [batch, seqlen, heads, head_dim], and how clear its verdicts are.
+
+    Row by row and block by block, on whole arrays of scores: for longer sequences than ``attend``.
+
+    Returns:
+        bool [batch, heads, q_blocks, k_blocks], and [batch, heads, q_blocks]: the distance of the
+        closest verdict from the other one.
+    """
+    batch, seqlen_q, heads, _ = q.shape
+    _, seqlen_k, kv_heads, _ = k.shape
+    q_blocks, k_blocks = -(-seqlen_q // q_block), -(-seqlen_k // 64)
+    mask = np.zeros((batch, heads, q_blocks, k_blocks), bool)
+    margin = np.full((batch, heads, q_blocks), INF)
+    seen = sees(seqlen_q, seqlen_k, causal)
+    for b, h, i in np.ndindex(batch, heads, q_blocks):
+        keys = k[b, :, h // (heads // kv_heads)]
+        rows = slice(i * q_block, (i + 1) * q_block)
+        queries = q[b, rows, h]
+        if precision == "exact":
+            scores = scale * queries @ keys.T
+        else:
+            scores = rounded_scores(queries, keys, scale, rule)
+        position = max(i * q_block + seqlen_k - seqlen_q, 0) // q_block
+        threshold = float(thresholds[h, min(position, thresholds.shape[1] - 1)])
+        references: list[list[float]] = [[] for _ in queries]
+        for j in reversed(range(k_blocks)):
+            columns = slice(64 * j, 64 * j + 64)
+            visible = seen[rows, columns]
+            if not visible.any():
+                continue
+            excess = []
+            for r, row in enumerate(scores[:, columns]):
+                if not visible[r].any():
+                    continue
+                peak = np.max(row[visible[r]])  # NaN if one is
+                reference = 0.0
+                if rule != "absolute":
+                    reference = log_sum_exp(references[r])
+                if rule == "running_max" and not math.isnan(reference):
+                    reference = max(references[r], default=-INF)
+                references[r].append(peak)
+                if i == q_blocks - 1 or r % voters == voters - 1:
+                    excess.append(peak - reference)  # -inf of both: NaN, which keeps
+            if not visible.all() or visible.shape[1] < 64:
+                mask[b, h, i, j] = True
+                continue
+            largest = max(INF if math.isnan(x) else x for x in excess)  # NaN keeps
+            mask[b, h, i, j] = threshold < INF and largest >= threshold
+            distance = abs(largest - threshold)
+            margin[b, h, i] = min(margin[b, h, i], INF if math.isnan(distance) else distance)
+    return mask, margin
+
+
+def sees(seqlen_q, seqlen_k, causal):
+    """Which keys a query sees, bool [seqlen_q, seqlen_k]."""
+    if not causal:
+        return np.ones((seqlen_q, seqlen_k), bool)
+    return np.arange(seqlen_k) <= np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
+
+
+def rounded_scores(queries, keys, scale, rule):
+    """Scores of one head in 8 bits, [queries, keys]."""
+    sample = keys[:: -(-len(keys) // 1024)]
+    offset = np.array([c[np.isfinite(c)].sum() / max(np.isfinite(c).sum(), 1) for c in sample.T])
+    scores = np.empty((len(queries), len(keys)))
+    whole_q, scale_q = round_rows(queries)
+    for start in range(0, len(keys), 64):
+        block = keys[start : start + 64] - offset
+        whole_k, (scale_k,) = round_rows(block.reshape(1, -1))
+        products = whole_q @ whole_k.reshape(block.shape).T
+        scores[:, start : start + 64] = scale * scale_q[:, None] * scale_k * products
+    if rule == "absolute":
+        scores += (scale * queries @ offset)[:, None]
+    return scores
+
+
+def round_rows(x):
+    """Whole numbers up to 127 for each row, and its scale."""
+    whole, scales = np.zeros_like(x), np.zeros(len(x))
+    for r, row in enumerate(x):
+        largest = np.max(np.abs(row))
+        if not np.isfinite(largest):
+            scales[r] = math.nan
+        elif largest >= 2.0**-100:
+            scales[r] = largest / 127
+            whole[r] = np.round(row * (127 / largest))
+    return whole, scales
+
+
+def attend_mask(q, k, v, mask, *, causal, scale, q_block):
+    """out, lse and kept of a mask, bool [batch, heads, q_blocks, k_blocks]."""
+    batch, seqlen_q, heads, head_dim = q.shape
+    _, seqlen_k, kv_heads, _ = k.shape
+    out = np.zeros((batch, seqlen_q, heads, head_dim))
+    lse = np.full((batch, heads, seqlen_q), -INF)
+    kept = np.zeros(mask.shape[:3], np.int32)
+    seen = sees(seqlen_q, seqlen_k, causal)
+    for b, h, i in np.ndindex(*mask.shape[:3]):
+        rows = slice(i * q_block, (i + 1) * q_block)
+        visible = [j for j in range(mask.shape[3]) if seen[rows, 64 * j : 64 * j + 64].any()]
+        kept[b, h, i] = sum(mask[b, h, i, j] for j in visible)
+        for r in range(rows.start, min(rows.stop, seqlen_q)):
+            keys = [j for j in range(seqlen_k) if seen[r, j] and mask[b, h, i, j // 64]]
+            scores = scale * k[b, keys, h // (heads // kv_heads)] @ q[b, r, h]
+            lse[b, h, r] = log_sum_exp(scores.tolist())
+            if lse[b, h, r] != -INF:
+                weights = np.exp(scores - lse[b, h, r])
+                out[b, r, h] = weights @ v[b, keys, h // (heads // kv_heads)]
+    return out, lse, kept
+
+
+def visit(scores, voting, k_blocks, k_block, rule, threshold):
+    """The blocks that a query block keeps, and for each the voters' max(score - reference)."""
     kept = []
     excesses = np.full(k_blocks, -INF)
+    seen: dict[int, list[float]] = {r: [] for r in voting}  # the row's peaks so far
     for block in range(k_blocks - 1, -1, -1):
         keys = range(block * k_block, (block + 1) * k_block)
-        here = [(r, scores[r][j]) for r in rows for j in keys if j in scores[r]]
-        if not here:
+        if not any(j in row for row in scores.values() for j in keys):
             continue
-        masked = any(j not in scores[r] for r in rows for j in keys)
-        keep = masked
-        for r, score in here:
-            seen = [s for j, s in scores[r].items() if j // k_block in kept]
-            if rule == "absolute":
-                reference = 0.0
-            elif not seen:
-                reference = -INF
-            else:
-                reference = log_sum_exp(seen)
-                if rule == "running_max" and not math.isnan(reference):
-                    reference = max(seen)
-            if score != -INF:
-                excesses[block] = np.maximum(excesses[block], score - reference)  # with NaN, NaN
-            if threshold < INF and not score < threshold + reference:
+        keep = any(j not in row for row in scores.values() for j in keys)
+        for r in voting:
+            here = [scores[r][j] for j in keys if j in scores[r]]
+            if not here:
+                continue
+            peak = math.nan if any(map(math.isnan, here)) else max(here)
+            reference = 0.0
+            if rule == "peak_lse":
+                reference = log_sum_exp(seen[r])
+            elif rule == "running_max":
+                reference = log_sum_exp(seen[r])
+                if not math.isnan(reference):
+                    reference = max(seen[r], default=-INF)
+            seen[r].append(peak)
+            if peak != -INF:
+                excesses[block] = np.maximum(excesses[block], peak - reference)  # with NaN, NaN
+            if threshold < INF and not peak < threshold + reference:
                 keep = True
         if keep:
             kept.append(block)
@@ -97,7 +214,7 @@ def visit(scores, rows, k_blocks, k_block, rule, threshold):
 def log_sum_exp(values) -> float:
     if any(math.isnan(value) or value == INF for value in values):
         return math.nan  # inf - inf
-    largest = max(values)
+    largest = max(values, default=-INF)
     if largest == -INF:
         return -INF
     return largest + math.log(math.fsum(math.exp(value - largest) for value in values))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 
@@ -12,12 +13,24 @@ import torch
 import cases
 from bsfa_kernel import (
     GEOMETRIES,
+    PRECISIONS,
     RULES,
+    VOTERS,
+    Geometry,
     _native,
+    attend_blocks,
     block_maxima,
     block_sparse_attention,
     build_info,
+    select_blocks,
 )
+
+
+def masks(case: cases.Case, geometry: Geometry) -> list[torch.Tensor]:
+    """No block, every other one and all, invisible ones among them."""
+    q_blocks, words = -(-case.seqlen_q // geometry.q_block), -(-case.seqlen_k // 4096)
+    shape = (case.batch, case.heads, q_blocks, words)
+    return [torch.full(shape, bits, device="cuda") for bits in (0, 0x5555555555555555, -1)]
 
 
 def main(arch: int) -> None:
@@ -40,6 +53,16 @@ def main(arch: int) -> None:
             with _native.force_arch(arch):
                 if kernel.name == "block_maxima":
                     block_maxima(q, k, **options)
+                elif kernel.name == "select_blocks":
+                    thresholds = torch.full((case.heads, 2), 0.5, device="cuda")
+                    for precision, voters in itertools.product(PRECISIONS, VOTERS):
+                        select_blocks(
+                            q, k, thresholds, precision=precision, voters=voters, **options
+                        )
+                elif kernel.name == "attend_blocks":
+                    del options["rule"]
+                    for mask in masks(case, geometry):
+                        attend_blocks(q, k, v, mask, return_lse=True, return_kept=True, **options)
                 else:
                     for level in (-math.inf, 0.0 if rule != "absolute" else 2.0, math.inf):
                         thresholds = torch.full((case.heads, 2), level, device="cuda")
@@ -47,22 +70,24 @@ def main(arch: int) -> None:
                             q, k, v, thresholds, return_lse=True, return_kept=True, **options
                         )
             calls += 1
-        if kernel.name == "forward":
+        if kernel.name != "block_maxima":
             packed = next(case for case in cases.PACKED if case.name == "with_empty")
             q, k, v = packed.inputs(dtype, "cuda")
             q, k, v = (x.repeat(1, 1, 2)[..., : kernel.head_dim].contiguous() for x in (q, k, v))
             starts_q, starts_k = packed.cu_seqlens("cuda")
+            starts = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k}
+            outputs = {"return_lse": True, "return_kept": True}
+            thresholds = torch.zeros((packed.heads, 1), device="cuda")
             with _native.force_arch(arch):
-                block_sparse_attention(
-                    q,
-                    k,
-                    v,
-                    torch.zeros((packed.heads, 1), device="cuda"),
-                    cu_seqlens_q=starts_q,
-                    cu_seqlens_k=starts_k,
-                    return_lse=True,
-                    return_kept=True,
-                )
+                if kernel.name == "forward":
+                    block_sparse_attention(q, k, v, thresholds, **starts, **outputs)
+                elif kernel.name == "select_blocks":
+                    for precision in PRECISIONS:
+                        select_blocks(q, k, thresholds, precision=precision, **starts)
+                else:
+                    columns = len(q) // GEOMETRIES[0].q_block + len(packed.lengths)
+                    mask = torch.full((packed.heads, columns, 1), 5, device="cuda")
+                    attend_blocks(q, k, v, mask, **starts, **outputs)
     torch.cuda.synchronize()
     if calls == 0:
         raise SystemExit(f"the library has no kernels for sm_{arch}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bsfa_kernel import _native
+from bsfa_kernel.rules import PRECISION_CODES, RULE_CODES
 from native_build import INCLUDE, NATIVE_TESTS, library, run, run_well, tool
 
 MIRRORS = {
@@ -20,6 +21,8 @@ MIRRORS = {
     "bsfa_problem": _native.Problem,
     "bsfa_forward_args": _native.ForwardArgs,
     "bsfa_block_maxima_args": _native.BlockMaximaArgs,
+    "bsfa_select_blocks_args": _native.SelectBlocksArgs,
+    "bsfa_attend_blocks_args": _native.AttendBlocksArgs,
 }
 
 
@@ -99,6 +102,9 @@ def test_codes_of_python_are_those_of_the_header(layout: dict[str, tuple[int, ..
         layout["BSFA_CUDA_ERROR"][0]: RuntimeError,
     }
     assert errors == _native._ERRORS
+    for kind, codes in (("RULE", RULE_CODES), ("PRECISION", PRECISION_CODES)):
+        for name, code in codes.items():
+            assert layout[f"BSFA_{kind}_{name.upper()}"] == (code,)
 
 
 def test_library_states_its_version_and_build() -> None:
@@ -112,7 +118,7 @@ def test_library_states_its_version_and_build() -> None:
     assert (described["cuda"] is None) == (not described["kernels"])
     for kernel in described["kernels"]:
         assert set(kernel) == {"name", "arch", "ptx", "dtype", "head_dim", "geometries"}
-        assert kernel["name"] in {"forward", "block_maxima"}
+        assert kernel["name"] in {"forward", "block_maxima", "select_blocks", "attend_blocks"}
         assert kernel["arch"] in {80, 90}
         assert kernel["geometries"] == ["128x64", "64x64"]
 

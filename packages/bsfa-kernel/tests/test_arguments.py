@@ -24,9 +24,11 @@ from bsfa_kernel import _native
 from bsfa_kernel._calls import ForwardCall
 from bsfa_kernel._native import (
     RESERVED,
+    AttendBlocksArgs,
     BlockMaximaArgs,
     ForwardArgs,
     Problem,
+    SelectBlocksArgs,
     Strides,
     TensorArg,
 )
@@ -37,7 +39,13 @@ NO_SUCH_DEVICE = 9999
 BATCH, SEQLEN_Q, SEQLEN_K, HEADS, KV_HEADS, HEAD_DIM = 2, 300, 500, 8, 2, 128
 INT32_MAX = 2**31 - 1
 
-Args = ForwardArgs | BlockMaximaArgs
+Args = ForwardArgs | BlockMaximaArgs | SelectBlocksArgs | AttendBlocksArgs
+FUNCTIONS: dict[type, str] = {
+    ForwardArgs: "bsfa_forward",
+    BlockMaximaArgs: "bsfa_block_maxima",
+    SelectBlocksArgs: "bsfa_select_blocks",
+    AttendBlocksArgs: "bsfa_attend_blocks",
+}
 
 
 def tensor(data: int | None, seqlen: int, heads: int) -> TensorArg:
@@ -70,6 +78,23 @@ FORWARD_ARGS = {
     "lse": 0x60000,
     "kept": 0x70000,
 }
+SELECT_ARGS = {
+    "thresholds": 0x50000,
+    "threshold_rows": 3,
+    "precision": 1,
+    "block_mask": 0x90000,
+    "mask_words": 1,
+    "workspace": 0xA0000,
+    "workspace_bytes": 2**40,
+}
+ATTEND_ARGS = {
+    **FORWARD_ARGS,
+    "block_mask": 0x90000,
+    "mask_words": 1,
+    "workspace": 0xA0000,
+    "workspace_bytes": 2**40,
+}
+PACKED = {"cu_seqlens_q": 0x80000, "cu_seqlens_k": 0x80000}
 
 
 def make(struct: type[Args], own: dict[str, Any], changes: dict[str, Any]) -> Any:
@@ -104,10 +129,25 @@ def maxima_args(**changes: Any) -> BlockMaximaArgs:
     return args
 
 
+def select_args(**changes: Any) -> SelectBlocksArgs:
+    """Arguments of bsfa_select_blocks that break no rule, but for the changes."""
+    args: SelectBlocksArgs = make(SelectBlocksArgs, SELECT_ARGS, changes)
+    return args
+
+
+def attend_args(**changes: Any) -> AttendBlocksArgs:
+    """Arguments of bsfa_attend_blocks that break no rule, but for the changes."""
+    args: AttendBlocksArgs = make(AttendBlocksArgs, ATTEND_ARGS, changes)
+    return args
+
+
+ALL_ARGS = [forward_args, maxima_args, select_args, attend_args]
+
+
 def call(args: Args | None, function: str = "") -> tuple[int, str]:
-    """The status of a call and, where it is not OK, the message."""
+    """The status of a call, by default of the struct's function; where not OK, the message."""
     library = _native.library()
-    name = function or ("bsfa_forward" if isinstance(args, ForwardArgs) else "bsfa_block_maxima")
+    name = function or FUNCTIONS[type(args)]
     status = getattr(library, name)(None if args is None else bytes(args))
     return status, "" if status == OK else library.bsfa_last_error().decode()
 
@@ -120,15 +160,17 @@ def passes_validation(args: Args) -> bool:
     return status in {INVALID, UNSUPPORTED, CUDA_ERROR}
 
 
-BOTH = [
+EVERY = [
     ("abi_version", 2, "abi_version must be 1, got 2: the caller and libbsfa come from different"),
     ("struct_size", 8, r"struct_size must be \d+, got 8"),
     ("device", -1, "device must be a CUDA device ordinal, 0 or more, got -1"),
     ("arch", 86, r"arch must be 0 \(pick by device\), 80 or 90, got 86"),
     ("dtype", 2, r"dtype must be 0 \(float16\) or 1 \(bfloat16\), got 2"),
     ("dtype", -1, r"dtype must be .*, got -1"),
-    ("rule", 3, r"rule must be 0 \(absolute\), 1 \(running_max\) or 2 \(running_lse\), got 3"),
+    ("rule", 3, r"rule must be 0 \(absolute\), 1 \(running_max\) or 2 \(peak_lse\), got 3"),
     ("rule", -1, r"rule must be .*, got -1"),
+    ("voters", 3, r"voters must be 1, 2 or 4 \(or 0, which means 1\), got 3"),
+    ("voters", -1, r"voters must be 1, 2 or 4 .*, got -1"),
     ("causal", 2, "causal must be 0 or 1, got 2"),
     ("q_block", 32, r"\(q_block x k_block\) must be 128x64 or 64x64, got 32x64"),
     ("k_block", 128, r"\(q_block x k_block\) must be 128x64 or 64x64, got 128x128"),
@@ -167,15 +209,11 @@ BOTH = [
     ("k_strides", Strides(0, 2**39, 128), "the seqlen stride of k must be .*, got 549755813888"),
 ]
 
-FORWARD = [
+Refused = tuple[str, Any, str, dict[str, Any]]
+"""A field, its value, what is said of it, and further changes."""
+
+LENGTHS: list[Refused] = [
     ("seqlen_q", 2**30, r"batch \* heads \* ceil\(seqlen_q / 64\) must be", {"batch": 100}),
-    ("threshold_rows", 0, f"threshold_rows must be between 1 and {INT32_MAX}, got 0", {}),
-    (
-        "threshold_rows",
-        2**31,
-        f"threshold_rows must be between 1 and {INT32_MAX}, got 2147483648",
-        {},
-    ),
     ("cu_seqlens_q", 0x80001, "cu_seqlens_q must be aligned to 4 bytes", {"cu_seqlens_k": 0x80000}),
     ("cu_seqlens_k", 0x80002, "cu_seqlens_k must be aligned to 4 bytes", {"cu_seqlens_q": 0x80000}),
     (
@@ -184,6 +222,21 @@ FORWARD = [
         "batch must be at least 1 where cu_seqlens are given",
         {"cu_seqlens_q": 0x80000, "cu_seqlens_k": 0x80000},
     ),
+]
+
+THRESHOLDS: list[Refused] = [
+    ("threshold_rows", 0, f"threshold_rows must be between 1 and {INT32_MAX}, got 0", {}),
+    (
+        "threshold_rows",
+        2**31,
+        f"threshold_rows must be between 1 and {INT32_MAX}, got 2147483648",
+        {},
+    ),
+    ("thresholds", None, "thresholds must not be null", {}),
+    ("thresholds", 0x50002, "thresholds must be aligned to 4 bytes", {}),
+]
+
+OUTPUTS: list[Refused] = [
     ("v", None, "v must not be null", {}),
     ("v", 0x30001, "v must be aligned to 16 bytes, and is 1 bytes off", {}),
     ("v_strides", Strides(0, 12, 128), "the seqlen stride of v must be a multiple of 8", {}),
@@ -205,10 +258,30 @@ FORWARD = [
         "the strides of out must keep its entries apart",
         {},
     ),
-    ("thresholds", None, "thresholds must not be null", {}),
-    ("thresholds", 0x50002, "thresholds must be aligned to 4 bytes", {}),
     ("lse", 0x60001, "lse must be aligned to 4 bytes", {}),
     ("kept", 0x70003, "kept must be aligned to 4 bytes", {}),
+]
+
+MASK: list[Refused] = [
+    ("mask_words", 2, r"mask_words must be ceil\(seqlen_k / 4096\), 1, got 2", {}),
+    ("mask_words", 1, r"mask_words must be ceil\(seqlen_k / 4096\), 2, got 1", {"seqlen_k": 4097}),
+    ("mask_words", 1, r"mask_words must be ceil\(seqlen_k / 4096\), 0, got 1", {"seqlen_k": 0}),
+    ("mask_words", 0, "mask_words must be between 1 and 262144, got 0", PACKED),
+    ("mask_words", 262145, "mask_words must be between 1 and 262144, got 262145", PACKED),
+    ("block_mask", None, "block_mask must not be null", {}),
+    ("block_mask", 0x90004, "block_mask must be aligned to 8 bytes, and is 4 bytes off", {}),
+]
+
+SELECT: list[Refused] = [
+    ("precision", 2, r"precision must be 0 \(exact\) or 1 \(int8\), got 2", {}),
+    ("block_mask", None, "block_mask must not be null", {**PACKED, "seqlen_q": 0}),
+]
+
+ATTEND: list[Refused] = [
+    ("threshold_rows", 0, "threshold_rows must be 0 where thresholds is null, and only there", {}),
+    ("thresholds", None, "threshold_rows must be 0 where thresholds is null, .* got 3", {}),
+    ("threshold_rows", -1, f"threshold_rows must be between 0 and {INT32_MAX}, got -1", {}),
+    ("thresholds", 0x50002, "thresholds must be aligned to 4 bytes", {}),
 ]
 
 MAXIMA = [
@@ -217,9 +290,9 @@ MAXIMA = [
 ]
 
 
-@pytest.mark.parametrize("make_args", [forward_args, maxima_args])
-@pytest.mark.parametrize(("name", "value", "message"), BOTH)
-def test_both_functions_refuse(
+@pytest.mark.parametrize("make_args", ALL_ARGS)
+@pytest.mark.parametrize(("name", "value", "message"), EVERY)
+def test_every_function_refuses(
     name: str, value: object, message: str, make_args: Callable[..., Args]
 ) -> None:
     status, said = call(make_args(**{name: value}))
@@ -227,9 +300,27 @@ def test_both_functions_refuse(
     assert re.search(message, said), said
 
 
-@pytest.mark.parametrize(("name", "value", "message", "others"), FORWARD)
-def test_forward_refuses(name: str, value: object, message: str, others: dict[str, object]) -> None:
-    status, said = call(forward_args(**{name: value}, **others))
+@pytest.mark.parametrize(
+    ("make_args", "name", "value", "message", "others"),
+    [
+        (make_args, *refused)
+        for make_args, lists in (
+            (forward_args, (LENGTHS, THRESHOLDS, OUTPUTS)),
+            (select_args, (LENGTHS, THRESHOLDS, MASK, SELECT)),
+            (attend_args, (LENGTHS, OUTPUTS, MASK, ATTEND)),
+        )
+        for some in lists
+        for refused in some
+    ],
+)
+def test_refuses(
+    make_args: Callable[..., Args],
+    name: str,
+    value: object,
+    message: str,
+    others: dict[str, object],
+) -> None:
+    status, said = call(make_args(**{**others, name: value}))
     assert status == INVALID
     assert re.search(message, said), said
 
@@ -241,7 +332,7 @@ def test_block_maxima_refuses(name: str, value: object, message: str) -> None:
     assert re.search(message, said), said
 
 
-@pytest.mark.parametrize("make_args", [forward_args, maxima_args])
+@pytest.mark.parametrize("make_args", ALL_ARGS)
 @pytest.mark.parametrize("name", RESERVED)
 def test_a_reserved_field_is_refused_by_name(name: str, make_args: Callable[..., Args]) -> None:
     message = f"{name} is reserved: this libbsfa has no use for it, and it must be 0"
@@ -261,7 +352,7 @@ def test_block_maxima_of_packed_sequences_are_refused() -> None:
     assert "cu_seqlens_q must be null" in said
 
 
-@pytest.mark.parametrize("function", ["bsfa_forward", "bsfa_block_maxima"])
+@pytest.mark.parametrize("function", FUNCTIONS.values())
 def test_null_for_the_struct_is_refused(function: str) -> None:
     assert call(None, function) == (INVALID, "args must not be null")
 
@@ -280,6 +371,14 @@ def test_null_for_the_struct_is_refused(function: str) -> None:
         forward_args(out_strides=Strides(128, 256, 76800)),
         forward_args(seqlen_k=0, k=None, v=None),
         maxima_args(rule=1, q_block=64, causal=0),
+        select_args(),
+        select_args(precision=0, voters=4, rule=1, seqlen_k=4097, mask_words=2),
+        select_args(**PACKED, mask_words=7),
+        select_args(**PACKED, seqlen_q=0, q=None, thresholds=None),
+        attend_args(),
+        attend_args(thresholds=None, threshold_rows=0, lse=None, kept=None),
+        attend_args(**PACKED, mask_words=7),
+        attend_args(seqlen_k=0, k=None, v=None, block_mask=None, mask_words=0),
     ],
     ids=[
         "a plain call",
@@ -293,6 +392,14 @@ def test_null_for_the_struct_is_refused(function: str) -> None:
         "an output with its dimensions in another order",
         "no keys, which are nowhere",
         "maxima with other codes",
+        "plain selection",
+        "selection with other codes",
+        "selection of packed sequences",
+        "selection of packed sequences without a query",
+        "plain attention of a mask",
+        "attention of a mask without what is optional",
+        "attention of packed sequences' mask",
+        "attention of a mask without keys",
     ],
 )
 def test_arguments_that_break_no_rule_get_as_far_as_the_device(args: Args) -> None:
@@ -308,8 +415,20 @@ def test_arguments_that_break_no_rule_get_as_far_as_the_device(args: Args) -> No
         maxima_args(batch=0, q=None, k=None, maxima=None),
         maxima_args(seqlen_q=0, q=None, maxima=None),
         maxima_args(seqlen_k=0, k=None, maxima=None),
+        select_args(batch=0, q=None, k=None, thresholds=None, block_mask=None),
+        select_args(seqlen_q=0, q=None, block_mask=None),
+        select_args(seqlen_k=0, k=None, mask_words=0, block_mask=None),
+        attend_args(batch=0, q=None, k=None, v=None, out=None, block_mask=None),
+        attend_args(seqlen_q=0, q=None, out=None, block_mask=None),
+        attend_args(**PACKED, seqlen_q=0, q=None, out=None, kept=None, block_mask=None),
     ],
-    ids=["no batch", "no queries", "no sequences", "no batch", "no queries", "no keys"],
+    ids=[
+        *("no batch", "no queries", "no sequences"),
+        *("maxima of no batch", "maxima of no queries", "maxima of no keys"),
+        *("selection of no batch", "selection of no queries", "selection of no keys"),
+        *("attention of no batch's mask", "attention of no queries' mask"),
+        "attention of packed sequences' mask without queries",
+    ],
 )
 def test_nothing_to_do_is_done_without_a_gpu(args: Args) -> None:
     assert call(args) == (OK, "")
@@ -318,6 +437,48 @@ def test_nothing_to_do_is_done_without_a_gpu(args: Args) -> None:
 def test_nothing_to_do_is_still_checked() -> None:
     status, said = call(forward_args(batch=0, scale=-1.0))
     assert (status, said) == (INVALID, "scale must be positive and finite, got -1")
+
+
+@pytest.mark.parametrize("make_args", [select_args, attend_args])
+def test_a_workspace_is_asked_for_and_checked(make_args: Callable[..., Any]) -> None:
+    kind = "select_blocks" if make_args is select_args else "attend_blocks"
+    query = f"bsfa_{kind}_workspace"
+    library, size = _native.library(), ctypes.c_uint64(77)
+    # Neither tensors nor a workspace are needed, nor a GPU.
+    args = make_args(q=None, k=None, block_mask=None, workspace=None, workspace_bytes=0)
+    status = getattr(library, query)(bytes(args), size)
+    if not any(kernel.name == kind for kernel in bsfa_kernel.build_info().kernels):
+        assert status == UNSUPPORTED
+        assert f"without {kind} kernels" in library.bsfa_last_error().decode()
+        return
+    assert status == OK
+    assert 0 < size.value < 2**30
+    need = f"this call needs {size.value} bytes"
+    assert call(make_args(workspace=None)) == (INVALID, f"workspace must not be null: {need}")
+    for changes, words in (
+        ({"workspace": 0xA0010}, "workspace must be aligned to 256 bytes, and is 16 bytes off"),
+        (
+            {"workspace_bytes": size.value - 1},
+            f"workspace_bytes must be at least {size.value}, got {size.value - 1}",
+        ),
+    ):
+        assert call(make_args(**changes)) == (INVALID, words)
+    assert passes_validation(make_args(workspace_bytes=size.value))
+
+
+@pytest.mark.parametrize("make_args", [select_args, attend_args])
+def test_a_workspace_query_is_checked(make_args: Callable[..., Any]) -> None:
+    query = "bsfa_select_blocks_workspace"
+    if make_args is attend_args:
+        query = "bsfa_attend_blocks_workspace"
+    library, size = _native.library(), ctypes.c_uint64(77)
+    assert getattr(library, query)(bytes(make_args(scale=-1.0)), size) == INVALID
+    assert library.bsfa_last_error() == b"scale must be positive and finite, got -1"
+    assert getattr(library, query)(bytes(make_args()), None) == INVALID
+    assert library.bsfa_last_error() == b"bytes must not be null"
+    assert getattr(library, query)(None, size) == INVALID
+    assert getattr(library, query)(bytes(make_args(seqlen_q=0)), size) == OK
+    assert size.value == 0
 
 
 def test_kernel_that_was_not_built_is_named_with_those_that_were() -> None:
@@ -384,7 +545,7 @@ def test_python_raises_what_the_status_means(
     monkeypatch.setattr(_native, "_current_stream", lambda device: 0)
     q = torch.zeros(1, 10, 4, 64, dtype=torch.float16)
     valid = ForwardCall(
-        *(q, q, q, torch.zeros(4, 1), None, None, True, None, "absolute", 128, 64),
+        *(q, q, q, torch.zeros(4, 1), None, None, True, None, "absolute", 128, 64, 1),
         return_lse=False,
         return_kept=False,
     )

@@ -23,7 +23,8 @@ UNSUPPORTED = "2: "
 
 def compile_dispatch(folder: Path, kernels: str, *, on_90: bool = True, ptx: bool = True) -> Path:
     (folder / "forward_kernels.inc").write_text(kernels)
-    (folder / "block_maxima_kernels.inc").write_text("")
+    for name in ("block_maxima", "select_blocks", "attend_blocks"):
+        (folder / f"{name}_kernels.inc").write_text("")
     csrc = PACKAGE / "csrc"
     run_well(
         *(tool("c++"), "-std=c++17", f"-DBSFA_SM80_PTX={ptx:d}", f"-DBSFA_SM80_ON_90={on_90:d}"),

@@ -14,10 +14,14 @@ from native_build import INCLUDE, MODULES, library, run, run_well, tool
 
 FUNCTIONS = {
     "bsfa_abi_version",
+    "bsfa_attend_blocks",
+    "bsfa_attend_blocks_workspace",
     "bsfa_block_maxima",
     "bsfa_build_info",
     "bsfa_forward",
     "bsfa_last_error",
+    "bsfa_select_blocks",
+    "bsfa_select_blocks_workspace",
     "bsfa_version",
 }
 ALLOWED_NEEDS = re.compile(

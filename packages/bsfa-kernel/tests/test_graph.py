@@ -10,7 +10,13 @@ import pytest
 import torch
 
 import cases
-from bsfa_kernel import block_maxima, block_sparse_attention
+from bsfa_kernel import (
+    PRECISIONS,
+    attend_blocks,
+    block_maxima,
+    block_sparse_attention,
+    select_blocks,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -80,6 +86,80 @@ def test_block_maxima_can_be_captured(inputs, arch, rule):
     q.neg_()
     graph.replay()
     assert torch.equal(captured, block_maxima(q, k, rule=rule))
+
+
+@pytest.fixture
+def both_steps(arch):
+    """Skips the test where a step has no kernel."""
+    for kernel in ("select_blocks", "attend_blocks"):
+        arch.require(kernel, torch.bfloat16, CASE.head_dim)
+
+
+def in_two_steps(q, k, v, thresholds, rule):
+    return block_sparse_attention(
+        q,
+        k,
+        v,
+        thresholds,
+        rule=rule,
+        voters=4,
+        selection="int8",
+        return_lse=True,
+        return_kept=True,
+    )
+
+
+def test_two_steps_can_be_captured_with_their_workspaces(both_steps, inputs, rule):
+    q, k, v, thresholds = inputs
+    in_two_steps(*inputs, rule)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = in_two_steps(*inputs, rule)
+    # Whatever else is allocated meanwhile takes nothing that the graph works in.
+    others = [torch.full((1 << 24,), math.nan, device="cuda") for _ in range(4)]
+    for seed in range(3):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        for x in (q, k, v):
+            x.copy_(torch.randn(x.shape, generator=generator, device="cuda"))
+        thresholds.fill_(-math.inf if seed == 0 else 0.5 * seed)
+        graph.replay()
+        for found, expected in zip(captured, in_two_steps(*inputs, rule), strict=True):
+            assert torch.equal(found, expected)
+    assert all(x.isnan().all() for x in others)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_each_step_can_be_captured_for_packed_sequences(both_steps, inputs, precision):
+    q, k, v, thresholds = (x[0] if x.dim() == 4 else x for x in inputs)
+    starts = torch.tensor([0, 100, 350, 700], dtype=torch.int32, device="cuda")
+    packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+
+    def steps():
+        mask = select_blocks(q, k, thresholds, precision=precision, max_seqlen_k=700, **packed)
+        return mask, *attend_blocks(q, k, v, mask, return_kept=True, **packed)
+
+    steps()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = steps()
+    starts[1], starts[2] = 64, 65
+    graph.replay()
+    for found, expected in zip(captured, steps(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_two_steps_return_before_the_gpu_has_done_them(both_steps, inputs, rule):
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda._sleep(1_000_000_000)
+        in_two_steps(*inputs, rule)
+        done = torch.cuda.Event()
+        done.record()
+        assert not done.query(), "the call waited for the GPU"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
 
 
 def test_a_call_waits_for_its_own_stream_only(inputs):
@@ -157,6 +237,24 @@ class TestStartingEarly:
                 start, end = end, end + x.numel() * x.element_size()
                 taken.append(target[start:end].view(x.dtype).view(x.shape))
             return everything(*taken, "absolute")
+
+        for found, wanted in zip(run(work, expected), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+    def test_the_two_steps_read_what_was_written_just_before(self, both_steps, inputs, run):
+        expected = in_two_steps(*inputs, "peak_lse")
+        source = torch.cat([x.contiguous().view(torch.uint8).flatten() for x in inputs])
+        target = torch.empty_like(source)
+        copy = copy_late(source, target)
+
+        def work():
+            target.fill_(255)  # NaN, whatever the type
+            copy()
+            taken, end = [], 0
+            for x in inputs:
+                start, end = end, end + x.numel() * x.element_size()
+                taken.append(target[start:end].view(x.dtype).view(x.shape))
+            return in_two_steps(*taken, "peak_lse")
 
         for found, wanted in zip(run(work, expected), expected, strict=True):
             assert torch.equal(found, wanted)

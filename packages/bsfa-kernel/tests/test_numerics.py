@@ -31,13 +31,14 @@ from compare import (
 INF = math.inf
 
 
-def check(case, q, k, v, thresholds, clear, *, rule, geometry):
+def check(case, q, k, v, thresholds, clear, *, rule, geometry, voters=1):
     """Compare one call with the reference in float64."""
     options = {
         "causal": case.causal,
         "scale": case.scale,
         "rule": rule,
         "geometry": geometry,
+        "voters": voters,
     }
     expected = reference.attention(q, k, v, thresholds, compute_dtype=torch.float64, **options)
     found = block_sparse_attention(
@@ -66,10 +67,11 @@ def test_sparse_output_is_as_exact_as_sixteen_bits_allow(target, case, rule, geo
     dtype = torch.bfloat16 if case.seed % 2 else torch.float16
     target.require("forward", dtype, case.head_dim)
     q, k, v = case.inputs(dtype, target.device)
+    voters = cases.voters_of(case, rule, geometry, keep)
     thresholds, clear = cases.separating_thresholds(
-        case, q, k, rule=rule, geometry=geometry, keep=keep
+        case, q, k, rule=rule, geometry=geometry, keep=keep, voters=voters
     )
-    check(case, q, k, v, thresholds, clear, rule=rule, geometry=geometry)
+    check(case, q, k, v, thresholds, clear, rule=rule, geometry=geometry, voters=voters)
 
 
 @pytest.mark.parametrize("case", cases.PACKED, ids=str)
@@ -78,7 +80,7 @@ def test_packed_sequences_are_computed_like_single_ones(target, case, dtype, rul
     q, k, v = case.inputs(dtype, target.device)
     starts_q, starts_k = case.cu_seqlens(target.device)
     generator = torch.Generator().manual_seed(1)
-    level = {"absolute": 2.0, "running_max": -0.5, "running_lse": -4.0}[rule]
+    level = {"absolute": 2.0, "running_max": -0.5, "peak_lse": -1.5}[rule]
     thresholds = level + torch.randn((case.heads, 4), generator=generator)
     thresholds = thresholds.to(target.device)
     options = {"causal": case.causal, "rule": rule, "geometry": geometry}
@@ -170,7 +172,7 @@ def test_weights_sum_to_one(target, dtype, rule):
     case = cases.Case("ones", "", seqlen_q=333, seqlen_k=517, heads=4, kv_heads=2)
     target.require("forward", dtype, case.head_dim)
     q, k, v = case.inputs(dtype, target.device)
-    level = {"absolute": 2.5, "running_max": -0.5, "running_lse": -4.0}[rule]
+    level = {"absolute": 2.5, "running_max": -0.5, "peak_lse": -1.5}[rule]
     thresholds = torch.full((4, 1), level, device=target.device)
     out = block_sparse_attention(q, k, torch.ones_like(v), thresholds, rule=rule)
     eps = torch.finfo(dtype).eps
@@ -183,7 +185,7 @@ def test_values_of_skipped_blocks_are_not_read(target, rule, geometry):
     q, k, v = case.inputs(torch.bfloat16, target.device)
     k[:, ::2] = 0
     k[:, 256:640] = 0
-    level = {"absolute": 0.5, "running_max": -1.0, "running_lse": -5.0}[rule]
+    level = {"absolute": 0.5, "running_max": -1.0, "peak_lse": -2.0}[rule]
     thresholds = torch.full((1, 1), level, device=target.device)
     options = {"rule": rule, "geometry": geometry}
     mask = reference.attention(q, k, v, thresholds, **options).mask[0, 0]
@@ -322,7 +324,7 @@ def test_nan_thresholds_poison_their_query_blocks_and_no_others(arch, rule, geom
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["absolute", "running_lse"])
+@pytest.mark.parametrize("rule", ["absolute", "peak_lse"])
 def test_long_sequences_are_as_exact_as_short_ones(arch, rule):
     arch.require("forward", torch.bfloat16, 128)
     case = cases.Case(

@@ -19,11 +19,16 @@ import cases
 import guarded
 from bsfa_kernel import (
     GEOMETRIES,
+    PRECISIONS,
     RULES,
+    VOTERS,
     Geometry,
+    attend_blocks,
     block_maxima,
     block_sparse_attention,
+    pack_blocks,
     reference,
+    select_blocks,
 )
 from compare import assert_close, assert_matches, assert_same_verdicts, budget_of, error_budget
 from conftest import SM80, SM90, Target, gpu_target
@@ -42,10 +47,19 @@ class Call:
     rule: str
     geometry: Geometry
     keep: float
+    voters: int
 
     @property
     def options(self):
-        return {"causal": self.case.causal, "rule": self.rule, "geometry": self.geometry}
+        return {**self.options_of_maxima, "voters": self.voters}
+
+    @property
+    def options_of_maxima(self):
+        return {**self.shape_options, "rule": self.rule}
+
+    @property
+    def shape_options(self):
+        return {"causal": self.case.causal, "geometry": self.geometry}
 
     def inputs(self, target: Target):
         return self.case.inputs(self.dtype, target.device)
@@ -53,7 +67,14 @@ class Call:
     def thresholds(self, target: Target, q, k):
         """Separating ones, with some infinite: thresholds and where the verdicts are clear."""
         thresholds, clear = cases.separating_thresholds(
-            self.case, q, k, rule=self.rule, geometry=self.geometry, keep=self.keep, tries=3
+            self.case,
+            q,
+            k,
+            rule=self.rule,
+            geometry=self.geometry,
+            keep=self.keep,
+            tries=3,
+            voters=self.voters,
         )
         if self.case.seed % 3 == 0:
             thresholds[0, 0] = -INF if self.case.seed % 2 else INF
@@ -74,7 +95,7 @@ class Call:
 
 
 @st.composite
-def calls(draw, **fixed):
+def calls(draw, *, voters=VOTERS, **fixed):
     """Random calls; lengths near multiples of a block are the likeliest."""
     lengths = st.one_of(
         st.integers(1, 400),
@@ -101,6 +122,7 @@ def calls(draw, **fixed):
         draw(st.sampled_from(RULES)),
         draw(st.sampled_from(GEOMETRIES)),
         draw(st.sampled_from([0.1, 0.5, 0.9])),
+        draw(st.sampled_from(voters)),
     )
 
 
@@ -140,11 +162,85 @@ def test_a_call_matches_the_reference(target, call):
 
 @any_target
 @given(call=calls())
+def test_exact_selection_and_attention_of_it_are_the_fused_kernel(target, call):
+    for kernel in ("forward", "select_blocks", "attend_blocks"):
+        target.require(kernel, call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    thresholds, clear = call.thresholds(target, q, k)
+    mask = select_blocks(q, k, thresholds, precision="exact", **call.options)
+    found = attend_blocks(q, k, v, mask, return_lse=True, return_kept=True, **call.shape_options)
+    if not target.arch:
+        assert_same(found, attend(q, k, v, thresholds, **call.options), target)
+    elif clear.float().mean() >= 0.9:
+        expected = reference.attention(
+            q, k, v, thresholds, compute_dtype=torch.float64, **call.options
+        )
+        budget = error_budget(q, k, v, expected, scale=None, **call.shape_options)
+        assert_matches(found, expected, clear, budget, call.geometry)
+
+
+@any_target
+@given(call=calls())
+def test_int8_is_attention_of_what_is_selected(target, call):
+    for kernel in ("select_blocks", "attend_blocks"):
+        target.require(kernel, call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    thresholds = call.rough_thresholds(target, q, k)
+    mask = select_blocks(q, k, thresholds, precision="int8", **call.options)
+    expected = attend_blocks(q, k, v, mask, return_lse=True, return_kept=True, **call.shape_options)
+    found = attend(q, k, v, thresholds, selection="int8", **call.options)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@any_target
+@given(call=calls(batch=2), precision=st.sampled_from(PRECISIONS))
+def test_each_sequence_of_a_batch_is_selected_alone(target, call, precision):
+    target.require("select_blocks", call.dtype, call.case.head_dim)
+    q, k, _ = call.inputs(target)
+    options = {"precision": precision, **call.options}
+    thresholds, _ = call.thresholds(target, q, k)
+    mask = select_blocks(q, k, thresholds, **options)
+    for index in range(2):
+        one = slice(index, index + 1)
+        alone = select_blocks(q[one], k[one], thresholds, **options)
+        if target.arch:
+            assert torch.equal(alone, mask[one])
+        else:
+            near = reference.select_blocks(q[one], k[one], thresholds, **options).margin < 1e-3
+            assert torch.equal(alone[~near], mask[one][~near])
+
+
+@any_target
+@given(call=calls(), seed=st.integers(0, 2**32 - 1))
+def test_attention_of_any_mask_matches_the_reference(target, call, seed):
+    target.require("attend_blocks", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    blocks = (
+        call.case.batch,
+        call.case.heads,
+        -(-q.shape[1] // call.geometry.q_block),
+        -(-k.shape[1] // call.geometry.k_block),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    mask = pack_blocks(torch.rand(blocks, generator=generator) < call.keep).to(q.device)
+    options = call.shape_options
+    expected = reference.attend_blocks(q, k, v, mask, compute_dtype=torch.float64, **options)
+    outputs = guarded.attend_blocks(q, k, v, mask, **options)
+    budget = error_budget(q, k, v, expected, scale=None, **options)
+    found = tuple(output.view.clone() for output in outputs)
+    all_clear = torch.ones_like(expected.kept, dtype=torch.bool)
+    assert_matches(found, expected, all_clear, budget, call.geometry)
+    for name, output in zip(("out", "lse", "kept"), outputs, strict=True):
+        output.assert_written_exactly(name)
+
+
+@any_target
+@given(call=calls())
 def test_block_maxima_match_the_reference(target, call):
     target.require("block_maxima", call.dtype, call.case.head_dim)
     q, k, _ = call.inputs(target)
-    expected = reference.block_maxima(q, k, compute_dtype=torch.float64, **call.options)
-    found = block_maxima(q, k, **call.options)
+    expected = reference.block_maxima(q, k, compute_dtype=torch.float64, **call.options_of_maxima)
+    found = block_maxima(q, k, **call.options_of_maxima)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -166,8 +262,8 @@ def test_nothing_is_written_outside_the_outputs_and_all_inside(target, call):
 def test_block_maxima_write_nothing_outside_and_all_inside(target, call):
     target.require("block_maxima", call.dtype, call.case.head_dim)
     q, k, _ = call.inputs(target)
-    maxima = guarded.block_maxima(q, k, **call.options)
-    assert torch.equal(maxima.view, block_maxima(q, k, **call.options))
+    maxima = guarded.block_maxima(q, k, **call.options_of_maxima)
+    assert torch.equal(maxima.view, block_maxima(q, k, **call.options_of_maxima))
     maxima.assert_written_exactly("maxima")
 
 
@@ -246,8 +342,10 @@ def test_expanded_tensors_give_what_their_copies_give(target, call, over):
 def test_block_maxima_of_expanded_tensors_are_those_of_their_copies(target, call, over):
     target.require("block_maxima", call.dtype, call.case.head_dim)
     q, k, _ = (expanded(x, over) for x in call.inputs(target))
-    found = block_maxima(q, k, **call.options)
-    assert torch.equal(found, block_maxima(q.contiguous(), k.contiguous(), **call.options))
+    found = block_maxima(q, k, **call.options_of_maxima)
+    assert torch.equal(
+        found, block_maxima(q.contiguous(), k.contiguous(), **call.options_of_maxima)
+    )
 
 
 @any_target
@@ -256,7 +354,7 @@ def test_packed_sequences_give_what_each_gives_alone(target, call, data):
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = (x[0] for x in call.inputs(target))
     thresholds = torch.linspace(-3, 3, 2 * call.case.heads, device=target.device).view(-1, 2)
-    thresholds += {"absolute": 2.0, "running_max": 0.0, "running_lse": -4.0}[call.rule]
+    thresholds += {"absolute": 2.0, "running_max": 0.0, "peak_lse": -1.5}[call.rule]
     count = data.draw(st.integers(1, 4))
 
     def split(total):
@@ -308,8 +406,9 @@ def test_a_query_has_the_same_result_whatever_the_queries_beside_it(target, call
 
 
 @any_target
-@given(call=calls(causal=True), blocks=st.integers(1, 3))
+@given(call=calls(causal=True, voters=[1]), blocks=st.integers(1, 3))
 def test_chunks_of_whole_query_blocks_give_what_the_whole_gives(target, call, blocks):
+    # All rows vote, as they do in a chunk's last block.
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
     length = min(call.case.seqlen_q, call.case.seqlen_k)

@@ -14,14 +14,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import cases
 import oracle
-from bsfa_kernel import GEOMETRIES, RULES, Geometry, block_sparse_attention, reference
+from bsfa_kernel import GEOMETRIES, RULES, VOTERS, Geometry, block_sparse_attention
 from bsfa_kernel.geometry import full_blocks
 from bsfa_kernel.reference import (
     attention,
     block_maxima,
+    excesses,
     forced_blocks,
     verdicts,
     visible_blocks,
+    voting_rows,
 )
 
 INF = math.inf
@@ -72,7 +74,7 @@ def test_a_score_equal_to_the_threshold_keeps_the_block():
     assert attention(q, k, k, one_threshold(math.nextafter(3, 4)), **options).kept.item() == 0
 
 
-def test_running_max_compares_with_what_the_row_has_kept():
+def test_running_max_compares_with_the_largest_score_seen():
     # Visited from the last block: [5, 4] has no reference yet and is kept, and leaves 5. Then
     # [0, 3] exceeds it by -2, and [1, 2] by -3.
     q, k = column(1), column(1, 2, 0, 3, 5, 4)
@@ -90,25 +92,46 @@ def test_running_max_compares_with_what_the_row_has_kept():
     assert maxima.flatten().tolist() == [-3.0, -2.0, INF]
 
 
-def test_running_max_leaves_the_reference_alone_where_a_block_is_skipped():
-    # [9, 9] lifts nothing, being skipped at +4 over 5 for a threshold of 4.5; [8, 0] is then at +3.
+@pytest.mark.parametrize("rule", ["running_max", "peak_lse"])
+def test_a_block_that_is_skipped_lifts_the_reference_all_the_same(rule):
+    # [9, 9] is skipped at +4 over 5 for a threshold of 4.5; then [8, 0] is at -1 or below.
     q, k = column(1), column(8, 0, 9, 9, 5, 4)
-    options = {"causal": False, "scale": 1.0, "geometry": TINY, "rule": "running_max"}
+    options = {"causal": False, "scale": 1.0, "geometry": TINY, "rule": rule}
     result = attention(q, k, k, one_threshold(4.5), **options)
     assert result.mask.flatten().tolist() == [False, False, True]
-    # At 3 it is kept, and then [8, 0] is at -1.
+    assert result.margin.item() == pytest.approx(0.5, abs=1e-12)
+    # At 3 it is kept, and nothing changes for [8, 0].
     result = attention(q, k, k, one_threshold(3.0), **options)
     assert result.mask.flatten().tolist() == [False, True, True]
 
 
-def test_running_lse_compares_with_the_log_sum_exp_of_what_the_row_has_kept():
-    q, k = column(1), column(1, 2, 5, 4)
-    options = {"causal": False, "scale": 1.0, "geometry": TINY, "rule": "running_lse"}
-    excess = 2 - math.log(math.exp(5) + math.exp(4))
-    assert attention(q, k, k, one_threshold(excess - 1e-9), **options).kept.item() == 2
-    assert attention(q, k, k, one_threshold(excess + 1e-9), **options).kept.item() == 1
-    maxima = block_maxima(q, k, causal=False, scale=1.0, geometry=TINY, rule="running_lse")
-    assert maxima.flatten().tolist() == [pytest.approx(excess), INF]
+def test_peak_lse_compares_with_the_log_sum_exp_of_the_peaks_seen():
+    q, k = column(1), column(1, 2, 5, 4, 3, 3)
+    options = {"causal": False, "scale": 1.0, "geometry": TINY, "rule": "peak_lse"}
+    excess = 2 - math.log(math.exp(5) + math.exp(3))
+    assert attention(q, k, k, one_threshold(excess - 1e-9), **options).kept.item() == 3
+    assert attention(q, k, k, one_threshold(excess + 1e-9), **options).kept.item() == 2
+    maxima = block_maxima(q, k, causal=False, scale=1.0, geometry=TINY, rule="peak_lse")
+    assert maxima.flatten().tolist() == [pytest.approx(excess), 2, INF]
+
+
+def test_of_the_rows_of_a_block_the_last_of_each_two_or_four_votes():
+    # The scores in key block 0 are the queries themselves, and those in block 1 are 0.
+    k = column(1, 1, 0, 0)
+    options = {"causal": False, "scale": 1.0, "geometry": Geometry(4, 2)}
+    for values, voters, keep in (
+        ((9, 1, 1, 1, 0), 1, True),
+        ((9, 1, 1, 1, 0), 2, False),
+        ((1, 9, 1, 1, 0), 2, True),
+        ((1, 9, 1, 1, 0), 4, False),
+        ((1, 1, 9, 1, 0), 2, False),
+        ((1, 1, 1, 9, 0), 4, True),
+        ((0, 0, 0, 0, 9), 4, False),
+    ):
+        q = column(*values)
+        result = attention(q, k, k, one_threshold(5.0), voters=voters, **options)
+        # In the last query block, of one row, every row votes.
+        assert result.mask[0, 0].tolist() == [[keep, False], [values[4] == 9, False]]
 
 
 def test_one_row_is_enough_to_keep_a_block():
@@ -178,11 +201,13 @@ def small_calls(draw):
     special = draw(st.sampled_from([None, None, None, -INF, INF]))
     if special is not None:
         thresholds[draw(st.integers(0, len(thresholds) - 1)), 0] = special
+    voters = draw(st.sampled_from([1, 1, 2, 4]))
     options = {
         "causal": draw(st.booleans()),
         "scale": draw(st.sampled_from([0.5, 1.0, 1.7])),
         "rule": draw(st.sampled_from(RULES)),
-        "geometry": Geometry(draw(st.integers(1, 4)), draw(st.integers(1, 4))),
+        "geometry": Geometry(voters * draw(st.integers(1, 4 // voters)), draw(st.integers(1, 4))),
+        "voters": voters,
     }
     return q, k, v, thresholds, options
 
@@ -198,6 +223,7 @@ def test_reference_matches_the_score_by_score_oracle(call):
         rule=options["rule"],
         q_block=options["geometry"].q_block,
         k_block=options["geometry"].k_block,
+        voters=options["voters"],
     )
     result = attention(q, k, v, thresholds, **options)
     if (result.margin > 1e-12).all():
@@ -206,6 +232,7 @@ def test_reference_matches_the_score_by_score_oracle(call):
         exactly = {"rtol": 0, "atol": 1e-12, "equal_nan": True}
         torch.testing.assert_close(result.out, torch.from_numpy(expected.out), **exactly)
         torch.testing.assert_close(result.lse, torch.from_numpy(expected.lse), **exactly)
+    del options["voters"]
     maxima = block_maxima(q, k, **options)
     expected_maxima = torch.from_numpy(expected.maxima)
     torch.testing.assert_close(maxima, expected_maxima, rtol=0, atol=1e-12, equal_nan=True)
@@ -234,37 +261,41 @@ def test_forced_and_visible_blocks_are_those_that_hold_masked_and_visible_scores
 # ------------------------------------------------------------------------------------ verdicts
 
 
-def row_statistics(q, k, geometry, causal):
-    """Row maxima and log-sum-exps of all blocks, [heads, q_blocks, q_block, k_blocks]."""
+def row_maxima(q, k, geometry, causal):
+    """The peaks of all rows and blocks, [heads, q_blocks, q_block, k_blocks]."""
     scores = (q[0].transpose(0, 1) * q.shape[-1] ** -0.5) @ k[0].transpose(0, 1).transpose(1, 2)
     if causal:
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(k.shape[1] - q.shape[1] + 1)
         scores = scores.masked_fill(hidden, -INF)
     heads, seqlen_q, seqlen_k = scores.shape
     blocks = scores.view(heads, seqlen_q // geometry.q_block, geometry.q_block, -1)
-    blocks = blocks.unflatten(-1, (seqlen_k // geometry.k_block, geometry.k_block))
-    return blocks.amax(-1), blocks.logsumexp(-1)
+    return blocks.unflatten(-1, (seqlen_k // geometry.k_block, geometry.k_block)).amax(-1)
 
 
+@pytest.mark.parametrize("voters", [1, 4])
 @pytest.mark.parametrize("causal", [True, False])
-def test_all_query_blocks_and_several_thresholds_are_decided_at_once(rule, geometry, causal):
+def test_all_query_blocks_and_several_thresholds_are_decided_at_once(
+    rule, geometry, causal, voters
+):
     case = cases.Case("at_once", "", seqlen_q=384, seqlen_k=640, heads=3, kv_heads=3)
     q, k, v = case.inputs(torch.float64)
-    maxima, lse = row_statistics(q, k, geometry, causal)
+    maxima = row_maxima(q, k, geometry, causal)
     q_blocks = maxima.shape[1]
     indices = torch.arange(q_blocks)
     full = full_blocks(indices, case.seqlen_q, case.seqlen_k, geometry, causal=causal)
     visible = visible_blocks(case.seqlen_q, case.seqlen_k, causal=causal, geometry=geometry)
     chosen = torch.tensor([-INF, -1.0, 0.0, 1.0, INF]) + (3.0 if rule == "absolute" else 0.0)
     thresholds = (chosen[:, None, None] + torch.arange(3)[:, None] / 8).expand(5, 3, q_blocks)
-    decided = verdicts(maxima, thresholds, rule=rule, row_lse=lse, full=full)
+    voting = voting_rows(case.seqlen_q, geometry, voters)
+    decided = verdicts(maxima, thresholds, rule=rule, voting=voting, full=full)
     assert decided.excess.shape == decided.keep.shape == (5, 3, q_blocks, maxima.shape[-1])
     assert (decided.keep | visible | (decided.excess == INF)).all()
     forced = torch.arange(maxima.shape[-1]) >= full[:, None]
     assert ((decided.excess == INF) >= forced).all()
     assert 0 < decided.keep[1:4][..., ~forced].double().mean() < 1
     for index, part in enumerate(thresholds):
-        one = attention(q, k, v, part[:, :1], rule=rule, geometry=geometry, causal=causal)
+        options = {"rule": rule, "geometry": geometry, "causal": causal, "voters": voters}
+        one = attention(q, k, v, part[:, :1], **options)
         assert torch.equal(decided.keep[index] & visible, one.mask[0])
         unforced = decided.excess[index][:, ~forced] - part[:, :1].double()
         if part[0, 0].isfinite():
@@ -272,29 +303,71 @@ def test_all_query_blocks_and_several_thresholds_are_decided_at_once(rule, geome
             torch.testing.assert_close(closest, one.margin.amin(), rtol=0, atol=1e-12)
 
 
-def test_later_blocks_may_be_decided_before():
-    maxima = torch.tensor([[[3.0, 1.0, 2.0]]])  # of one row
-    lse = maxima + 0.25
-    known = torch.tensor([[2.5]])
-    for rule, keep in (
-        ("running_max", [True, False, False]),
-        ("running_lse", [True, False, False]),
+def test_later_blocks_may_be_visited_before():
+    maxima = torch.tensor([[[3.0, 1.0, 2.0]]], dtype=torch.float64)  # of one row
+    known = torch.tensor([[2.5]], dtype=torch.float64)
+    for rule, excess in (
+        ("running_max", [0.5, -1.5, -0.5]),
+        (
+            "peak_lse",
+            [
+                3 - math.log(math.exp(1) + math.exp(2) + math.exp(2.5)),
+                1 - math.log(math.exp(2) + math.exp(2.5)),
+                -0.5,
+            ],
+        ),
     ):
-        bound = torch.tensor([0.25])
-        decided = verdicts(maxima, bound, rule=rule, row_lse=lse, reference=known)
-        assert decided.keep.tolist() == [keep]
-        assert decided.excess.tolist() == [[0.5, -1.5, -0.5]]
+        decided = verdicts(maxima, torch.tensor([-0.25]), rule=rule, reference=known)
+        assert decided.excess[0].tolist() == pytest.approx(excess, abs=1e-12)
+        assert decided.keep.tolist() == [[True, False, False]]
     assert verdicts(maxima, torch.tensor([2.0]), rule="absolute").keep.tolist() == [
         [True, False, True]
     ]
 
 
-def test_verdicts_refuse_what_they_cannot_decide():
-    maxima = torch.zeros(1, 4, 2)
+@pytest.mark.parametrize("worth", [math.nan, INF])
+@pytest.mark.parametrize("rule", ["running_max", "peak_lse"])
+def test_a_row_that_has_seen_nan_or_infinity_keeps_all_further_blocks(rule, worth):
+    maxima = torch.tensor([[-9.0, -INF, worth, -9.0, 0.0]])
+    keep = verdicts(maxima, torch.tensor(-1.0), rule=rule).keep.tolist()
+    assert keep == [True, True, True, False, True]
+    not_voting = verdicts(
+        torch.cat((maxima, torch.zeros(1, 5))),
+        torch.tensor(0.1),
+        rule=rule,
+        voting=torch.tensor([False, True]),
+    )
+    assert not_voting.keep.tolist() == [False, False, False, False, True]
+
+
+def test_references_hold_over_wide_ranges():
+    # Of one row: what is seen first is all but nothing beside what comes later, and the reverse.
+    maxima = torch.tensor([[0.0, 700.0, -1e4, -1e4 - 1, -3e4]])
+    found = excesses(maxima, rule="peak_lse")
+    expected = [-700.0, 10700.0 - math.log1p(1 / math.e), 1.0, 19999.0, INF]
+    assert found.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 3, 64, 65, 128, 200])
+def test_voting_rows(seqlen_q, geometry):
+    for voters in VOTERS:
+        rows = voting_rows(seqlen_q, geometry, voters)
+        q_blocks = -(-seqlen_q // geometry.q_block)
+        assert rows.shape == (q_blocks, geometry.q_block)
+        last = (q_blocks - 1) * geometry.q_block
+        flat = rows.flatten().tolist()
+        assert flat == [
+            r < seqlen_q and (r >= last or r % voters == voters - 1) for r in range(len(flat))
+        ]
+    with pytest.raises(ValueError, match="voters must be one of 1, 2, 4; got 3"):
+        voting_rows(seqlen_q, geometry, 3)
+    with pytest.raises(ValueError, match="voters must divide the queries of a block, got 4 and 2"):
+        voting_rows(seqlen_q, TINY, 4)
+
+
+def test_verdicts_refuse_an_unknown_rule():
     with pytest.raises(ValueError, match="rule must be one of"):
-        verdicts(maxima, torch.zeros(1), rule="largest")
-    with pytest.raises(ValueError, match="running_lse needs row_lse"):
-        verdicts(maxima, torch.zeros(1), rule="running_lse")
+        verdicts(torch.zeros(1, 4, 2), torch.zeros(1), rule="largest")
 
 
 # ---------------------------------------------------------------------------------- invariants
@@ -452,7 +525,7 @@ def test_work_by_chunks_of_heads_changes_nothing(rule, monkeypatch):
     thresholds = torch.linspace(-1, 2, 6)[:, None]
     whole = attention(q, k, v, thresholds, rule=rule)
     maxima = block_maxima(q, k, rule=rule)
-    monkeypatch.setattr(reference, "_SCORES_AT_A_TIME_CPU", 1)
+    monkeypatch.setattr("bsfa_kernel.reference.scores._SCORES_AT_A_TIME_CPU", 1)
     torch.testing.assert_close(attention(q, k, v, thresholds, rule=rule), whole, rtol=0, atol=1e-13)
     torch.testing.assert_close(block_maxima(q, k, rule=rule), maxima, rtol=0, atol=1e-13)
 
@@ -463,7 +536,7 @@ def test_gathering_the_blocks_kept_changes_nothing(rule, monkeypatch):
     thresholds = torch.linspace(-2, 3, 4)[:, None]
     results = []
     for share in (0.0, 1.0):
-        monkeypatch.setattr(reference, "_WORTH_GATHERING", share)
+        monkeypatch.setattr("bsfa_kernel.reference.forward._WORTH_GATHERING", share)
         results.append(attention(q, k, v, thresholds, rule=rule))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-13)
 

@@ -31,10 +31,12 @@ def test_verdicts_are_exact_where_thresholds_stand_in_gaps(target, case, rule, g
     dtype = torch.bfloat16 if case.seed % 2 else torch.float16
     target.require("forward", dtype, case.head_dim)
     q, k, v = case.inputs(dtype, target.device)
-    options = {"causal": case.causal, "scale": case.scale, "rule": rule, "geometry": geometry}
+    voters = cases.voters_of(case, rule, geometry, keep)
     thresholds, clear = cases.separating_thresholds(
-        case, q, k, rule=rule, geometry=geometry, keep=keep
+        case, q, k, rule=rule, geometry=geometry, keep=keep, voters=voters
     )
+    options = {"causal": case.causal, "scale": case.scale, "rule": rule, "geometry": geometry}
+    options["voters"] = voters
     expected = reference.attention(q, k, v, thresholds, compute_dtype=torch.float64, **options)
     assert_same_verdicts(kept_by(q, k, v, thresholds, **options), expected.kept, clear)
 
@@ -178,7 +180,7 @@ def test_relative_rules_skip_what_the_absolute_rule_cannot(target, dtype):
     target.require("forward", dtype, case.head_dim)
     q, k, v = case.inputs(dtype, target.device)
     threshold = torch.zeros((1, 1), device=target.device)
-    for rule in ("running_max", "running_lse"):
+    for rule in ("running_max", "peak_lse"):
         clear = reference.attention(q, k, v, threshold, rule=rule, compute_dtype=torch.float64)
         kept = kept_by(q, k, v, threshold, rule=rule)
         assert_same_verdicts(kept, clear.kept, clear.margin > cases.VERDICT_MARGIN)

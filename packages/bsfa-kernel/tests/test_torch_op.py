@@ -9,7 +9,14 @@ import math
 import pytest
 import torch
 
-from bsfa_kernel import GEOMETRIES, _native, block_maxima, block_sparse_attention
+from bsfa_kernel import (
+    GEOMETRIES,
+    _native,
+    attend_blocks,
+    block_maxima,
+    block_sparse_attention,
+    select_blocks,
+)
 
 INF = math.inf
 DIM = torch.export.Dim
@@ -42,6 +49,22 @@ class Attention(torch.nn.Module):
         return block_sparse_attention(q.sin(), k, v, thresholds).cos()
 
 
+class TwoSteps(torch.nn.Module):
+    def forward(self, q, k, v, thresholds):
+        options = {"rule": "peak_lse", "voters": 2, "selection": "int8"}
+        return block_sparse_attention(q.sin(), k, v, thresholds, **options).cos()
+
+
+def steps(q, k, v, thresholds, *starts):
+    """Each step on its own, and a mask that other operations have changed."""
+    packed = {}
+    if starts:
+        packed = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]}
+    mask = select_blocks(q * 2, k, thresholds, rule="running_max", **packed)
+    out, lse, kept = attend_blocks(q, k, v, mask | 1, return_lse=True, return_kept=True, **packed)
+    return mask, out + 1, lse, kept
+
+
 class Everything(torch.nn.Module):
     def forward(self, q, k, v, thresholds):
         return model(q, k, v, thresholds)
@@ -60,19 +83,19 @@ def assert_same(found, expected):
 
 
 OPERATOR_CALLS = {
-    "plain": (*inputs(), None, None, True, None, "absolute", 128, 64, False, False),
-    "all": (*inputs(), None, None, False, 0.3, "running_lse", 64, 64, True, True),
+    "plain": (*inputs(), None, None, True, None, "absolute", 128, 64, 1, False, False),
+    "all": (*inputs(), None, None, False, 0.3, "peak_lse", 64, 64, 4, True, True),
     "bfloat16": (
         *inputs(dtype=torch.bfloat16),
-        *(None, None, True, None, "absolute", 128, 64, True, False),
+        *(None, None, True, None, "absolute", 128, 64, 1, True, False),
     ),
     "float64": (
         *(x.double() for x in inputs()[:3]),
-        *(inputs()[3], None, None, True, None, "absolute", 128, 64, True, True),
+        *(inputs()[3], None, None, True, None, "absolute", 128, 64, 1, True, True),
     ),
-    "packed": (*packed_inputs(), True, None, "running_max", 128, 64, True, True),
-    "no query": (*inputs(0), None, None, True, None, "absolute", 128, 64, True, True),
-    "no key": (*inputs(seqlen_k=0), None, None, True, None, "absolute", 128, 64, True, True),
+    "packed": (*packed_inputs(), True, None, "running_max", 128, 64, 1, True, True),
+    "no query": (*inputs(0), None, None, True, None, "absolute", 128, 64, 1, True, True),
+    "no key": (*inputs(seqlen_k=0), None, None, True, None, "absolute", 128, 64, 1, True, True),
 }
 
 
@@ -81,10 +104,83 @@ def test_opcheck_passes_for_forward(call):
     torch.library.opcheck(torch.ops.bsfa.forward.default, call)
 
 
+SELECT_CALLS = {
+    "plain": (None, None, True, None, "absolute", 128, 64, 1, "int8", None),
+    "all": (None, None, False, 0.3, "peak_lse", 64, 64, 4, "exact", None),
+    "packed": (*packed_inputs()[4:], True, None, "running_max", 128, 64, 2, "int8", None),
+    "packed, longest": (*packed_inputs()[4:], True, None, "peak_lse", 64, 64, 1, "int8", 5000),
+}
+
+
+def two_step_inputs(name):
+    """q, k, v and thresholds of a call of SELECT_CALLS."""
+    q, k, v, thresholds = inputs()
+    return (q[0], k[0], v[0], thresholds) if "packed" in name else (q, k, v, thresholds)
+
+
+@pytest.mark.parametrize("name", SELECT_CALLS)
+def test_opcheck_passes_for_the_two_steps(name):
+    q, k, v, thresholds = two_step_inputs(name)
+    options = SELECT_CALLS[name]
+    torch.library.opcheck(torch.ops.bsfa.select_blocks.default, (q, k, thresholds, *options))
+    mask = torch.ops.bsfa.select_blocks(q, k, thresholds, *options)
+    starts, shape = options[:2], (*options[2:4], *options[5:7])
+    for given, asked in ((thresholds, (True, True)), (None, (False, False))):
+        call = (q, k, v, mask, given, *starts, *shape, *asked)
+        torch.library.opcheck(torch.ops.bsfa.attend_blocks.default, call)
+
+
+@pytest.mark.parametrize("name", SELECT_CALLS)
+def test_fake_masks_have_the_shapes_of_real_ones(name):
+    q, k, _, thresholds = two_step_inputs(name)
+    call = (q, k, thresholds, *SELECT_CALLS[name])
+    real = torch.ops.bsfa.select_blocks(*call)
+    meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in call]
+    fake = torch.ops.bsfa.select_blocks(*meta)
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_the_two_steps_compile_without_a_graph_break(dynamic):
+    compiled = torch.compile(steps, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for lengths in ((300, 333), (257, 257)):
+        assert_same(compiled(*inputs(*lengths)), steps(*inputs(*lengths)))
+    assert_same(compiled(*packed_inputs()), steps(*packed_inputs()))
+    both = TwoSteps()
+    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for lengths in ((300, 333), (257, 257)):
+        torch.testing.assert_close(compiled(*inputs(*lengths)), both(*inputs(*lengths)))
+
+
+def test_the_two_steps_export_where_there_are_two_blocks_and_words():
+    batch, seqlen_q, seqlen_k = DIM("batch"), DIM("seqlen_q", min=129), DIM("seqlen_k", min=4097)
+    keys = {0: batch, 1: seqlen_k}
+    program = torch.export.export(
+        TwoSteps(),
+        inputs(200, 4200),
+        dynamic_shapes=({0: batch, 1: seqlen_q}, keys, keys, None),
+    )
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert operators >= {"bsfa.select_blocks.default", "bsfa.attend_blocks.default"}
+    other = inputs(300, 9000, batch=1)
+    torch.testing.assert_close(program.module()(*other), TwoSteps()(*other))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
+def test_the_two_steps_refuse_backward(which):
+    call = list(inputs())
+    call[which] = call[which].clone().requires_grad_()
+    assert not select_blocks(call[0], call[1], call[3]).requires_grad
+    out = block_sparse_attention(*call, selection="int8")
+    assert out.requires_grad
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("seqlen_q", [0, 300])
 def test_opcheck_passes_for_block_maxima(seqlen_q):
     q, k, *_ = inputs(seqlen_q)
-    call = (q, k, True, None, "running_lse", 128, 64)
+    call = (q, k, True, None, "peak_lse", 128, 64)
     torch.library.opcheck(torch.ops.bsfa.block_maxima.default, call)
 
 
@@ -239,8 +335,37 @@ def test_kernels_compile_and_export(arch):
         compiled = torch.compile(model, fullgraph=True)
         for found, expected in zip(compiled(*call), model(*call), strict=True):
             torch.testing.assert_close(found, expected)
-    options = (None, None, True, None, "absolute", 128, 64, True, True)
+    options = (None, None, True, None, "absolute", 128, 64, 1, True, True)
     torch.library.opcheck(torch.ops.bsfa.forward.default, (q, k, v, thresholds, *options))
+
+
+@pytest.mark.gpu
+def test_the_two_steps_compile_and_export_on_a_gpu(arch):
+    for kernel in ("select_blocks", "attend_blocks"):
+        arch.require(kernel, torch.bfloat16, 64)
+    call = inputs(dtype=torch.bfloat16, device="cuda")
+    both = TwoSteps()
+    expected = both(*call)
+    for made in (
+        torch.compile(both, fullgraph=True),
+        torch.compile(both, fullgraph=True, mode="reduce-overhead"),
+        torch.export.export(both, call).module(),
+    ):
+        for _ in range(3):
+            found = made(*call)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+    def chosen(*tensors):
+        return block_sparse_attention(*tensors, selection="auto", expected_skipped=0.9)
+
+    chosen_first = torch.compile(chosen, fullgraph=True)(*call)
+    assert torch.equal(chosen_first, block_sparse_attention(*call, selection="int8"))
+    q, k, v, thresholds = call
+    options = (None, None, True, None, "peak_lse", 128, 64, 4, "int8", None)
+    torch.library.opcheck(torch.ops.bsfa.select_blocks.default, (q, k, thresholds, *options))
+    mask = torch.ops.bsfa.select_blocks(q, k, thresholds, *options)
+    attend = (q, k, v, mask, thresholds, None, None, True, None, 128, 64, True, True)
+    torch.library.opcheck(torch.ops.bsfa.attend_blocks.default, attend)
 
 
 @pytest.mark.gpu
@@ -251,7 +376,7 @@ def test_the_short_way_to_the_kernel_gives_what_the_operator_gives():
         for heads in (4, 2, 2)
     )
     thresholds = torch.full((4, 3), 2.0, device="cuda")
-    options = (None, None, True, 0.2, "running_lse", 64, 64, True, True)
+    options = (None, None, True, 0.2, "peak_lse", 64, 64, 1, True, True)
     expected = torch.ops.bsfa.forward(q, k, v, thresholds, *options)
 
     def call():
@@ -261,7 +386,7 @@ def test_the_short_way_to_the_kernel_gives_what_the_operator_gives():
             v,
             thresholds,
             scale=0.2,
-            rule="running_lse",
+            rule="peak_lse",
             geometry=GEOMETRIES[1],
             return_lse=True,
             return_kept=True,

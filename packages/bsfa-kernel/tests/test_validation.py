@@ -171,9 +171,19 @@ REFUSED = {
     "unknown rule": (
         arguments(rule="relative"),
         ValueError,
-        "rule must be one of absolute, running_max, running_lse; got 'relative'",
+        "rule must be one of absolute, running_max, peak_lse; got 'relative'",
     ),
     "rule no string": (arguments(rule=None), ValueError, "got None"),
+    "three voters": (
+        arguments(voters=3),
+        ValueError,
+        "voters must be one of 1, 2, 4; got 3",
+    ),
+    "voters as text": (
+        arguments(voters="2"),
+        ValueError,
+        "voters must be one of 1, 2, 4; got '2'",
+    ),
     "unknown geometry": (
         arguments(geometry=Geometry(64, 128)),
         ValueError,
@@ -288,7 +298,7 @@ def test_the_operator_itself_checks_its_arguments():
     q, k = torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 16)
     with pytest.raises(ValueError, match="same head_dim"):
         torch.ops.bsfa.forward(
-            q, k, k, torch.zeros(2, 1), None, None, True, None, "absolute", 128, 64, False, False
+            q, k, k, torch.zeros(2, 1), None, None, True, None, "absolute", 128, 64, 1, False, False
         )
 
 
@@ -428,12 +438,20 @@ class FakeLibrary:
     def __init__(self, status: int = 0, message: bytes = b"") -> None:
         self.status, self.message = status, message
         self.calls: list[bytes] = []
+        self.queries: list[bytes] = []
 
     def bsfa_forward(self, arguments: bytes) -> int:
         self.calls.append(arguments)
         return self.status
 
-    bsfa_block_maxima = bsfa_forward
+    bsfa_block_maxima = bsfa_select_blocks = bsfa_attend_blocks = bsfa_forward
+
+    def bsfa_select_blocks_workspace(self, arguments: bytes, size: ctypes.c_uint64) -> int:
+        self.queries.append(arguments)
+        size.value = 768
+        return self.status
+
+    bsfa_attend_blocks_workspace = bsfa_select_blocks_workspace
 
     def bsfa_last_error(self) -> bytes:
         return self.message
@@ -457,7 +475,7 @@ def test_native_arguments_arrive_in_their_fields(fake_library):
     thresholds = torch.zeros(4, 3)
     with _native.force_arch(90):
         out, lse, kept = _torch_op._forward_cuda(
-            q, k, v, thresholds, None, None, True, None, "running_lse", 64, 64, True, True
+            q, k, v, thresholds, None, None, True, None, "peak_lse", 64, 64, 1, True, True
         )
     (passed,) = fake_library.calls
     found = fields(_native.ForwardArgs.from_buffer_copy(passed))
@@ -477,6 +495,7 @@ def test_native_arguments_arrive_in_their_fields(fake_library):
             "q_block": 64,
             "k_block": 64,
             "scale": 0.125,
+            "voters": 1,
             "batch": 2,
             "heads": 4,
             "kv_heads": 2,
@@ -518,17 +537,13 @@ def test_native_arguments_of_packed_sequences_arrive_in_their_fields(fake_librar
     q = torch.zeros(300, 4, 64, dtype=torch.float16)
     k = torch.zeros(200, 2, 64, dtype=torch.float16)
     starts_q, starts_k = starts(0, 100, 300), starts(0, 50, 200)
-    out, lse, kept = _torch_op._forward_cuda(
-        q, k, k, torch.zeros(4, 3), starts_q, starts_k, False, 0.5, "absolute", 128, 64, False, True
-    )
+    thresholds = torch.zeros(4, 3)
+    options = (False, 0.5, "absolute", 128, 64, 2, False, True)
+    out, lse, kept = _torch_op._forward_cuda(q, k, k, thresholds, starts_q, starts_k, *options)
     found = fields(_native.ForwardArgs.from_buffer_copy(fake_library.calls[0]))
     problem = found["problem"]
-    assert [problem[name] for name in ("batch", "seqlen_q", "seqlen_k", "causal")] == [
-        2,
-        300,
-        200,
-        0,
-    ]
+    names = ("batch", "seqlen_q", "seqlen_k", "causal", "voters")
+    assert [problem[name] for name in names] == [2, 300, 200, 0, 2]
     assert problem["cu_seqlens_q"] == starts_q.data_ptr()
     assert problem["cu_seqlens_k"] == starts_k.data_ptr()
     assert problem["q"] == [q.data_ptr(), 0, 256, 64]
@@ -559,8 +574,85 @@ def test_native_arguments_of_block_maxima_arrive_in_their_fields(fake_library):
     assert fields(problem.k) == [k.data_ptr(), *k.stride()[:3]]
 
 
+def test_native_arguments_of_select_blocks_arrive_in_their_fields(fake_library, monkeypatch):
+    taken = note_workspaces(monkeypatch)
+    q = torch.zeros(2, 300, 4, 64, dtype=torch.bfloat16)
+    k = torch.zeros(2, 5000, 2, 64, dtype=torch.bfloat16)
+    thresholds = torch.zeros(4, 6)[:, ::2]
+    options = (None, None, False, 0.5, "peak_lse", 64, 64, 4, "int8", None)
+    mask = _torch_op._select_blocks_cuda(q, k, thresholds, *options)
+    assert (mask.shape, mask.dtype) == ((2, 4, 5, 2), torch.int64)
+    (workspace,) = taken
+    assert (workspace.shape, workspace.dtype) == ((768,), torch.uint8)
+    found, asked = (
+        fields(_native.SelectBlocksArgs.from_buffer_copy(passed[0]))
+        for passed in (fake_library.calls, fake_library.queries)
+    )
+    problem = found["problem"]
+    names = ("batch", "seqlen_q", "seqlen_k", "causal", "voters", "rule", "q_block", "scale")
+    assert [problem[name] for name in names] == [2, 300, 5000, 0, 4, 2, 64, 0.5]
+    assert problem["q"] == [q.data_ptr(), *q.stride()[:3]]
+    assert problem["k"] == [k.data_ptr(), *k.stride()[:3]]
+    expected = {
+        "threshold_rows": 3,
+        "precision": 1,
+        "block_mask": mask.data_ptr(),
+        "mask_words": 2,
+        "workspace": workspace.data_ptr(),
+        "workspace_bytes": 768,
+        "struct_size": ctypes.sizeof(_native.SelectBlocksArgs),
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert asked == {**found, "workspace": None, "workspace_bytes": 0}
+
+
+def test_native_arguments_of_attend_blocks_arrive_in_their_fields(fake_library, monkeypatch):
+    taken = note_workspaces(monkeypatch)
+    q = torch.zeros(300, 4, 64, dtype=torch.float16)
+    k = torch.zeros(200, 2, 64, dtype=torch.float16)
+    v = torch.zeros(200, 2, 128, dtype=torch.float16)[..., :64]
+    starts_q, starts_k = starts(0, 100, 300), starts(0, 50, 200)
+    mask, thresholds = torch.zeros(4, 4, 3, dtype=torch.int64), torch.zeros(4, 7)
+    for given in (thresholds, None):
+        out, lse, kept = _torch_op._attend_blocks_cuda(
+            q, k, v, mask, given, starts_q, starts_k, True, None, 128, 64, True, True
+        )
+        found = fields(_native.AttendBlocksArgs.from_buffer_copy(fake_library.calls.pop()))
+        expected = {
+            "v": [v.data_ptr(), 0, *v.stride()[:2]],
+            "out": [out.data_ptr(), 0, *out.stride()[:2]],
+            "block_mask": mask.data_ptr(),
+            "mask_words": 3,
+            "thresholds": None if given is None else thresholds.data_ptr(),
+            "threshold_rows": 0 if given is None else 7,
+            "lse": lse.data_ptr(),
+            "kept": kept.data_ptr(),
+            "workspace": taken[-1].data_ptr(),
+            "workspace_bytes": 768,
+            "struct_size": ctypes.sizeof(_native.AttendBlocksArgs),
+        }
+        assert {name: found[name] for name in expected} == expected
+        problem = found["problem"]
+        assert (problem["cu_seqlens_q"], problem["batch"]) == (starts_q.data_ptr(), 2)
+        assert (lse.shape, kept.shape) == ((4, 300), (4, 4))
+
+
+def note_workspaces(monkeypatch):
+    """A list of the workspaces that calls take from torch, as they come."""
+    taken = []
+    plain = _native._with_workspace
+
+    def noted(*arguments):
+        passed, workspace = plain(*arguments)
+        taken.append(workspace)
+        return passed, workspace
+
+    monkeypatch.setattr(_native, "_with_workspace", noted)
+    return taken
+
+
 def test_calls_without_queries_or_keys_reach_the_library_too(fake_library):
-    options = (None, None, True, None, "absolute", 128, 64, True, True)
+    options = (None, None, True, None, "absolute", 128, 64, 1, True, True)
     some = torch.zeros(1, 10, 4, 64, dtype=torch.float16)
     none = some[:, :0]
     thresholds = torch.zeros(4, 1)
@@ -574,7 +666,7 @@ def test_calls_without_queries_or_keys_reach_the_library_too(fake_library):
 
 
 def test_kernels_take_sixteen_bit_rows_without_gaps_only(fake_library):
-    options = (torch.zeros(4, 1), None, None, True, None, "absolute", 128, 64, False, False)
+    options = (torch.zeros(4, 1), None, None, True, None, "absolute", 128, 64, 1, False, False)
     wide = torch.zeros(1, 10, 4, 64)
     with pytest.raises(TypeError, match="q must be float16 or bfloat16, got float32"):
         _torch_op._forward_cuda(wide, wide, wide, *options)
@@ -609,7 +701,7 @@ def forward_call(arguments):
     scale, rule = arguments.get("scale"), arguments.get("rule", "absolute")
     geometry = arguments.get("geometry", DEFAULT_GEOMETRY)
     return ForwardCall(
-        *(q, k, v, thresholds, *starts, True, scale, rule, *geometry),
+        *(q, k, v, thresholds, *starts, True, scale, rule, *geometry, arguments.get("voters", 1)),
         return_lse=False,
         return_kept=False,
     )
@@ -637,7 +729,7 @@ def test_nothing_that_is_refused_passes_the_fast_check(name):
 
 def test_a_right_call_passes_the_fast_check():
     right = {key: x.half() if key in "qkv" else x for key, x in arguments().items()}
-    right |= {"scale": 0.5, "rule": "running_max", "geometry": GEOMETRIES[1]}
+    right |= {"scale": 0.5, "rule": "running_max", "geometry": GEOMETRIES[1], "voters": 4}
     assert _checks.passes_fast_check(forward_call(right))
     wrong = {
         "q": arguments()["q"],

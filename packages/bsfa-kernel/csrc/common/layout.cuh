@@ -32,27 +32,39 @@ struct QueryTile {
 };
 
 // Where the tiles (or the blocks of queries) of sequence `index` begin among those of all packed sequences,
-// when each holds `rows` queries. One more than the sequence can need is set aside.
-__device__ __forceinline__ int packed_tile(const int32_t* cu_seqlens, int index, int rows) {
-  return cu_seqlens[index] / rows + index;
+// when each holds `rows` queries. `spare` more than its length over `rows` are set aside for a sequence, one
+// for its ragged end.
+__device__ __forceinline__ int packed_tile(const int32_t* cu_seqlens, int index, int rows, int spare = 1) {
+  return cu_seqlens[index] / rows + spare * index;
 }
 
-// The packed sequence that a tile belongs to.
-__device__ __forceinline__ Sequence find_sequence(const Problem& problem, int tile, int tile_rows) {
+// The index of the packed sequence that a tile belongs to.
+__device__ __forceinline__ int find_packed(const int32_t* cu_seqlens, int batch, int tile, int tile_rows,
+                                           int spare = 1) {
   int low = 0;
-  int high = problem.batch;  // packed_tile(low) <= tile < packed_tile(high)
+  int high = batch;  // packed_tile(low) <= tile < packed_tile(high)
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (packed_tile(problem.cu_seqlens_q, middle, tile_rows) <= tile) {
+    if (packed_tile(cu_seqlens, middle, tile_rows, spare) <= tile) {
       low = middle;
     } else {
       high = middle;
     }
   }
-  const int first_q = problem.cu_seqlens_q[low];
-  const int first_k = problem.cu_seqlens_k[low];
-  return {low, first_q, first_k, problem.cu_seqlens_q[low + 1] - first_q,
-          problem.cu_seqlens_k[low + 1] - first_k};
+  return low;
+}
+
+__device__ __forceinline__ Sequence packed_sequence(const Problem& problem, int index) {
+  const int first_q = problem.cu_seqlens_q[index];
+  const int first_k = problem.cu_seqlens_k[index];
+  return {index, first_q, first_k, problem.cu_seqlens_q[index + 1] - first_q,
+          problem.cu_seqlens_k[index + 1] - first_k};
+}
+
+// The packed sequence that a tile of queries belongs to.
+__device__ __forceinline__ Sequence find_sequence(const Problem& problem, int tile, int tile_rows,
+                                                  int spare = 1) {
+  return packed_sequence(problem, find_packed(problem.cu_seqlens_q, problem.batch, tile, tile_rows, spare));
 }
 
 // The tile of padded tensors that a piece of work of the schedule is on.
@@ -132,6 +144,24 @@ __device__ __forceinline__ int32_t* kept_of_block(const ForwardParams& params, c
   }
   const int blocks = (params.seqlen_q + params.q_block - 1) / params.q_block;
   return params.kept + (int64_t{tile.sequence.index} * params.heads + tile.head) * blocks + index;
+}
+
+// The words of a block mask that belong to query block `index` of a sequence: as in `kept`, whose code is not
+// shared because other code there makes ptxas lay out the whole forward kernel anew. Word: uint64_t, const or
+// not.
+template <class Word>
+__device__ __forceinline__ Word* words_of_block(const Problem& problem, Word* block_mask, int mask_words,
+                                                const Sequence& sequence, int head, int index) {
+  int64_t block;
+  if (problem.is_packed()) {
+    const int columns = problem.seqlen_q / problem.q_block + problem.batch;
+    block =
+        int64_t{head} * columns + packed_tile(problem.cu_seqlens_q, sequence.index, problem.q_block) + index;
+  } else {
+    const int blocks = (problem.seqlen_q + problem.q_block - 1) / problem.q_block;
+    block = (int64_t{sequence.index} * problem.heads + head) * blocks + index;
+  }
+  return block_mask + block * mask_words;
 }
 
 // In packed tensors a sequence can have more columns of `kept` than blocks of queries: the tile at its last

@@ -16,6 +16,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// The logarithm to base 2, to 2^-22 between 0.5 and 2.  [lg2.approx.ftz.f32]
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The larger one, and NaN where one is NaN.  [max.NaN.f32]
 __device__ __forceinline__ float max_nan(float x, float y) {
   float result;

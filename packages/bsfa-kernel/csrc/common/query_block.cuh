@@ -39,4 +39,13 @@ __device__ __forceinline__ QueryBlock find_query_block(const ForwardParams& para
   return block;
 }
 
+// Whether a query of the block, of index `query` in its sequence, votes.
+__device__ __forceinline__ bool is_voter(const ForwardParams& params, const QueryBlock& block, int seqlen_q,
+                                         int query) {
+  const int others = params.voters - 1;  // a mask; that of the row in its block would give the same
+  const bool chosen = (query & others) == others;
+  const bool in_last = (block.index + 1) * params.q_block >= seqlen_q;
+  return block.threshold < CUDART_INF_F && query < seqlen_q && (chosen || in_last);
+}
+
 }  // namespace bsfa

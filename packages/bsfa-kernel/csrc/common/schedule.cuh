@@ -52,4 +52,20 @@ __device__ __forceinline__ Work find_work(const Schedule& schedule, int cta) {
           head % schedule.group};
 }
 
+// Runs `body` for the index of each of this CTA's tiles, of `tiles` in all, in the order of the schedule.
+// Every other round goes backwards through the CTAs, so that none of them gets the longest tile of every
+// round.
+template <class Body>
+__device__ __forceinline__ void for_each_index(int tiles, Body&& body) {
+  const int rounds = (tiles + gridDim.x - 1) / gridDim.x;
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    const int cta = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const int index = round * gridDim.x + cta;
+    if (index < tiles) {
+      body(index);
+    }
+  }
+}
+
 }  // namespace bsfa

@@ -7,6 +7,7 @@
 #include <math_constants.h>
 
 #include "../params.hpp"
+#include "ptx.cuh"
 
 namespace bsfa {
 
@@ -17,23 +18,29 @@ __device__ __forceinline__ int threshold_row(int first_query, int seqlen_q, int 
   return min(max(first_query + seqlen_k - seqlen_q, 0) / q_block, rows - 1);
 }
 
-// What the scaled scores of a row must reach to keep an unforced block, given the largest score `maximum`
-// (not scaled) and the sum of exponentials `sum` of what the row has kept so far. NaN where the sum is.
-__device__ __forceinline__ float row_reference(Rule rule, float scale, float maximum, float sum) {
-  if (rule == Rule::kAbsolute) {
-    return 0.0f;
+// What the peaks of a row are compared with, which follows from its peaks in the blocks visited so far.
+struct RowReference {
+  float value;  // -inf where a relative rule has seen nothing, NaN once it has seen NaN or +inf
+
+  __device__ __forceinline__ static RowReference first(Rule rule) {
+    return {rule == Rule::kAbsolute ? 0.0f : -CUDART_INF_F};
   }
-  return scale * maximum + (rule == Rule::kPeakLse ? __logf(sum) : 0.0f * sum);
-}
 
-// The bound that follows from a reference; one that is NaN is passed by all scores.
-__device__ __forceinline__ float raised_bound(float threshold, float reference) {
-  return fmaxf(threshold + reference, -CUDART_INF_F);
-}
+  // How far a peak is above the reference. The row votes to skip where this is below the threshold; NaN is
+  // not, for instance that of a peak of -inf where nothing has been seen.
+  __device__ __forceinline__ float excess(float peak) const { return peak - value; }
 
-// Whether a score votes to keep: one that is NaN does. A bound of NaN is reached by none.
-__device__ __forceinline__ bool reaches(float scaled_score, float bound) {
-  return fminf(scaled_score, CUDART_INF_F) >= bound;
-}
+  // Takes a peak in, by a relative rule. One of -inf, as of a row that sees nothing of the block, changes
+  // nothing.
+  __device__ __forceinline__ void take(Rule rule, float peak) {
+    const float larger = ptx::max_nan(value, peak);
+    // By how much the logarithm of the sum exceeds the larger one. Of NaN, here the distance of two equal
+    // infinities, fminf makes 0.
+    const float distance = fminf(-fabsf(excess(peak)) * CUDART_L2E_F, 0.0f);
+    const float more = CUDART_LN2_F * ptx::log2_approx(1.0f + ptx::exp2_approx(distance));
+    const float taken = rule == Rule::kPeakLse ? larger + more : larger;
+    value = taken == CUDART_INF_F ? CUDART_NAN_F : taken;
+  }
+};
 
 }  // namespace bsfa

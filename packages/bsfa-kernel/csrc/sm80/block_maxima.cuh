@@ -44,7 +44,8 @@ class BlockMaxima {
         maxima_(params.maxima +
                 (int64_t{tile.sequence.index} * params.heads + tile.head) * q_blocks() * k_blocks()),
         keys_(first_element(params, params.k, params.k_strides, tile.sequence, 0, tile.kv_head)),
-        queries_(first_element(params, params.q, params.q_strides, tile.sequence, 0, tile.head)) {}
+        queries_(first_element(params, params.q, params.q_strides, tile.sequence, 0, tile.head)),
+        reference_(RowReference::first(params.rule)) {}
 
   __device__ __forceinline__ void run() {
     const KeyBlocks tile_keys = key_blocks(sees_, first_query_, Config::kTileQ);
@@ -116,30 +117,18 @@ class BlockMaxima {
     }
   }
 
-  // The largest excess of the thread's scores over the references of their rows, to which it then adds the
-  // scores.
+  // How far the peak of the thread's row, one of the four that its quad shares, is above the row's reference,
+  // which then takes it in.
   __device__ __forceinline__ float take(Scores& scores) {
-    float excess = -CUDART_INF_F;
     float maxima[kRows];
     row_maxima(scores, maxima);
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const int query = first_query_ + threadIdx.x / 32 * Config::kWarpRows + scores.row_of_warp(row);
-      const float reference = row_reference(params_.rule, params_.scale, softmax_.maximum[row], totals_[row]);
-      if (maxima[row] != -CUDART_INF_F && query < params_.seqlen_q) {
-        excess = ptx::max_nan(excess, params_.scale * maxima[row] - reference);
-      }
-    }
+    const float peak = params_.scale * quad_row_max(maxima);
+    const int query =
+        first_query_ + threadIdx.x / 32 * Config::kWarpRows + scores.row_of_warp(threadIdx.x % kRows);
+    const bool counts = peak != -CUDART_INF_F && query < params_.seqlen_q;
+    const float excess = counts ? reference_.excess(peak) : -CUDART_INF_F;
     if (params_.rule != Rule::kAbsolute) {
-      ptx::keep_branch();
-      const float scale_log2 = params_.scale * CUDART_L2E_F;
-      float factors[kRows];
-      softmax_.raise(maxima, scale_log2, factors);
-      softmax_.exponentiate(scores, scale_log2);
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        totals_[row] = quad_sum(softmax_.sum[row]);
-      }
+      reference_.take(params_.rule, peak);
     }
     return excess;
   }
@@ -172,8 +161,7 @@ class BlockMaxima {
   float* const maxima_;            // of the head, [q_blocks, k_blocks]
   const uint16_t* const keys_;     // [seqlen_k, head_dim] of the kv head
   const uint16_t* const queries_;  // [seqlen_q, head_dim] of the head
-  Softmax<kRows> softmax_;
-  float totals_[kRows] = {};  // sums of the softmax over whole rows
+  RowReference reference_;         // of the thread's row
 };
 
 template <class Config>

@@ -51,7 +51,7 @@ struct ForwardConfig : Config<Element_, kHeadDim_> {
     WarpsBlock blocks[2];  // the tile's; one of them unless the geometry is 64x64
     const uint16_t* keys;  // of the tile's sequence and kv head
     const uint16_t* values;
-    float4 bounds[Base::kThreads / 4];  // of the four rows that a quad of threads shares
+    float references[Base::kThreads];  // of the rows that vote: each thread of a quad has one of its four
   };
 
   static_assert(kHeadDim_ != 128 || 2 * (sizeof(SharedStorage) + 1024) <= 164 * 1024);

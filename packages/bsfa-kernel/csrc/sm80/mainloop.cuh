@@ -15,6 +15,7 @@ namespace bsfa::sm80 {
 
 template <class Config>
 class Mainloop {
+ protected:
   using Scores = Accumulators<Config::kRowBlocks, Config::kTileK / 8>;
   static constexpr int kRows = Config::kThreadRows;
 
@@ -58,10 +59,10 @@ class Mainloop {
       float maxima[kRows];
       bool keeps = !kVotes;
       if (!kVotes || key_block < keys_.visible) {
-        score(scores, key_block);
+        score(scores, key_block, key_block);
         row_maxima(scores, maxima);
         if constexpr (kVotes) {
-          keeps = (key_block >= block_.undecided) | reaches_bounds(maxima);
+          keeps = (key_block >= block_.undecided) | votes_to_keep(maxima);
         }
       }
       if (halved && keeps) {
@@ -86,9 +87,6 @@ class Mainloop {
           ++block_.kept;
         }
         exponentiate(scores, maxima);
-        if constexpr (kVotes) {
-          raise_bounds();
-        }
       }
       ptx::wait_for_copies<1>();  // V
       __syncthreads();
@@ -98,18 +96,20 @@ class Mainloop {
     }
   }
 
- private:
-  __device__ __forceinline__ uint32_t keys_address(int key_block) const {
-    return ptx::shared_address(storage_.k[key_block % Config::kKeyStages]);
+ protected:
+  __device__ __forceinline__ uint32_t keys_address(int stage) const {
+    return ptx::shared_address(storage_.k[stage % Config::kKeyStages]);
   }
   __device__ __forceinline__ uint32_t values_address() const {
     return ptx::shared_address(storage_.v) + SharedKeys<Config>::lane_of_left();
   }
 
   // A group of copies is closed even where there is nothing to copy, so that the waits count the same.
-  __device__ __forceinline__ void request_keys(int key_block) {
+  // Where all key blocks are visited, a block's number serves as that of its stage.
+  __device__ __forceinline__ void request_keys(int key_block) { request_keys(key_block, key_block); }
+  __device__ __forceinline__ void request_keys(int key_block, int stage) {
     if (key_block >= 0) {
-      load_tile<Config, SharedKeys<Config>>(keys_address(key_block), storage_.keys, params_.k_strides.seqlen,
+      load_tile<Config, SharedKeys<Config>>(keys_address(stage), storage_.keys, params_.k_strides.seqlen,
                                             key_block * Config::kTileK, tile_.sequence.seqlen_k);
     }
     ptx::commit_copies();
@@ -122,12 +122,11 @@ class Mainloop {
   }
 
   // S = Q K^T, -inf where masked.
-  __device__ __forceinline__ void score(Scores& scores, int key_block) const {
+  __device__ __forceinline__ void score(Scores& scores, int key_block, int stage) const {
     const uint32_t lane_queries =
         ptx::shared_address(storage_.q) + SharedQueries<Config>::lane_of_left() +
         ptx::forget(threadIdx.x) / 32 * (Config::kWarpRows * SharedQueries<Config>::kRowBytes);
-    multiply_scores<Config>(scores, lane_queries,
-                            keys_address(key_block) + SharedKeys<Config>::lane_of_right());
+    multiply_scores<Config>(scores, lane_queries, keys_address(stage) + SharedKeys<Config>::lane_of_right());
     if (key_block >= keys_.full) {
       ptx::keep_branch();
       mask(scores, key_block);
@@ -164,50 +163,27 @@ class Mainloop {
     softmax.exponentiate(scores, scale_log2_);
   }
 
-  // The bounds that the scaled scores of the thread's rows must reach. In shared memory: as registers they
-  // would make others spill.
-  __device__ __forceinline__ float4& bounds() const {
-    static_assert(kRows == 4);
-    return storage_.bounds[threadIdx.x / 4];
-  }
+  // What the peaks of the thread's row, one of the four that its quad shares, are compared with; +inf, which
+  // is no reference, where the row does not vote. In shared memory: as a register it would make others spill.
+  __device__ __forceinline__ float& reference() const { return storage_.references[threadIdx.x]; }
 
-  // The bound is NaN, which no score reaches, for rows beyond the sequence's end and where a threshold of
-  // +inf leaves nothing but the forced blocks.
   __device__ __forceinline__ void prepare_votes() const {
-    const float first = block_.threshold + (params_.rule == Rule::kAbsolute ? 0.0f : -CUDART_INF_F);
-    float values[kRows];
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const bool votes = query(row) < tile_.sequence.seqlen_q && block_.threshold != CUDART_INF_F;
-      values[row] = votes ? first : CUDART_NAN_F;
+    static_assert(kRows == 4);
+    const bool votes = is_voter(params_, block_, tile_.sequence.seqlen_q, query(threadIdx.x % 4));
+    reference() = votes ? RowReference::first(params_.rule).value : CUDART_INF_F;
+  }
+
+  // Whether the thread's row does, whose reference then takes in the block's peak. All lanes must come.
+  __device__ __forceinline__ bool votes_to_keep(const float (&maxima)[kRows]) const {
+    const float peak = params_.scale * quad_row_max(maxima);
+    RowReference row{reference()};
+    const bool votes = row.value != CUDART_INF_F;
+    const bool keeps = votes & !(row.excess(peak) < block_.threshold);
+    if (params_.rule != Rule::kAbsolute && votes) {
+      row.take(params_.rule, peak);
+      reference() = row.value;
     }
-    bounds() = make_float4(values[0], values[1], values[2], values[3]);
-  }
-
-  __device__ __forceinline__ bool reaches_bounds(const float (&maxima)[kRows]) const {
-    const float4 values = bounds();
-    const float scale = params_.scale;
-    return reaches(scale * maxima[0], values.x) | reaches(scale * maxima[1], values.y) |
-           reaches(scale * maxima[2], values.z) | reaches(scale * maxima[3], values.w);
-  }
-
-  __device__ __forceinline__ void raise_bounds() const {
-    if (params_.rule == Rule::kAbsolute) {
-      return;
-    }
-    float4 values = bounds();
-    raise_bound(values.x, 0);
-    raise_bound(values.y, 1);
-    raise_bound(values.z, 2);
-    raise_bound(values.w, 3);
-    __syncwarp();
-    bounds() = values;
-  }
-
-  __device__ __forceinline__ void raise_bound(float& bound, int row) const {
-    const float reference =
-        row_reference(params_.rule, params_.scale, softmax.maximum[row], quad_sum(softmax.sum[row]));
-    bound = isnan(bound) ? CUDART_NAN_F : raised_bound(block_.threshold, reference);
+    return keeps;
   }
 
   // In its sequence.

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "../check.hpp"
+#include "../common/launch.cuh"
 #include "attend.hpp"
 #include "attend_order.cuh"
 #include "attend_pass.cuh"
@@ -101,32 +102,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 }
 
-// Launches a kernel whose start, up to wait_for_earlier_grids(), may overlap the end of the stream's work
-// before it.
-template <class Params>
-void launch_early(void (*kernel)(Params), const Params& params, int64_t ctas, int threads, int shared_bytes,
-                  cudaStream_t stream) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(ctas));
-  launch.blockDim = dim3(threads);
-  launch.dynamicSmemBytes = shared_bytes;
-  launch.stream = stream;
-  launch.attrs = &overlap;
-  launch.numAttrs = 1;
-  BSFA_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, params));
-}
-
 template <class Element, int kHeadDim>
 void attend_blocks(const AttendParams& params, cudaStream_t stream) {
   using Config = AttendConfig<Element, kHeadDim>;
-  int device = 0;
-  int processors = 0;
-  BSFA_CUDA_CHECK(cudaGetDevice(&device));
-  BSFA_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-
+  const int processors = count_multiprocessors();
   AttendKernelParams kernel_params;
   static_cast<TensorMaps&>(kernel_params) =
       make_tensor_maps<Element>(params, kHeadDim, kKeyBlock, Config::kBoxColumns);
@@ -140,16 +119,15 @@ void attend_blocks(const AttendParams& params, cudaStream_t stream) {
   order.lengths = reinterpret_cast<TileLength*>(order.ordered + order.tiles);
 
   constexpr int kCountWarps = 8;
-  const int64_t count_ctas =
-      std::min<int64_t>((order.tiles + kCountWarps - 1) / kCountWarps, int64_t{8} * processors);
-  launch_early(count_blocks_kernel<Config>, order, count_ctas, kCountWarps * 32, 0, stream);
-  const int64_t sections = (order.schedule.kv_heads + order.schedule.section - 1) / order.schedule.section;
-  launch_early(order_tiles_kernel<Config>, order, sections, kOrderThreads, 0, stream);
+  const int count_ctas = std::min((order.tiles + kCountWarps - 1) / kCountWarps, 8 * processors);
+  launch<90>(count_blocks_kernel<Config>, dim3(count_ctas), kCountWarps * 32, 0, stream, order);
+  const int sections = (order.schedule.kv_heads + order.schedule.section - 1) / order.schedule.section;
+  launch<90>(order_tiles_kernel<Config>, dim3(sections), kOrderThreads, 0, stream, order);
   constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
   const auto kernel = attend_kernel<Config>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  launch_early(kernel, kernel_params, std::min<int64_t>(order.tiles, processors), Config::kThreads,
-               kSharedBytes, stream);
+  launch<90>(kernel, dim3(std::min(order.tiles, processors)), Config::kThreads, kSharedBytes, stream,
+             kernel_params);
 }
 
 }  // namespace bsfa::sm90

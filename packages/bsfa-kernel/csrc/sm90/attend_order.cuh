@@ -5,6 +5,7 @@
 // in each section of the schedule, so that none is left alone at the end.
 #pragma once
 
+#include "../common/block_list.cuh"
 #include "../common/ptx.cuh"
 #include "attend_config.cuh"
 
@@ -21,30 +22,6 @@ struct OrderParams {
 
 inline constexpr int kPoisoned = -1;  // instead of a length: the outputs are NaN
 
-// A query block's words of the mask.
-const __device__ __forceinline__ uint64_t* find_mask(const AttendParams& params, const QueryTile& tile,
-                                                     int index) {
-  int64_t row;
-  if (params.is_packed()) {
-    const int columns = params.seqlen_q / params.q_block + params.batch;
-    row = int64_t{tile.head} * columns +
-          packed_tile(params.cu_seqlens_q, tile.sequence.index, params.q_block) + index;
-  } else {
-    const int blocks = (params.seqlen_q + params.q_block - 1) / params.q_block;
-    row = (int64_t{tile.sequence.index} * params.heads + tile.head) * blocks + index;
-  }
-  return params.block_mask + row * params.mask_words;
-}
-
-// Word `word` of them, without the blocks that are not visible; not read where none is.
-__device__ __forceinline__ uint64_t visible_word(const uint64_t* mask, int word, int visible) {
-  const int blocks = visible - word * kMaskBits;
-  if (blocks <= 0) {
-    return 0;
-  }
-  return mask[word] & (blocks < kMaskBits ? (uint64_t{1} << blocks) - 1 : ~uint64_t{0});
-}
-
 __device__ __forceinline__ int first_query_of(const AttendParams& params, const QueryTile& tile,
                                               int consumer) {
   return tile.first_query + (params.q_block < kAttendTileQ ? consumer * params.q_block : 0);
@@ -53,32 +30,7 @@ __device__ __forceinline__ int first_query_of(const AttendParams& params, const 
 __device__ __forceinline__ ConsumerBlock find_listed_block(const AttendParams& params,
                                                            const Sequence& sequence, int first_query,
                                                            bool is_poisoned) {
-  const Visibility sees{sequence.seqlen_q, sequence.seqlen_k, params.causal};
-  ConsumerBlock block;
-  block.index = first_query / params.q_block;
-  block.threshold = is_poisoned ? CUDART_NAN_F : -CUDART_INF_F;
-  block.keys = is_poisoned ? KeyBlocks{0, 0} : key_blocks(sees, first_query, params.q_block);
-  block.undecided = 0;
-  block.exists = first_query < sequence.seqlen_q;
-  return block;
-}
-
-// Whether the outputs of a block of queries are NaN.
-__device__ __forceinline__ bool is_poisoned(const AttendParams& params, const QueryTile& tile,
-                                            int first_query) {
-  const Sequence& sequence = tile.sequence;
-  if (first_query >= sequence.seqlen_q) {
-    return false;
-  }
-  if ((sequence.seqlen_k - 1) / (kKeyBlock * kMaskBits) >= params.mask_words && sequence.seqlen_k > 0) {
-    return true;
-  }
-  if (params.thresholds == nullptr) {
-    return false;
-  }
-  const int row =
-      threshold_row(first_query, sequence.seqlen_q, sequence.seqlen_k, params.q_block, params.threshold_rows);
-  return isnan(params.thresholds[int64_t{tile.head} * params.threshold_rows + row]);
+  return {find_attended_block(params, sequence, first_query, is_poisoned), first_query < sequence.seqlen_q};
 }
 
 // Finds how many key blocks each consumer attends to, a warp for each tile: even lanes for the first
@@ -101,7 +53,7 @@ __global__ void __launch_bounds__(256) count_blocks_kernel(const __grid_constant
     const int words = (block.keys.visible + kMaskBits - 1) / kMaskBits;
     int blocks = 0;
     if (words > 0) {
-      const uint64_t* mask = find_mask(params.attend, tile, block.index);
+      const uint64_t* mask = find_words(params.attend, tile, block.index);
       for (int word = lane / Config::kConsumers; word < words; word += kLanes) {
         blocks += __popcll(visible_word(mask, word, block.keys.visible));
       }

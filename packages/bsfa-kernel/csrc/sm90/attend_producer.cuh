@@ -83,7 +83,7 @@ struct ListProducer {
       int remaining = max(tile.lengths[consumer], 0);
       const int visible = remaining > 0 ? tile.blocks[consumer].keys.visible : 0;
       const int full = tile.blocks[consumer].keys.full;
-      const uint64_t* mask = find_mask(attend, tile, tile.blocks[consumer].index);
+      const uint64_t* mask = find_words(attend, tile, tile.blocks[consumer].index);
       const int words = (max(visible, __shfl_xor_sync(0xffffffff, visible, 1)) + kMaskBits - 1) / kMaskBits;
       for (int first_word = (words - 1) / kWords * kWords; first_word >= 0; first_word -= kWords) {
         const uint64_t my_word = visible_word(mask, first_word + lane / Config::kConsumers, visible);

@@ -25,13 +25,13 @@ struct PipelineState {
   __device__ __forceinline__ void advance() { ++count; }
 };
 
-// The hardware barriers of the consumers, after those that CUTLASS keeps.
+// The consumers' hardware barriers, numbered after those that CUTLASS reserves.
 enum class NamedBarrier : uint32_t {
   kPingPong0,  // consumer 0 may issue its GEMMs
   kPingPong1,  // consumer 1 may
   kValues0,    // consumer 0's threads have cleared what is not theirs of a block of V
   kValues1,
-  kTiles,  // both consumers have come to a tile
+  kTiles,  // both consumers have reached a tile
 };
 
 __device__ __forceinline__ void sync(NamedBarrier barrier, int offset, int threads) {
@@ -67,7 +67,7 @@ __device__ __forceinline__ void wait(const Barrier& barrier, uint32_t phase) {
   asm volatile("" ::: "memory");  // what was written before the phase ended is read after it
 }
 
-// The same where it has been found out before, while there was time, whether the phase is over.
+// The same, given the result of an earlier test.
 template <class Barrier>
 __device__ __forceinline__ void wait_unless(bool over, const Barrier& barrier, uint32_t phase) {
   if (!over) {
@@ -97,18 +97,17 @@ __device__ __forceinline__ void initialize_barriers(typename Config::SharedStora
   cutlass::arch::fence_barrier_init();
 }
 
-// A consumer warp's vote is a byte: bit 0 says whether it keeps the block, bit 1 changes with every round of
-// the pipeline and says that the vote is there. So the consumers need no barrier to hear each other, only a
-// look.
+// A consumer warp's vote is a byte: bit 0 says whether it keeps the block; bit 1 changes with every round of
+// the pipeline and shows that the vote is there, so that the consumers need no barrier to exchange votes.
 inline constexpr uint32_t kKeepBits = 0x01010101;
 inline constexpr uint32_t kRoundBits = 0x02020202;
 
 template <int kStages>
 __device__ __forceinline__ uint32_t round_bits(const PipelineState<kStages>& state) {
-  return state.phase() == 0 ? kRoundBits : 0;  // shared memory begins with 0
+  return state.phase() == 0 ? kRoundBits : 0;  // initialize_barriers() stores 0
 }
 
-// One consumer warp's part of the verdict. All lanes must come.
+// Casts a consumer warp's vote. All lanes must call it.
 template <class Config>
 __device__ __forceinline__ void publish(typename Config::SharedStorage& storage,
                                         const PipelineState<Config::kVoteStages>& state, int warp,
@@ -120,7 +119,7 @@ __device__ __forceinline__ void publish(typename Config::SharedStorage& storage,
 }
 
 // The votes of all consumer warps, those of consumer 0 in x, of consumer 1 in y. All lanes read one address,
-// by which the compiler knows that what follows from the votes is the same in all lanes, too.
+// which tells the compiler that branches on the votes are uniform.
 template <class Config>
 __device__ __forceinline__ uint2 read_votes(typename Config::SharedStorage& storage,
                                             const PipelineState<Config::kVoteStages>& state) {
@@ -134,7 +133,7 @@ __device__ __forceinline__ bool are_votes_there(const uint2& votes, const Pipeli
   return (((votes.x ^ awaited) | (votes.y ^ awaited)) & kRoundBits) == 0;
 }
 
-// Whether they are there and nobody keeps the block.
+// Whether all votes are there and none keeps the block.
 template <int kStages>
 __device__ __forceinline__ bool do_all_skip(const uint2& votes, const PipelineState<kStages>& state) {
   const uint32_t awaited = round_bits(state);

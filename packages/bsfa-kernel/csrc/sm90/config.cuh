@@ -11,8 +11,7 @@
 #include "../params.hpp"
 #include "work.cuh"
 
-// A step of a pass that is called from several places: as a function of its own it would pass accumulators
-// through memory.
+// For lambdas that hold a step of a pass: called as a function, one would pass accumulators through memory.
 #define BSFA_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace bsfa::sm90 {
@@ -32,19 +31,18 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = 240;
 
   // K and V travel in blocks of 64 keys, each through its own pipeline, since V is loaded for kept blocks
-  // only. Two neighbouring stages of K can serve as one block of 128 keys (dense tiles). A consumer may let a
-  // stage of V pass without waiting for it: hence four at least (docs/kernel-sm90.md, Votes).
+  // only. Two neighbouring stages of K can serve as one block of 128 keys (dense tiles). A consumer may
+  // release a stage of V without waiting for it, which takes four stages at least (docs/kernel-sm90.md,
+  // Votes).
   static constexpr int kKeyStages = 8;
   static constexpr int kValueStages = kHeadDim == 128 ? 4 : 8;
   static constexpr int kTileSlots = 4;   // of published tiles
   static constexpr int kVoteStages = 8;  // how far the loader of V may be behind the votes
 
-  // What follows was measured: docs/lab/sm90.md, versions 15 and 16.
-  // 64x64, relative rules: ping-pong when both consumers keep the block.
-  static constexpr bool kPingPongRelative = kHeadDim == 64;
-  // Dense tiles begin, and all tiles end, by shorter code; at head_dim 64 it would slow the loop between.
+  // Shorter code at the start of dense tiles and at the end of all; it makes the dense loop of head_dim 64
+  // slower. This and the next were found by measuring (docs/lab/sm90.md, versions 15 and 16).
   static constexpr bool kShortEnds = kHeadDim == 128;
-  // No-ops in front of the dense pass, whose loop wants to lie at 32 or 48 modulo 128 bytes.
+  // No-ops in front of the dense pass, which put its loop at 32 or 48 modulo 128 bytes.
   static constexpr int kDensePadding = kHeadDim == 64 ? 10 : 0;
 
   // The copy engine moves boxes of 64 rows x 64 columns: 128 bytes a row, the width of the swizzle.
@@ -82,8 +80,7 @@ struct ForwardConfig {
       cute::Shape<cute::Int<kHeadDim>, cute::Int<kKeyBlock>, cute::Int<kValueStages>>{},
       cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
-  // S = Q K^T, with Q in registers: from shared memory, 64 keys at a time, the operands would take all the
-  // bytes that shared memory gives in a cycle.
+  // S = Q K^T, with Q in registers: were it in shared memory, wgmma of 64 keys would take all its bandwidth.
   using ScoresMma = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<cute::_64, cute::_64, cute::Int<kHeadDim>>>()));
@@ -101,8 +98,8 @@ struct ForwardConfig {
     alignas(1024) Element k[kKeyStages * kBlockElements];
     alignas(1024) Element v[kValueStages * kBlockElements];
 
-    // Published by the loader of K. A consumer needs a tile's until its results are stored; by then the tile
-    // after the next can have been published.
+    // Published by the producer of K. A consumer reads a slot until it has stored the tile's results; by then
+    // two more tiles may have been published.
     Tile tiles[kTileSlots];
     cutlass::arch::ClusterTransactionBarrier q_full;
     cutlass::arch::ClusterBarrier q_empty;

@@ -9,9 +9,9 @@
 
 namespace bsfa::sm90 {
 
-// Takes the next tile, which has keys and nothing to vote on, and those after it for as long as they are of
+// Works on the next tile, which has keys and nothing to vote on, and on those after it as long as they are of
 // that kind: the first scores of a tile are computed while the results of the one before it are stored.
-// `tiles` is how many there are left to take; returns how many then are.
+// Of `tiles` tiles left before, returns how many are left after.
 template <class Config>
 __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& storage,
                                             ConsumerPipelines<Config>& pipelines, const ForwardParams& params,
@@ -46,7 +46,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
   // Steps.
   bool keys_are_there = false;
   bool values_are_there = false;
-  // Finds out about the pairs after those in use.
+  // Looks whether the next pairs of K and V have arrived.
   const auto look_ahead = [&]() BSFA_INLINE_LAMBDA {
     const PipelineState<Config::kKeyStages> key_state{pipelines.keys.count + 2};
     const PipelineState<Config::kValueStages> value_state{pipelines.values.count + 2};
@@ -157,7 +157,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     await_keys();
   };
 
-  // Stages of V that a consumer passed by at the end of a sparse tile are full when the other one has come.
+  // Once both consumers are here, the stages of V that one released unread in a sparse tile have been filled.
   if (params.q_block < Config::kTileQ) {
     sync(NamedBarrier::kTiles, 0, 2 * 128);
   }

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "../check.hpp"
+#include "../common/launch.cuh"
 #include "dense.cuh"
 #include "epilogue.cuh"
 #include "forward.hpp"
@@ -64,7 +65,8 @@ __device__ __forceinline__ void consume(const KernelParams& params, typename Con
   if (who.warpgroup == 1) {
     pingpong_signal(1);  // consumer 0 goes first
   }
-  int tiles = count_tiles<Config>(params);
+  int tiles = 0;  // of this CTA
+  for_each_index(params.tiles, [&](int) { ++tiles; });
 #pragma unroll 1
   while (tiles > 0) {
     wait(storage.q_full, pipelines.queries.phase());
@@ -124,27 +126,11 @@ template <class Element, int kHeadDim>
 void forward(const ForwardParams& params, cudaStream_t stream) {
   using Config = ForwardConfig<Element, kHeadDim>;
   const KernelParams kernel_params = make_kernel_params<Config>(params);
-  int device = 0;
-  int processors = 0;
-  BSFA_CUDA_CHECK(cudaGetDevice(&device));
-  BSFA_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
   const auto kernel = forward_kernel<Config>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const int ctas = static_cast<int>(std::min<int64_t>(kernel_params.schedule.ctas(), processors));
-  // The start of the kernel, up to wait_for_earlier_grids(), may overlap the end of the stream's work before
-  // it.
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(ctas);
-  launch.blockDim = dim3(Config::kThreads);
-  launch.dynamicSmemBytes = kSharedBytes;
-  launch.stream = stream;
-  launch.attrs = &overlap;
-  launch.numAttrs = 1;
-  BSFA_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, kernel_params));
+  launch<90>(kernel, dim3(std::min(kernel_params.tiles, count_multiprocessors())), Config::kThreads,
+             kSharedBytes, stream, kernel_params);
 }
 
 }  // namespace bsfa::sm90

@@ -26,13 +26,13 @@ struct Producer {
     PipelineState<Config::kKeyStages> keys;
     PipelineState<Config::kVoteStages> vote_state;
     PipelineState<1> queries;
-    for_each_tile<Config>(params, [&](int index) BSFA_INLINE_LAMBDA {
+    for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
       wait(storage.q_empty, queries.phase() ^ 1);
       Tile tile;
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
       const int batch = batch_coordinate(params.forward, tile.sequence);
-      // On their way while the thresholds are read, and so for a tile without keys too. The bytes may arrive
-      // before they are announced: the phase cannot end before the one arrival below.
+      // Before the thresholds are read, to hide that, even for a tile that turns out to have no keys. Bytes
+      // may arrive before they are expected: the phase cannot end before the arrival below.
       const int first_query = query_row(tile.sequence, tile.first_query);
       for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
         for (int box = 0; box < Config::kBoxes; ++box) {
@@ -49,7 +49,7 @@ struct Producer {
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
         const int stage = keys.stage();
         wait(storage.k_empty[stage], keys.phase() ^ 1);
-        // A block can be voted on as soon as its keys are there.
+        // Votes may come as soon as the keys are there.
         if (!tile.dense) {
           wait(storage.votes_empty[vote_state.stage()], vote_state.phase() ^ 1);
           vote_state.advance();
@@ -71,7 +71,7 @@ struct Producer {
   __device__ __forceinline__ void load_values() const {
     PipelineState<Config::kVoteStages> vote_state;
     PipelineState<Config::kValueStages> values;
-    for_each_tile<Config>(params, [&](int index) BSFA_INLINE_LAMBDA {
+    for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
       Tile tile;
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
       find_blocks(params.forward, Config::kTileQ, tile);

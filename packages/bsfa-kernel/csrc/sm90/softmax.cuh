@@ -121,19 +121,8 @@ struct Softmax : SoftmaxRows<kThreadRows> {
   static constexpr float kSlack = 8.0f;
   static constexpr float kMostProbability = 256.0f;  // 2^kSlack
 
-  // Which rows must get a new maximum, in three ways. Each goes by the row's own scores and what the row has
+  // Which rows must get a new maximum, in two ways. Each goes by the row's own scores and what the row has
   // seen, so that its results do not depend on which rows it shares a warp with.
-
-  // From the thread's maxima: those with a score more than `slack` powers of two above.
-  __device__ __forceinline__ RowFlags exceeded_by_maxima(const float (&block_maxima)[kThreadRows],
-                                                         float scale_log2, float slack) const {
-    RowFlags exceeded;
-    CUTE_UNROLL
-    for (int row = 0; row < kThreadRows; ++row) {
-      exceeded[row] = !(block_maxima[row] * scale_log2 <= fmaf(maximum[row], scale_log2, slack));
-    }
-    return exceeded;
-  }
 
   // From the scores, without their maxima: those with a score more than kSlack powers of two above, and all
   // where that bound is not positive.

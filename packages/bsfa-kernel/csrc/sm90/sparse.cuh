@@ -9,13 +9,11 @@
 
 namespace bsfa::sm90 {
 
-// What is known of the bounds that scores must reach when the pass begins.
+// What scores are compared with.
 enum class Bounds {
-  kPositive,
-  kNotPositive,
-  // They depend on what has been kept so far, so that a block can be voted on only when the verdict on the
-  // one before it is known. Otherwise the vote comes as soon as the scores are there.
-  kRelative
+  kPositive,     // the threshold
+  kNotPositive,  // the threshold
+  kRelative      // the threshold and a reference, which each row makes of its peaks
 };
 
 // Returns the number of blocks kept.
@@ -52,21 +50,26 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   auto probabilities = make_tensor<Element>(
       values_slice.partition_fragment_A(make_tensor<Element>(Shape<_64, _64>{})).layout());
 
-  // What the scaled scores of a row must reach, and whether the row votes.
+  // Where scores are compared with a reference, each thread of a quad ends up with the peak of one row.
+  constexpr int kVotingRows = kRelative ? 1 : kThreadRows;
   const float threshold = block.threshold;
-  float bounds[kThreadRows];
-  bool votes[kThreadRows];
+  bool votes[kVotingRows];
   CUTE_UNROLL
-  for (int row = 0; row < kThreadRows; ++row) {
-    votes[row] = threshold < CUDART_INF_F && context.first_query() + who.row(row) < tile.sequence.seqlen_q;
-    bounds[row] = threshold + (kRelative ? -CUDART_INF_F : 0.0f);
+  for (int i = 0; i < kVotingRows; ++i) {
+    const int row = who.row(kRelative ? who.thread % kThreadRows : i);
+    votes[i] = is_voter(params, block, tile.sequence.seqlen_q, context.first_query() + row);
   }
+  RowReference reference = RowReference::first(params.rule);
+  // The row's peak in the block voted on last, from either half of the quad. The reference takes it in with
+  // the next vote, so that nobody waits for the exchange.
+  float half_peak = -CUDART_INF_F;
+  float other_half_peak = -CUDART_INF_F;
   int kept = 0;
-  // The bits that say that a warp of the query block keeps a key block.
+  // The keep bits of the warps that share this warpgroup's query block.
   const uint2 my_votes{!halved || who.warpgroup == 0 ? kKeepBits : 0,
                        !halved || who.warpgroup == 1 ? kKeepBits : 0};
-  // Not 0: ping-pong for the block last found to be kept, since both consumers keep it.
-  uint32_t together = 0;
+  // Not 0 where both consumers keep the block last kept, for which they then ping-pong.
+  uint32_t ping_pong = 0;
 
   // Steps.
   bool keys_seen = false;
@@ -82,29 +85,32 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     release_branchless(storage.v_empty[pipelines.values.stage()], who);
     pipelines.values.advance();
   };
-  // Set with the vote (relative rules): a score exceeds its row's lazy maximum by more than `slack`, which
-  // running_max, whose reference is the maximum itself, has none of.
-  bool exceeded = false;
-  const float slack = params.rule == Rule::kRunningMax ? 0.0f : Softmax::kSlack;
-  // Whether a row passes. A score that is NaN does, and so does any where the bound is NaN.
-  const auto passes = [&](auto& scores) BSFA_INLINE_LAMBDA {
-    float values[kThreadRows];
+  // What the thread's scores of each row come to in a vote.
+  const auto find_largest = [&](auto& scores, float (&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
     if constexpr (kRelative) {
       row_maxima<true>(accumulator_matrix(scores), values);
     } else {
       scores_against<kBounds == Bounds::kPositive>(accumulator_matrix(scores), values);
     }
+  };
+  // Whether a row of the thread votes to keep. One with a score of NaN does. Not one function with the above,
+  // so that ptxas has the maxima to put between the wgmma that are issued in between.
+  const auto passes = [&](const float (&values)[kThreadRows]) BSFA_INLINE_LAMBDA {
     bool pass = false;
-    CUTE_UNROLL
-    for (int row = 0; row < kThreadRows; ++row) {
-      pass |= votes[row] & !(params.scale * values[row] < bounds[row]);
-    }
     if constexpr (kRelative) {
-      exceeded = softmax.exceeded_by_maxima(values, scale_log2, slack).any();
+      reference.take(params.rule, ptx::max_nan(half_peak, other_half_peak));
+      half_peak = params.scale * pair_row_max(values);
+      other_half_peak = __shfl_xor_sync(0xffffffff, half_peak, 2);
+      pass = votes[0] & !(reference.excess(half_peak) < threshold);
+    } else {
+      CUTE_UNROLL
+      for (int row = 0; row < kThreadRows; ++row) {
+        pass |= votes[row] & !(params.scale * values[row] < threshold);
+      }
     }
     return pass;
   };
-  // Of the block that was started before `after` others.
+  // The stage of the block that was started before `after` others.
   const auto release_keys = [&](int after) BSFA_INLINE_LAMBDA {
     const PipelineState<Config::kKeyStages> state{pipelines.keys.count - 1 - after};
     release_branchless(storage.k_empty[state.stage()], who);
@@ -113,27 +119,30 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     publish<Config>(storage, pipelines.votes, who.warp(), keep);
     pipelines.votes.advance();
   };
-  // A first look at the votes on the block that was voted on before `after` others, for which there is time
-  // while a GEMM is under way. Mostly they are there.
+  const auto vote_on = [&](auto& scores) BSFA_INLINE_LAMBDA {
+    float values[kThreadRows];
+    find_largest(scores, values);
+    cast_vote(passes(values));
+  };
+  // A first look, beside a GEMM, at the votes on the block that was voted on before `after` others. Mostly
+  // all are there.
   uint2 early_votes{};
   const auto look_for_votes = [&](int after) BSFA_INLINE_LAMBDA {
-    if constexpr (!kRelative) {
-      early_votes = read_votes<Config>(storage, {pipelines.votes.count - 1 - after});
-    }
+    early_votes = read_votes<Config>(storage, {pipelines.votes.count - 1 - after});
   };
   // The verdict on that block: whether this warpgroup keeps it.
   const auto hear_verdict = [&](int after) BSFA_INLINE_LAMBDA {
     const PipelineState<Config::kVoteStages> state{pipelines.votes.count - 1 - after};
     uint2 votes = early_votes;
-    if (kRelative || !are_votes_there(votes, state)) {
+    if (!are_votes_there(votes, state)) {
       votes = await_votes<Config>(storage, state);
     }
-    // Both by masks, which are in registers: what ptxas can test in uniform registers it moves there first.
+    // By masks in registers: with constants, ptxas would move the votes to uniform registers first.
     const uint32_t mine = (votes.x & my_votes.x) | (votes.y & my_votes.y);
     const uint32_t others = (votes.x & my_votes.y) | (votes.y & my_votes.x);
     if (mine != 0) {
       ++kept;
-      together = kRelative && !Config::kPingPongRelative ? my_votes.x & my_votes.y : others;
+      ping_pong = others;
       return true;
     }
     // A block that only the other warpgroup keeps takes a stage of V all the same.
@@ -142,25 +151,19 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     }
     return false;
   };
-  // The verdict comes in two parts. At the end of a step: whether somebody may keep the block, by the first
-  // look; mostly nobody does, and that is all. At the beginning of the next: the rest. With relative rules
-  // all of it is heard at the end.
+  // The verdict comes in two parts. At the end of a step, from the first look: whether the block may be kept;
+  // mostly not, and that is all. At the start of the next step: the rest.
   bool may_keep = false;
   const auto judge_early = [&](int after) BSFA_INLINE_LAMBDA {
-    if constexpr (kRelative) {
-      may_keep = hear_verdict(after);
-    } else {
-      may_keep =
-          !do_all_skip(early_votes, PipelineState<Config::kVoteStages>{pipelines.votes.count - 1 - after});
-    }
+    may_keep =
+        !do_all_skip(early_votes, PipelineState<Config::kVoteStages>{pipelines.votes.count - 1 - after});
   };
   // Where nothing comes between the look and the judgement.
   const auto decide = [&](int after) BSFA_INLINE_LAMBDA {
     look_for_votes(after);
     judge_early(after);
   };
-  const auto keeps = [&](int after)
-                         BSFA_INLINE_LAMBDA { return may_keep && (kRelative || hear_verdict(after)); };
+  const auto keeps = [&](int after) BSFA_INLINE_LAMBDA { return may_keep && hear_verdict(after); };
   // O *= exp(m_old - m).
   const auto raise_maxima = [&](const RowFlags& rows, const auto& maxima) BSFA_INLINE_LAMBDA {
     float factors[kThreadRows];
@@ -168,33 +171,20 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       scale_rows(output, factors);
     }
   };
-  // P = exp(S - m), and the bounds that follow.
+  // P = exp(S - m).
   const auto exponentiate = [&](auto& scores) BSFA_INLINE_LAMBDA {
     float sums[kThreadRows];
-    float maxima[kThreadRows];
-    if constexpr (kRelative) {
-      if (exceeded) {
-        row_maxima(accumulator_matrix(scores), maxima);
-        raise_maxima(softmax.exceeded_by_maxima(maxima, scale_log2, slack), maxima);
-      }
+    softmax.exponentiate_and_round(scores, probabilities, scale_log2, sums);
+    const RowFlags rows = softmax.exceeded_by_sums(sums);
+    if (rows.any()) {
+      float maxima[kThreadRows];
+      row_maxima(accumulator_matrix(scores), maxima);
+      raise_maxima(rows, maxima);
       softmax.exponentiate_and_round(scores, probabilities, scale_log2, sums);
-    } else {
-      softmax.exponentiate_and_round(scores, probabilities, scale_log2, sums);
-      const RowFlags rows = softmax.exceeded_by_sums(sums);
-      if (rows.any()) {
-        row_maxima(accumulator_matrix(scores), maxima);
-        raise_maxima(rows, maxima);
-        softmax.exponentiate_and_round(scores, probabilities, scale_log2, sums);
-      }
     }
     CUTE_UNROLL
     for (int row = 0; row < kThreadRows; ++row) {
       softmax.sum[row] += sums[row];
-      if constexpr (kRelative) {
-        const float sum = params.rule == Rule::kPeakLse ? quad_sum(softmax.sum[row]) : softmax.sum[row];
-        const float reference = row_reference(params.rule, params.scale, softmax.maximum[row], sum);
-        bounds[row] = threshold + reference;
-      }
     }
   };
   const auto start_values = [&]() BSFA_INLINE_LAMBDA {
@@ -217,7 +207,9 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     release_keys(0);
     auto matrix = accumulator_matrix(scores0);
     mask_scores(matrix, who, visible, key_block * kKeyBlock);
-    const bool passed = passes(scores0);
+    float values[kThreadRows];
+    find_largest(scores0, values);
+    const bool passed = passes(values);
     cast_vote(forced || (participates && passed));
     decide(0);
     if (keeps(0)) {
@@ -233,56 +225,41 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     return kept;
   }
 
-  // From here on a step decides on one block while the scores of later ones are computed. At its start
-  // `current` has been voted on, `next` too unless the rule is relative, and the GEMM of `last` is under
-  // way; at its end, that of the block after those, in the registers of `current`. So the tensor cores have
-  // work while the consumers exchange votes and exponentiate. The vote on `last` is found while the
-  // instructions of a GEMM are issued. What both ways have in common at their end stands behind them, so
-  // that ptxas keeps each of them free of further branches.
-  const auto step = [&](auto& current, auto& next, auto& last) BSFA_INLINE_LAMBDA {
-    [[maybe_unused]] bool passed = false;
-    if (keeps(kRelative ? 0 : 1)) {
+  // From here on the scores of later blocks are computed while a step handles one, so that the tensor cores
+  // have work while consumers vote and exponentiate. When a step begins, `current` and the block after it
+  // have been voted on, and the GEMM of the one after that, `last`, is in flight. When it ends, so is the
+  // GEMM of one more, in the registers of `current`. The vote on `last` is computed while wgmma are issued.
+  // What both arms end with stands after them, so that ptxas puts no further branch into either.
+  const auto step = [&](auto& current, auto& last) BSFA_INLINE_LAMBDA {
+    float values[kThreadRows];
+    if (keeps(1)) {
       exponentiate(current);
-      if constexpr (kRelative) {
-        cast_vote(passes(next));
-      }
       finish_gemm<0>(last);
       release_keys(0);
       await_values();
-      if (together != 0) {
+      if (ping_pong != 0) {
         pingpong_wait(who.warpgroup);
       }
       start_values();
-      if constexpr (!kRelative) {
-        passed = passes(last);
-      }
+      find_largest(last, values);
       start_scores(current);
-      if (together != 0) {
+      if (ping_pong != 0) {
         pingpong_signal(who.warpgroup);
       }
-      if constexpr (!kRelative) {
-        cast_vote(passed);
-      }
+      cast_vote(passes(values));
       look_for_votes(1);
       finish_gemm<1>(output);
       release_values();
     } else {
-      if constexpr (kRelative) {
-        cast_vote(passes(next));
-      }
       finish_gemm<0>(last);
-      if constexpr (!kRelative) {
-        passed = passes(last);
-      }
+      find_largest(last, values);
       start_scores(current);
-      if constexpr (!kRelative) {
-        cast_vote(passed);
-      }
+      cast_vote(passes(values));
       release_keys(0);
       look_for_votes(1);
     }
     look_for_keys();
-    judge_early(kRelative ? 0 : 1);
+    judge_early(1);
   };
   const auto finish = [&](auto& scores, int after) BSFA_INLINE_LAMBDA {
     if (keeps(after)) {
@@ -300,37 +277,27 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   start_scores(scores1);
   pipelines.keys.advance();
   release_keys(1);
-  cast_vote(passes(scores0));
+  vote_on(scores0);
   finish_gemm<0>(scores1);
   start_scores(scores2);
   look_for_keys();
   release_keys(1);
-  if constexpr (!kRelative) {
-    cast_vote(passes(scores1));
-  }
-  decide(kRelative ? 0 : 1);
+  vote_on(scores1);
+  decide(1);
 #pragma unroll 1
   for (int steps = overlapped - 3; steps > 0; steps -= 3) {
-    step(scores0, scores1, scores2);
-    step(scores1, scores2, scores0);
-    step(scores2, scores0, scores1);
+    step(scores0, scores2);
+    step(scores1, scores0);
+    step(scores2, scores1);
   }
   finish_gemm<0>(scores2);
 
   // The last three blocks.
   release_keys(0);
-  if constexpr (kRelative) {
-    finish(scores0, 0);
-    cast_vote(passes(scores1));
-    decide(0);
-    finish(scores1, 0);
-    cast_vote(passes(scores2));
-  } else {
-    cast_vote(passes(scores2));
-    finish(scores0, 2);
-    decide(1);
-    finish(scores1, 1);
-  }
+  vote_on(scores2);
+  finish(scores0, 2);
+  decide(1);
+  finish(scores1, 1);
   decide(0);
   finish(scores2, 0);
   return kept;

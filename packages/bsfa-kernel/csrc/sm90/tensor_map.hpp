@@ -17,7 +17,7 @@
 
 namespace bsfa::sm90 {
 
-// A [batch, rows, heads, columns] tensor of 16-bit elements.
+// A [batch, rows, heads, columns] tensor.
 struct TensorShape {
   int64_t batch;
   int64_t rows;
@@ -43,13 +43,14 @@ inline auto encode_function() {
   return function;
 }
 
-// Boxes of box_rows x box_columns land in shared memory with the 128-byte swizzle; what lies outside reads 0.
+// Boxes of box_rows x box_columns land in shared memory with the swizzle of their width, 128 or 64 bytes;
+// what lies outside reads 0.
 inline CUtensorMap make_tensor_map(const char* name, CUtensorMapDataType type, const void* data,
                                    const TensorShape& shape, const Strides& strides, uint32_t box_rows,
                                    uint32_t box_columns) {
-  constexpr int64_t kElementBytes = 2;
+  const int64_t element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
   const auto bytes = [&](int64_t extent, int64_t stride) {
-    return static_cast<cuuint64_t>(extent > 1 ? stride * kElementBytes : shape.columns * kElementBytes);
+    return static_cast<cuuint64_t>(extent > 1 ? stride * element_bytes : shape.columns * element_bytes);
   };
   const cuuint64_t extents[4] = {static_cast<cuuint64_t>(shape.columns), static_cast<cuuint64_t>(shape.rows),
                                  static_cast<cuuint64_t>(shape.heads), static_cast<cuuint64_t>(shape.batch)};
@@ -57,11 +58,12 @@ inline CUtensorMap make_tensor_map(const char* name, CUtensorMapDataType type, c
                                       bytes(shape.batch, strides.batch)};
   const cuuint32_t box[4] = {box_columns, box_rows, 1, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const bool wide = box_columns * element_bytes == 128;
   CUtensorMap map;
-  const CUresult status =
-      encode_function()(&map, type, 4, const_cast<void*>(data), extents, byte_strides, box, steps,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = encode_function()(
+      &map, type, 4, const_cast<void*>(data), extents, byte_strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     fail(BSFA_CUDA_ERROR, "cuTensorMapEncodeTiled failed for ", name, " with status ",
          static_cast<int>(status));

@@ -1,8 +1,7 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// What there is to do for a tile of 128 queries. Both loaders work it out; that of K publishes it to the
-// consumers.
+// The work on a tile of 128 queries. Both producers find it; that of K publishes it to the consumers.
 #pragma once
 
 #include "../common/query_block.cuh"
@@ -34,7 +33,7 @@ struct Tile : QueryTile {
   int full;              // key blocks [0, full) hold no masked score
   bool dense;            // nothing to vote on
 
-  // Member by member: a choice between the two as wholes would put them into local memory.
+  // Member by member: choosing between whole structs would put them into local memory.
   __device__ __forceinline__ ConsumerBlock block_of(int consumer) const {
     const bool is_first = consumer == 0;
     return {
@@ -46,13 +45,13 @@ struct Tile : QueryTile {
   }
 };
 
-// Whose tile it is. The other members are find_blocks()'s, which must follow.
+// The tile's sequence, head and queries. find_blocks() must follow, for the rest.
 __device__ __forceinline__ void place_tile(const ForwardParams& params, const Schedule& schedule, int index,
                                            int tile_q, Tile& tile) {
   static_cast<QueryTile&>(tile) = find_tile(params, schedule, index, tile_q);
 }
 
-// What is to be done for it, which depends on the thresholds.
+// The tile's query blocks and key blocks, which depend on the thresholds.
 __device__ __forceinline__ void find_blocks(const ForwardParams& params, int tile_q, Tile& tile) {
   tile.first = find_consumer_block(params, tile.sequence, tile.head, tile.first_query);
   tile.second = params.q_block < tile_q
@@ -65,28 +64,6 @@ __device__ __forceinline__ void find_blocks(const ForwardParams& params, int til
               : second_counts         ? min(tile.first.keys.full, tile.second.keys.full)
                                       : tile.first.keys.full;
   tile.dense = max(tile.first.undecided, tile.second.undecided) == 0;
-}
-
-// Runs `body` for the index of each tile of this CTA, in the order of the schedule. Every other round goes
-// backwards through the CTAs, so that none of them gets the longest tile of every round.
-template <class Config, class Body>
-__device__ __forceinline__ void for_each_tile(const KernelParams& params, Body&& body) {
-  const int rounds = (params.tiles + gridDim.x - 1) / gridDim.x;
-#pragma unroll 1
-  for (int round = 0; round < rounds; ++round) {
-    const int cta = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const int index = round * gridDim.x + cta;
-    if (index < params.tiles) {
-      body(index);
-    }
-  }
-}
-
-template <class Config>
-__device__ __forceinline__ int count_tiles(const KernelParams& params) {
-  int count = 0;
-  for_each_tile<Config>(params, [&](int) { ++count; });
-  return count;
 }
 
 }  // namespace bsfa::sm90

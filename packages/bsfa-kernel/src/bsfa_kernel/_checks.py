@@ -10,9 +10,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bsfa_kernel._calls import BlockMaximaCall, ForwardCall, geometry_of
-from bsfa_kernel.geometry import GEOMETRIES
-from bsfa_kernel.rules import RULES
+from bsfa_kernel._calls import (
+    AnyCall,
+    AttendCall,
+    BlockMaximaCall,
+    ForwardCall,
+    SelectCall,
+    geometry_of,
+    mask_words,
+)
+from bsfa_kernel.geometry import GEOMETRIES, block_count
+from bsfa_kernel.rules import PRECISIONS, RULES, VOTERS
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _KERNEL_FLOATS = (torch.float16, torch.bfloat16)
@@ -38,6 +46,44 @@ def check_rule(rule: object) -> None:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
 
 
+def check_voters(voters: int, q_block: int) -> None:
+    """Refuse what is not one of VOTERS, or leaves a query block of the reference without one."""
+    if isinstance(voters, bool) or voters not in VOTERS:
+        raise ValueError(f"voters must be one of {', '.join(map(str, VOTERS))}; got {voters!r}")
+    if q_block % voters:
+        raise ValueError(f"voters must divide the queries of a block, got {voters} and {q_block}")
+
+
+def check_precision(precision: object) -> None:
+    """Refuse what is not one of PRECISIONS."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+
+
+def check_max_seqlen_k(max_seqlen_k: object, varlen: bool) -> None:
+    """Refuse what is no number of keys, and any for padded tensors, whose shape says it."""
+    if max_seqlen_k is None:
+        return
+    if isinstance(max_seqlen_k, bool) or not isinstance(max_seqlen_k, (int, torch.SymInt)):
+        raise TypeError(
+            f"max_seqlen_k must be a whole number or None, got {type(max_seqlen_k).__name__}"
+        )
+    if not varlen:
+        raise ValueError(
+            f"max_seqlen_k is for packed sequences: without cu_seqlens it must be None, got "
+            f"{max_seqlen_k}"
+        )
+    if max_seqlen_k < 1:
+        raise ValueError(f"max_seqlen_k must be at least 1, got {max_seqlen_k}")
+
+
+def check_two_sizes(geometry: Sequence[int]) -> tuple[int, int]:
+    """The sizes of a geometry, which the reference takes any of."""
+    if len(geometry) != 2:
+        raise ValueError(f"geometry must be two positive numbers, got {tuple(geometry)}")
+    return geometry[0], geometry[1]
+
+
 def check_geometry(geometry: Sequence[int]) -> None:
     """Refuse what is not one of GEOMETRIES."""
     if geometry not in GEOMETRIES:
@@ -46,20 +92,27 @@ def check_geometry(geometry: Sequence[int]) -> None:
         raise ValueError(f"geometry must be one of the Geometry values {known}; got {got}")
 
 
-def check_types(call: ForwardCall | BlockMaximaCall) -> None:
+def check_types(call: AnyCall) -> None:
     """Refuse what torch's dispatcher would refuse in its own words."""
     for name, value in zip(call._fields, call, strict=True):
-        if name in _TENSORS and not (value is None and name in _OPTIONAL):
+        optional = name in _OPTIONAL or (name == "thresholds" and isinstance(call, AttendCall))
+        if name in _TENSORS and not (value is None and optional):
             check_tensor(value, name)
     check_number(call.scale, "scale")
-    check_rule(call.rule)
+    if not isinstance(call, AttendCall):
+        check_rule(call.rule)
+    if isinstance(call, (ForwardCall, SelectCall)):
+        check_voters(call.voters, call.q_block)
+    if isinstance(call, SelectCall):
+        check_precision(call.precision)
+        check_max_seqlen_k(call.max_seqlen_k, call.cu_seqlens_q is not None)
 
 
 _OPTIONAL = ("cu_seqlens_q", "cu_seqlens_k")
-_TENSORS = ("q", "k", "v", "thresholds", *_OPTIONAL)
+_TENSORS = ("q", "k", "v", "thresholds", "block_mask", *_OPTIONAL)
 
 
-def _check_options(call: ForwardCall | BlockMaximaCall, any_geometry: bool) -> None:
+def _check_options(call: AnyCall, any_geometry: bool) -> None:
     """Check what is not a tensor."""
     scale = call.scale
     if scale is not None and not (scale > 0 and scale < float("inf")):
@@ -85,7 +138,39 @@ def check_forward(call: ForwardCall, *, any_geometry: bool = False) -> None:
     """
     check_types(call)
     _check_options(call, any_geometry)
-    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k = call[:6]
+    _check_lengths(call)
+    _check_values(call.v, call.k, call.q)
+    _check_thresholds(call.thresholds, call.q, any_geometry)
+
+
+def check_select(call: SelectCall, *, any_geometry: bool = False) -> None:
+    """Check all that can be known of a call of select_blocks without reading a tensor's values.
+
+    Args, raises: as ``check_forward``.
+    """
+    check_types(call)
+    _check_options(call, any_geometry)
+    _check_lengths(call)
+    _check_thresholds(call.thresholds, call.q, any_geometry)
+
+
+def check_attend(call: AttendCall, *, any_geometry: bool = False) -> None:
+    """Check all that can be known of a call of attend_blocks without reading a tensor's values.
+
+    Args, raises: as ``check_forward``.
+    """
+    check_types(call)
+    _check_options(call, any_geometry)
+    _check_lengths(call)
+    _check_values(call.v, call.k, call.q)
+    if call.thresholds is not None:
+        _check_thresholds(call.thresholds, call.q, any_geometry)
+    _check_block_mask(call)
+
+
+def _check_lengths(call: ForwardCall | SelectCall | AttendCall) -> None:
+    """Check q, k and cu_seqlens."""
+    q, k, cu_seqlens_q, cu_seqlens_k = call.q, call.k, call.cu_seqlens_q, call.cu_seqlens_k
     varlen = cu_seqlens_q is not None
     if varlen != (cu_seqlens_k is not None):
         given, absent = ("q", "k") if varlen else ("k", "q")
@@ -94,10 +179,23 @@ def check_forward(call: ForwardCall, *, any_geometry: bool = False) -> None:
             f"got cu_seqlens_{given} without cu_seqlens_{absent}"
         )
     _check_queries_and_keys(q, k, varlen)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        _check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q)
+        _check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", q)
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            raise ValueError(
+                "cu_seqlens_q and cu_seqlens_k must have the same length (batch + 1), "
+                f"got {cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+            )
+
+
+def _check_values(v: Tensor, k: Tensor, q: Tensor) -> None:
     if v.shape != k.shape:
         raise ValueError(f"v must have the shape of k, got {_shape(v)} and {_shape(k)}")
     _check_like(v, "v", q)
 
+
+def _check_thresholds(thresholds: Tensor, q: Tensor, any_geometry: bool) -> None:
     if thresholds.dim() != 2:
         raise ValueError(f"thresholds must be [heads, rows], got the shape {_shape(thresholds)}")
     if thresholds.shape[0] != q.shape[-2]:
@@ -112,14 +210,31 @@ def check_forward(call: ForwardCall, *, any_geometry: bool = False) -> None:
     ):
         raise TypeError(f"thresholds must be float32, got {_dtype(thresholds)}")
     _check_device(thresholds, "thresholds", q)
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        _check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q)
-        _check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", q)
-        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+
+
+def _check_block_mask(call: AttendCall) -> None:
+    q, k, mask = call.q, call.k, call.block_mask
+    if mask.dtype != torch.int64:
+        raise TypeError(f"block_mask must be int64, got {_dtype(mask)}")
+    _check_device(mask, "block_mask", q)
+    if call.cu_seqlens_q is None:
+        q_blocks = block_count(q.shape[1], call.q_block)
+        words = mask_words(call)
+        expected = (q.shape[0], q.shape[2], q_blocks, words)
+        if mask.shape != expected:
             raise ValueError(
-                "cu_seqlens_q and cu_seqlens_k must have the same length (batch + 1), "
-                f"got {cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+                "block_mask must be [batch, heads, q_blocks, ceil(k_blocks / 64)], here "
+                f"{list(expected)}; got the shape {_shape(mask)}"
             )
+        return
+    columns = q.shape[0] // call.q_block + call.cu_seqlens_q.shape[0] - 1
+    if mask.dim() != 3 or mask.shape[:2] != (q.shape[1], columns):
+        raise ValueError(
+            "with cu_seqlens, block_mask must be [heads, total_q // q_block + batch, words], here "
+            f"[{q.shape[1]}, {columns}, words]; got the shape {_shape(mask)}"
+        )
+    if mask.shape[2] < 1 and k.shape[0] > 0:
+        raise ValueError("with cu_seqlens and keys, block_mask must have at least one word, got 0")
 
 
 def passes_fast_check(call: ForwardCall) -> bool:
@@ -128,7 +243,7 @@ def passes_fast_check(call: ForwardCall) -> bool:
     Those take longer than a launch. False says nothing: the arguments are to be checked. The
     geometry has been.
     """
-    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, _, scale, rule, _, _, _, _ = call
+    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, _, scale, rule, _, _, voters, _, _ = call
     shape, key_shape, threshold_shape, dtype = q.shape, k.shape, thresholds.shape, q.dtype
     if len(shape) != 4 or len(key_shape) != 4 or len(threshold_shape) != 2:
         return False
@@ -158,6 +273,7 @@ def passes_fast_check(call: ForwardCall) -> bool:
         and v.stride()[3] == 1
         and (scale is None or (type(scale) is float and 0.0 < scale < float("inf")))
         and rule in RULES
+        and voters in VOTERS
     )
 
 
@@ -259,6 +375,29 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, name: str, total_name: str, tota
             raise ValueError(
                 f"{name} must not decrease, got {start} followed by {stop} at sequence {index}"
             )
+
+
+def check_packed_values(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    """Check where packed sequences begin and end.
+
+    Raises:
+        ValueError: not from 0 to the total, or decreasing.
+    """
+    check_cu_seqlens_values(cu_seqlens_q, "cu_seqlens_q", "total_q", q.shape[0])
+    check_cu_seqlens_values(cu_seqlens_k, "cu_seqlens_k", "total_k", k.shape[0])
+
+
+def check_longest(max_seqlen_k: int, longest: int) -> None:
+    """Refuse a max_seqlen_k that a sequence exceeds.
+
+    Raises:
+        ValueError: one does.
+    """
+    if longest > max_seqlen_k:
+        raise ValueError(
+            f"max_seqlen_k must be at least the keys of the longest sequence, {longest}; "
+            f"got {max_seqlen_k}"
+        )
 
 
 def check_kernel_tensor(x: Tensor, name: str) -> None:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import (
+    POINTER,
     Structure,
     c_char_p,
     c_float,
@@ -18,6 +19,7 @@ from ctypes import (
     c_int32,
     c_int64,
     c_uint32,
+    c_uint64,
     c_void_p,
 )
 from pathlib import Path
@@ -25,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
-from bsfa_kernel.rules import RULE_CODES
+from bsfa_kernel._calls import AnyCall, AttendCall, BlockMaximaCall, ForwardCall, SelectCall
+from bsfa_kernel.rules import PRECISION_CODES, RULE_CODES
 
 ABI_VERSION = 1
 """BSFA_ABI_VERSION of the header that the structures below mirror."""
@@ -125,7 +127,51 @@ class BlockMaximaArgs(Structure):
     )
 
 
-_FORMATS = {c_uint32: "I", c_int32: "i", c_int64: "q", c_float: "f", c_void_p: "P"}
+class SelectBlocksArgs(Structure):
+    """bsfa_select_blocks_args."""
+
+    _fields_ = (
+        ("abi_version", c_uint32),
+        ("struct_size", c_uint32),
+        ("problem", Problem),
+        ("thresholds", c_void_p),
+        ("threshold_rows", c_int64),
+        ("precision", c_int32),
+        ("block_mask", c_void_p),
+        ("mask_words", c_int64),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_uint64),
+    )
+
+
+class AttendBlocksArgs(Structure):
+    """bsfa_attend_blocks_args."""
+
+    _fields_ = (
+        ("abi_version", c_uint32),
+        ("struct_size", c_uint32),
+        ("problem", Problem),
+        ("v", TensorArg),
+        ("out", TensorArg),
+        ("block_mask", c_void_p),
+        ("mask_words", c_int64),
+        ("thresholds", c_void_p),
+        ("threshold_rows", c_int64),
+        ("lse", c_void_p),
+        ("kept", c_void_p),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_uint64),
+    )
+
+
+_FORMATS = {
+    c_uint32: "I",
+    c_uint64: "Q",
+    c_int32: "i",
+    c_int64: "q",
+    c_float: "f",
+    c_void_p: "P",
+}
 
 
 def _format(mirror: type[Structure]) -> str:
@@ -151,7 +197,13 @@ def _packer(mirror: type[Structure]) -> struct.Struct:
 
 _forward_packer = _packer(ForwardArgs)
 _block_maxima_packer = _packer(BlockMaximaArgs)
+_select_blocks_packer = _packer(SelectBlocksArgs)
+_attend_blocks_packer = _packer(AttendBlocksArgs)
 _FORWARD_SIZE, _BLOCK_MAXIMA_SIZE = _forward_packer.size, _block_maxima_packer.size
+_SELECT_BLOCKS_SIZE, _ATTEND_BLOCKS_SIZE = _select_blocks_packer.size, _attend_blocks_packer.size
+
+# The last two fields of the structures that have a workspace.
+_workspace_packer = struct.Struct("@PQ")
 
 
 def library_path() -> Path:
@@ -190,9 +242,18 @@ def library() -> ctypes.CDLL:
                 f"the native library {path} has ABI version {found}, and this bsfa-kernel needs "
                 f"{ABI_VERSION}: install both from the same release"
             )
-        for name in ("bsfa_forward", "bsfa_block_maxima"):
+        for name in (
+            "bsfa_forward",
+            "bsfa_block_maxima",
+            "bsfa_select_blocks",
+            "bsfa_attend_blocks",
+        ):
             function = getattr(loaded, name)
             function.argtypes = (c_char_p,)  # the bytes of the structure
+            function.restype = c_int
+        for name in ("bsfa_select_blocks_workspace", "bsfa_attend_blocks_workspace"):
+            function = getattr(loaded, name)
+            function.argtypes = (c_char_p, POINTER(c_uint64))
             function.restype = c_int
         for name in ("bsfa_version", "bsfa_build_info", "bsfa_last_error"):
             function = getattr(loaded, name)
@@ -230,32 +291,15 @@ def forward(call: ForwardCall, out: Tensor, lse: Tensor | None, kept: Tensor | N
         NotImplementedError: no native library, or valid but unsupported by it or by the GPU.
         RuntimeError: a CUDA call failed, or a defect of the library.
     """
-    _, _, v, thresholds, cu_seqlens_q, cu_seqlens_k, *_ = call
-    if not thresholds.is_contiguous():
-        thresholds = thresholds.contiguous()
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        problem = _problem(call, None)
-        v_batch, v_seqlen, v_heads, _ = v.stride()
-        out_batch, out_seqlen, out_heads, _ = out.stride()
-    else:
-        cu_seqlens = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        problem = _problem(call, cu_seqlens)
-        v_batch = out_batch = 0
-        v_seqlen, v_heads, _ = v.stride()
-        out_seqlen, out_heads, _ = out.stride()
+    thresholds = _contiguous(call.thresholds)
+    cu_seqlens = _cu_seqlens(call)
     status = library().bsfa_forward(
         _forward_packer.pack(
             ABI_VERSION,
             _FORWARD_SIZE,
-            *problem,
-            v.data_ptr(),
-            v_batch,
-            v_seqlen,
-            v_heads,
-            out.data_ptr(),
-            out_batch,
-            out_seqlen,
-            out_heads,
+            *_problem(call, cu_seqlens),
+            *_tensor(call.v),
+            *_tensor(out),
             thresholds.data_ptr(),
             thresholds.shape[1],
             0 if lse is None else lse.data_ptr(),
@@ -290,24 +334,114 @@ def block_maxima(call: BlockMaximaCall, maxima: Tensor) -> None:
         _raise(status)
 
 
-def _problem(
-    call: ForwardCall | BlockMaximaCall, cu_seqlens: tuple[Tensor, Tensor] | None
-) -> tuple[float, ...]:
+def select_blocks(call: SelectCall, block_mask: Tensor) -> None:
+    """Call bsfa_select_blocks.
+
+    Args:
+        call: the arguments, CUDA tensors.
+        block_mask: written, contiguous int64.
+
+    Raises: as ``forward``.
+    """
+    thresholds = _contiguous(call.thresholds)
+    cu_seqlens = _cu_seqlens(call)
+    arguments = _select_blocks_packer.pack(
+        ABI_VERSION,
+        _SELECT_BLOCKS_SIZE,
+        *_problem(call, cu_seqlens),
+        thresholds.data_ptr(),
+        thresholds.shape[1],
+        PRECISION_CODES[call.precision],
+        block_mask.data_ptr(),
+        block_mask.shape[-1],
+        0,
+        0,
+    )
+    arguments, _workspace = _with_workspace("bsfa_select_blocks_workspace", arguments, call.q)
+    status = library().bsfa_select_blocks(arguments)
+    if status != _OK:
+        _raise(status)
+
+
+def attend_blocks(call: AttendCall, out: Tensor, lse: Tensor | None, kept: Tensor | None) -> None:
+    """Call bsfa_attend_blocks.
+
+    Args:
+        call: the arguments, CUDA tensors.
+        out: written, as q.
+        lse: written, contiguous float32.
+        kept: written, contiguous int32.
+
+    Raises: as ``forward``.
+    """
+    block_mask = _contiguous(call.block_mask)
+    thresholds = None if call.thresholds is None else _contiguous(call.thresholds)
+    cu_seqlens = _cu_seqlens(call)
+    arguments = _attend_blocks_packer.pack(
+        ABI_VERSION,
+        _ATTEND_BLOCKS_SIZE,
+        *_problem(call, cu_seqlens),
+        *_tensor(call.v),
+        *_tensor(out),
+        block_mask.data_ptr(),
+        block_mask.shape[-1],
+        0 if thresholds is None else thresholds.data_ptr(),
+        0 if thresholds is None else thresholds.shape[1],
+        0 if lse is None else lse.data_ptr(),
+        0 if kept is None else kept.data_ptr(),
+        0,
+        0,
+    )
+    arguments, _workspace = _with_workspace("bsfa_attend_blocks_workspace", arguments, call.q)
+    status = library().bsfa_attend_blocks(arguments)
+    if status != _OK:
+        _raise(status)
+
+
+def _with_workspace(query: str, arguments: bytes, q: Tensor) -> tuple[bytes, Tensor]:
+    """The arguments with a workspace of the size that the library asks for, and that workspace.
+
+    It comes from torch's allocator, so that a graph's capture keeps it in the graph's pool.
+    """
+    size = c_uint64()
+    status = getattr(library(), query)(arguments, size)
+    if status != _OK:
+        _raise(status)
+    workspace = q.new_empty(size.value, dtype=torch.uint8)
+    tail = _workspace_packer.pack(workspace.data_ptr(), size.value)
+    return arguments[: -len(tail)] + tail, workspace
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _cu_seqlens(call: ForwardCall | SelectCall | AttendCall) -> tuple[Tensor, Tensor] | None:
+    """Contiguous ones, which must live until the call is made."""
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+        return None
+    return call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous()
+
+
+def _tensor(x: Tensor) -> tuple[int, ...]:
+    """The fields of TensorArg."""
+    strides = x.stride()
+    if len(strides) == 4:
+        return x.data_ptr(), strides[0], strides[1], strides[2]
+    return x.data_ptr(), 0, strides[0], strides[1]
+
+
+def _problem(call: AnyCall, cu_seqlens: tuple[Tensor, Tensor] | None) -> tuple[float, ...]:
     """The fields of Problem that are not reserved; ``cu_seqlens`` are contiguous."""
     q, k, scale = call.q, call.k, call.scale
     if cu_seqlens is None:
         batch, seqlen_q, heads, head_dim = q.shape
         _, seqlen_k, kv_heads, _ = k.shape
-        q_batch, q_seqlen, q_heads, _ = q.stride()
-        k_batch, k_seqlen, k_heads, _ = k.stride()
         starts_q = starts_k = 0
     else:
         batch = cu_seqlens[0].shape[0] - 1
         seqlen_q, heads, head_dim = q.shape
         seqlen_k, kv_heads, _ = k.shape
-        q_batch = k_batch = 0
-        q_seqlen, q_heads, _ = q.stride()
-        k_seqlen, k_heads, _ = k.stride()
         starts_q, starts_k = cu_seqlens[0].data_ptr(), cu_seqlens[1].data_ptr()
     device = _device(q)
     return (
@@ -315,25 +449,20 @@ def _problem(
         _arch,
         _current_stream(device),
         _DTYPE_CODES[q.dtype],
-        RULE_CODES[call.rule],
+        0 if isinstance(call, AttendCall) else RULE_CODES[call.rule],
         call.causal,
         call.q_block,
         call.k_block,
         head_dim**-0.5 if scale is None else scale,
+        call.voters if isinstance(call, (ForwardCall, SelectCall)) else 1,
         batch,
         heads,
         kv_heads,
         head_dim,
         seqlen_q,
         seqlen_k,
-        q.data_ptr(),
-        q_batch,
-        q_seqlen,
-        q_heads,
-        k.data_ptr(),
-        k_batch,
-        k_seqlen,
-        k_heads,
+        *_tensor(q),
+        *_tensor(k),
         starts_q,
         starts_k,
     )

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""The operators torch.ops.bsfa.forward and torch.ops.bsfa.block_maxima.
+"""The operators torch.ops.bsfa.forward, select_blocks, attend_blocks and block_maxima.
 
 Made with ``Library.define`` and ``impl``, because the wrapper of ``custom_op`` costs several times
 as much a call.
@@ -13,17 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsfa_kernel import _native, reference
-from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
-from bsfa_kernel._checks import check_block_maxima, check_forward, check_kernel_tensor
+from bsfa_kernel import _native
+from bsfa_kernel._calls import AttendCall, BlockMaximaCall, ForwardCall, SelectCall, mask_words
+from bsfa_kernel._checks import (
+    check_attend,
+    check_block_maxima,
+    check_forward,
+    check_kernel_tensor,
+    check_select,
+)
 from bsfa_kernel.geometry import block_count
+from bsfa_kernel.masks import pack_blocks
+from bsfa_kernel.reference.forward import run, run_attend
+from bsfa_kernel.reference.selection import run_block_maxima, run_select
 
 _library: Any = torch.library.Library("bsfa", "DEF")  # type: ignore[no-untyped-call]
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _library.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor thresholds, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, bool causal, float? scale, str rule, int q_block, int k_block, "
-    "bool return_lse, bool return_kept) -> (Tensor out, Tensor lse, Tensor kept)",
+    "int voters, bool return_lse, bool return_kept) -> (Tensor out, Tensor lse, Tensor kept)",
+    tags=_tags,
+)
+_library.define(
+    "select_blocks(Tensor q, Tensor k, Tensor thresholds, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, bool causal, float? scale, str rule, int q_block, int k_block, "
+    "int voters, str precision, SymInt? max_seqlen_k) -> Tensor",
+    tags=_tags,
+)
+_library.define(
+    "attend_blocks(Tensor q, Tensor k, Tensor v, Tensor block_mask, Tensor? thresholds, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float? scale, int q_block, "
+    "int k_block, bool return_lse, bool return_kept) -> (Tensor out, Tensor lse, Tensor kept)",
     tags=_tags,
 )
 _library.define(
@@ -36,7 +57,7 @@ _Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 """out, lse and kept; None where not asked for."""
 
 
-def _allocate(call: ForwardCall, lse_dtype: torch.dtype) -> _Outputs:
+def _allocate(call: ForwardCall | AttendCall, lse_dtype: torch.dtype) -> _Outputs:
     """The outputs, unwritten."""
     q = call.q
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -58,24 +79,28 @@ def _allocate(call: ForwardCall, lse_dtype: torch.dtype) -> _Outputs:
     return out, lse, kept
 
 
-def _all_three(outputs: _Outputs, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _all_three(outputs: _Outputs) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs as the operator has them: empty where not asked for."""
     out, lse, kept = outputs
     return (
         out,
-        thresholds.new_empty(0) if lse is None else lse,
-        thresholds.new_empty(0) if kept is None else kept,
+        out.new_empty(0, dtype=torch.float32) if lse is None else lse,
+        out.new_empty(0, dtype=torch.float32) if kept is None else kept,
     )
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 @torch.library.impl(_library, "forward", "CPU")
 def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = ForwardCall(*arguments)
     check_forward(call)
-    result = reference.run(call)
+    result = run(call)
     lse = result.lse if call.return_lse else None
     kept = result.kept if call.return_kept else None
-    return _all_three((result.out, lse, kept), call.thresholds)
+    return _all_three((result.out, lse, kept))
 
 
 @torch.library.impl(_library, "forward", "CUDA")
@@ -85,7 +110,7 @@ def _forward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     check_kernel_tensor(call.q, "q")
     check_kernel_tensor(call.k, "k")
     check_kernel_tensor(call.v, "v")
-    return _all_three(launch_forward(call), call.thresholds)
+    return _all_three(launch_forward(call))
 
 
 def launch_forward(call: ForwardCall) -> _Outputs:
@@ -105,15 +130,90 @@ def launch_forward(call: ForwardCall) -> _Outputs:
 def _forward_fake(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = ForwardCall(*arguments, **named)
     check_forward(call)
-    lse_dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    return _all_three(_allocate(call, lse_dtype), call.thresholds)
+    return _all_three(_allocate(call, _lse_dtype(call.q)))
+
+
+@torch.library.impl(_library, "select_blocks", "CPU")
+def _select_blocks_cpu(*arguments: Any) -> Tensor:
+    call = SelectCall(*arguments)
+    check_select(call)
+    return pack_blocks(run_select(call).mask)
+
+
+@torch.library.impl(_library, "select_blocks", "CUDA")
+def _select_blocks_cuda(*arguments: Any) -> Tensor:
+    call = SelectCall(*arguments)
+    check_select(call)
+    check_kernel_tensor(call.q, "q")
+    check_kernel_tensor(call.k, "k")
+    return launch_select_blocks(call)
+
+
+def launch_select_blocks(call: SelectCall) -> Tensor:
+    """Run the kernels on arguments that have been checked; the errors are ``launch_forward``'s."""
+    block_mask = _empty_mask(call)
+    _native.select_blocks(call, block_mask)
+    return block_mask
+
+
+@torch.library.register_fake("bsfa::select_blocks", lib=_library)  # type: ignore[untyped-decorator]
+def _select_blocks_fake(*arguments: Any, **named: Any) -> Tensor:
+    call = SelectCall(*arguments, **named)
+    check_select(call)
+    return _empty_mask(call)
+
+
+def _empty_mask(call: SelectCall) -> Tensor:
+    """The block mask, unwritten."""
+    q = call.q
+    if call.cu_seqlens_q is None:
+        batch, seqlen_q, heads, _ = q.shape
+        shape: tuple[int, ...] = (batch, heads, block_count(seqlen_q, call.q_block))
+    else:
+        total_q, heads, _ = q.shape
+        shape = (heads, total_q // call.q_block + call.cu_seqlens_q.shape[0] - 1)
+    return q.new_empty((*shape, mask_words(call)), dtype=torch.int64)
+
+
+@torch.library.impl(_library, "attend_blocks", "CPU")
+def _attend_blocks_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = AttendCall(*arguments)
+    check_attend(call)
+    result = run_attend(call)
+    lse = result.lse if call.return_lse else None
+    kept = result.kept if call.return_kept else None
+    return _all_three((result.out, lse, kept))
+
+
+@torch.library.impl(_library, "attend_blocks", "CUDA")
+def _attend_blocks_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = AttendCall(*arguments)
+    check_attend(call)
+    check_kernel_tensor(call.q, "q")
+    check_kernel_tensor(call.k, "k")
+    check_kernel_tensor(call.v, "v")
+    return _all_three(launch_attend_blocks(call))
+
+
+def launch_attend_blocks(call: AttendCall) -> _Outputs:
+    """Run the kernels on arguments that have been checked; the errors are ``launch_forward``'s."""
+    out, lse, kept = _allocate(call, torch.float32)
+    _native.attend_blocks(call, out, lse, kept)
+    return out, lse, kept
+
+
+@torch.library.register_fake("bsfa::attend_blocks", lib=_library)  # type: ignore[untyped-decorator]
+def _attend_blocks_fake(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = AttendCall(*arguments, **named)
+    check_attend(call)
+    return _all_three(_allocate(call, _lse_dtype(call.q)))
 
 
 @torch.library.impl(_library, "block_maxima", "CPU")
 def _block_maxima_cpu(*arguments: Any) -> Tensor:
     call = BlockMaximaCall(*arguments)
     check_block_maxima(call)
-    return reference.run_block_maxima(call).float()
+    return run_block_maxima(call).float()
 
 
 @torch.library.impl(_library, "block_maxima", "CUDA")
@@ -150,5 +250,5 @@ def _no_backward(ctx: Any, *gradients: Tensor | None) -> None:
     )
 
 
-torch.library.register_autograd("bsfa::forward", _no_backward, lib=_library)
-torch.library.register_autograd("bsfa::block_maxima", _no_backward, lib=_library)
+for _name in ("forward", "select_blocks", "attend_blocks", "block_maxima"):
+    torch.library.register_autograd(f"bsfa::{_name}", _no_backward, lib=_library)

@@ -10,10 +10,18 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from bsfa_kernel import _torch_op as _torch_op  # registers the operators
-from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
-from bsfa_kernel._checks import check_geometry, check_types, passes_fast_check
+from bsfa_kernel import _torch_op
+from bsfa_kernel._auto import check_selection, selects_first
+from bsfa_kernel._calls import AttendCall, BlockMaximaCall, ForwardCall, SelectCall
+from bsfa_kernel._checks import (
+    check_geometry,
+    check_max_seqlen_k,
+    check_types,
+    passes_fast_check,
+)
+from bsfa_kernel._dispatch import can_bypass_dispatcher, dispatch
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry
+from bsfa_kernel.selection import attend_operator, select_operator
 
 
 @overload
@@ -27,8 +35,12 @@ def block_sparse_attention(
     scale: float | None = ...,
     rule: str = ...,
     geometry: Geometry = ...,
+    voters: int = ...,
+    selection: str = ...,
+    expected_skipped: float | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_k: int | None = ...,
     return_lse: Literal[False] = ...,
     return_kept: Literal[False] = ...,
 ) -> Tensor: ...
@@ -45,8 +57,12 @@ def block_sparse_attention(
     scale: float | None = ...,
     rule: str = ...,
     geometry: Geometry = ...,
+    voters: int = ...,
+    selection: str = ...,
+    expected_skipped: float | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_k: int | None = ...,
     return_lse: Literal[True],
     return_kept: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -63,8 +79,12 @@ def block_sparse_attention(
     scale: float | None = ...,
     rule: str = ...,
     geometry: Geometry = ...,
+    voters: int = ...,
+    selection: str = ...,
+    expected_skipped: float | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_k: int | None = ...,
     return_lse: Literal[False] = ...,
     return_kept: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -81,8 +101,12 @@ def block_sparse_attention(
     scale: float | None = ...,
     rule: str = ...,
     geometry: Geometry = ...,
+    voters: int = ...,
+    selection: str = ...,
+    expected_skipped: float | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_k: int | None = ...,
     return_lse: Literal[True],
     return_kept: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -98,17 +122,22 @@ def block_sparse_attention(
     scale: float | None = None,
     rule: str = "absolute",
     geometry: Geometry = DEFAULT_GEOMETRY,
+    voters: int = 1,
+    selection: str = "exact",
+    expected_skipped: float | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
     return_lse: bool = False,
     return_kept: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Attention that leaves out the key blocks whose scores stay below a threshold.
 
-    Block-Sparse FlashAttention (arXiv 2512.07011): every score is computed exactly, and what a
-    block of them would add is left out where the rule says that it is below the threshold.
-    docs/semantics.md has the whole meaning. CPU tensors are computed by ``bsfa_kernel.reference``,
-    CUDA tensors by the native library. There is no backward pass.
+    Block-Sparse FlashAttention (arXiv 2512.07011): what a block of scores would add is left out
+    where the rule says that it is below the threshold. The verdict is on the exact scores, or with
+    ``selection="int8"`` on scores of rounded queries and keys; what is kept is always computed
+    exactly. docs/semantics.md has the whole meaning. CPU tensors are computed by
+    ``bsfa_kernel.reference``, CUDA tensors by the native library. There is no backward pass.
 
     Args:
         q: [batch, seqlen_q, heads, head_dim]; float16 or bfloat16, on a CPU also float32 or
@@ -124,8 +153,18 @@ def block_sparse_attention(
         scale: factor of the scores, positive; head_dim ** -0.5 by default.
         rule: one of ``RULES``: what a block's scores are compared with.
         geometry: the sparsity block that the thresholds were made for, one of ``GEOMETRIES``.
+        voters: one query row in so many decides which blocks are kept, one of ``VOTERS``; the
+            number that the thresholds were made for.
+        selection: "exact" decides by exact scores, in one kernel with attention. "int8" is
+            ``select_blocks``, then ``attend_blocks``: faster where most blocks are skipped. "auto"
+            is "int8" where ``expected_skipped`` makes it the faster one and the GPU has kernels for
+            it, else "exact", as on a CPU.
+        expected_skipped: for "auto": the share of blocks that these thresholds are expected to
+            skip, between 0 and 1; "exact" where it is not known.
         cu_seqlens_q: int32 [batch + 1], from 0 to total_q: where packed sequences begin and end.
         cu_seqlens_k: int32 [batch + 1], from 0 to total_k.
+        max_seqlen_k: for packed sequences: keys of the longest, or more; total_k by default. With
+            "int8" and "auto" it sets the size of the block mask; not for "exact".
         return_lse: also return the log-sum-exp of the scores kept.
         return_kept: also return how many key blocks each query block kept.
 
@@ -155,14 +194,26 @@ def block_sparse_attention(
         rule,
         geometry[0],
         geometry[1],
+        voters,
         bool(return_lse),
         bool(return_kept),
     )
+    check_selection(selection, expected_skipped)
+    check_max_seqlen_k(max_seqlen_k, cu_seqlens_q is not None)
+    if selection == "exact" and max_seqlen_k is not None:
+        raise ValueError(
+            f"max_seqlen_k is for selection='int8' and 'auto'; got {max_seqlen_k} with 'exact'"
+        )
+    direct = can_bypass_dispatcher(call) and passes_fast_check(call)
+    if not direct:
+        check_types(call)
     outputs: Any
-    if can_bypass_dispatcher(call) and passes_fast_check(call):
+    if selection != "exact" and selects_first(selection, expected_skipped, voters, q):
+        outputs = _in_two_steps(call, max_seqlen_k, direct)
+    elif direct:
         outputs = _torch_op.launch_forward(call)
     else:
-        outputs = _dispatch(_forward, call)
+        outputs = dispatch(_forward, call)
     out, lse, kept = outputs
     if return_lse:
         return (out, lse, kept) if return_kept else (out, lse)
@@ -194,51 +245,39 @@ def block_maxima(
     """
     check_geometry(geometry)
     call = BlockMaximaCall(q, k, bool(causal), scale, rule, geometry[0], geometry[1])
-    maxima: Tensor = _dispatch(_block_maxima, call)
+    check_types(call)
+    maxima: Tensor = dispatch(_block_maxima, call)
     return maxima
+
+
+def _in_two_steps(call: ForwardCall, max_seqlen_k: int | None, direct: bool) -> Any:
+    """What the forward operator returns, by a selection in 8 bits."""
+    q, k, v, thresholds, starts_q, starts_k, causal, scale, rule, q_block, k_block, voters, *_ = (
+        call
+    )
+    packed = (starts_q, starts_k, causal, scale)
+    select = SelectCall(
+        q, k, thresholds, *packed, rule, q_block, k_block, voters, "int8", max_seqlen_k
+    )
+    if direct:
+        block_mask = _torch_op.launch_select_blocks(select)
+    else:
+        block_mask = dispatch(select_operator, select)
+    # With thresholds, those that are NaN make the outputs NaN.
+    attend = AttendCall(
+        q,
+        k,
+        v,
+        block_mask,
+        thresholds,
+        *packed,
+        q_block,
+        k_block,
+        call.return_lse,
+        call.return_kept,
+    )
+    return _torch_op.launch_attend_blocks(attend) if direct else dispatch(attend_operator, attend)
 
 
 _forward: Callable[..., Any] = torch.ops.bsfa.forward.default
 _block_maxima: Callable[..., Any] = torch.ops.bsfa.block_maxima.default
-
-
-def can_bypass_dispatcher(call: ForwardCall) -> bool:
-    """Whether plain CUDA tensors may go to the kernel at once, past dispatcher and checks.
-
-    Those take as long as a launch. False if a tracer, mode, transform, profiler or autograd must
-    see this call.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    q, k, v, thresholds = call[:4]
-    return not (
-        type(q) not in _PLAIN
-        or type(k) not in _PLAIN
-        or type(v) not in _PLAIN
-        or type(thresholds) not in _PLAIN
-        or not q.is_cuda
-        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _dispatch(operator: Callable[..., Any], call: ForwardCall | BlockMaximaCall) -> Any:
-    """Call an operator, below autograd where that has nothing to do.
-
-    Autograd's step is in Python, and would be a good part of what a call costs on the host.
-    """
-    check_types(call)
-    inputs = call[:3] if isinstance(call, ForwardCall) else call[:2]
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    ):
-        return operator(*call)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*call)

@@ -21,7 +21,7 @@ class Kernel:
     """One compiled kernel."""
 
     name: str
-    """"forward" or "block_maxima"."""
+    """"forward", "select_blocks", "attend_blocks" or "block_maxima"."""
     arch: int
     """Compute capability it was written for, times ten."""
     ptx: bool

@@ -8,11 +8,26 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-Rule: TypeAlias = Literal["absolute", "running_max", "running_lse"]
+Rule: TypeAlias = Literal["absolute", "running_max", "peak_lse"]
 
-RULES: tuple[Rule, ...] = ("absolute", "running_max", "running_lse")
+RULES: tuple[Rule, ...] = ("absolute", "running_max", "peak_lse")
 """``absolute`` (the paper's) compares scores themselves; the others subtract what the query row has
-kept so far, from the last key block to the first: its largest score, or its log-sum-exp."""
+seen so far, from the last key block to the first: its largest peak, or the log-sum-exp of its peaks
+(the largest score of each block)."""
 
 RULE_CODES: Mapping[str, int] = MappingProxyType({rule: code for code, rule in enumerate(RULES)})
 """The values of the C enum ``bsfa_rule``."""
+
+VOTERS = (1, 2, 4)
+"""Of how many query rows one votes."""
+
+Precision: TypeAlias = Literal["exact", "int8"]
+
+PRECISIONS: tuple[Precision, ...] = ("exact", "int8")
+"""Of the scores that are compared with thresholds: those that attention uses, or ones of queries
+and keys rounded to 8 bits."""
+
+PRECISION_CODES: Mapping[str, int] = MappingProxyType(
+    {precision: code for code, precision in enumerate(PRECISIONS)}
+)
+"""The values of the C enum ``bsfa_precision``."""

@@ -36,6 +36,7 @@ static void print_problem(void) {
   MEMBER(bsfa_problem, q_block);
   MEMBER(bsfa_problem, k_block);
   MEMBER(bsfa_problem, scale);
+  MEMBER(bsfa_problem, voters);
   MEMBER(bsfa_problem, batch);
   MEMBER(bsfa_problem, heads);
   MEMBER(bsfa_problem, kv_heads);
@@ -51,7 +52,6 @@ static void print_problem(void) {
   MEMBER(bsfa_problem, block_table_stride);
   MEMBER(bsfa_problem, pages);
   MEMBER(bsfa_problem, page_size);
-  MEMBER(bsfa_problem, voters);
   MEMBER(bsfa_problem, sinks);
 }
 
@@ -76,12 +76,45 @@ static void print_block_maxima_args(void) {
   MEMBER(bsfa_block_maxima_args, maxima);
 }
 
+static void print_select_blocks_args(void) {
+  STRUCT(bsfa_select_blocks_args);
+  MEMBER(bsfa_select_blocks_args, abi_version);
+  MEMBER(bsfa_select_blocks_args, struct_size);
+  MEMBER(bsfa_select_blocks_args, problem);
+  MEMBER(bsfa_select_blocks_args, thresholds);
+  MEMBER(bsfa_select_blocks_args, threshold_rows);
+  MEMBER(bsfa_select_blocks_args, precision);
+  MEMBER(bsfa_select_blocks_args, block_mask);
+  MEMBER(bsfa_select_blocks_args, mask_words);
+  MEMBER(bsfa_select_blocks_args, workspace);
+  MEMBER(bsfa_select_blocks_args, workspace_bytes);
+}
+
+static void print_attend_blocks_args(void) {
+  STRUCT(bsfa_attend_blocks_args);
+  MEMBER(bsfa_attend_blocks_args, abi_version);
+  MEMBER(bsfa_attend_blocks_args, struct_size);
+  MEMBER(bsfa_attend_blocks_args, problem);
+  MEMBER(bsfa_attend_blocks_args, v);
+  MEMBER(bsfa_attend_blocks_args, out);
+  MEMBER(bsfa_attend_blocks_args, block_mask);
+  MEMBER(bsfa_attend_blocks_args, mask_words);
+  MEMBER(bsfa_attend_blocks_args, thresholds);
+  MEMBER(bsfa_attend_blocks_args, threshold_rows);
+  MEMBER(bsfa_attend_blocks_args, lse);
+  MEMBER(bsfa_attend_blocks_args, kept);
+  MEMBER(bsfa_attend_blocks_args, workspace);
+  MEMBER(bsfa_attend_blocks_args, workspace_bytes);
+}
+
 int main(void) {
   print_strides();
   print_tensor();
   print_problem();
   print_forward_args();
   print_block_maxima_args();
+  print_select_blocks_args();
+  print_attend_blocks_args();
   CONSTANT(BSFA_ABI_VERSION);
   CONSTANT(BSFA_OK);
   CONSTANT(BSFA_INVALID_ARGUMENT);
@@ -92,6 +125,8 @@ int main(void) {
   CONSTANT(BSFA_BFLOAT16);
   CONSTANT(BSFA_RULE_ABSOLUTE);
   CONSTANT(BSFA_RULE_RUNNING_MAX);
-  CONSTANT(BSFA_RULE_RUNNING_LSE);
+  CONSTANT(BSFA_RULE_PEAK_LSE);
+  CONSTANT(BSFA_PRECISION_EXACT);
+  CONSTANT(BSFA_PRECISION_INT8);
   return 0;
 }
