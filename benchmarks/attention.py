@@ -31,12 +31,13 @@ import kernels
 from bsfa_kernel import Geometry
 from harness import ROOT, Budget, Record, Results, Timer, clocks, environment, progress
 from inputs import Problem, Shape
+from kernels import EXACT, Mode
 
 DENSE = "dense"  # instead of a sparsity: thresholds of -inf
 
 # How far an output may be from the float32 reference, as |difference| / |reference|. Rounding the
 # probabilities and the output to the element type gives about a third of it.
-_ERROR_LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+ERROR_LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 _CHECKED_SEQLEN = 1000  # no multiple of any block
 _CHECKED_SPARSITY = 0.5
 
@@ -69,6 +70,7 @@ class Sweep:
     geometries: tuple[Geometry, ...] = _BOTH
     rules: tuple[str, ...] = ("absolute",)
     inputs: tuple[str, ...] = ("planted",)
+    modes: tuple[Mode, ...] = (EXACT,)
     kernels: tuple[str, ...] = kernels.NAMES
     causal: bool = True
 
@@ -79,6 +81,9 @@ _HOPPER = tuple(name for name in kernels.NAMES if name != "bsfa_sm80")
 _PEERS = ("bsfa_sm90", "fa3", "cudnn")
 _SKIPPING = ("0.5", "0.75", "0.9", "0.95")
 _AMPERE = tuple(name for name in kernels.NAMES if name != "bsfa_sm90")
+_DEFAULT_RULE = ("peak_lse",)
+# Exact in one kernel; then in two steps, in 8 bits, by every row, by one in two and one in four.
+_EVERY_MODE = (EXACT, *(Mode("int8", voters) for voters in bsfa_kernel.VOTERS))
 
 # In each, the most important comes first, so that a budget cuts the rest.
 PRESETS: dict[str, tuple[Sweep, ...]] = {
@@ -113,18 +118,27 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
         Sweep(
             _LONG[:1],
             _SKIPPING,
-            rules=("running_lse",),
-            inputs=("irregular", "planted"),
+            rules=_DEFAULT_RULE,
+            inputs=("irregular",),
+            modes=_EVERY_MODE,
+            kernels=_PEERS,
+            geometries=_BOTH[1:],
+        ),
+        Sweep(
+            _LONG[1:],
+            _SKIPPING,
+            rules=_DEFAULT_RULE,
+            inputs=("irregular",),
+            modes=_EVERY_MODE,
             kernels=_PEERS,
             geometries=_BOTH[1:],
         ),
         Sweep(_LONG[:1], (DENSE, "0", *_SKIPPING), kernels=_PEERS, geometries=_BOTH[:1]),
         Sweep(_LONG[:1], _SKIPPING, inputs=("irregular",), kernels=_PEERS, geometries=_BOTH[:1]),
         Sweep(
-            _LONG[1:],
+            _LONG[:1],
             _SKIPPING,
-            rules=("running_lse",),
-            inputs=("irregular",),
+            rules=_DEFAULT_RULE,
             kernels=_PEERS,
             geometries=_BOTH[1:],
         ),
@@ -139,8 +153,9 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             _LONG[:1],
             (DENSE, *_SKIPPING),
             dtypes=(_FP16,),
-            rules=("running_lse",),
+            rules=_DEFAULT_RULE,
             inputs=("irregular",),
+            modes=_EVERY_MODE,
             kernels=_PEERS,
             geometries=_BOTH[1:],
         ),
@@ -148,8 +163,9 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             _LONG[:1],
             (DENSE, *_SKIPPING),
             head_dims=(64,),
-            rules=("running_lse",),
+            rules=_DEFAULT_RULE,
             inputs=("irregular",),
+            modes=_EVERY_MODE,
             kernels=_PEERS,
             geometries=_BOTH[1:],
         ),
@@ -159,7 +175,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             head_dims=(64,),
             heads=(9,),
             kv_heads=(3,),
-            rules=("running_lse",),
+            rules=_DEFAULT_RULE,
             inputs=("irregular",),
             kernels=(*_PEERS, "fa2"),
             geometries=_BOTH[1:],
@@ -169,8 +185,14 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
         Sweep(tuple(n * _K for n in (2, 4, 8, 16, 32, 64, 128)), (*_SPARSITIES, "1")),
         Sweep((64 * _K,), _SPARSITIES, (_BF16, _FP16), (64, 128)),
         Sweep((64 * _K,), (DENSE, "0.5", "0.9"), kv_heads=(32, 8, 4, 1), geometries=_BOTH[:1]),
-        Sweep((64 * _K,), (DENSE, "0.5", "0.9"), rules=("running_max", "running_lse")),
-        Sweep((64 * _K,), ("0.5", "0.75", "0.9"), rules=bsfa_kernel.RULES, inputs=("irregular",)),
+        Sweep((64 * _K,), (DENSE, "0.5", "0.9"), rules=bsfa_kernel.RULES[1:]),
+        Sweep(
+            (64 * _K,),
+            ("0.5", "0.75", "0.9"),
+            rules=bsfa_kernel.RULES,
+            inputs=("irregular",),
+            modes=_EVERY_MODE,
+        ),
         Sweep(
             (16 * _K,), (DENSE, "0.5", "0.9"), batches=(1, 4), heads=(8, 32), geometries=_BOTH[:1]
         ),
@@ -193,6 +215,7 @@ class Case:
     rule: str
     geometries: tuple[Geometry, ...]
     kernels: tuple[str, ...]
+    modes: tuple[Mode, ...] = (EXACT,)
 
     def __str__(self) -> str:
         shape = self.shape
@@ -200,8 +223,13 @@ class Case:
             f"{shape.seqlen} tokens, {shape.dtype_name}, head_dim {shape.head_dim}, "
             f"{shape.heads}/{shape.kv_heads} heads, batch {shape.batch}, {self.rule}, "
             f"{' and '.join(map(str, self.geometries))} blocks, "
-            f"{self.inputs}, {self.asked}"
+            f"{self.inputs}, {' '.join(map(str, self.modes))}, {self.asked}"
         )
+
+    @property
+    def voters(self) -> tuple[int, ...]:
+        """Numbers of voters that thresholds are needed for."""
+        return tuple(dict.fromkeys(mode.voters for mode in self.modes))
 
     @property
     def model_file(self) -> Path | None:
@@ -219,7 +247,7 @@ class Case:
             ours = name.startswith("bsfa")
             seconds = self.shape.flops / rate / 1e12 * (1 - share / 2 if ours else 1)
             total += (4 * seconds + max(timer_seconds, least * seconds)) * (
-                len(self.geometries) if ours else 1
+                len(self.geometries) * len(self.modes) if ours else 1
             )
         return total
 
@@ -245,7 +273,9 @@ def cases(sweeps: tuple[Sweep, ...]) -> Iterator[Case]:
             # Irregular inputs are made for one geometry.
             groups = [(g,) for g in sweep.geometries] if kind == "irregular" else [sweep.geometries]
             for geometries in groups:
-                case = Case(shape, kind, asked, rule, geometries, sweep.kernels)
+                # Where everything is kept there is nothing to select.
+                modes = (EXACT,) if asked == DENSE else sweep.modes
+                case = Case(shape, kind, asked, rule, geometries, sweep.kernels, modes)
                 if case not in seen:
                     seen.add(case)
                     yield case
@@ -254,7 +284,7 @@ def cases(sweeps: tuple[Sweep, ...]) -> Iterator[Case]:
 def make(case: Case, device: torch.device, *, seed: int) -> Problem:
     """The inputs of a case, with thresholds."""
     asked = None if case.asked == DENSE else float(case.asked)
-    options: dict[str, Any] = {"rule": case.rule}
+    options: dict[str, Any] = {"rule": case.rule, "voters": case.voters}
     if case.model_file is not None:
         problem = inputs.from_model(
             case.model_file,
@@ -274,7 +304,8 @@ def make(case: Case, device: torch.device, *, seed: int) -> Problem:
             case.shape, asked or 0.0, device, geometries=case.geometries, seed=seed, **options
         )
     if asked is None:
-        problem.thresholds = {g: inputs.keep_everything(problem) for g in case.geometries}
+        keys = itertools.product(case.geometries, case.voters)
+        problem.thresholds = dict.fromkeys(keys, inputs.keep_everything(problem))
         problem.same_as_dense = True
     return problem
 
@@ -300,15 +331,13 @@ class Checks:
         )
 
     def ours(
-        self, kernel: kernels.Bsfa, shape: Shape, kind: str, rule: str, geometry: Geometry
+        self, kernel: kernels.Bsfa, case: Case, geometry: Geometry, mode: Mode
     ) -> tuple[float | None, str]:
         """The error of a kernel of this project, and why it must not be timed ("" if it may)."""
-        kind = kind if kind == "irregular" else "planted"
-        small = self._small(shape)
-        return self._once(
-            (kernel.name, small, kind, rule, geometry),
-            lambda: self._check_ours(kernel, small, kind, rule, geometry),
-        )
+        kind = case.inputs if case.inputs == "irregular" else "planted"
+        sparsity = str(_CHECKED_SPARSITY)
+        small = Case(self._small(case.shape), kind, sparsity, case.rule, (geometry,), (), (mode,))
+        return self._once((kernel.name, small), lambda: self._check_ours(kernel, small))
 
     def _once(
         self, key: tuple[object, ...], check: Callable[[], tuple[float | None, str]]
@@ -330,34 +359,37 @@ class Checks:
         expected = _reference(problem, inputs.keep_everything(problem), _BOTH[0])
         return _verdict(error(out, expected.out), dtype)
 
-    def _check_ours(
-        self, kernel: kernels.Bsfa, shape: Shape, kind: str, rule: str, geometry: Geometry
-    ) -> tuple[float | None, str]:
-        case = Case(shape, kind, str(_CHECKED_SPARSITY), rule, (geometry,), ())
+    def _check_ours(self, kernel: kernels.Bsfa, case: Case) -> tuple[float | None, str]:
         problem = make(case, self.device, seed=self.seed)
-        thresholds = problem.thresholds[geometry]
-        call, kept = kernel.prepare(problem, thresholds, geometry)
-        expected = _reference(problem, thresholds, geometry)
+        (geometry,), (mode,) = case.geometries, case.modes
+        call, kept = kernel.prepare(problem, geometry, mode)
+        thresholds = problem.thresholds[geometry, mode.voters]
+        expected = _reference(problem, thresholds, geometry, mode)
         # Planted blocks are far from their thresholds; an irregular one may be a tie in a rare
         # case.
         flips = float((kept != expected.kept).float().mean())
-        if flips > (0.0 if kind == "planted" else 0.01):
+        if flips > (0.0 if case.inputs == "planted" else 0.01):
             return None, f"{flips:.1%} of the query blocks keep other blocks than the reference"
-        return _verdict(error(call(), expected.out), shape.dtype)
+        return _verdict(error(call(), expected.out), case.shape.dtype)
 
 
-def _reference(problem: Problem, thresholds: Tensor, geometry: Geometry) -> Any:
+def _reference(problem: Problem, thresholds: Tensor, geometry: Geometry, mode: Mode = EXACT) -> Any:
+    """What the reference computes in float32, in the two steps of a call."""
     q, k, v = problem.q.float(), problem.k.float(), problem.v.float()
-    options: dict[str, Any] = {
-        "causal": problem.shape.causal,
-        "rule": problem.rule,
-        "geometry": geometry,
-    }
-    return bsfa_kernel.reference.attention(q, k, v, thresholds, **options)
+    options: dict[str, Any] = {"causal": problem.shape.causal, "geometry": geometry}
+    chosen = bsfa_kernel.reference.select_blocks(
+        *(q, k, thresholds),
+        rule=problem.rule,
+        voters=mode.voters,
+        precision=mode.selection,
+        **options,
+    )
+    block_mask = bsfa_kernel.pack_blocks(chosen.mask)
+    return bsfa_kernel.reference.attend_blocks(q, k, v, block_mask, **options)
 
 
 def _verdict(measured: float, dtype: torch.dtype) -> tuple[float | None, str]:
-    limit = _ERROR_LIMIT[dtype]
+    limit = ERROR_LIMIT[dtype]
     if measured <= limit:  # false for NaN
         return measured, ""
     return measured, f"its error is {measured:.2e}, more than {limit:.0e}"
@@ -372,7 +404,12 @@ class Entry:
     error: float | None
     sparsity: float = 0.0
     geometry: Geometry | None = None
+    mode: Mode | None = None
     note: str = ""
+
+    def __str__(self) -> str:
+        parts = (self.kernel, self.geometry, self.mode if self.mode != EXACT else None)
+        return " ".join(str(part) for part in parts if part is not None)
 
 
 class Benchmark:
@@ -396,12 +433,12 @@ class Benchmark:
         case = replace(case, shape=problem.shape)
         dense = self._dense_entries(case, problem)
         ours = self._our_entries(case, problem, dense)
-        entries = {f"{e.kernel} {e.geometry or ''}".strip(): e for e in (*dense, *ours)}
+        entries = {str(entry): entry for entry in (*dense, *ours)}
         before = clocks(self.device)
         measured = self.timer.measure({name: entry.call for name, entry in entries.items()})
         after = clocks(self.device)
         for name, reason in measured.failures.items():
-            self._reject(entries[name].kernel, case, reason)
+            self._reject(name, case, reason)
         baselines = {
             entries[name].kernel: timing.median
             for name, timing in measured.timings.items()
@@ -414,7 +451,7 @@ class Benchmark:
             self.results.append(record)
             self.records.append(record)
             ratios = ", ".join(f"{v:.2f}x {k}" for k, v in record["speedup"].items())
-            progress(f"  {name:22} {timing.median:9.3f} ms  s={entry.sparsity:.3f}  {ratios}")
+            progress(f"  {name:30} {timing.median:9.3f} ms  s={entry.sparsity:.3f}  {ratios}")
 
     def _dense_entries(self, case: Case, problem: Problem) -> list[Entry]:
         entries = []
@@ -439,26 +476,25 @@ class Benchmark:
         for kernel in kernels.OURS if self._cuda else (kernels.Bsfa(0),):
             if self._cuda and kernel.name not in case.kernels:
                 continue
-            if reason := kernel.available(case.shape, self.device):
-                self._reject(kernel.name, case, reason)
-                continue
-            for geometry in case.geometries:
-                error, reason = self.checks.ours(
-                    kernel, case.shape, case.inputs, case.rule, geometry
-                )
+            for geometry, mode in itertools.product(case.geometries, case.modes):
+                name = kernel.name if mode == EXACT else f"{kernel.name} {mode}"
+                if reason := kernel.available(case.shape, self.device, mode.selection):
+                    self._reject(name, case, reason)
+                    continue
+                error, reason = self.checks.ours(kernel, case, geometry, mode)
                 if reason:
-                    self._reject(kernel.name, case, reason)
+                    self._reject(name, case, reason)
                     continue
                 try:
-                    call, kept = kernel.prepare(problem, problem.thresholds[geometry], geometry)
+                    call, kept = kernel.prepare(problem, geometry, mode)
                     reason = self._compare(call(), expected)
                 except (RuntimeError, NotImplementedError) as failure:
                     reason = " ".join(str(failure).split())[:300]
                 if reason:
-                    self._reject(kernel.name, case, reason)
+                    self._reject(name, case, reason)
                     continue
                 sparsity = inputs.measured_sparsity(kept, case.shape, geometry)
-                entries.append(Entry(kernel.name, call, error, sparsity, geometry))
+                entries.append(Entry(kernel.name, call, error, sparsity, geometry, mode))
         if entries and problem.same_as_dense and problem.rule == "absolute" and self._cuda:
             entries += self._flashinfer(case, problem, entries[0].sparsity, expected)
         return entries
@@ -489,7 +525,7 @@ class Benchmark:
         if expected is None:
             return ""
         difference = error(out, expected)
-        limit = 2 * max(_ERROR_LIMIT.values())
+        limit = 2 * max(ERROR_LIMIT.values())
         if difference <= limit:
             return ""
         return f"at this size its output is {difference:.2e} from a dense kernel's"
@@ -508,7 +544,6 @@ class Benchmark:
         baselines: dict[str, float],
     ) -> Record:
         shape = case.shape
-        share = 1.0 - entry.sparsity / 2  # of a dense kernel's products, one of the two is left out
         tflops = shape.flops / timing["ms"] / 1e9
         ours = entry.kernel.startswith("bsfa")
         return {
@@ -528,9 +563,9 @@ class Benchmark:
             "sparsity": entry.sparsity,
             "rule": case.rule if ours else None,
             "geometry": str(entry.geometry) if entry.geometry else None,
+            **(entry.mode._asdict() if entry.mode else {}),
             **timing,
             "tflops": tflops,
-            "tflops_executed": tflops * share,
             "speedup": {
                 name: ms / timing["ms"] for name, ms in baselines.items() if name != entry.kernel
             },
@@ -601,6 +636,7 @@ def parser() -> argparse.ArgumentParser:
         "--rules", type=list_of(one_of(bsfa_kernel.RULES)), help=f"of {','.join(bsfa_kernel.RULES)}"
     )
     add("--inputs", type=list_of(str), help="of planted,irregular and files of inputs.py")
+    add("--modes", type=list_of(Mode.parse), help="of exact,int8,int8:2,int8:4 (:VOTERS)")
     add("--kernels", type=list_of(one_of(kernels.NAMES)), help=f"of {','.join(kernels.NAMES)}")
     add("--device", default="cuda", help="cuda, cuda:1, ..., or cpu for a self-test")
     add("--seed", type=int, default=0)

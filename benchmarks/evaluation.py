@@ -17,7 +17,7 @@ import argparse
 import json
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -52,6 +52,7 @@ def condense(content: Mapping[str, Any], *, date: str, command: str) -> list[Rec
             raise ValueError(f"{task} at {seqlen} tokens must have been run dense, too")
         for name, records in by_configuration.items():
             about = header["configurations"][name]
+            options = about["options"]
             figures = (
                 _text(records, by_configuration["dense"]) if task == "text" else _needles(records)
             )
@@ -75,12 +76,24 @@ def condense(content: Mapping[str, Any], *, date: str, command: str) -> list[Rec
                     "seqlen": seqlen,
                     "keys": keys,
                     "method": about["kind"],
+                    # Files of before tables were described say it of scalars alone.
+                    "rule": about.get("rule", options.get("rule", "")),
                     "geometry": about["geometry"],
-                    "options": about["options"],
+                    "voters": about.get("voters", int(options.get("voters", 1))),
+                    "options": options,
+                    "sparse_calls_by_selection": _selected(records),
                     **figures,
                 }
             )
     return found
+
+
+def _selected(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Calls by the scores that blocks were chosen from; empty where nothing chooses blocks."""
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.get("sparse_calls_by_selection", {}))
+    return dict(total)
 
 
 def _text(records: Iterable[Mapping[str, Any]], dense: Iterable[Mapping[str, Any]]) -> Record:

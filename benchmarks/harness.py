@@ -50,6 +50,23 @@ _COMMON: dict[str, tuple[type, ...]] = {
     "sources": (str,),
 }
 
+_STEP: dict[str, tuple[type, ...]] = {
+    "kernel": (str,),
+    "dtype": (str,),
+    "head_dim": (int,),
+    "heads": (int,),
+    "kv_heads": (int,),
+    "batch": (int,),
+    "seqlen": (int,),
+    "causal": (bool,),
+    "geometry": (str,),
+    "ms": _NUMBER,
+    "tflops": _NUMBER,
+    "repetitions": (int,),
+    "of_dense": (dict,),
+    "rate": (dict,),
+}
+
 # The fields that a record must have, by its kind, with their types. More are welcome.
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "attention": {
@@ -72,6 +89,14 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "repetitions": (int,),
         "speedup": (dict,),
     },
+    "select_blocks": {
+        **_COMMON,
+        **_STEP,
+        "rule": (str,),
+        "precision": (str,),
+        "voters": (int,),
+    },
+    "attend_blocks": {**_COMMON, **_STEP, "asked": (str,), "kept": _NUMBER},
     "prefill": {
         **_COMMON,
         "implementation": (str,),
@@ -111,6 +136,20 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "nll_change": (list,),
     },
     "thresholds_study_summary": {**_COMMON, "compared": (dict,)},
+    "selection_study": {
+        **_COMMON,
+        "model": (str,),
+        "seqlen": (int,),
+        "contexts": (list,),
+        "rule": (str,),
+        "geometry": (str,),
+        "voters": (int,),
+        "asked": _NUMBER,
+        "peak_error": (dict,),
+        "flips": _NUMBER,
+        "sparsity": (dict,),
+        "kl": (dict,),
+    },
     "evaluation": {
         **_COMMON,
         "model": (str,),
@@ -118,7 +157,9 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "seqlen": (int,),
         "keys": (int,),
         "method": (str,),
+        "rule": (str,),
         "geometry": (str,),
+        "voters": (int,),
         "options": (dict,),
         "contexts": (list,),
         "sparsity": (list,),

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ PLANTED_BLOCK = 128
 _PLANTED_KEY = -16.0
 # by how much planting lowers a scaled score: far more than normal scores differ
 PLANTED_SHIFT = 32.0
-_PLANTED_THRESHOLDS = {"absolute": -16.0, "running_max": -10.0, "running_lse": -16.0}
+_PLANTED_THRESHOLDS = {"absolute": -16.0, "running_max": -10.0, "peak_lse": -16.0}
 # The relative rules keep all that comes before a row's first high block, so a query block's own
 # keys must be high even where their block is low for others: block j is low for all query blocks
 # but those congruent to j.
@@ -107,8 +108,8 @@ class Problem:
     """[batch, seqlen, kv_heads, head_dim]."""
     v: Tensor
     """As k."""
-    thresholds: dict[Geometry, Tensor] = field(default_factory=dict)
-    """float32 [heads, rows] for each geometry."""
+    thresholds: dict[tuple[Geometry, int], Tensor] = field(default_factory=dict)
+    """float32 [heads, rows] for each geometry and number of voters."""
     same_as_dense: bool = False
     """Whether the skipped blocks weigh nothing, so that a dense kernel's output is the same."""
     source: str = ""
@@ -147,6 +148,7 @@ def planted(
     *,
     rule: str = "absolute",
     geometries: tuple[Geometry, ...] = bsfa_kernel.GEOMETRIES,
+    voters: tuple[int, ...] = (1,),
     seed: int = 0,
 ) -> Problem:
     """Inputs in which whole 128-key blocks of k are low.
@@ -162,6 +164,7 @@ def planted(
         device: where to make it.
         rule: one of ``bsfa_kernel.RULES``; the relative ones need 24 dimensions instead of one.
         geometries: blocks to give thresholds for.
+        voters: numbers of voters to give thresholds for.
         seed: of the random numbers.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -182,8 +185,9 @@ def planted(
 
     value = _PLANTED_THRESHOLDS[rule]
     thresholds = torch.full((shape.heads, 1), value, dtype=torch.float32, device=device)
+    keys = itertools.product(geometries, voters)
     return Problem(
-        shape, "planted", rule, q, k, v, dict.fromkeys(geometries, thresholds), same_as_dense=True
+        shape, "planted", rule, q, k, v, dict.fromkeys(keys, thresholds), same_as_dense=True
     )
 
 
@@ -212,6 +216,7 @@ def irregular(
     *,
     geometry: Geometry,
     rule: str = "absolute",
+    voters: tuple[int, ...] = (1,),
     seed: int = 0,
 ) -> Problem:
     """Inputs in which each block is kept or skipped at random.
@@ -225,9 +230,29 @@ def irregular(
         sparsity: share of the visible blocks of each query block to skip.
         device: where to make it.
         geometry: of the blocks.
-        rule: one of ``bsfa_kernel.RULES``; with the relative ones the share is met head by head.
+        rule: one of ``bsfa_kernel.RULES``.
+        voters: numbers of voters to give thresholds for.
         seed: of the random numbers.
     """
+    q, k, v, maxima = _irregular(shape, geometry, rule, voters, device, seed)
+    problem = Problem(shape, "irregular", rule, q, k, v)
+    for each, values in maxima.items():
+        found = quantile_thresholds(values, shape, sparsity, geometry)
+        problem.thresholds[geometry, each] = found
+    return problem
+
+
+# Cases that follow each other differ in their sparsity alone.
+@functools.lru_cache(maxsize=1)
+def _irregular(
+    shape: Shape,
+    geometry: Geometry,
+    rule: str,
+    voters: tuple[int, ...],
+    device: torch.device,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
+    """Irregular q, k and v, and the block maxima over the rows that vote, by voters."""
     generator = torch.Generator(device).manual_seed(seed)
     q, k, v = _normal(shape, generator)
     height = (_CODE_DEVIATION / (shape.scale * math.sqrt(_CODE_DIMS))) ** 0.5
@@ -241,9 +266,7 @@ def irregular(
         )
         codes = ((2 * signs - 1) * height).to(shape.dtype)
         tensor[..., :_CODE_DIMS] = codes.repeat_interleave(size, dim=1)[:, : shape.seqlen]
-    problem = Problem(shape, "irregular", rule, q, k, v)
-    problem.thresholds[geometry] = thresholds_for(problem, sparsity, geometry)
-    return problem
+    return q, k, v, {each: voting_maxima(q, k, shape, rule, geometry, each) for each in voters}
 
 
 def from_model(
@@ -254,6 +277,7 @@ def from_model(
     dtype: torch.dtype,
     rule: str = "absolute",
     geometries: tuple[Geometry, ...] = bsfa_kernel.GEOMETRIES,
+    voters: tuple[int, ...] = (1,),
 ) -> Problem:
     """Inputs captured from a real model, with thresholds for a share of their own blocks.
 
@@ -264,6 +288,7 @@ def from_model(
         dtype: of the tensors.
         rule: one of ``bsfa_kernel.RULES``.
         geometries: blocks to give thresholds for.
+        voters: numbers of voters to give thresholds for.
     """
     from safetensors import safe_open
 
@@ -273,29 +298,43 @@ def from_model(
     shape = Shape(q.shape[1], q.shape[2], k.shape[2], q.shape[3], q.shape[0], True, dtype)
     problem = Problem(shape, "model", rule, q, k, v, source=metadata.get("source", path.name))
     if sparsity is not None:
-        for geometry in geometries:
-            problem.thresholds[geometry] = thresholds_for(problem, sparsity, geometry)
+        for geometry, each in itertools.product(geometries, voters):
+            maxima = voting_maxima(q, k, shape, rule, geometry, each)
+            found = quantile_thresholds(maxima, shape, sparsity, geometry)
+            problem.thresholds[geometry, each] = found
     return problem
 
 
-def thresholds_for(problem: Problem, sparsity: float, geometry: Geometry) -> Tensor:
-    """Thresholds with which a share of the visible blocks is skipped: float32 [heads, rows]."""
-    if problem.rule == "absolute":
-        return quantile_thresholds(problem, sparsity, geometry)
-    return search_thresholds(problem, sparsity, geometry)
+def voting_maxima(
+    q: Tensor, k: Tensor, shape: Shape, rule: str, geometry: Geometry, voters: int
+) -> Tensor:
+    """What is compared with thresholds, over the rows that vote.
+
+    Returns:
+        float32 [batch, heads, q_blocks, k_blocks].
+    """
+    options: dict[str, Any] = {"causal": shape.causal, "rule": rule, "geometry": geometry}
+    if voters == 1:
+        return bsfa_kernel.block_maxima(q, k, **options)
+    options |= {"voters": voters, "compute_dtype": torch.float32}
+    return reference.block_maxima(q, k, **options)
 
 
-def quantile_thresholds(problem: Problem, sparsity: float, geometry: Geometry) -> Tensor:
+def quantile_thresholds(
+    maxima: Tensor, shape: Shape, sparsity: float, geometry: Geometry
+) -> Tensor:
     """For each head and query block, the threshold below which the share of the blocks lies.
+
+    Args:
+        maxima: [batch, heads, q_blocks, k_blocks], what is compared with the thresholds.
+        shape: of the inputs.
+        sparsity: share of the visible blocks to skip.
+        geometry: of the blocks.
 
     Returns:
         float32 [heads, q_blocks], halfway between the largest maximum skipped and the smallest
         kept.
     """
-    shape = problem.shape
-    maxima = bsfa_kernel.block_maxima(
-        problem.q, problem.k, causal=shape.causal, geometry=geometry
-    )  # [batch, heads, q_blocks, k_blocks]
     options: dict[str, Any] = {"causal": shape.causal, "geometry": geometry}
     visible = reference.visible_blocks(shape.seqlen, shape.seqlen, **options)
     forced = reference.forced_blocks(shape.seqlen, shape.seqlen, **options)
@@ -314,41 +353,6 @@ def quantile_thresholds(problem: Problem, sparsity: float, geometry: Geometry) -
         below, above = (values.gather(1, skipped[:, None] + i).squeeze(1) for i in (0, 1))
         thresholds[head] = torch.where(above.isinf(), below + 1.0, (below + above) / 2)
     return thresholds
-
-
-def search_thresholds(
-    problem: Problem,
-    sparsity: float,
-    geometry: Geometry,
-    *,
-    steps: int = 14,
-    between: tuple[float, float] = (-40.0, 20.0),
-) -> Tensor:
-    """One scalar a head that skips about the share of its blocks, by bisection on what is kept.
-
-    Returns:
-        float32 [heads, 1].
-    """
-    shape = problem.shape
-    device = problem.q.device
-    visible = shape.blocks(geometry)[0] * shape.batch
-    low = torch.full((shape.heads,), between[0], dtype=torch.float32, device=device)
-    high = torch.full_like(low, between[1])
-    for _ in range(steps):
-        middle = (low + high) / 2
-        _, kept = bsfa_kernel.block_sparse_attention(
-            problem.q,
-            problem.k,
-            problem.v,
-            middle[:, None],
-            causal=shape.causal,
-            rule=problem.rule,
-            geometry=geometry,
-            return_kept=True,
-        )
-        too_few = 1.0 - kept.sum((0, 2)) / visible < sparsity
-        low, high = torch.where(too_few, middle, low), torch.where(too_few, high, middle)
-    return high[:, None]
 
 
 def _normal(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

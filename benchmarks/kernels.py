@@ -8,7 +8,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,41 @@ from bsfa_kernel import Geometry, _native
 from inputs import Problem, Shape
 
 Call = Callable[[], Tensor]
+
+
+class Mode(NamedTuple):
+    """How blocks are chosen.
+
+    Attributes:
+        selection: "exact" or "int8": from what scores.
+        voters: one query row in 1, 2 or 4 votes.
+    """
+
+    selection: str = "exact"
+    voters: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Mode:
+        """Read what ``str()`` writes: int8, or int8:4.
+
+        Raises:
+            ValueError: there is no such mode.
+        """
+        selection, _, voters = text.partition(":")
+        mode = cls(selection, int(voters or 1))
+        if selection not in bsfa_kernel.PRECISIONS or mode.voters not in bsfa_kernel.VOTERS:
+            raise ValueError(
+                f"a mode is one of {', '.join(bsfa_kernel.PRECISIONS)}, and where not every row "
+                f"votes :VOTERS of {bsfa_kernel.VOTERS}, got {text!r}"
+            )
+        return mode
+
+    def __str__(self) -> str:
+        return self.selection if self.voters == 1 else f"{self.selection}:{self.voters}"
+
+
+EXACT = Mode()
+"""By exact scores of every row, in one kernel with attention."""
 
 
 class Kernel(Protocol):
@@ -216,8 +251,13 @@ class Bsfa:
         """As in a record."""
         return f"bsfa_sm{self.arch}" if self.arch else "bsfa_reference"
 
-    def available(self, shape: Shape, device: torch.device) -> str | None:
+    def available(self, shape: Shape, device: torch.device, selection: str = "exact") -> str | None:
         """What the native library was built for, and the device can run."""
+        needed = {"forward"} if selection == "exact" else {"select_blocks", "attend_blocks"}
+        return self.lacks(needed, shape, device)
+
+    def lacks(self, needed: set[str], shape: Shape, device: torch.device) -> str | None:
+        """Why kernels of these names cannot run here; None where all can."""
         if not self.arch:
             return None if device.type == "cpu" else "the reference back end is not for timing"
         if reason := _needs_cuda(device):
@@ -228,28 +268,25 @@ class Bsfa:
         capability = 10 * torch.cuda.get_device_capability(device)[0]
         if self.arch == 90 and capability != 90:
             return "sm_90a code runs on compute capability 9.0 only"
-        fitting = [
-            kernel
-            for kernel in info.kernels
-            if kernel.name == "forward"
-            and (kernel.arch, kernel.dtype, kernel.head_dim)
-            == (self.arch, shape.dtype_name, shape.head_dim)
-        ]
-        if not fitting:
+        wanted = (self.arch, shape.dtype_name, shape.head_dim)
+        there = {k.name for k in info.kernels if (k.arch, k.dtype, k.head_dim) == wanted}
+        if missing := needed - there:
             return (
-                f"the library has no sm_{self.arch} kernel for {shape.dtype_name}, "
-                f"head_dim {shape.head_dim}"
+                f"the library has no sm_{self.arch} kernel {', '.join(sorted(missing))} for "
+                f"{shape.dtype_name}, head_dim {shape.head_dim}"
             )
         return None
 
     def prepare(
-        self, problem: Problem, thresholds: Tensor, geometry: Geometry
+        self, problem: Problem, geometry: Geometry, mode: Mode = EXACT
     ) -> tuple[Call, Tensor]:
         """The call, and the blocks that it keeps: int32 [batch, heads, q_blocks]."""
+        thresholds = problem.thresholds[geometry, mode.voters]
         options: dict[str, Any] = {
             "causal": problem.shape.causal,
             "rule": problem.rule,
             "geometry": geometry,
+            **mode._asdict(),
         }
         q, k, v = problem.q, problem.k, problem.v
 

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     q, k = (torch.randn(1, 64, heads, 64, device=device, dtype=torch.bfloat16) for heads in (2, 2))
     thresholds = torch.zeros((2, 1), device=device)
     operator: Callable[..., Any] = torch.ops.bsfa.forward.default
-    options = (None, None, True, None, "absolute", 128, 64, False, False)
+    options = (None, None, True, None, "absolute", 128, 64, 1, False, False)
     found: dict[str, float] = {}
 
     def measure(name: str, call: Callable[[], Any]) -> None:

@@ -12,7 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 import report
+from bsfa_calib.point import AXES
+from bsfa_kernel import VOTERS
 from harness import Record
+from report import DEFAULT
+from report import PAPER as PAPER_RULE
 from study.compare import (
     BLASST,
     BOOTSTRAPS,
@@ -37,10 +41,20 @@ _SPEED = """\
 ## Speed of the attention kernels
 
 Dense time of the peer over ours, in the same process, on the same inputs, in turns. Bold rows have
-the default rule and geometry, those in italics the paper's. The first row is the FLOP limit: with
-exact scores and a share s skipped, 1 / (1 - s/2), at the peer's own rate. `dense` has thresholds of
--inf; `0` has finite thresholds that skip nothing. Irregular patterns draw every block on its own,
-planted ones are the same for all heads ([inputs](../benchmarks/README.md#inputs)).
+the default rule and geometry, those in italics the paper's. Blocks are chosen from 16-bit scores in
+one kernel with attention, or from 8-bit scores in a step before it, rounding included; all rows
+vote, or one in v. The FLOP limits are what operations allow at the peer's own rate where a share s
+is skipped: 1 / (1 - s/2), and 1 / (1 - s + 1/(4v)). `dense` has thresholds of -inf; `0` has finite
+thresholds that skip nothing. Irregular patterns draw every block on its own, planted ones are the
+same for all heads ([inputs](../benchmarks/README.md#inputs)).
+"""
+
+_STEPS = """\
+## The two steps alone
+
+`select_blocks` chooses blocks on irregular inputs; its operations are the scores of the rows that
+vote. `attend_blocks` attends to random masks; its operations are those of the blocks kept. The
+dense kernel runs in the same process, on the same inputs, in turns.
 """
 
 _STUDY = """\
@@ -50,6 +64,13 @@ Share of the blocks skipped where the KL divergence of the next-token distributi
 attention is 0.01 and 0.03 nats, and how much more that is than with the paper's rule and with one
 scalar under running_max (BLASST's rule). Brackets: 95 % intervals from a bootstrap over contexts.
 Between measured points the logarithm of the divergence is linear in the sparsity.
+"""
+
+_SELECTION = """\
+## What a selection in 8 bits changes
+
+At equal thresholds, one scalar for the model. Differing verdicts are a share of those on unforced
+blocks, on the queries and keys of the dense model. KL is the divergence from dense, in nats.
 """
 
 _TEXT = """\
@@ -66,16 +87,31 @@ A hit is the exact number of seven digits, asked for among one or four keys at s
 hits are those on the same contexts. Brackets: 95 % intervals from a bootstrap over contexts.
 """
 
-# What the study calls its candidates, in the order of the rows. Tables go by their file's name.
-_CANDIDATES = {
-    "4k-learned-64x64": "**running_lse, learned, 64x64 (default)**",
-    "running_lse learned 64x64": "**running_lse, learned, 64x64 (default)**",
-    "running_lse scalar 64x64": "running_lse, one scalar, 64x64",
-    "running_lse learned 128x64": "running_lse, learned, 128x64",
-    "running_lse scalar 128x64": "running_lse, one scalar, 128x64",
-    BLASST: "running_max, one scalar, 128x64 (BLASST's rule)",
-    PAPER: "*absolute, k blocks, 128x64 (the paper's)*",
-}
+
+def _candidates() -> dict[str, str]:
+    """What rows call the study's candidates, in their order. Tables go by their file's name."""
+    found = {}
+    for voters in VOTERS:
+        table, study, text = "", "", ""
+        if voters > 1:
+            table, study = f"-1in{voters}", f", 1 in {voters}"
+            text = f", one row in {voters} votes"
+        learned = f"peak_lse, learned, 64x64{text}"
+        learned = learned if voters > 1 else f"**{learned} (default)**"
+        for name in (f"4k-learned-64x64{table}", f"8k-learned-64x64{table}"):
+            found[name] = learned
+        found[f"peak_lse learned 64x64{study}"] = learned
+        found[f"peak_lse scalar 64x64{study}"] = f"peak_lse, one scalar, 64x64{text}"
+    return {
+        **found,
+        "peak_lse learned 128x64": "peak_lse, learned, 128x64",
+        "peak_lse scalar 128x64": "peak_lse, one scalar, 128x64",
+        BLASST: "running_max, one scalar, 128x64 (BLASST's rule)",
+        PAPER: "*absolute, k blocks, 128x64 (the paper's)*",
+    }
+
+
+_CANDIDATES = _candidates()
 
 
 def study_tables(records: Sequence[Record]) -> str:
@@ -134,25 +170,70 @@ class _Label(NamedTuple):
 def _label(record: Record) -> _Label:
     options, geometry = record["options"], record["geometry"]
     skipped = float(np.mean(record["sparsity"]))
-    if record["method"] == "dense":
+    method, rule = record["method"], record["rule"] or "unknown rule"
+    if method == "dense":
         return _Label(0, 0.0, "dense")
-    if record["method"] == "table" and "k" in options:
-        return _Label(5, skipped, f"*absolute, k = {options['k']}, {geometry} (the paper's)*")
-    if record["method"] == "table":
-        learned_at = Path(options["file"]).stem.split("-")[0].upper()
-        text = f"running_lse, learned at {learned_at}, {geometry}, {options['target_sparsity']}"
-        default = geometry == "64x64"
-        return _Label(1 if default else 2, skipped, f"**{text}**" if default else text)
-    if record["method"] == "scalar":
-        order = 3 if options["rule"] == "running_lse" else 4
-        return _Label(order, skipped, f"{options['rule']}, one scalar, {geometry}")
-    text = f"sliding window of {options['window']} keys and the first {options['sink']}"
-    return _Label(6, skipped, text)
+    if method == "sliding_window":
+        text = f"sliding window of {options['window']} keys"
+        sink = int(options.get("sink", 0))
+        return _Label(6, skipped, f"{text} and the first {sink}" if sink else text)
+    if method not in ("table", "scalar"):
+        text = ", ".join((method, *(f"{name} = {options[name]}" for name in sorted(options))))
+        return _Label(7, skipped, text)
+    blocks = geometry
+    if record["voters"] > 1:
+        blocks += f", 1 in {record['voters']}"
+    calls = record.get("sparse_calls_by_selection", {})
+    if calls.get("int8"):
+        blocks += ", 16 and 8 bits" if calls.get("exact") else ", 8 bits"
+    if method == "scalar":
+        order = 3 if rule == DEFAULT[0] else 4
+        return _Label(order, skipped, f"{rule}, one scalar, {blocks}")
+    named = options.get("point") or next(
+        f"{axis}={options[axis]}" for axis in AXES if axis in options
+    )
+    axis, _, value = named.partition("=")
+    if axis == "k":
+        text = f"{rule}, k = {value}, {blocks}"
+        is_paper = (rule, blocks) == PAPER_RULE
+        return _Label(5, skipped, f"*{text} (the paper's)*" if is_paper else text)
+    text = f"{rule}, {Path(options['file']).stem}, {blocks}, {axis} = {value}"
+    default = (rule, geometry, record["voters"]) == (*DEFAULT, 1)
+    return _Label(1 if default else 2, skipped, f"**{text}**" if default else text)
 
 
 def _method(record: Record) -> str:
     """What records of one configuration share."""
     return f"{record['method']} {record['geometry']} {sorted(record['options'].items())}"
+
+
+def selection_tables(records: Sequence[Record]) -> str:
+    """Markdown: what a selection in 8 bits changes, by length."""
+    chosen = [record for record in records if record["kind"] == "selection_study"]
+    parts = []
+    for group in report.grouped(chosen, ("gpu", "model", "dtype", "seqlen", "rule", "geometry")):
+        first = group[0]
+        error = first["peak_error"]
+        parts.append(
+            f"### {first['seqlen']} tokens, {len(first['contexts'])} contexts, {first['rule']}, "
+            f"{first['geometry']}{_where(first)}"
+        )
+        parts.append(
+            f"A peak is off by {error['rms']:.4f} nats (root mean square), 999 of 1000 by at most "
+            f"{error['p999']:.3f}, the largest by {error['largest']:.3f}."
+        )
+        header = ["rows that vote", "asked", "verdicts that differ"]
+        header += ["skipped, 16 bits", "8 bits", "KL, 16 bits", "KL, 8 bits"]
+        body = [
+            [
+                *(f"1 in {record['voters']}", f"{record['asked']:g}", f"{record['flips']:.3%}"),
+                *(f"{np.mean(record['sparsity'][name]):.4f}" for name in ("exact", "int8")),
+                *(f"{np.mean(record['kl'][name]):.5f}" for name in ("exact", "int8")),
+            ]
+            for record in sorted(group, key=lambda record: (record["voters"], record["asked"]))
+        ]
+        parts += [report.markdown_table(header, body), report.provenance(group)]
+    return "\n\n".join(parts)
 
 
 def text_tables(records: Sequence[Record]) -> str:
@@ -257,8 +338,10 @@ def text(records: Sequence[Record], pictures: Sequence[str] = ()) -> str:
     """
     sections = [
         (_SPEED, "attention-", report.attention_tables(records)),
+        (_STEPS, "", report.step_tables(records)),
         ("## Time to first token\n", "prefill-", report.prefill_tables(records)),
         (_STUDY, "accuracy-", study_tables(records)),
+        (_SELECTION, "", selection_tables(records)),
         (_TEXT, "", text_tables(records)),
         (_NEEDLES, "", needle_tables(records)),
         ("## Time of a calibration\n", "", report.calibration_tables(records)),

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import sys
 import time
@@ -41,7 +42,7 @@ from bsfa_calib.capture import calibrate
 from bsfa_kernel import Geometry
 from harness import ROOT, Budget, Record, Results, clocks, device_event, environment, progress
 from inputs import Shape
-from kernels import FlashAttention3
+from kernels import EXACT, FlashAttention3, Mode
 
 _FA3 = "bsfa_benchmark_fa3"
 
@@ -170,6 +171,7 @@ class Run:
     function: str
     rule: str | None = None
     geometry: Geometry | None = None
+    mode: Mode | None = None
     sparsity: float = 0.0
     times: list[float] = field(default_factory=list)
     attention: list[float] = field(default_factory=list)
@@ -213,6 +215,7 @@ class Benchmark:
                 "sparsity": run.sparsity,
                 "rule": run.rule,
                 "geometry": str(run.geometry) if run.geometry else None,
+                **(run.mode._asdict() if run.mode else {}),
                 "dtype": self.arguments.dtype,
                 "lean": self.arguments.lean,
                 "ms": ms,
@@ -243,20 +246,31 @@ class Benchmark:
             register_fa3()
             runs.append(Run("fa3", DENSE, lambda: self._dense(_FA3), _FA3))
         targets = [float(asked) for asked in self.arguments.sparsities if asked != DENSE]
-        for rule in self.arguments.rules:
-            for geometry in self.arguments.geometries:
-                progress(f"  calibrating {rule}, {geometry}")
-                table = calibrate(
-                    self.model, [ids], target_sparsities=targets, rule=rule, geometry=geometry
-                )
-                runs += [self._sparse_run(table, target, rule, geometry) for target in targets]
+        choices = itertools.product(self.arguments.rules, self.arguments.geometries)
+        for rule, geometry in choices:
+            tables: dict[int, Any] = {}
+            for mode in self.arguments.modes:
+                if mode.voters not in tables:
+                    progress(f"  calibrating {rule}, {geometry}, one row in {mode.voters} votes")
+                    tables[mode.voters] = calibrate(
+                        *(self.model, [ids]),
+                        target_sparsities=targets,
+                        rule=rule,
+                        geometry=geometry,
+                        voters=mode.voters,
+                    )
+                table = tables[mode.voters]
+                runs += [self._sparse_run(table, target, mode) for target in targets]
         return runs
 
-    def _sparse_run(self, table: Any, target: float, rule: str, geometry: Geometry) -> Run:
-        def switch() -> AbstractContextManager[Any]:
-            return bsfa_hf.enabled(self.model, table, target_sparsity=target, check_model=False)
+    def _sparse_run(self, table: Any, target: float, mode: Mode) -> Run:
+        options: dict[str, Any] = {"target_sparsity": target, "selection": mode.selection}
 
-        return Run("bsfa", f"{target:g}", switch, "bsfa", rule, geometry)
+        def switch() -> AbstractContextManager[Any]:
+            return bsfa_hf.enabled(self.model, table, check_model=False, **options)
+
+        geometry = Geometry(table.q_block, table.k_block)
+        return Run("bsfa", f"{target:g}", switch, "bsfa", table.rule, geometry, mode)
 
     @contextlib.contextmanager
     def _dense(self, implementation: str) -> Iterator[None]:
@@ -309,8 +323,14 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--seqlens", type=list_of(parse_length), default=(32768, 131072), help="such as 8K,128K")
     add("--sparsities", type=list_of(parse_sparsity), default=("0.5", "0.9"))
-    add("--rules", type=list_of(str), default=("absolute",))
-    add("--geometries", type=list_of(Geometry.parse), default=(bsfa_kernel.DEFAULT_GEOMETRY,))
+    add("--rules", type=list_of(str), default=("peak_lse",))
+    add("--geometries", type=list_of(Geometry.parse), default=(bsfa_kernel.GEOMETRIES[1],))
+    add(
+        "--modes",
+        type=list_of(Mode.parse),
+        default=(EXACT,),
+        help="of exact,int8,int8:2,int8:4 (:VOTERS)",
+    )
     add("--lean", action="store_true", help="fewer passes over memory outside of attention")
     add("--repetitions", type=int, default=3, help="of each prompt (default %(default)s)")
     add("--budget-seconds", type=float, help="start no further length after this time")

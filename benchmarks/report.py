@@ -44,24 +44,35 @@ _NAMES = {
 _SHAPE = ("gpu", "dtype", "head_dim", "heads", "kv_heads", "batch", "causal")
 _GROUP = (*_SHAPE, "inputs", "source")
 _KEYS = {
-    "attention": (*_GROUP, "kernel", "seqlen", "asked", "rule", "geometry"),
-    "prefill": ("gpu", "model", "implementation", "seqlen", "asked", "rule", "geometry"),
+    "attention": (
+        *(*_GROUP, "kernel", "seqlen", "asked", "rule", "geometry"),
+        *("selection", "voters"),
+    ),
+    "select_blocks": (*_SHAPE, "kernel", "seqlen", "rule", "geometry", "precision", "voters"),
+    "attend_blocks": (*_SHAPE, "kernel", "seqlen", "geometry", "asked"),
+    "prefill": (
+        *("gpu", "model", "implementation", "seqlen", "asked", "rule", "geometry"),
+        *("selection", "voters"),
+    ),
     "calibration": ("gpu", "model", "seqlen", "samples", "rule", "geometry", "points"),
     "overhead": ("gpu",),
     "thresholds_study": (
         *("gpu", "model", "dtype", "seqlen", "contexts", "calibration_contexts"),
         *("paper_samples", "candidate", "asked"),
     ),
+    "selection_study": (
+        *("gpu", "model", "dtype", "seqlen", "contexts", "rule", "geometry", "voters", "asked"),
+    ),
     "thresholds_study_summary": ("gpu", "model", "seqlen", "command"),
     "evaluation": (
-        *("gpu", "model", "dtype", "task", "seqlen", "keys", "method", "geometry", "options"),
-        "contexts",
+        *("gpu", "model", "dtype", "task", "seqlen", "keys", "method", "rule", "geometry"),
+        *("voters", "options", "contexts"),
     ),
 }
 # The order of rows: what is recommended comes first.
-_RULES = ("running_lse", "running_max", "absolute", "")
+_RULES = ("peak_lse", "running_max", "absolute", "")
 _INPUTS = ("model", "irregular", "planted")
-DEFAULT, PAPER = ("running_lse", "64x64"), ("absolute", "128x64")
+DEFAULT, PAPER = ("peak_lse", "64x64"), ("absolute", "128x64")
 # a cell says which sparsity it has where that is further from the one asked for
 _LIMIT = "FLOP limit, at its rate"
 _SPARSITY_TOLERANCE = 0.01
@@ -91,7 +102,9 @@ def load(paths: Iterable[Path]) -> list[Record]:
 def key_of(record: Record) -> tuple[object, ...]:
     """What a record measures."""
     names = _KEYS[record["kind"]]
-    values = (record.get(name) for name in names)
+    # Records of before blocks were selected in a step of its own do not say how they were.
+    absent = {"selection": "exact", "voters": 1} if record.get("rule") else {}
+    values = (record.get(name, absent.get(name)) for name in names)
     return (record["kind"], *(str(v) if isinstance(v, list | dict) else v for v in values))
 
 
@@ -163,7 +176,7 @@ def _dense_table(group: Sequence[Record]) -> str:
 
 
 def _speedup_table(ours: Sequence[Record], baseline: str, group: Sequence[Record]) -> str:
-    """One row for each kernel, rule, geometry, inputs and length; a column for each sparsity."""
+    """A row for each kernel, rule, geometry, mode, inputs and length; a column a sparsity."""
     others = [record for record in group if record["kernel"] == "flashinfer"]
     chosen = [record for record in (*ours, *others) if baseline in record["speedup"]]
     columns = sorted({record["asked"] for record in chosen}, key=_sparsity_order)
@@ -176,18 +189,34 @@ def _speedup_table(ours: Sequence[Record], baseline: str, group: Sequence[Record
             geometry != "64x64",
             _INPUTS.index(record["inputs"]),
             record["seqlen"],
+            *_mode(record),
             (_name(record), rule, geometry, record["inputs"]),
         )
         rows[key][record["asked"]] = _cell(record, record["speedup"][baseline])
     title = f"times {_NAMES.get(baseline, baseline)}"
-    header = [title, "rule", "blocks", "pattern", "tokens", *columns]
-    limit = [_LIMIT, "", "", "", "", *(_flop_limit(asked) for asked in columns)]
+    header = [title, "rule", "blocks", "pattern", "tokens", "chosen", *columns]
     body = []
-    for (*_, seqlen, (name, rule, geometry, inputs)), row in sorted(rows.items()):
+    modes = sorted({key[-3:-1] for key in rows})
+    for mode in modes:
+        limits = [_flop_limit(asked, *mode) for asked in columns]
+        body.append([_LIMIT, "", "", "", "", _mode_text(*mode), *limits])
+    for (*_, seqlen, selection, voters, names), row in sorted(rows.items()):
+        name, rule, geometry, inputs = names
         mark = "**" if (rule, geometry) == DEFAULT else "*" if (rule, geometry) == PAPER else ""
-        about = [f"{mark}{name}{mark}", rule, geometry, inputs, _length(seqlen)]
-        body.append([*about, *(row.get(c, "") for c in columns)])
-    return markdown_table(header, [limit, *body])
+        how = _mode_text(selection, voters) if rule else ""
+        cells = [f"{mark}{name}{mark}", rule, geometry, inputs, _length(seqlen), how]
+        body.append([*cells, *(row.get(c, "") for c in columns)])
+    return markdown_table(header, body)
+
+
+def _mode(record: Record) -> tuple[str, int]:
+    """From what scores blocks were chosen, and of how many query rows one voted."""
+    return record.get("selection", "exact"), record.get("voters", 1)
+
+
+def _mode_text(selection: str, voters: int) -> str:
+    bits = "16 bits" if selection == "exact" else "8 bits"
+    return bits if voters == 1 else f"{bits}, 1 in {voters}"
 
 
 def _cell(record: Record, ratio: float) -> str:
@@ -197,8 +226,12 @@ def _cell(record: Record, ratio: float) -> str:
     return f"{ratio:.2f} (at {record['sparsity']:.2f})"
 
 
-def _flop_limit(asked: str) -> str:
-    return f"{1 / (1 - (0.0 if asked == 'dense' else float(asked)) / 2):.2f}"
+def _flop_limit(asked: str, selection: str, voters: int) -> str:
+    """Of a dense kernel's products, half are scores; those of 8 bits take half the time."""
+    share = 0.0 if asked == "dense" else float(asked)
+    if selection == "exact" or asked == "dense":
+        return f"{1 / (1 - share / 2):.2f}"
+    return f"{1 / (1 - share + 0.25 / voters):.2f}"
 
 
 def _name(record: Record) -> str:
@@ -250,6 +283,60 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
+def step_tables(records: Sequence[Record]) -> str:
+    """Markdown: select_blocks and attend_blocks alone, beside each dense kernel.
+
+    Raises:
+        ValueError: a record is one of a self-test.
+    """
+    chosen = [record for record in records if record["kind"] in ("select_blocks", "attend_blocks")]
+    for record in chosen:
+        _refuse_self_test(record, record["kind"])
+    parts = []
+    for group in _by_importance(grouped(chosen, _SHAPE)):
+        parts.append(f"### {describe(group[0])}")
+        kinds = {kind: [r for r in group if r["kind"] == kind] for kind in _STEPS}
+        for kind, title in _STEPS.items():
+            baselines = [b for b in _BASELINES if any(b in r["of_dense"] for r in kinds[kind])]
+            if kinds[kind]:
+                parts.append(_step_table(kinds[kind], title, baselines))
+        parts.append(provenance(group))
+    return "\n\n".join(parts) + ("\n" if parts else "")
+
+
+# What a cell says of the time, for each baseline.
+_STEPS = {"select_blocks": "share of its time", "attend_blocks": "rate a block kept"}
+
+
+def _step_table(records: Sequence[Record], title: str, baselines: Sequence[str]) -> str:
+    selecting = records[0]["kind"] == "select_blocks"
+    header = [records[0]["kind"], "blocks", "tokens"]
+    header += ["rule", "scores"] if selecting else ["kept"]
+    header += ["ms", "TFLOP/s", *(f"{_NAMES[b]}: {title}" for b in baselines)]
+    body = []
+    for record in sorted(records, key=_step_order):
+        values = record["of_dense" if selecting else "rate"]
+        precision = record.get("precision", "exact")
+        which = (
+            [record["rule"], _mode_text(precision, record["voters"])]
+            if selecting
+            else [f"{record['kept']:.3f}"]
+        )
+        body.append(
+            [
+                *(_name(record), record["geometry"], _length(record["seqlen"]), *which),
+                *(f"{record['ms']:.2f}", f"{record['tflops']:.0f}"),
+                *(f"{values[b]:.3f}" if b in values else "" for b in baselines),
+            ]
+        )
+    return markdown_table(header, body)
+
+
+def _step_order(record: Record) -> tuple[Any, ...]:
+    how = (record.get("precision", ""), record.get("voters", 0), -float(record.get("asked", 0)))
+    return (record["kernel"] == "bsfa_sm80", record["geometry"] != "64x64", record["seqlen"], *how)
+
+
 def prefill_tables(records: Sequence[Record]) -> str:
     """Markdown: time to first token, by length.
 
@@ -287,7 +374,12 @@ def prefill_tables(records: Sequence[Record]) -> str:
 
 def _implementation(record: Record) -> str:
     name = str(_NAMES.get(record["implementation"], record["implementation"]))
-    return f"{name}, {record['rule']}, {record['geometry']}" if record["geometry"] else name
+    if not record["geometry"]:
+        return name
+    selection = record.get("selection", "exact")
+    how = selection if selection == "auto" else _mode_text(selection, 1)
+    voters = f", 1 in {record['voters']}" if record.get("voters", 1) > 1 else ""
+    return f"{name}, {record['rule']}, {record['geometry']}, {how}{voters}"
 
 
 def calibration_tables(records: Sequence[Record]) -> str:
@@ -347,7 +439,7 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
     for group in grouped(chosen, (*_GROUP,)):
         ours = [r for r in group if (r["rule"] or r["kernel"] == "flashinfer") and r["speedup"]]
         baselines = [b for b in _BASELINES if any(b in r["speedup"] for r in ours)]
-        lines = grouped(ours, ("kernel", "geometry", "rule", "seqlen"))
+        lines = grouped(ours, ("kernel", "geometry", "rule", "seqlen", "selection", "voters"))
         lines = [line for line in lines if len({r["asked"] for r in line}) > 2]
         if not lines or not baselines:
             continue
@@ -365,14 +457,16 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
                 if not points:  # this baseline was not in the line's run
                     continue
                 rule = f", {line[0]['rule']}" if line[0]["rule"] not in (None, "absolute") else ""
-                label = f"{_row_name(line[0])}{rule}, {_length(line[0]['seqlen'])}"
+                how = "" if _mode(line[0]) == ("exact", 1) else f", {_mode_text(*_mode(line[0]))}"
+                label = f"{_row_name(line[0])}{rule}{how}, {_length(line[0]['seqlen'])}"
                 (drawn,) = axis.plot(
                     *zip(*points, strict=True), marker="o", markersize=3, label=label
                 )
                 if dense:  # a kernel that is told to keep everything need not vote
                     axis.plot(*zip(*dense, strict=True), "D", color=drawn.get_color(), mfc="none")
-            if baseline != "fa2":
-                axis.plot(shares, [1 / (1 - s / 2) for s in shares], "k--", lw=1, label=_LIMIT)
+            for mode in sorted({_mode(record) for record in ours}) if baseline != "fa2" else ():
+                limits = [float(_flop_limit(f"{share}", *mode)) for share in shares]
+                axis.plot(shares, limits, "k--", lw=1, label=f"{_LIMIT}, {_mode_text(*mode)}")
             axis.axhline(1.0, color="grey", lw=0.8)
             axis.set(
                 xlabel="share of the blocks skipped",
@@ -398,7 +492,9 @@ def plot_prefill(records: Sequence[Record], folder: Path) -> list[Path]:
     chosen = [record for record in records if record["kind"] == "prefill"]
     for group in grouped(chosen, ("gpu", "model")):
         figure, axis = pyplot.subplots(figsize=(6, 4.2))
-        lines = grouped(group, ("implementation", "asked", "rule", "geometry"))
+        lines = grouped(
+            group, ("implementation", "asked", "rule", "geometry", "selection", "voters")
+        )
         for line in lines:
             points = sorted((r["seqlen"] / 1024, r["ms"] / 1000) for r in line)
             asked = line[0]["asked"]
@@ -572,7 +668,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in page.write(records, arguments.docs, arguments.images):
             print(path)
     else:
-        for tables in (attention_tables, prefill_tables, calibration_tables):
+        for tables in (attention_tables, step_tables, prefill_tables, calibration_tables):
             print(tables(records), end="")
     return 0
 

@@ -21,7 +21,7 @@ from bsfa_calib.learned import LADDER, learn_path
 from bsfa_calib.learning import Learned, Settings
 from bsfa_calib.thresholds import ThresholdTable
 from bsfa_calib.tuning import find_scalar
-from bsfa_kernel import Geometry
+from bsfa_kernel import VOTERS, Geometry
 from harness import Budget, progress
 from study.allotment import (
     Profile,
@@ -53,6 +53,7 @@ class Candidate:
         variant: how thresholds are chosen: a key of ``VARIANTS``, ``LEARNED`` or
             ``TABLES``, "scalar", or "table", whose file the name is.
         order: of the blocks; see ``study.emulation.ORDERS``.
+        voters: one query row in 1, 2 or 4 votes.
     """
 
     name: str
@@ -60,11 +61,12 @@ class Candidate:
     geometry: Geometry
     variant: str
     order: str = "last_first"
+    voters: int = 1
 
 
 def grid(rule: str, step: float) -> tuple[float, ...]:
     """Thresholds at which heads are profiled."""
-    low, high = (-14.0, 4.0) if rule == "running_max" else (-16.0, 6.0)
+    low, high = (-16.0, 6.0) if rule == "absolute" else (-14.0, 4.0)
     return tuple(np.arange(low, high + step, step).tolist())
 
 
@@ -87,17 +89,17 @@ LEARNED: dict[str, dict[str, Any]] = {
 
 # First what the defaults may become, then the rest.
 _WANTED = (
+    ("peak_lse", FINE, ("scalar", "learned")),
     ("running_max", COARSE, ("scalar",)),
-    ("running_lse", COARSE, ("scalar", "learned", "head by effect", "head by mass")),
-    ("running_lse", COARSE, ("learned, 4 knots", "learned from effect", "learned, at most 0")),
+    ("peak_lse", COARSE, ("scalar", "learned", "head by effect", "head by mass")),
+    ("peak_lse", COARSE, ("learned, 4 knots", "learned from effect", "learned, at most 0")),
     ("absolute", COARSE, ("mass",)),
     ("running_max", COARSE, ("learned",)),
-    ("running_lse", FINE, ("scalar", "learned")),
-    ("running_lse", COARSE, ("head by effect, half", "head offset, half", "layer by effect")),
+    ("peak_lse", COARSE, ("head by effect, half", "head offset, half", "layer by effect")),
     ("running_max", FINE, ("scalar",)),
     ("running_max", COARSE, ("head by effect",)),
     ("absolute", COARSE, ("learned, 4 knots",)),
-    ("running_lse", COARSE, ("head offset",)),
+    ("peak_lse", COARSE, ("head offset",)),
 )
 
 
@@ -106,10 +108,13 @@ def candidates(*, orders: bool, only: Sequence[str]) -> list[Candidate]:
     found = [Candidate(PAPER, "absolute", COARSE, "paper")]
     for rule, geometry, variants in _WANTED:
         found += [Candidate(f"{rule} {v} {geometry}", rule, geometry, v) for v in variants]
+    for voters, variant in itertools.product(VOTERS[1:], ("scalar", "learned")):
+        name = f"peak_lse {variant} {FINE}, 1 in {voters}"
+        found.append(Candidate(name, "peak_lse", FINE, variant, voters=voters))
     for order in ("sink_last_first", "first_last") if orders else ():
         for variant in ("head by effect",):
-            name = f"running_lse {variant} {COARSE}, {order.replace('_', ' ')}"
-            found.append(Candidate(name, "running_lse", COARSE, variant, order))
+            name = f"peak_lse {variant} {COARSE}, {order.replace('_', ' ')}"
+            found.append(Candidate(name, "peak_lse", COARSE, variant, order))
     return [c for c in found if not only or any(part in c.name for part in only)]
 
 
@@ -135,7 +140,8 @@ def chosen_candidates(arguments: argparse.Namespace) -> list[Candidate]:
 def table_candidate(path: Path) -> Candidate:
     """A table that was calibrated before, at all its points."""
     table = ThresholdTable.load(path)
-    return Candidate(str(path), table.rule, Geometry(table.q_block, table.k_block), "table")
+    geometry = Geometry(table.q_block, table.k_block)
+    return Candidate(str(path), table.rule, geometry, "table", voters=table.voters)
 
 
 TABLES = {"paper": paper_thresholds, "mass": mass_thresholds}
@@ -193,6 +199,7 @@ class Thresholds:
                     rule=rule,
                     target_sparsity=target,
                     geometry=geometry,
+                    voters=candidate.voters,
                     backend="auto" if self.native else "reference",
                 )
                 yield target, np.full((*attention_shape(self.model), 1), found.threshold)
@@ -241,6 +248,7 @@ class Thresholds:
                 rungs=rungs,
                 rule=candidate.rule,
                 geometry=candidate.geometry,
+                voters=candidate.voters,
                 settings=Settings(
                     steps=self.arguments.steps,
                     further_steps=self.arguments.further_steps,

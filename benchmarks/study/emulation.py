@@ -20,7 +20,7 @@ from torch import Tensor
 from bsfa_calib.hook import Attended
 from bsfa_kernel import RULES, Geometry
 from bsfa_kernel.geometry import count_visible, full_blocks
-from bsfa_kernel.reference import verdicts
+from bsfa_kernel.reference import verdicts, voting_rows
 
 ORDERS = ("last_first", "sink_last_first", "first_last")
 
@@ -52,6 +52,7 @@ def emulate(
     rule: str,
     geometry: Geometry,
     scale: float,
+    voters: int = 1,
 ) -> Emulated:
     """Causal attention of whole prompts under several thresholds.
 
@@ -72,6 +73,7 @@ def emulate(
     q_blocks = seqlen // q_block
     if thresholds.shape[2] not in (1, q_blocks):
         raise ValueError(f"thresholds need 1 or {q_blocks} rows, got {thresholds.shape[2]}")
+    voting = voting_rows(seqlen, geometry, voters).to(q.device)
     points = thresholds.shape[0]
     out = q.new_empty((points, batch, seqlen, heads, head_dim), dtype=torch.float32)
     skipped = q.new_empty((points, batch, heads), dtype=torch.float32)
@@ -85,7 +87,7 @@ def emulate(
                 v[index, :, kv_heads].transpose(0, 1).float(),
                 thresholds[:, part],
                 geometry,
-                partial(_kept, rule=rule, order=order),
+                partial(_kept, rule=rule, order=order, voting=voting),
             )
             out[:, index, :, part] = some.out.transpose(1, 2)
             skipped[:, index, part] = some.skipped
@@ -102,12 +104,14 @@ class EmulatedSparse:
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
         order: one of ``ORDERS``.
+        voters: one query row in 1, 2 or 4 votes.
     """
 
     thresholds: Tensor
     rule: str
     geometry: Geometry
     order: str = "last_first"
+    voters: int = 1
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
         """See ``bsfa_calib.hook.Method``."""
@@ -117,6 +121,7 @@ class EmulatedSparse:
             geometry=self.geometry,
             scale=scale,
             order=self.order,
+            voters=self.voters,
         )
         return Attended(found.out[0].to(q.dtype), found.skipped[0, 0])
 
@@ -135,7 +140,7 @@ def _emulate_heads(
     v: Tensor,
     thresholds: Tensor,
     geometry: Geometry,
-    decide: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    decide: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Emulated:
     """Of q, k and v [heads, seqlen, head_dim] and thresholds [T, heads, rows]."""
     heads, seqlen, head_dim = scaled_q.shape
@@ -154,7 +159,6 @@ def _emulate_heads(
     by_block = largest.view(heads, q_blocks, q_block)
     kept = decide(
         (row_maxima + by_block).movedim(0, -1),
-        (masses.log() + by_block).movedim(0, -1),
         thresholds.expand(-1, -1, q_blocks),
         full_blocks(torch.arange(q_blocks, device=k.device), seqlen, seqlen, geometry),
     )
@@ -186,41 +190,40 @@ def _emulate_heads(
 
 def _kept(
     row_maxima: Tensor,
-    row_lse: Tensor,
     thresholds: Tensor,
     full: Tensor,
     *,
     rule: str,
     order: str,
+    voting: Tensor,
 ) -> Tensor:
     """Which blocks each threshold keeps.
 
     Args:
         row_maxima: [heads, q_blocks, q_block, k_blocks], scaled scores.
-        row_lse: as row_maxima: log-sum-exp of the scores.
         thresholds: [T, heads, q_blocks].
         full: [q_blocks], number of unforced blocks.
         rule: one of ``bsfa_kernel.RULES``.
         order: one of ``ORDERS``.
+        voting: bool [q_blocks, q_block], which rows vote.
 
     Returns:
         bool [T, heads, q_blocks, k_blocks]; True beyond the unforced blocks.
     """
     if order == "last_first" or rule == "absolute":
-        return verdicts(row_maxima, thresholds, rule=rule, row_lse=row_lse, full=full).keep
+        return verdicts(row_maxima, thresholds, rule=rule, voting=voting, full=full).keep
     # What comes last is decided first. Forced blocks are met before all, and not again.
     k_blocks = row_maxima.shape[-1]
     first_last = list(range(k_blocks))
     columns = [*first_last[1:], 0] if order == "sink_last_first" else first_last[::-1]
     index = torch.tensor(columns, device=full.device)
     forced = (torch.arange(k_blocks, device=full.device) >= full[:, None])[:, None]
-    gains = row_maxima if rule == "running_max" else row_lse
-    known = gains.masked_fill(~forced, -torch.inf)
+    known = row_maxima.masked_fill(~forced, -torch.inf)
     found = verdicts(
         row_maxima.masked_fill(forced, -torch.inf)[..., index],
         thresholds,
         rule=rule,
-        row_lse=row_lse.masked_fill(forced, -torch.inf)[..., index],
+        voting=voting,
         reference=known.amax(-1) if rule == "running_max" else known.logsumexp(-1),
     )
     keep = torch.empty_like(found.keep)

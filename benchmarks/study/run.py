@@ -90,7 +90,7 @@ def compare(arguments: argparse.Namespace) -> int:
     contexts = [window.ids for window in calibration]
     source = Thresholds(arguments, loaded.model, contexts, budget, native)
     source.reduced(dtype)
-    dense = _dense(language_model, windows)
+    dense = dense_predictions(language_model, windows)
     progress(f"dense done; {budget.spent:.0f} s")
     about = {
         "schema": 1,
@@ -131,7 +131,7 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _dense(
+def dense_predictions(
     language_model: LanguageModel, windows: Sequence[Window]
 ) -> list[tuple[Predictions, float]]:
     """Dense predictions of each context, and their negative log-likelihood."""
@@ -171,12 +171,11 @@ def _methods(
         if asked in known:
             continue
         if native and candidate.order == "last_first":
-            yield asked, BlockSparse(values, candidate.rule, candidate.geometry)
+            how = (candidate.rule, candidate.geometry)
+            yield asked, BlockSparse(values, *how, voters=candidate.voters)
         else:
-            yield (
-                asked,
-                EmulatedSparse(values, candidate.rule, candidate.geometry, candidate.order),
-            )
+            emulated = (candidate.rule, candidate.geometry, candidate.order, candidate.voters)
+            yield asked, EmulatedSparse(values, *emulated)
 
 
 def _record(about: dict[str, Any], candidate: Candidate, point: Point) -> dict[str, Any]:
@@ -185,6 +184,7 @@ def _record(about: dict[str, Any], candidate: Candidate, point: Point) -> dict[s
         "candidate": candidate.name,
         "rule": candidate.rule,
         "geometry": str(candidate.geometry),
+        "voters": candidate.voters,
         "order": candidate.order,
         "asked": point.asked,
         "sparsity": point.sparsity.tolist(),

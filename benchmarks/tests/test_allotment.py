@@ -46,23 +46,25 @@ def small_model() -> Any:
     return model.eval()
 
 
+@pytest.mark.parametrize("voters", [1, 4])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("geometry", [Geometry(128, 64), Geometry(64, 64)])
-def test_emulation_decides_and_computes_as_the_reference(rule: str, geometry: Geometry) -> None:
+def test_emulation_decides_and_computes_as_the_reference(
+    rule: str, geometry: Geometry, voters: int
+) -> None:
     torch.manual_seed(0)
     q = 2 * torch.randn(2, 512, 4, 16)
     k, v = torch.randn(2, 2, 512, 2, 16)
-    centre = {"absolute": 9.0, "running_max": 2.5, "running_lse": 0.0}[rule]
+    centre = {"absolute": 9.0, "running_max": 2.5, "peak_lse": 1.5}[rule]
     thresholds = centre + torch.randn(3, 4, 512 // geometry.q_block)
     thresholds[0] = -math.inf
     thresholds[1, 2] = math.inf
-    alone = emulate(q, k, v, thresholds[2:], rule=rule, geometry=geometry, scale=0.25)
-    found = emulate(q, k, v, thresholds, rule=rule, geometry=geometry, scale=0.25)
+    options = {"rule": rule, "geometry": geometry, "scale": 0.25, "voters": voters}
+    alone = emulate(q, k, v, thresholds[2:], **options)
+    found = emulate(q, k, v, thresholds, **options)
     visible = count_visible(512, 512, geometry)
     for point in range(3):
-        expected = reference.attention(
-            q, k, v, thresholds[point], scale=0.25, rule=rule, geometry=geometry
-        )
+        expected = reference.attention(q, k, v, thresholds[point], **options)
         skipped = 1 - expected.kept.sum(-1) / visible
         assert torch.allclose(found.skipped[point], skipped, atol=1e-6)
         assert torch.allclose(found.out[point], expected.out, atol=1e-5)
@@ -91,7 +93,7 @@ def test_the_order_decides_what_a_relative_rule_meets_first() -> None:
     k = torch.zeros(1, 256, 1, 16)
     k[:, :64] = 1.0  # all the mass is in the first block
     v = torch.randn(1, 256, 1, 16)
-    options = {"rule": "running_lse", "geometry": Geometry(64, 64), "scale": 1.0}
+    options = {"rule": "peak_lse", "geometry": Geometry(64, 64), "scale": 1.0}
     thresholds = torch.full((1, 1, 1), -8.0)
     skipped = {
         order: float(emulate(q, k, v, thresholds, order=order, **options).skipped)  # type: ignore[arg-type]
@@ -103,12 +105,12 @@ def test_the_order_decides_what_a_relative_rule_meets_first() -> None:
 
 def test_the_expected_divergence_is_near_the_measured_one(small_model: LlamaForCausalLM) -> None:
     ids = np.random.default_rng(0).integers(0, 128, 512).tolist()
-    geometry, threshold = Geometry(64, 64), -1.5
+    geometry, threshold = Geometry(64, 64), 0.5
     measured = profile(
         small_model,
         [ids],
         (threshold, threshold + 1),
-        rule="running_lse",
+        rule="peak_lse",
         geometry=geometry,
         draws=8,
     )
@@ -117,7 +119,7 @@ def test_the_expected_divergence_is_near_the_measured_one(small_model: LlamaForC
     layer, head = np.unravel_index(np.argmax(measured.error[0]), measured.error[0].shape)
     values = torch.full((2, 4, 1), -math.inf)
     values[layer, head] = threshold
-    with applied(small_model, EmulatedSparse(values, "running_lse", geometry)) as meter:
+    with applied(small_model, EmulatedSparse(values, "peak_lse", geometry)) as meter:
         found = language_model.predict(ids)
         skipped = meter.take()
     (band,) = language_model.compare(found, dense, ids)
@@ -133,9 +135,9 @@ def test_the_mass_of_a_profile_is_that_which_rows_lose_on_average(
     def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float) -> None:
         given[layer] = (q, k, v, scale)
 
-    geometry, thresholds = Geometry(64, 64), (-3.0, -1.5, 0.0)
+    geometry, thresholds = Geometry(64, 64), (-1.0, 0.5, 2.0)
     contexts = [np.random.default_rng(seed).integers(0, 128, 256).tolist() for seed in (0, 1)]
-    measured = profile(small_model, contexts, thresholds, rule="running_lse", geometry=geometry)
+    measured = profile(small_model, contexts, thresholds, rule="peak_lse", geometry=geometry)
     expected = np.zeros((3, 2, 4))
     language_model = LanguageModel(small_model)
     for ids in contexts:
@@ -146,7 +148,7 @@ def test_the_mass_of_a_profile_is_that_which_rows_lose_on_average(
                 reference.attention(
                     *(q.double(), k.double(), v.double(), torch.full((4, 1), threshold)),
                     scale=scale,
-                    rule="running_lse",
+                    rule="peak_lse",
                     geometry=geometry,
                     compute_dtype=torch.float64,
                 ).lse[0]

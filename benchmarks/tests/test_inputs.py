@@ -15,10 +15,10 @@ SHAPE = Shape(2560, heads=4, kv_heads=2, head_dim=64)
 FORCED = 1 - SHAPE.blocks(GEOMETRIES[0])[1] / SHAPE.blocks(GEOMETRIES[0])[0]
 
 
-def attend(problem: Problem, geometry: Geometry) -> reference.AttentionResult:
+def attend(problem: Problem, geometry: Geometry, voters: int = 1) -> reference.AttentionResult:
     q, k, v = problem.q.float(), problem.k.float(), problem.v.float()
-    thresholds = problem.thresholds[geometry]
-    return reference.attention(q, k, v, thresholds, rule=problem.rule, geometry=geometry)
+    options = {"rule": problem.rule, "geometry": geometry, "voters": voters}
+    return reference.attention(q, k, v, problem.thresholds[geometry, voters], **options)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -38,7 +38,7 @@ def test_what_is_planted_low_weighs_nothing(rule: str) -> None:
     problem = inputs.planted(SHAPE, 0.6, CPU, rule=rule, seed=2)
     geometry = GEOMETRIES[0]
     sparse = attend(problem, geometry).out
-    problem.thresholds[geometry] = inputs.keep_everything(problem)
+    problem.thresholds[geometry, 1] = inputs.keep_everything(problem)
     dense = attend(problem, geometry)
     assert inputs.measured_sparsity(dense.kept, SHAPE, geometry) == 0.0
     torch.testing.assert_close(sparse, dense.out, atol=1e-4, rtol=1e-4)
@@ -50,7 +50,8 @@ def test_planted_blocks_are_far_from_their_thresholds(rule: str) -> None:
     geometry = GEOMETRIES[0]
     mask = attend(problem, geometry).mask
     for shift in (-1.0, 1.0):
-        moved = replace(problem, thresholds={geometry: problem.thresholds[geometry] + shift})
+        thresholds = {(geometry, 1): problem.thresholds[geometry, 1] + shift}
+        moved = replace(problem, thresholds=thresholds)
         assert torch.equal(attend(moved, geometry).mask, mask)
 
 
@@ -60,13 +61,16 @@ def test_asking_for_everything_leaves_the_forced_blocks_and_the_first() -> None:
     assert FORCED - 0.1 < sparsity < FORCED
 
 
-@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("voters", [1, 2, 4])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sparsity", [0.25, 0.75])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_irregular_inputs_skip_the_share_of_every_query_block(
-    geometry: Geometry, sparsity: float
+    geometry: Geometry, sparsity: float, rule: str, voters: int
 ) -> None:
-    problem = inputs.irregular(SHAPE, sparsity, CPU, geometry=geometry, seed=4)
-    kept = attend(problem, geometry).kept
+    options = {"geometry": geometry, "rule": rule, "voters": (1, 2, 4), "seed": 4}
+    problem = inputs.irregular(SHAPE, sparsity, CPU, **options)
+    kept = attend(problem, geometry, voters).kept
     seqlen = SHAPE.seqlen
     visible = reference.visible_blocks(seqlen, seqlen, geometry=geometry).sum(1)
     forced = reference.forced_blocks(seqlen, seqlen, geometry=geometry).sum(1)
@@ -84,14 +88,14 @@ def test_irregular_patterns_differ_between_heads_and_query_blocks() -> None:
     assert float(others.max()) < 0.95
 
 
-@pytest.mark.parametrize("rule", RULES[1:])
-def test_a_search_meets_the_share_of_every_head(rule: str) -> None:
+def test_voters_do_without_a_causal_mask() -> None:
+    shape = replace(SHAPE, causal=False)
     geometry = GEOMETRIES[0]
-    shape = Shape(1280, heads=4, kv_heads=2, head_dim=64)
-    problem = inputs.irregular(shape, 0.5, CPU, geometry=geometry, rule=rule, seed=6)
-    visible = shape.blocks(geometry)[0]
-    skipped = 1 - attend(problem, geometry).kept.sum((0, 2)) / visible
-    assert torch.all((skipped - 0.5).abs() < 0.05)
+    problem = inputs.irregular(shape, 0.5, CPU, geometry=geometry, voters=(1, 2))
+    thresholds = problem.thresholds[geometry, 2]
+    options = {"causal": False, "geometry": geometry, "voters": 2}
+    kept = reference.attention(problem.q, problem.k, problem.v, thresholds, **options).kept
+    assert inputs.measured_sparsity(kept, shape, geometry) == pytest.approx(0.5, abs=0.03)
 
 
 def test_captured_inputs_are_those_that_the_attention_function_got(tmp_path: Path) -> None:

@@ -86,11 +86,20 @@ def evaluated(**changes: Any) -> dict[str, Any]:
         for depth in (1.0, 0.0, 0.5)
     ]
     dense = [{**record, "configuration": "dense"} for record in (text, *needles)]
-    sparse = [{**record, "configuration": "x", "sparsity": 0.5} for record in (text, *needles)]
+    chosen = {"sparse_calls_by_selection": {"exact": 0, "int8": 2}}
+    sparse = [
+        {**record, "configuration": "x", "sparsity": 0.5, **chosen} for record in (text, *needles)
+    ]
     sparse[0]["bands"] = bands(0.25, 2.5)
     methods = {
         "dense": {"kind": "dense", "options": {}, "geometry": "128x64"},
-        "x": {"kind": "scalar", "options": {"rule": "running_lse"}, "geometry": "64x64"},
+        "x": {
+            "kind": "scalar",
+            "options": {"rule": "peak_lse"},
+            "rule": "peak_lse",
+            "geometry": "64x64",
+            "voters": 4,
+        },
     }
     made_with = {"device": "A GPU", "dtype": "float16", "backend": "native", "torch": "2.11.0"}
     header = {"model": {"name": "m"}, "configurations": methods, "environment": made_with}
@@ -108,9 +117,52 @@ def test_an_evaluation_is_condensed_by_context() -> None:
     needle = next(r for r in found if r["task"] == "needle" and r["method"] == "scalar")
     assert needle["contexts"] == ["code, seed 0, abc"]
     assert needle["hits"] == ["011"]
+    assert (needle["rule"], needle["voters"]) == ("peak_lse", 4)
+    assert needle["sparse_calls_by_selection"] == {"exact": 0, "int8": 6}
+    assert "| peak_lse, one scalar, 64x64, 1 in 4, 8 bits |" in page.text_tables(found)
     tables = page.needle_tables(found)
     assert "2 of 3 (dense 2)" in tables
     assert "100.0%" in tables
+
+
+def labelled(method: str, options: dict[str, str], **changes: Any) -> str:
+    record = {
+        "method": method,
+        "options": options,
+        "rule": "peak_lse",
+        "geometry": "64x64",
+        "voters": 1,
+        "sparsity": [0.5],
+        **changes,
+    }
+    return page._label(record).text
+
+
+def test_rows_are_labelled_from_what_the_records_say() -> None:
+    table = {"file": "a/mine.safetensors", "selection": "auto"}
+    learned = {**table, "target_sparsity": "0.65"}
+    assert labelled("table", learned) == "**peak_lse, mine, 64x64, target_sparsity = 0.65**"
+    point = {**table, "point": "target_sparsity=0.65"}
+    assert labelled("table", point) == labelled("table", learned)
+    bound = {**table, "max_loss": "0.01"}
+    assert labelled("table", bound, rule="running_max", geometry="128x64", voters=2) == (
+        "running_max, mine, 128x64, 1 in 2, max_loss = 0.01"
+    )
+    both = {"exact": 3, "int8": 4}
+    assert labelled("table", bound, sparse_calls_by_selection=both) == (
+        "**peak_lse, mine, 64x64, 16 and 8 bits, max_loss = 0.01**"
+    )
+    blocks = {**table, "k": "12"}
+    assert labelled("table", blocks) == "peak_lse, k = 12, 64x64"
+    paper = {"rule": "absolute", "geometry": "128x64"}
+    assert labelled("table", blocks, **paper) == "*absolute, k = 12, 128x64 (the paper's)*"
+    assert labelled("sliding_window", {"window": "64"}, rule="") == "sliding window of 64 keys"
+    assert labelled("sparge_attn", {"topk": "0.5"}, rule="") == "sparge_attn, topk = 0.5"
+
+
+def test_evaluations_by_other_voters_are_others(current: list[dict[str, Any]]) -> None:
+    record = next(r for r in current if r["kind"] == "evaluation" and r["method"] == "scalar")
+    assert report.key_of(record) != report.key_of({**record, "voters": 2})
 
 
 def test_an_evaluation_without_dense_or_of_another_format_is_refused() -> None:

@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import torch
 import attention
 import bsfa_kernel
 import harness
+import inputs
 import kernels
+import report
 
 TINY = ["--model-shape", "tiny", "--device", "cpu", "--dtype", "float32"]
 
@@ -20,11 +23,14 @@ TINY = ["--model-shape", "tiny", "--device", "cpu", "--dtype", "float32"]
 def test_the_self_test_measures_every_rule_and_kind_of_input(tmp_path: Path) -> None:
     out = tmp_path / "self-test.jsonl"
     arguments = ["--device", "cpu", "--out", str(out), "--inputs", "planted,irregular"]
-    assert attention.main([*arguments, "--rules", "absolute,running_lse"]) == 0
+    arguments += ["--rules", "absolute,peak_lse", "--modes", "exact,int8,int8:4"]
+    assert attention.main(arguments) == 0
     records = list(harness.read_records(out))
     assert all(record["self_test"] for record in records)
     ours = [record for record in records if record["kernel"] == "bsfa_reference"]
-    assert {record["rule"] for record in ours} == {"absolute", "running_lse"}
+    assert {record["rule"] for record in ours} == {"absolute", "peak_lse"}
+    modes = {(record["selection"], record["voters"]) for record in ours}
+    assert modes == {("exact", 1), ("int8", 1), ("int8", 4)}
     assert {record["geometry"] for record in ours} == {"128x64", "64x64"}
     assert {record["inputs"] for record in ours} == {"planted", "irregular"}
     assert all(record["sparsity"] == 0.0 for record in ours if record["asked"] == "dense")
@@ -71,6 +77,84 @@ def test_options_replace_what_a_preset_says(capsys: pytest.CaptureFixture[str]) 
     assert "bfloat16" not in listed
 
 
+def test_selection_in_8_bits_is_measured_beside_the_exact_kernel() -> None:
+    chosen = list(attention.cases(attention.PRESETS["results"]))
+    modes = {str(mode) for case in chosen for mode in case.modes}
+    assert modes == {"exact", "int8", "int8:2", "int8:4"}
+    for case in chosen:
+        assert case.asked != "dense" or case.modes == (kernels.EXACT,)
+
+
+def test_both_steps_are_measured_alone(tmp_path: Path) -> None:
+    import steps
+
+    out = tmp_path / "steps.jsonl"
+    arguments = ["--device", "cpu", "--seqlens", "384", "--head-dims", "32", "--heads", "4"]
+    arguments += ["--kv-heads", "2", "--precisions", "exact,int8", "--out", str(out)]
+    assert steps.main(arguments) == 0
+    records = list(harness.read_records(out))
+    chosen = [record for record in records if record["kind"] == "select_blocks"]
+    assert {(r["precision"], r["voters"]) for r in chosen} == {
+        (precision, voters) for precision in ("exact", "int8") for voters in (1, 2, 4)
+    }
+    attended = [record for record in records if record["kind"] == "attend_blocks"]
+    assert [record["asked"] for record in attended] == ["1", "0.5", "0.25", "0.1", "0.05"]
+    assert attended[0]["kept"] == 1.0
+    for record in attended:
+        # Diagonal blocks, a third of all, are always kept.
+        expected = record["of_dense"]["math"] * record["rate"]["math"]
+        assert expected == pytest.approx(record["kept"])
+    with pytest.raises(ValueError, match="self-test"):
+        report.step_tables(records)
+    for record in records:
+        record["self_test"] = False
+    tables = report.step_tables(records)
+    assert "8 bits, 1 in 4" in tables
+    assert "rate a block kept" in tables
+
+
+def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import steps
+
+    right: Callable[..., Any] = bsfa_kernel.attend_blocks
+    monkeypatch.setattr(
+        bsfa_kernel, "attend_blocks", lambda *args, **options: 1.1 * right(*args, **options)
+    )
+    out = tmp_path / "steps.jsonl"
+    arguments = ["--device", "cpu", "--seqlens", "384", "--head-dims", "32", "--heads", "4"]
+    steps.main([*arguments, "--kv-heads", "2", "--out", str(out)])
+    assert {record["kind"] for record in harness.read_records(out)} == {"select_blocks"}
+
+
+@pytest.mark.parametrize("wrong", ["forced blocks only", "every row votes", "none skipped"])
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+def test_a_wrong_selection_is_not_timed(
+    wrong: str,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import steps
+
+    right: Callable[..., Any] = bsfa_kernel.select_blocks
+
+    def select(q: Any, k: Any, thresholds: torch.Tensor, **options: Any) -> Any:
+        if wrong == "every row votes":
+            return right(q, k, thresholds, **{**options, "voters": 1})
+        limit = math.inf if wrong == "forced blocks only" else -math.inf
+        return right(q, k, torch.full_like(thresholds, limit), **options)
+
+    monkeypatch.setattr(bsfa_kernel, "select_blocks", select)
+    out = tmp_path / "steps.jsonl"
+    arguments = ["--device", "cpu", "--seqlens", "1000", "--head-dims", "32", "--heads", "2"]
+    arguments += ["--kv-heads", "1", "--precisions", precision, "--kept", "0.5"]
+    steps.main([*arguments, "--out", str(out)])
+    timed = [r["voters"] for r in harness.read_records(out) if r["kind"] == "select_blocks"]
+    assert timed == ([1] if wrong == "every row votes" else [])
+    assert "of the verdicts are not the reference's" in capsys.readouterr().out
+
+
 def test_a_spent_budget_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "self-test.jsonl"
     assert attention.main(["--device", "cpu", "--out", str(out), "--budget-seconds", "0"]) == 1
@@ -83,8 +167,11 @@ def test_prefill_measures_dense_and_sparse(tmp_path: Path) -> None:
 
     out = tmp_path / "prefill.jsonl"
     options = ["--seqlens", "1K", "--sparsities", "0.5", "--repetitions", "1", "--out", str(out)]
+    options += ["--modes", "exact,int8:4"]
     assert prefill.main([*TINY, *options]) == 0
-    dense, sparse = harness.read_records(out)
+    dense, sparse, by_few = harness.read_records(out)
+    assert (by_few["selection"], by_few["voters"]) == ("int8", 4)
+    assert 0.4 < by_few["sparsity"] < 0.6
     assert (dense["implementation"], dense["sparsity"]) == ("sdpa", 0.0)
     assert sparse["implementation"] == "bsfa"
     assert 0.4 < sparse["sparsity"] < 0.6
@@ -135,6 +222,7 @@ def test_a_case_that_fails_does_not_stop_the_others(
     def unsupported(*args: object, **options: object) -> object:
         raise NotImplementedError("there is no such kernel")
 
+    inputs._irregular.cache_clear()
     monkeypatch.setattr(bsfa_kernel, "block_maxima", unsupported)
     out = tmp_path / "self-test.jsonl"
     arguments = ["--device", "cpu", "--out", str(out), "--inputs", "irregular,planted"]
@@ -150,6 +238,7 @@ def test_a_case_that_fails_does_not_stop_the_others(
         ("--kernels", "fa3,nope", "got 'nope'"),
         ("--rules", "max", "got 'max'"),
         ("--dtypes", "float31", "got 'float31'"),
+        ("--modes", "int8:3", "invalid comma-separated list value: 'int8:3'"),
     ],
 )
 def test_a_setting_that_is_none_is_refused(

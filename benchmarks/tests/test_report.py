@@ -45,10 +45,10 @@ def test_the_table_has_a_row_for_each_kernel_and_a_column_for_each_sparsity(
 ) -> None:
     lines = report.attention_tables(records).splitlines()
     header = next(line for line in lines if "times FlashAttention-3" in line)
-    assert [cell.strip() for cell in header.split("|")[6:-1]] == ["dense", "0.5", "0.9"]
+    assert [cell.strip() for cell in header.split("|")[7:-1]] == ["dense", "0.5", "0.9"]
     row = next(line for line in lines[lines.index(header) :] if "BSFA sm_90a" in line)
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        *("*BSFA sm_90a*", "absolute", "128x64", "planted", "64K"),
+        *("*BSFA sm_90a*", "absolute", "128x64", "planted", "64K", "16 bits"),
         *("0.98", "1.25", "1.72"),
     ]
     assert any("FLOP limit" in line and "1.33" in line and "1.82" in line for line in lines)
@@ -84,9 +84,9 @@ def test_records_of_a_self_test_are_refused(
 def test_the_default_comes_first_and_the_papers_last() -> None:
     choices = [
         ("absolute", "128x64", "planted"),
-        ("running_lse", "64x64", "planted"),
+        ("peak_lse", "64x64", "planted"),
         ("absolute", "64x64", "irregular"),
-        ("running_lse", "64x64", "irregular"),
+        ("peak_lse", "64x64", "irregular"),
         ("running_max", "128x64", "planted"),
     ]
     table = report.attention_tables(
@@ -101,12 +101,30 @@ def test_the_default_comes_first_and_the_papers_last() -> None:
         if "BSFA sm_90a" in line and "1.50" in line
     ]
     assert rows == [
-        ["**BSFA sm_90a**", "running_lse", "64x64", "irregular"],
-        ["**BSFA sm_90a**", "running_lse", "64x64", "planted"],
+        ["**BSFA sm_90a**", "peak_lse", "64x64", "irregular"],
+        ["**BSFA sm_90a**", "peak_lse", "64x64", "planted"],
         ["BSFA sm_90a", "running_max", "128x64", "planted"],
         ["BSFA sm_90a", "absolute", "64x64", "irregular"],
         ["*BSFA sm_90a*", "absolute", "128x64", "planted"],
     ]
+
+
+def test_a_row_says_how_blocks_were_chosen_and_has_a_limit_of_its_own() -> None:
+    modes = [{}, {"selection": "int8", "voters": 1}, {"selection": "int8", "voters": 4}]
+    table = report.attention_tables([attention_record(**mode) for mode in modes])
+    lines = [line for line in table.splitlines() if "|" in line and "1.25" in line]
+    assert [line.split("|")[6].strip() for line in lines[:3]] == [
+        *("16 bits", "8 bits", "8 bits, 1 in 4"),
+    ]
+    limits = [line for line in table.splitlines() if "FLOP limit" in line][:3]
+    assert [line.split("|")[7].strip() for line in limits] == ["1.33", "1.33", "1.78"]
+
+
+def test_a_record_that_does_not_say_how_blocks_were_chosen_is_exact() -> None:
+    exact = {"selection": "exact", "voters": 1}
+    assert report.key_of(attention_record()) == report.key_of(attention_record(**exact))
+    four = attention_record(**{**exact, "voters": 4})
+    assert report.key_of(four) != report.key_of(attention_record())
 
 
 def test_adding_keeps_the_latest_of_each_measurement_in_one_file_a_kind(

@@ -212,7 +212,7 @@ def test_a_row_that_may_drop_nothing_in_some_context_keeps_everything(
 def test_both_candidates_with_a_mass_budget_are_tried() -> None:
     found = candidates.candidates(orders=False, only=["mass"])
     assert [(one.name, one.rule) for one in found] == [
-        ("running_lse head by mass 128x64", "running_lse"),
+        ("peak_lse head by mass 128x64", "peak_lse"),
         ("absolute mass 128x64", "absolute"),
     ]
 

@@ -99,11 +99,34 @@ def test_a_table_of_another_name_is_taken_if_told_to() -> None:
     assert state.description == "Model-2 at k=4"
 
 
-def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match="rule must be one of"):
-        make_state(
-            np.zeros((2, 4, 1)), rule="best", geometry=GEOMETRIES[0], devices=CPU, description="x"
-        )
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule": "best"}, "rule must be one of"),
+        ({"voters": 3}, r"voters must be one of \(1, 2, 4\), got 3"),
+        ({"selection": "fp4"}, "selection must be one of exact, int8, auto, got 'fp4'"),
+    ],
+    ids=str,
+)
+def test_what_no_kernel_has_is_refused(changes: dict[str, Any], message: str) -> None:
+    options = {"rule": "absolute", "geometry": GEOMETRIES[0], "devices": CPU, "description": "x"}
+    with pytest.raises(ValueError, match=message):
+        make_state(np.zeros((2, 4, 1)), **{**options, **changes})
+
+
+def test_a_state_takes_voters_and_the_expected_share_from_the_table() -> None:
+    table = a_table(voters=4, statistics={"sparsity": np.full((3, 2, 4), 0.6, np.float32)})
+    state = bind(table, SHAPE, "k=8", devices=CPU, selection="int8")
+    assert (state.voters, state.selection) == (4, "int8")
+    assert state.expected_skipped == pytest.approx(0.6)
+    assert bind(a_table(), SHAPE, "k=8", devices=CPU).expected_skipped is None
+
+
+def test_thresholds_for_another_number_of_voters_are_refused() -> None:
+    assert bind(a_table(voters=2), SHAPE, "k=4", devices=CPU, voters=2).voters == 2
+    message = "org/Model-1 hold where one query row in 2 votes, not one in 4: calibrate others"
+    with pytest.raises(ValueError, match=message):
+        bind(a_table(voters=2), SHAPE, "k=4", devices=CPU, voters=4)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +154,7 @@ def test_statistics_count_the_blocks_of_the_semantics(geometry: Geometry) -> Non
     lengths = [(300, 300), (70, 500)]
     kept = [torch.full((2, 3), 4, dtype=torch.int32), torch.ones((2, 1), dtype=torch.int32)]
     statistics = Statistics(CPU * 2, 2)
-    statistics.count_sparse(1, kept, lengths, geometry)
+    statistics.count_sparse(1, kept, lengths, geometry, "int8")
     statistics.count_dense(0, Reason.DECODE)
     visible = sum(int(reference.visible_blocks(*each, geometry=geometry).sum()) for each in lengths)
     assert statistics.visible_blocks == [0, visible]
@@ -139,3 +162,7 @@ def test_statistics_count_the_blocks_of_the_semantics(geometry: Geometry) -> Non
     assert statistics.query_blocks[1] == sum(-(-q // geometry.q_block) for q, _ in lengths)
     assert statistics.dense_calls == {"decode step": 1}
     assert (statistics.sparse_calls, statistics.calls) == (1, 2)
+    assert statistics.sparse_calls_by_selection == {"exact": 0, "int8": 1}
+    assert "which 1 of them chose in 8 bits" in statistics.summary()
+    statistics.count_sparse(1, kept, lengths, geometry)
+    assert statistics.sparse_calls_by_selection == {"exact": 1, "int8": 1}

@@ -85,10 +85,10 @@ def test_the_papers_command_line_works(
 def test_a_target_sparsity_gives_scalars(
     model_directory: Path, text_directory: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ("--rule", "running_lse", "--target-sparsity", "0.3", "0.5", "--no-resume")
+    more = ("--rule", "peak_lse", "--target-sparsity", "0.3", "0.5", "--no-resume")
     assert calibrate(model_directory, text_directory, output, *more) == 0
     table = ThresholdTable.load(output)
-    assert (table.axis, table.rule, table.rows) == ("target_sparsity", "running_lse", 1)
+    assert (table.axis, table.rule, table.rows) == ("target_sparsity", "peak_lse", 1)
     assert (table.geometry, len(table.provenance["expected_kl"].split(", "))) == ("128x64", 2)
     out = capsys.readouterr().out
     assert "target_sparsity  sparsity   KL, nats  change of NLL" in out
@@ -367,7 +367,7 @@ def test_the_installed_program_calibrates_by_every_method(
     assert table.points == ((2, 4) if method == "topk" else (0.4, 0.5))
     assert (table.model, table.samples, table.max_seqlen) == ("tiny-llama", 2, 1024)
     assert (table.rule, table.geometry) == (
-        ("absolute", "128x64") if method == "topk" else ("running_lse", "64x64")
+        ("absolute", "128x64") if method == "topk" else ("peak_lse", "64x64")
     )
     assert table.provenance["data"].startswith("prose/")
     assert "; verse/" in table.provenance["data"]
@@ -376,6 +376,21 @@ def test_the_installed_program_calibrates_by_every_method(
     assert "2 samples of 1024 to 1024 tokens, 1 held out" in done.stderr
     assert f"wrote {output}" in done.stdout
     assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_voters_are_recorded_in_the_table(
+    model_directory: Path, text_directory: Path, output: Path, method: str
+) -> None:
+    more = ("--method", method, *QUICK[method], "--voters", "4")
+    assert main(command(model_directory, text_directory, output, *more)) == 0
+    table = ThresholdTable.load(output)
+    assert table.voters == 4
+    assert "--voters 4" in table.provenance["command"]
+    # Measured, where it is, with as many voters: the scalars skip what they are to skip.
+    if method == "scalar":
+        skipped = [float(share) for share in table.provenance["expected_sparsity"].split(", ")]
+        assert skipped == pytest.approx([0.4, 0.5], abs=0.1)
 
 
 def test_every_method_reads_the_same_tokens(
@@ -413,7 +428,7 @@ def test_a_table_is_shifted_until_a_bound_on_the_loss_is_kept(
 ) -> None:
     start = output.with_name("start.safetensors")
     values = np.full((1, 2, 4, 1), 2.0)
-    ThresholdTable(values, (0.5,), axis="target_sparsity", rule="running_lse").save(start)
+    ThresholdTable(values, (0.5,), axis="target_sparsity", rule="peak_lse").save(start)
     arguments = command(model_directory, text_directory, output, "--shift-only")
     arguments.remove("--holdout")
     arguments.remove("1")
@@ -458,6 +473,7 @@ def test_json_samples_are_read_by_every_method(
         (["--method", "scalar", "--shift-only"], "--shift-only is not for --method scalar"),
         (["--shift-only", "--start", "x"], "--shift-only needs --start and one --max-loss"),
         (["--shift-only", "--rule", "absolute"], "--rule is not for --shift-only"),
+        (["--shift-only", "--voters", "2"], "--voters is not for --shift-only"),
         (["--shift-only", "--no-resume"], "--resume is not for --shift-only"),
     ],
 )

@@ -29,7 +29,7 @@ def models() -> tuple[Any, Any]:
     return tiny_model(**extra).to(torch.bfloat16), tiny_model(**extra).to("cuda", torch.bfloat16)
 
 
-@pytest.mark.parametrize("rule", ["absolute", "running_max", "running_lse"])
+@pytest.mark.parametrize("rule", ["absolute", "running_max", "peak_lse"])
 @pytest.mark.parametrize("block", [(128, 64), (64, 64)])
 def test_the_kernel_gives_the_references_thresholds(
     models: tuple[Any, Any], rule: str, block: tuple[int, int]

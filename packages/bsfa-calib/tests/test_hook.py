@@ -35,7 +35,7 @@ def test_what_leaves_nothing_out_gives_the_logits_of_sdpa(
         expected = model(tokens, use_cache=False).logits
         chosen = {
             "dense": None,
-            "exact": BlockSparse(torch.full((LAYERS, HEADS, 1), -math.inf), "running_lse"),
+            "exact": BlockSparse(torch.full((LAYERS, HEADS, 1), -math.inf), "peak_lse"),
             "onlooker": lambda *_: None,
         }[method]
         with applied(model, chosen) as meter:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def a_case(rule: str, geometry: Geometry) -> Case:
     generator = torch.Generator().manual_seed(0)
     q = 2 * torch.randn(512, 4, 16, generator=generator)
     k, v = torch.randn(2, 512, 2, 16, generator=generator)
-    centre = {"absolute": 9.0, "running_max": 2.5, "running_lse": 0.0}[rule]
+    centre = {"absolute": 9.0, "running_max": 2.5, "peak_lse": 1.5}[rule]
     noise = torch.randn(4, 512 // geometry.q_block, generator=generator)
     return Case(q, k, v, centre + noise)
 
@@ -65,16 +66,20 @@ def samples() -> list[list[int]]:
 
 @pytest.mark.parametrize("scores_at_a_time", [1 << 24, 1 << 18])
 @pytest.mark.parametrize("geometry", [Geometry(128, 64), Geometry(64, 64)], ids=str)
+@pytest.mark.parametrize("voters", [1, 2, 4])
 @pytest.mark.parametrize("rule", RULES)
 def test_attention_with_gradients_is_that_of_the_reference(
-    rule: str, geometry: Geometry, scores_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+    rule: str,
+    voters: int,
+    geometry: Geometry,
+    scores_at_a_time: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gated, "_SCORES_AT_A_TIME_CPU", scores_at_a_time)
     case = a_case(rule, geometry)
-    found = gated_attention(*case, rule=rule, geometry=geometry, scale=0.25)
-    expected = reference.attention(
-        *(x[None] for x in case[:3]), case.thresholds, scale=0.25, rule=rule, geometry=geometry
-    )
+    options = {"scale": 0.25, "rule": rule, "geometry": geometry, "voters": voters}
+    found = gated_attention(*case, **options)
+    expected = reference.attention(*(x[None] for x in case[:3]), case.thresholds, **options)
     assert torch.allclose(found.out, expected.out[0], atol=1e-5)
     seen = reference.visible_blocks(512, 512, geometry=geometry)
     skipped = 1 - expected.kept[0].sum(-1) / seen.sum()
@@ -82,17 +87,48 @@ def test_attention_with_gradients_is_that_of_the_reference(
     assert 0.02 < found.skipped.mean() < 0.7
 
 
+def brute_force_excess(
+    case: Case, rule: str, geometry: Geometry, voters: int
+) -> npt.NDArray[np.float64]:
+    """What is compared with thresholds, [heads, q_blocks, k_blocks], row by row; NaN if forced."""
+    q_block, k_block = geometry
+    seqlen, heads = case.q.shape[:2]
+    q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
+    excess = np.full((heads, q_blocks, k_blocks), np.nan)
+    for head in range(heads):
+        scores = 0.25 * (case.q[:, head] @ case.k[:, head // 2].T).double().numpy()
+        for block in range(q_blocks):
+            first = block * q_block
+            rows = range(first, first + q_block)
+            if block < q_blocks - 1:
+                rows = rows[voters - 1 :: voters]
+            for row in rows:
+                seen = -np.inf
+                for column in reversed(range((row + k_block) // k_block)):
+                    keys = range(column * k_block, min(row + 1, (column + 1) * k_block))
+                    peak = scores[row, keys].max()
+                    if (column + 1) * k_block <= first + 1:
+                        over = peak - (0 if rule == "absolute" else seen)
+                        before = excess[head, block, column]
+                        excess[head, block, column] = np.fmax(before, over)
+                    seen = max(seen, peak) if rule == "running_max" else np.logaddexp(seen, peak)
+    return excess
+
+
+@pytest.mark.parametrize("voters", [1, 4])
 @pytest.mark.parametrize("rule", RULES)
-def test_gradients_are_those_of_attention_to_the_blocks_that_were_kept(rule: str) -> None:
+def test_gradients_are_those_of_attention_to_the_blocks_that_were_kept(
+    rule: str, voters: int
+) -> None:
     case = a_case(rule, GEOMETRY)
+    options = {"scale": 0.25, "rule": rule, "geometry": GEOMETRY, "voters": voters}
     own = Case(*(x.clone().requires_grad_() for x in case))
     with torch.enable_grad():
-        found = gated_attention(*own, rule=rule, geometry=GEOMETRY, scale=0.25, width=0.25)
+        found = gated_attention(*own, **options, width=0.25)
         upstream = torch.randn(found.out.shape, generator=torch.Generator().manual_seed(1))
         found.out.backward(upstream)
-    mask = reference.attention(
-        *(x[None] for x in case[:3]), case.thresholds, scale=0.25, rule=rule, geometry=GEOMETRY
-    ).mask[0]
+    excess = torch.tensor(brute_force_excess(case, rule, GEOMETRY, voters), dtype=torch.float32)
+    mask = ~(excess < case.thresholds[..., None])
     gates = mask.float().requires_grad_()
     plain = [x.clone().requires_grad_() for x in case[:3]]
     with torch.enable_grad():
@@ -110,15 +146,12 @@ def test_gradients_are_those_of_attention_to_the_blocks_that_were_kept(rule: str
     # A threshold's gradient is made of what its blocks' gates are worth.
     assert own.thresholds.grad is not None
     assert gates.grad is not None
-    maxima = reference.block_maxima(
-        *(x[None] for x in case[:2]), scale=0.25, rule=rule, geometry=GEOMETRY
-    )[0]
-    if rule == "absolute":  # the references of the relative rules depend on what was kept
-        share = torch.sigmoid((maxima - case.thresholds[..., None]) / 0.25)
-        free = torch.arange(8) < ((torch.arange(4) * 128 + 1) // 64)[:, None]
-        worth = gates.grad * share * (1 - share) / 0.25 * free
-        worth = torch.where(free, worth, 0.0)
-        assert torch.allclose(own.thresholds.grad, -worth.sum(-1), atol=1e-4)
+    share = torch.sigmoid((excess - case.thresholds[..., None]) / 0.25)
+    worth = torch.where(excess.isnan(), 0.0, gates.grad * share * (1 - share) / 0.25)
+    assert torch.allclose(own.thresholds.grad, -worth.sum(-1), atol=1e-4)
+    slope = torch.where(excess.isnan(), 0.0, share * (1 - share) / 0.25).sum(-1)
+    visible = reference.visible_blocks(512, 512, geometry=GEOMETRY).sum()
+    assert torch.allclose(found.slope, slope / visible, atol=1e-5)
 
 
 def test_the_slope_is_what_a_shift_of_thresholds_does_to_the_sparsity() -> None:
@@ -160,7 +193,7 @@ def divergence(model: LlamaForCausalLM, thresholds: np.ndarray, ids: list[int]) 
     with applied(model, None):
         dense = language_model.predict(ids)
     values = torch.tensor(thresholds, dtype=torch.float32)
-    with applied(model, BlockSparse(values, "running_lse", GEOMETRY)):
+    with applied(model, BlockSparse(values, "peak_lse", GEOMETRY)):
         found = language_model.predict(ids)
     bands = language_model.compare(found, dense, ids)
     return sum(band.kl * band.positions for band in bands) / (len(ids) - 1)
@@ -173,7 +206,7 @@ def test_learned_thresholds_lose_less_than_one_scalar_at_the_same_sparsity(
         model,
         samples[:2],
         [0.4],
-        rule="running_lse",
+        rule="peak_lse",
         geometry=GEOMETRY,
         settings=Settings(steps=40),
         start=np.full((2, 4), -1.0),
@@ -183,7 +216,7 @@ def test_learned_thresholds_lose_less_than_one_scalar_at_the_same_sparsity(
     scalar = find_scalar(
         model,
         samples[2:],
-        rule="running_lse",
+        rule="peak_lse",
         target_sparsity=learned.sparsity,
         geometry=GEOMETRY,
     )
@@ -202,7 +235,7 @@ def test_thresholds_stay_below_a_ceiling_and_follow_the_position(
         model,
         samples,
         [0.5],
-        rule="running_lse",
+        rule="peak_lse",
         geometry=GEOMETRY,
         settings=settings,
         start=start,
@@ -228,7 +261,7 @@ def test_samples_of_different_lengths_and_odd_settings_are_refused(
             model,
             [samples[0], samples[1][:512]],
             [0.4],
-            rule="running_lse",
+            rule="peak_lse",
             geometry=GEOMETRY,
         )
     for shape in ((2, 3), (1, 4), (3, 4, 1)):
@@ -237,7 +270,7 @@ def test_samples_of_different_lengths_and_odd_settings_are_refused(
                 model,
                 samples,
                 [0.4],
-                rule="running_lse",
+                rule="peak_lse",
                 geometry=GEOMETRY,
                 start=np.zeros(shape),
             )
@@ -246,7 +279,7 @@ def test_samples_of_different_lengths_and_odd_settings_are_refused(
             model,
             samples,
             [0.4],
-            rule="running_lse",
+            rule="peak_lse",
             geometry=GEOMETRY,
             start=np.zeros((2, 4, 5)),
         )
@@ -401,14 +434,14 @@ def test_layers_that_run_dense_have_no_share_in_what_is_learned() -> None:
         model,
         samples[:1],
         [0.4],
-        rule="running_lse",
+        rule="peak_lse",
         geometry=GEOMETRY,
         settings=settings,
         start=np.full((2, 4), -1.0),
     )
     # Of both layers, twice as much of the second would have to be skipped.
     assert learned.sparsity == pytest.approx(0.4, abs=0.15)
-    measure = Measure(model, samples[:1], rule="running_lse", geometry=GEOMETRY)
+    measure = Measure(model, samples[:1], rule="peak_lse", geometry=GEOMETRY)
     assert measure(learned.thresholds).sparsity == pytest.approx(0.4, abs=0.15)
     found = calibrate(
         model,

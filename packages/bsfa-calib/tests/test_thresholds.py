@@ -21,7 +21,7 @@ import bsfa_calib
 from bsfa_calib import ThresholdFileError, ThresholdTable
 from bsfa_calib.point import as_point
 from bsfa_calib.thresholds import table_files
-from golden_v1 import golden_table
+from make_golden import golden_table
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -46,7 +46,7 @@ def good(tmp_path: Path) -> Path:
 
 
 def assert_same(left: ThresholdTable, right: ThresholdTable) -> None:
-    for name in ("points", "axis", "geometry", "rule", "model", "revision", "max_seqlen"):
+    for name in ("points", "axis", "geometry", "rule", "voters", "model", "revision", "max_seqlen"):
         assert getattr(left, name) == getattr(right, name)
     for name in ("samples", "aggregate", "provenance"):
         assert getattr(left, name) == getattr(right, name)
@@ -56,14 +56,21 @@ def assert_same(left: ThresholdTable, right: ThresholdTable) -> None:
         np.testing.assert_array_equal(statistic, right.statistics[name])
 
 
-@pytest.mark.parametrize("version", [1])
+@pytest.mark.parametrize("version", [1, 2])
 def test_every_golden_version_is_read(version: int) -> None:
-    assert_same(ThresholdTable.load(GOLDEN / f"v{version}.safetensors"), golden_table())
+    table = golden_table(version)
+    assert_same(ThresholdTable.load(GOLDEN / f"v{version}.safetensors"), table)
+    assert table.voters == (1 if version == 1 else 4)
 
 
-def test_the_current_writer_gives_the_golden_tensors_and_metadata(good: Path) -> None:
-    header, data = header_and_data(good)
-    expected_header, expected_data = header_and_data(GOLDEN / "v1.safetensors")
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_current_writer_gives_the_golden_tensors_and_metadata(
+    version: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "new.safetensors"
+    golden_table(version).save(path)
+    header, data = header_and_data(path)
+    expected_header, expected_data = header_and_data(GOLDEN / f"v{version}.safetensors")
     for each in (header, expected_header):
         each["__metadata__"].pop("created_by")
     assert header == expected_header
@@ -138,9 +145,9 @@ def test_a_directory_and_an_empty_file_are_refused(tmp_path: Path) -> None:
 
 def test_a_newer_version_is_refused_with_advice(good: Path, tmp_path: Path) -> None:
     header, data = header_and_data(good)
-    header["__metadata__"]["version"] = "2"
+    header["__metadata__"]["version"] = "3"
     path = write_raw(tmp_path / "newer.safetensors", header, data)
-    with pytest.raises(ThresholdFileError, match=r"version 2, .*pip install --upgrade bsfa-calib"):
+    with pytest.raises(ThresholdFileError, match=r"version 3, .*pip install --upgrade bsfa-calib"):
         ThresholdTable.load(path)
 
 
@@ -151,6 +158,19 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     torch.save({"thresholds": torch.zeros(1)}, path)
     with pytest.raises(ThresholdFileError, match="bsfa-calibrate table convert"):
         ThresholdTable.load(path)
+
+
+@pytest.mark.parametrize("size", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "table.safetensors"
+    for length in range(size):
+        table = ThresholdTable(np.zeros((1, 1, 1, 1), np.float32), (4,), model="m" * length)
+        table.save(path)
+        (found,) = struct.unpack("<Q", path.read_bytes()[:8])
+        if found == size:
+            break
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    assert ThresholdTable.load(path).model == table.model
 
 
 def test_tensors_of_another_origin_are_refused(tmp_path: Path) -> None:
@@ -384,3 +404,61 @@ def test_tables_of_a_folder_are_found_and_what_other_systems_leave_is_not(tmp_pa
     (tmp_path / "a" / "nowhere.safetensors").symlink_to("none")
     found = [str(path.relative_to(tmp_path)) for path in table_files(tmp_path)]
     assert found == ["a/4k.safetensors", "b/8k.safetensors"]
+
+
+def test_a_table_of_the_rule_that_was_replaced_names_the_command_that_makes_a_new_one(
+    good: Path,
+) -> None:
+    header, data = header_and_data(good)
+    header["__metadata__"] |= {"rule": "running_lse", "block": "64x64", "max_seqlen": "4096"}
+    write_raw(good, header, data)
+    with pytest.raises(ThresholdFileError) as caught:
+        ThresholdTable.load(good)
+    message = str(caught.value)
+    assert message.startswith(f"{good}: this table was calibrated for the rule running_lse, which")
+    command = (
+        "bsfa calibrate --model example/tiny --text FOLDER --length 4096 --geometry 64x64 "
+        "--out NEW.safetensors"
+    )
+    assert message.endswith(command)
+
+
+@pytest.mark.parametrize("voters", [0, 3, 8, 2.0, True, "2"])
+def test_a_number_of_voters_that_no_kernel_has_is_refused(voters: Any) -> None:
+    with pytest.raises(ValueError, match=rf"voters must be one of \(1, 2, 4\), got {voters!r}"):
+        ThresholdTable(np.zeros((1, 1, 1, 1), np.float32), (4,), voters=voters)
+
+
+def test_voters_in_a_file_must_be_a_known_number(tmp_path: Path) -> None:
+    path = tmp_path / "four.safetensors"
+    golden_table(2).save(path)
+    header, data = header_and_data(path)
+    header["__metadata__"]["voters"] = "3"
+    with pytest.raises(ThresholdFileError, match=r"voters must be one of \(1, 2, 4\), got 3"):
+        ThresholdTable.load(write_raw(path, header, data))
+
+
+def test_a_table_knows_what_each_point_is_expected_to_skip() -> None:
+    values = np.zeros((2, 2, 2, 1), np.float32)
+    values[:, 0] = -np.inf  # runs dense
+    named = {"axis": "target_sparsity"}
+    plain = ThresholdTable(values, (0.5, 0.75), **named)
+    assert plain.expected_sparsity("target_sparsity=0.75") == 0.75
+    measured = ThresholdTable(
+        values, (0.5, 0.75), **named, provenance={"expected_sparsity": "0.49, 0.74"}
+    )
+    assert measured.expected_sparsity("target_sparsity=0.5") == 0.49
+    share = np.array([[[0, 0], [0.2, 0.4]], [[0, 0], [0.1, 0.1]]], np.float32)
+    blocks = ThresholdTable(values, (4, 8), statistics={"sparsity": share})
+    assert blocks.expected_sparsity("k=4") == pytest.approx(0.3)
+    for unusable in (np.nan, np.inf, -0.1, 1.5):
+        held_out = np.full_like(share, unusable)
+        both = {"held_out_sparsity": held_out, "sparsity": share}
+        known = ThresholdTable(values, (4, 8), statistics=both)
+        assert known.expected_sparsity("k=4") == pytest.approx(0.3)
+        neither = ThresholdTable(values, (4, 8), statistics={"sparsity": held_out})
+        assert neither.expected_sparsity("k=4") is None
+    assert ThresholdTable(values, (4, 8)).expected_sparsity("k=8") is None
+    assert ThresholdTable(values[:1], (0.5,), **named).expected_sparsity() == 0.5
+    with pytest.raises(ValueError, match="has no k=5"):
+        blocks.expected_sparsity("k=5")

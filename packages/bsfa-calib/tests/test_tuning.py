@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from bsfa_calib import scalar
+from bsfa_calib import hook, scalar
 from bsfa_calib.expected import Expected, Measure, check_layers, verdict, with_expected
 from bsfa_calib.hook import HookError
 from bsfa_calib.thresholds import ThresholdTable
@@ -24,12 +27,31 @@ def model() -> LlamaForCausalLM:
     return small_llama()
 
 
-@pytest.mark.parametrize("rule", ["absolute", "running_max", "running_lse"])
+@pytest.mark.parametrize("rule", ["absolute", "running_max", "peak_lse"])
 def test_a_scalar_is_found_for_a_sparsity(
     model: LlamaForCausalLM, ids: list[int], rule: str
 ) -> None:
     found = find_scalar(model, [ids], rule=rule, target_sparsity=0.3, tolerance=0.02)
     assert found.sparsity == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("selection", ["int8", "auto"])
+def test_a_scalar_is_found_with_the_selection_that_it_is_for(
+    model: LlamaForCausalLM, ids: list[int], monkeypatch: pytest.MonkeyPatch, selection: str
+) -> None:
+    told: list[dict[str, Any]] = []
+    right = hook.block_sparse_attention
+
+    def attention(*tensors: Tensor, **options: Any) -> Any:
+        told.append(options)
+        return right(*tensors, **options)
+
+    monkeypatch.setattr(hook, "block_sparse_attention", attention)
+    options: dict[str, Any] = {"rule": "peak_lse", "target_sparsity": 0.3, "tolerance": 0.05}
+    find_scalar(model, [ids], selection=selection, **options)
+    assert {call["selection"] for call in told} == {selection}
+    expected = 0.3 if selection == "auto" else None
+    assert {call.get("expected_skipped") for call in told} == {expected}
 
 
 def test_a_sparsity_beyond_what_is_not_forced_is_refused(
@@ -43,7 +65,7 @@ def test_a_bounded_loss_is_kept_to_and_written_into_the_table(
     model: LlamaForCausalLM, ids: list[int]
 ) -> None:
     values = np.full((1, LAYERS, HEADS, 1), 3.0, np.float32)
-    table = ThresholdTable(values, (0.5,), axis="target_sparsity", rule="running_lse")
+    table = ThresholdTable(values, (0.5,), axis="target_sparsity", rule="peak_lse")
     found = limit_loss(model, table, [ids], max_loss=0.05)
     (expected,) = found.expected
     assert 0 < expected.kl <= 0.05
@@ -63,7 +85,7 @@ def test_a_scalar_of_one_pass_is_measured_on_other_text(model: LlamaForCausalLM)
     samples = np.random.default_rng(2).integers(0, 256, (3, 1024)).tolist()
     found = scalar.calibrate(model, samples[:2], samples[2:], target_sparsities=(0.5, 0.3))
     table = found.table
-    assert (table.points, table.rule, table.geometry) == ((0.3, 0.5), "running_lse", "64x64")
+    assert (table.points, table.rule, table.geometry) == ((0.3, 0.5), "peak_lse", "64x64")
     assert (table.rows, table.samples) == (1, 2)
     assert len(np.unique(table.thresholds)) == 2
     for expected, text in zip(
@@ -94,7 +116,7 @@ def test_layers_that_run_dense_are_kept_out_of_what_is_promised() -> None:
     assert "1 of 2 layers run dense (layers 0: sliding-window layer)" in sentence
     assert "multiply them by 0.50" in sentence
     # What is promised is what the hook skips of the other layer.
-    measure = Measure(model, samples[1:], rule="running_lse", geometry=Geometry(64, 64))
+    measure = Measure(model, samples[1:], rule="peak_lse", geometry=Geometry(64, 64))
     assert measure(found.table.thresholds[0]).sparsity == pytest.approx(expected.sparsity)
 
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import bsfa_hf
-from bsfa_hf import Reason
+from bsfa_calib import ThresholdTable, binding, hook
+from bsfa_hf import Reason, attention
 from bsfa_hf.attention import bsfa_attention
-from bsfa_kernel import RULES
-from tiny import LAYERS, largest_difference, table, tiny_model, tokens
+from bsfa_kernel import RULES, Geometry, block_sparse_attention
+from tiny import HALF, HEADS, LAYERS, largest_difference, table, tiny_model, tokens
 
 KINDS = ["llama", "qwen2", "qwen3", "phi3", "mistral", "gemma2", "gemma3_text", "gpt_oss"]
 
@@ -481,3 +483,136 @@ def test_a_patched_model_compiles_without_graph_breaks(model: Any) -> None:
         compiled(ids, attention_mask=torch.ones_like(ids), use_cache=False)
         assert stats.dense_calls == {str(Reason.TRACED_MASK): LAYERS}
     torch.compiler.reset()
+
+
+# ------------------------------------------------------------------------- voters and selection
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of each call of the kernel."""
+    calls: list[dict[str, Any]] = []
+
+    def attend(*tensors: Tensor, **options: Any) -> Any:
+        calls.append(options)
+        return block_sparse_attention(*tensors, **options)
+
+    monkeypatch.setattr(attention, "block_sparse_attention", attend)
+    return calls
+
+
+@pytest.mark.parametrize("voters", [1, 2, 4])
+@pytest.mark.parametrize("block", [(128, 64), (64, 64)])
+def test_voters_are_those_of_the_table(
+    voters: int, block: tuple[int, int], told: list[dict[str, Any]]
+) -> None:
+    model = tiny_model()
+    one = table(rule="peak_lse", block=block, voters=voters)
+    with bsfa_hf.enabled(model, one) as stats:
+        model(tokens(700))
+    assert [call["voters"] for call in told] == [voters] * LAYERS
+    values = torch.tensor(one.thresholds[0])
+    method = hook.BlockSparse(values, "peak_lse", Geometry(*block), voters=voters)
+    with hook.applied(model, method) as meter:
+        model(tokens(700))
+    skipped = 1 - stats.kept_fraction_by_head
+    assert torch.allclose(skipped, torch.tensor(meter.take(), dtype=torch.float64), atol=1e-4)
+    assert 0.05 < skipped.mean() < 0.95
+
+
+@pytest.mark.parametrize("way", ["argument", "environment", "none"])
+def test_the_selection_is_passed_on_and_counted(
+    way: str, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    given = "int8" if way == "argument" else None
+    if way != "none":
+        # An argument counts before the environment.
+        monkeypatch.setenv("BSFA_SELECTION", "int8" if way == "environment" else "exact")
+    with bsfa_hf.enabled(model, table(), selection=given) as stats:
+        model(tokens(300))
+    expected = "auto" if way == "none" else "int8"
+    assert [call["selection"] for call in told] == [expected] * LAYERS
+    # On a CPU "auto" is exact.
+    ran = {"exact": LAYERS, "int8": 0} if way == "none" else {"exact": 0, "int8": LAYERS}
+    assert stats.sparse_calls_by_selection == ran
+    assert ("chose in 8 bits" in str(stats)) == (way != "none")
+
+
+def test_auto_is_told_what_the_point_is_expected_to_skip(told: list[dict[str, Any]]) -> None:
+    model = tiny_model()
+    values = np.full((2, LAYERS, HEADS, 1), HALF["peak_lse"], np.float32)
+    learned = ThresholdTable(
+        *(values, (0.5, 0.75)),
+        axis="target_sparsity",
+        rule="peak_lse",
+        provenance={"expected_sparsity": "0.51, 0.76"},
+    )
+    with bsfa_hf.enabled(model, learned, target_sparsity=0.75):
+        model(tokens(300))
+    with bsfa_hf.enabled(model, learned, target_sparsity=0.75, selection="exact"):
+        model(tokens(300))
+    assert [call["expected_skipped"] for call in told] == [0.76] * LAYERS + [None] * LAYERS
+
+
+def test_packed_sequences_are_selected_in_8_bits(told: list[dict[str, Any]]) -> None:
+    model = tiny_model()
+    ids = torch.cat([tokens(300), tokens(200, seed=1)], 1)
+    starts = torch.tensor([0, 300, 500], dtype=torch.int32)
+    positions = torch.cat([torch.arange(300), torch.arange(200)])[None]
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "position_ids": positions}
+    with bsfa_hf.enabled(model, table(-math.inf), selection="int8") as stats:
+        found = model(ids, **packed).logits[:, 300:]
+    assert [call["max_seqlen_k"] for call in told] == [300] * LAYERS
+    assert stats.sparse_calls_by_selection == {"exact": 0, "int8": LAYERS}
+    assert largest_difference(found, model(tokens(200, seed=1)).logits) < 1e-4
+
+
+def test_what_is_counted_goes_by_the_keys_of_each_kernel_call(
+    told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def resolve(selection: str, q: Tensor, seqlen_k: int, **options: Any) -> str:
+        asked.append(seqlen_k)
+        return "int8" if seqlen_k >= 300 else "exact"
+
+    monkeypatch.setattr(binding, "resolve_selection", resolve)
+    model = tiny_model()
+    mask = torch.ones(2, 300, dtype=torch.long)
+    mask[1, :90] = 0
+    with bsfa_hf.enabled(model, table()) as stats:
+        model(tokens(290))
+        assert asked == [290] * LAYERS
+        assert stats.sparse_calls_by_selection == {"exact": LAYERS, "int8": 0}
+        model(tokens(300).expand(2, -1), attention_mask=mask)
+        assert asked[LAYERS:] == [300, 210] * LAYERS
+        assert stats.sparse_calls_by_selection == {"exact": LAYERS, "int8": LAYERS}
+        starts = torch.tensor([0, 310, 500], dtype=torch.int32)
+        positions = torch.cat([torch.arange(310), torch.arange(190)])[None]
+        packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "position_ids": positions}
+        model(tokens(500), **packed)
+        assert asked[3 * LAYERS :] == [310] * LAYERS
+        assert [call["max_seqlen_k"] for call in told[-LAYERS:]] == [310] * LAYERS
+
+
+def test_packed_sequences_that_are_too_short_are_not_selected(told: list[dict[str, Any]]) -> None:
+    model = tiny_model()
+    ids = torch.cat([tokens(60), tokens(50, seed=1)], 1)
+    starts = torch.tensor([0, 60, 110], dtype=torch.int32)
+    positions = torch.cat([torch.arange(60), torch.arange(50)])[None]
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "position_ids": positions}
+    with bsfa_hf.enabled(model, table(math.inf), selection="int8") as stats:
+        found = model(ids, **packed).logits[:, 60:]
+    assert [call["selection"] for call in told] == ["exact"] * LAYERS
+    assert stats.dense_calls == {str(Reason.TOO_SHORT): LAYERS}
+    assert largest_difference(found, model(tokens(50, seed=1)).logits) < 1e-4
+
+
+def test_a_selection_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="selection must be one of exact, int8, auto, got 'fp4'"):
+        bsfa_hf.enable(model, table(), selection="fp4")
+    monkeypatch.setenv("BSFA_SELECTION", "none")
+    with pytest.raises(ValueError, match=r"BSFA_SELECTION must be one of .*, got 'none'"):
+        bsfa_hf.enable(model, table())

@@ -19,7 +19,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bsfa_calib import Point, ThresholdTable
+from bsfa_calib import Point, ThresholdFileError, ThresholdTable
 from bsfa_hf import __version__
 from bsfa_hf.cli import main, make_parser
 from bsfa_hf.cli.common import Loaded, choose_point, find_table
@@ -66,6 +66,7 @@ def test_demo_prints_its_table(
 ) -> None:
     arguments = ["demo", "--model", str(directory), "--text", str(text), "--tokens", "900"]
     arguments += ["--questions", "2", "--thresholds", str(thresholds), "--k", "8"]
+    arguments += ["--selection", "exact"]
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     for expected in (
@@ -98,7 +99,7 @@ def test_demo_calibrates_where_there_is_no_table(
     assert main([*arguments, "--questions", "1", "--target-sparsity", "0.5"]) == 0
     out, err = capsys.readouterr()
     assert "calibrated on 2 of 2 samples" in err
-    assert "target_sparsity=0.5, rule running_lse, blocks of 64x64" in out
+    assert "target_sparsity=0.5, rule peak_lse, blocks of 64x64" in out
 
 
 def test_the_installed_command_mounts_every_subcommand() -> None:
@@ -313,7 +314,7 @@ def test_of_two_shipped_tables_for_a_length_the_one_with_more_points_is_taken(
         np.zeros((3, 2, 4, 1), np.float32),
         (0.5, 0.7, 0.9),
         axis="target_sparsity",
-        rule="running_lse",
+        rule="peak_lse",
         max_seqlen=8192,
     )
     made.save(folder / "8k-learned.safetensors")
@@ -335,6 +336,37 @@ def test_of_two_shipped_tables_for_a_length_the_one_with_more_points_is_taken(
     chosen = find_table(loaded, 5000)
     assert chosen is not None
     assert chosen.stem == "8k-small"
+
+
+@pytest.mark.parametrize("names", [("a", "b", "c"), ("c", "b", "a")])
+def test_of_tables_that_differ_in_voters_the_one_by_all_rows_is_taken(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "thresholds" / "tiny"
+    for voters, name in zip((1, 2, 4), names, strict=True):
+        table(points=(4, 8), voters=voters).save(folder / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    found = find_table(Loaded(tiny_model(), None, "tiny"), 512)
+    assert found == folder / f"{names[0]}.safetensors"
+
+
+def test_a_table_that_cannot_be_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "thresholds" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "broken.safetensors").write_bytes(b"nothing")
+    monkeypatch.chdir(tmp_path)
+    loaded = Loaded(tiny_model(), None, "tiny")
+    with pytest.raises(ThresholdFileError, match=r"broken\.safetensors: the file has 7 bytes"):
+        find_table(loaded, 512)
+    table(points=(4, 8)).save(folder / "good.safetensors")
+    capsys.readouterr()
+    found = find_table(loaded, 512)
+    assert found is not None
+    assert found.stem == "good"
+    assert re.search(r"passed over: .*broken\.safetensors: the file has", capsys.readouterr().err)
+    assert find_table(loaded, 512, Point("max_loss", 0.1)) is None
 
 
 @pytest.mark.parametrize(

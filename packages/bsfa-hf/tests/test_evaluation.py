@@ -24,7 +24,9 @@ import bsfa_hf
 from bsfa_calib import Point, ThresholdTable
 from bsfa_calib.language_model import LanguageModel
 from bsfa_calib.text import read_windows
-from bsfa_hf.cli import main
+from bsfa_hf.cli import main, make_parser
+from bsfa_hf.cli.evaluate import configurations
+from bsfa_hf.evaluation import run
 from bsfa_hf.evaluation.configurations import (
     Configuration,
     ConfigurationError,
@@ -37,8 +39,8 @@ from bsfa_hf.evaluation.plot import plot_results
 from bsfa_hf.evaluation.results import Results, ResultsError, load
 from bsfa_hf.evaluation.run import Evaluation, EvaluationError, Plan, rank_path
 from bsfa_hf.evaluation.summary import advice, markdown, summarise
-from bsfa_hf.methods import BlockSparse
-from bsfa_kernel import DEFAULT_GEOMETRY
+from bsfa_hf.methods import BlockSparse, OneThreshold
+from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 from tiny import small_llama
 
 LENGTH = 512
@@ -76,9 +78,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def a_table(path: Path, threshold: float, *, layers: int = LAYERS, model: str = "") -> Path:
     values = np.full((2, layers, HEADS, 1), threshold, np.float32)
     values[0] = -np.inf
-    table = ThresholdTable(
-        values, (0.0, 0.5), axis="target_sparsity", rule="running_lse", model=model
-    )
+    table = ThresholdTable(values, (0.0, 0.5), axis="target_sparsity", rule="peak_lse", model=model)
     table.save(path)
     return path
 
@@ -120,6 +120,8 @@ def test_the_digest_follows_the_table_and_not_its_name(tmp_path: Path) -> None:
         ("sliding_window:window=8,depth=2", "takes window, sink, got depth=2"),
         ("sliding_window:window", "options are option=value"),
         ("=dense", "a configuration is"),
+        ("scalar:rule=absolute,threshold=1,voters=3", r"voters must be one of \(1, 2, 4\), got 3"),
+        ("scalar:rule=absolute,threshold=1,selection=fp8", "selection must be one of exact, int8"),
         ("sparge_attn:topk=2", r"topk must be in \(0, 1\]"),
     ],
 )
@@ -138,7 +140,51 @@ def test_a_point_is_written_by_its_axis_or_as_a_point(tmp_path: Path) -> None:
     path = a_table(tmp_path / "table", -1.0)
     for point in ("target_sparsity=0.5", "point=target_sparsity=0.5"):
         method = make_method(parse_configuration(f"table:file={path},{point}"))
-        assert method == BlockSparse(str(path), Point("target_sparsity", 0.5))
+        assert method == BlockSparse(str(path), Point("target_sparsity", 0.5), selection="auto")
+
+
+def test_voters_and_selection_are_part_of_a_configuration(tmp_path: Path) -> None:
+    one = parse_configuration("scalar:rule=peak_lse,threshold=-1,geometry=64x64")
+    four = parse_configuration("scalar:rule=peak_lse,threshold=-1,geometry=64x64,voters=4")
+    assert (one.voters, four.voters) == (1, 4)
+    assert one.digest != four.digest
+    assert make_method(four) == OneThreshold(-1.0, "peak_lse", Geometry(64, 64), 4, "auto")
+    path = a_table(tmp_path / "table", -1.0)
+    chosen = parse_configuration(f"table:file={path},target_sparsity=0.5,selection=int8")
+    method = make_method(chosen)
+    assert method == BlockSparse(str(path), Point("target_sparsity", 0.5), selection="int8")
+    plain = parse_configuration(f"table:file={path},target_sparsity=0.5")
+    assert plain.digest != chosen.digest
+    values = ThresholdTable.load(path)
+    dataclasses.replace(values, voters=2).save(path)
+    by_two = parse_configuration(f"table:file={path},target_sparsity=0.5")
+    assert by_two.digest != plain.digest
+    assert (by_two.rule, by_two.voters, by_two.geometry) == ("peak_lse", 2, Geometry(128, 64))
+
+
+@pytest.mark.parametrize("kind", ["table", "scalar"])
+def test_the_environments_selection_is_part_of_a_configuration(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = a_table(tmp_path / "table", -1.0)
+    text = f"table:file={path},target_sparsity=0.5"
+    if kind == "scalar":
+        text = "scalar:rule=peak_lse,threshold=-1"
+    found = {}
+    for selection in ("", "auto", "exact", "int8"):
+        monkeypatch.setenv("BSFA_SELECTION", selection)
+        found[selection] = parse_configuration(text)
+    assert found[""] == found["auto"]
+    assert len({each.digest for each in found.values()}) == 3
+    assert len({each.name for each in found.values()}) == 3
+    # What a configuration says counts, whatever the environment says later.
+    method = make_method(found["exact"])
+    assert isinstance(method, (BlockSparse, OneThreshold))
+    assert method.selection == "exact"
+    assert parse_configuration(f"{text},selection=exact") == found["exact"]
+    monkeypatch.setenv("BSFA_SELECTION", "fp4")
+    with pytest.raises(ConfigurationError, match="BSFA_SELECTION must be one of"):
+        parse_configuration(text)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +220,72 @@ def test_sparge_attention_that_is_not_installed_is_told(
     plan = a_plan(text, "sparge_attn:topk=0.5")
     with pytest.raises(ImportError, match="spas_sage_attn_meansim_topk_cuda of the package"):
         Evaluation(model, tokenizer, plan, tmp_path / "results.json")
+
+
+def test_records_say_from_what_scores_blocks_were_chosen(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = a_table(tmp_path / "table", -1.0)
+    specifications = (
+        f"table:file={path},target_sparsity=0.5,selection=int8",
+        "scalar:rule=absolute,threshold=-1",
+        "sliding_window:window=64",
+    )
+    plan = a_plan(text, *specifications, tasks=("kl",), samples=1)
+    Evaluation(model, tokenizer, plan, tmp_path / "results.json").run()
+    content = load(tmp_path / "results.json")
+    about = content["header"]["configurations"]
+    found = {
+        about[r["configuration"]]["kind"]: r["sparse_calls_by_selection"]
+        for r in content["records"]
+    }
+    assert found == {
+        "dense": {},
+        "table": {"exact": 0, "int8": LAYERS},
+        "scalar": {"exact": LAYERS, "int8": 0},  # on a CPU "auto" is exact
+        "sliding_window": {},
+    }
+    rules = {each["kind"]: (each["rule"], each["voters"]) for each in about.values()}
+    assert rules["table"] == ("peak_lse", 1)
+    assert rules["scalar"] == ("absolute", 1)
+    assert rules["dense"] == rules["sliding_window"] == ("", 1)
+    # With another selection nothing of this is done already.
+    monkeypatch.setenv("BSFA_SELECTION", "int8")
+    plan = a_plan(text, *specifications, tasks=("kl",), samples=1)
+    Evaluation(model, tokenizer, plan, tmp_path / "results.json").run()
+    assert len(load(tmp_path / "results.json")["records"]) == len(content["records"]) + 1
+
+
+def test_a_scalar_for_a_sparsity_is_found_with_its_selection(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = run.find_scalar
+    told: list[dict[str, Any]] = []
+
+    def find(*args: Any, **options: Any) -> Any:
+        told.append(options)
+        return right(*args, **options)
+
+    monkeypatch.setattr(run, "find_scalar", find)
+    scalars = [f"scalar:rule=peak_lse,sparsity=0.2,selection={s}" for s in ("int8", "auto")]
+    plan = a_plan(text, *scalars, tasks=("kl",), samples=1)
+    evaluation = Evaluation(model, tokenizer, plan, tmp_path / "results.json")
+    evaluation.run()
+    assert [options["selection"] for options in told] == ["int8", "auto"]
+    for configuration in plan.configurations:
+        method = make_method(configuration, threshold=1.0)
+        assert method is not None
+        state = method.state(model)
+        assert state is not None
+        assert state.expected_skipped == 0.2
 
 
 # ------------------------------------------------------------------------- intervals and needles
@@ -259,7 +371,7 @@ def test_an_evaluation_compares_every_configuration_with_dense(
 def test_what_is_evaluated_is_what_enable_gives(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
 ) -> None:
-    path = a_table(tmp_path / "table", 0.0)
+    path = a_table(tmp_path / "table", 1.0)
     plan = a_plan(text, f"table:file={path},target_sparsity=0.5", tasks=("kl",), samples=1)
     Evaluation(model, tokenizer, plan, tmp_path / "results.json").run()
     assert model.config._attn_implementation == "sdpa"
@@ -409,7 +521,7 @@ def test_perplexity_without_text_is_refused() -> None:
 def test_a_model_that_gains_nothing_is_told_so(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
 ) -> None:
-    plan = a_plan(text, "scalar:rule=running_lse,threshold=-30", tasks=("kl",), samples=1)
+    plan = a_plan(text, "scalar:rule=peak_lse,threshold=-30", tasks=("kl",), samples=1)
     evaluation = Evaluation(model, tokenizer, plan, tmp_path / "results.json")
     evaluation.run()
     content = load(tmp_path / "results.json")
@@ -450,6 +562,23 @@ def test_the_command_line_says_what_is_wrong_before_it_loads_a_model(
     assert message in capsys.readouterr().err
 
 
+def chosen_by(arguments: list[str]) -> list[str]:
+    parsed = make_parser().parse_args(["evaluate", "--model", "m", *arguments])
+    return [each.option("selection") for each in configurations(parsed)]
+
+
+def test_the_selection_option_is_for_configurations_that_name_none(tmp_path: Path) -> None:
+    path = a_table(tmp_path / "table", -1.0)
+    arguments = ["--selection", "int8", "--thresholds", str(path), "--target-sparsity", "0.5"]
+    arguments += ["--config", "scalar:rule=absolute,threshold=-1"]
+    arguments += ["--config", "scalar:rule=absolute,threshold=-1,selection=exact"]
+    arguments += ["--config", "sliding_window:window=64"]
+    assert chosen_by(arguments) == ["int8", "int8", "exact", ""]
+    assert chosen_by(arguments[:2] + arguments[6:]) == ["int8", "exact", ""]
+    with pytest.raises(ValueError, match="--selection int8 is for tables and scalars"):
+        chosen_by(["--selection", "int8", "--config", "sliding_window:window=64"])
+
+
 def test_plotting_without_pairs_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -468,7 +597,7 @@ def test_the_real_model_is_evaluated_from_the_command_line(
         *("evaluate", "--model", os.environ["BSFA_TEST_MODEL"]),
         *("--text", os.environ["BSFA_TEST_TEXT"], "--lengths", "512", "--samples", "1"),
         *("--tasks", "kl,needle", "--depths", "0.5", "--out", str(out)),
-        *("--config", "lse=scalar:rule=running_lse,threshold=-5"),
+        *("--config", "lse=scalar:rule=peak_lse,threshold=-5"),
     ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_a_model_that_skips_nothing_gives_the_logits_of_sdpa(models: tuple[Any, 
     assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
-@pytest.mark.parametrize("rule", ["absolute", "running_max", "running_lse"])
+@pytest.mark.parametrize("rule", ["absolute", "running_max", "peak_lse"])
 def test_a_sparse_model_keeps_the_blocks_that_the_reference_keeps(
     models: tuple[Any, Any], rule: str
 ) -> None:

@@ -91,7 +91,7 @@ def test_two_models_in_one_process_have_their_own_tables_and_counts() -> None:
     one, other = tiny_model("llama"), tiny_model("qwen3")
     with (
         bsfa_hf.enabled(one, table(math.inf)) as first,
-        bsfa_hf.enabled(other, table(-math.inf, rule="running_lse")) as second,
+        bsfa_hf.enabled(other, table(-math.inf, rule="peak_lse")) as second,
     ):
         one(tokens(300))
         other(tokens(200))
@@ -230,13 +230,13 @@ def test_attn_implementation_alone_says_how_to_give_a_table() -> None:
 def learned(tmp_path: Path) -> str:
     """A table of two target sparsities, for blocks of 64x64."""
     path = tmp_path / "learned.safetensors"
-    values = np.full((2, LAYERS, HEADS, 1), HALF["running_lse"], np.float32)
+    values = np.full((2, LAYERS, HEADS, 1), HALF["peak_lse"], np.float32)
     values[0] -= 2
     ThresholdTable(
         thresholds=values,
         points=(0.5, 0.75),
         axis="target_sparsity",
-        rule="running_lse",
+        rule="peak_lse",
         q_block=64,
         k_block=64,
     ).save(path)

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import bsfa_hf
 from bsfa_hf import AttentionConfig
+from bsfa_hf.methods import BlockSparse
 from tiny import HEADS, LAYERS, largest_difference, table, tiny_model, tokens
 
 
@@ -122,6 +123,33 @@ def test_files_of_the_papers_repository_are_read(model: Any, file: str, tmp_path
     assert torch.equal(logits[0], logits[1])
 
 
+@pytest.mark.parametrize("mode", ["sdpa", "sparge_attn", "sliding_window"])
+def test_a_selection_that_there_is_not_is_refused_in_every_mode(mode: str) -> None:
+    with pytest.raises(ValueError, match="selection must be one of exact, int8, auto, got 'fp4'"):
+        AttentionConfig(mode=mode, sliding_window_size=64, selection="fp4")
+
+
+def test_the_selection_is_that_of_the_given_environment(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BSFA_SELECTION", "int8")
+    given = {
+        "CUSTOM_ATTENTION_MODE": "block_sparse",
+        "CUSTOM_THRESHOLD_FILE": file,
+        "CUSTOM_BLOCK_SPARSE_TOPK": "8",
+    }
+    found = []
+    for more in ({}, {"BSFA_SELECTION": "exact"}, {"CUSTOM_SELECTION": "int8"}):
+        config = bsfa_hf.create_attention_config_from_env(environment={**given, **more})
+        assert config is not None
+        method = config.method()
+        assert isinstance(method, BlockSparse)
+        found.append(method.selection)
+    assert found == ["auto", "exact", "int8"]
+    with pytest.raises(ValueError, match=r"BSFA_SELECTION must be one of .*, got 'fp4'"):
+        bsfa_hf.create_attention_config_from_env({**given, "BSFA_SELECTION": "fp4"})
+
+
 def test_environment_variables_are_read(
     model: Any, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,8 +165,15 @@ def test_environment_variables_are_read(
     monkeypatch.setenv("CUSTOM_BLOCK_SPARSE_TOPK", "8")
     bsfa_hf.inject_custom_attention(model)
     assert bsfa_hf.get_current_attention_config(model) == AttentionConfig(
-        mode="block_sparse", threshold_file=file, block_sparse_topk=8
+        mode="block_sparse", threshold_file=file, block_sparse_topk=8, selection="auto"
     )
+    monkeypatch.setenv("CUSTOM_SELECTION", "int8")
+    bsfa_hf.inject_custom_attention(model)
+    model(tokens(400))
+    assert bsfa_hf.stats(model).sparse_calls_by_selection == {"exact": 0, "int8": LAYERS}
+    monkeypatch.setenv("CUSTOM_SELECTION", "fp4")
+    with pytest.raises(ValueError, match="selection must be one of exact, int8, auto, got 'fp4'"):
+        bsfa_hf.create_attention_config_from_env()
     monkeypatch.setenv("CUSTOM_ATTENTION_MODE", "sliding_window")
     monkeypatch.setenv("CUSTOM_SLIDING_WINDOW_SIZE", "64")
     bsfa_hf.inject_custom_attention(model)

@@ -16,7 +16,7 @@ from bsfa_calib import ThresholdTable
 LAYERS, HEADS, KV_HEADS, VOCABULARY = 2, 4, 2, 97
 
 # A threshold for each rule at which the tiny models keep some blocks and skip others.
-HALF = {"absolute": 6.5, "running_max": 1.5, "running_lse": -0.7}
+HALF = {"absolute": 6.5, "running_max": 1.5, "peak_lse": 0.5}
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -102,6 +102,7 @@ def table(
     block: tuple[int, int] = (128, 64),
     points: tuple[int, ...] = (8,),
     model: str = "",
+    voters: int = 1,
 ) -> ThresholdTable:
     """A table about one value, by default one that skips some blocks."""
     value = HALF[rule] if value is None else value
@@ -116,6 +117,7 @@ def table(
         q_block=block[0],
         k_block=block[1],
         rule=rule,
+        voters=voters,
         model=model,
     )
 

@@ -13,7 +13,8 @@
 namespace bsfa {
 namespace {
 
-constexpr int64_t kMaxExtent = INT32_MAX;         // the kernels count in int32_t
+constexpr int64_t kMaxExtent = INT32_MAX;  // the kernels count in int32_t
+constexpr int64_t kMaxTiles = (int64_t{1} << 30) - 1;
 constexpr int64_t kMaxSeqlen = int64_t{1} << 30;  // ... and round lengths up to whole blocks
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kAlignment = 16;                    // bytes; a thread moves no less
@@ -61,13 +62,14 @@ void check_reserved(const bsfa_problem& args) {
   }
 }
 
-// One CTA computes no fewer than 64 queries of a head, and a grid has fewer than 2^31 CTAs.
+// The kernels count tiles, of no fewer than 64 queries of a head, in int32_t, with room for as many again:
+// the selection sets more aside for packed sequences, and loops step beyond the last.
 void check_grid(int64_t sequences, int64_t heads, int64_t tiles) {
   // Each factor is below 2^32 and the first two are below 2^31, so that no product that is evaluated
   // overflows.
   const int64_t rows = sequences * heads;
-  BSFA_CHECK(rows <= INT32_MAX && rows * tiles <= INT32_MAX,
-             "batch * heads * ceil(seqlen_q / 64) must be at most ", INT32_MAX, ", got ", sequences, " * ",
+  BSFA_CHECK(rows <= kMaxTiles && rows * tiles <= kMaxTiles,
+             "batch * heads * ceil(seqlen_q / 64) must be at most ", kMaxTiles, ", got ", sequences, " * ",
              heads, " * ", tiles);
 }
 
@@ -323,6 +325,10 @@ SelectParams validate_shape(const bsfa_select_blocks_args* pointer) {
   BSFA_CHECK(args.precision == BSFA_PRECISION_EXACT || args.precision == BSFA_PRECISION_INT8,
              "precision must be 0 (exact) or 1 (int8), got ", args.precision);
   params.precision = static_cast<Precision>(args.precision);
+  constexpr int64_t kMaxRoundedHeads = 65535;  // a dimension of a grid
+  BSFA_CHECK(params.precision == Precision::kExact || args.problem.kv_heads <= kMaxRoundedHeads,
+             "kv_heads must be at most ", kMaxRoundedHeads, " for precision 1 (int8), got ",
+             args.problem.kv_heads);
   params.threshold_rows = check_threshold_rows(args.threshold_rows, 1);
   params.mask_words = check_mask_words(args.problem, args.mask_words);
   return params;

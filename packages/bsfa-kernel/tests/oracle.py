@@ -22,6 +22,7 @@ class Expected(NamedTuple):
     kept: np.ndarray  # [batch, heads, q_blocks]
     mask: np.ndarray  # [batch, heads, q_blocks, k_blocks]
     maxima: np.ndarray  # [batch, heads, q_blocks, k_blocks]
+    voted: np.ndarray  # maxima over the voting rows alone
 
 
 @np.errstate(invalid="ignore")
@@ -34,6 +35,7 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters
     lse = np.full((batch, heads, seqlen_q), -INF)
     mask = np.zeros((batch, heads, q_blocks, k_blocks), bool)
     maxima = np.full((batch, heads, q_blocks, k_blocks), -INF)
+    voted = maxima.copy()
     for b in range(batch):
         for h in range(heads):
             kv_head = h // (heads // kv_heads)
@@ -52,7 +54,9 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters
                 voting = [
                     r for r in rows if i == q_blocks - 1 or (r - i * q_block) % voters == voters - 1
                 ]
-                kept_blocks, _ = visit(scores, voting, k_blocks, k_block, rule, threshold)
+                kept_blocks, voted[b, h, i] = visit(
+                    scores, voting, k_blocks, k_block, rule, threshold
+                )
                 _, maxima[b, h, i] = visit(scores, rows, k_blocks, k_block, rule, threshold)
                 for block in kept_blocks:
                     mask[b, h, i, block] = True
@@ -63,7 +67,7 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters
                     if lse[b, h, r] != -INF:
                         for j, s in left.items():
                             out[b, r, h] += math.exp(s - lse[b, h, r]) * v[b, j, kv_head]
-    return Expected(out, lse, mask.sum(-1), mask, maxima)
+    return Expected(out, lse, mask.sum(-1), mask, maxima, voted)
 
 
 @np.errstate(invalid="ignore", over="ignore", divide="ignore")

@@ -192,7 +192,7 @@ EVERY = [
     ("seqlen_q", 2**31, "seqlen_q must be between 0 and 1073741824, got 2147483648"),
     ("seqlen_k", -1, "seqlen_k must be between 0 and 1073741824, got -1"),
     ("seqlen_k", 2**40, "seqlen_k must be between 0 and 1073741824, got 1099511627776"),
-    ("batch", 2**29, r"batch \* heads \* ceil\(seqlen_q / 64\) must be at most 2147483647, got"),
+    ("batch", 2**29, r"batch \* heads \* ceil\(seqlen_q / 64\) must be at most 1073741823, got"),
     ("cu_seqlens_q", 0x80000, "must both be given or both be null, got only cu_seqlens_q"),
     ("cu_seqlens_k", 0x80000, "must both be given or both be null, got only cu_seqlens_k"),
     ("q", None, "q must not be null"),
@@ -274,6 +274,12 @@ MASK: list[Refused] = [
 
 SELECT: list[Refused] = [
     ("precision", 2, r"precision must be 0 \(exact\) or 1 \(int8\), got 2", {}),
+    (
+        "precision",
+        1,
+        r"kv_heads must be at most 65535 for precision 1 \(int8\), got 65536",
+        {"heads": 65536, "kv_heads": 65536},
+    ),
     ("block_mask", None, "block_mask must not be null", {**PACKED, "seqlen_q": 0}),
 ]
 

@@ -232,10 +232,11 @@ def test_reference_matches_the_score_by_score_oracle(call):
         exactly = {"rtol": 0, "atol": 1e-12, "equal_nan": True}
         torch.testing.assert_close(result.out, torch.from_numpy(expected.out), **exactly)
         torch.testing.assert_close(result.lse, torch.from_numpy(expected.lse), **exactly)
-    del options["voters"]
-    maxima = block_maxima(q, k, **options)
-    expected_maxima = torch.from_numpy(expected.maxima)
-    torch.testing.assert_close(maxima, expected_maxima, rtol=0, atol=1e-12, equal_nan=True)
+    for voters, wanted in ((options["voters"], expected.voted), (1, expected.maxima)):
+        maxima = block_maxima(q, k, **{**options, "voters": voters})
+        torch.testing.assert_close(
+            maxima, torch.from_numpy(wanted), rtol=0, atol=1e-12, equal_nan=True
+        )
 
 
 @settings(max_examples=max(30, settings().max_examples))
@@ -432,6 +433,32 @@ def test_a_block_is_kept_at_its_own_maximum_and_not_above(case, geometry):
         thresholds = bound.expand(case.heads, 1)
         result = attention(q, k, v, thresholds, **options)
         assert torch.equal(result.mask, (maxima >= bound) | forced)
+
+
+@pytest.mark.parametrize("voters", [1, 2, 4])
+def test_maxima_of_the_voters_are_what_decides(rule, geometry, voters):
+    case = cases.Case("voters", "", batch=2, seqlen_q=500, seqlen_k=700, heads=4, kv_heads=2)
+    q, k, v = case.inputs(torch.float64)
+    options = {"rule": rule, "geometry": geometry, "voters": voters}
+    maxima = block_maxima(q, k, **options)
+    forced = forced_blocks(case.seqlen_q, case.seqlen_k, geometry=geometry)
+    threshold = maxima[maxima.isfinite()].median()
+    for bound in (threshold, torch.nextafter(threshold, torch.tensor(INF, dtype=torch.float64))):
+        found = attention(q, k, v, bound.expand(case.heads, 1), **options).mask
+        free = ~forced.expand(found.shape)
+        # In one product with fewer rows a score may be rounded otherwise.
+        clear = (maxima - bound).abs() > 1e-12
+        assert torch.equal(found[free & clear], (maxima >= bound)[free & clear])
+    assert ((maxima < block_maxima(q, k, rule=rule, geometry=geometry)).any()) == (voters > 1)
+
+
+def test_maxima_refuse_voters_that_are_none():
+    q, k, _ = cases.Case("refused", "", seqlen_q=10, seqlen_k=10).inputs()
+    for voters, message in ((3, "voters must be one of 1, 2, 4; got 3"), (True, "got True")):
+        with pytest.raises(ValueError, match=message):
+            block_maxima(q, k, voters=voters)
+    with pytest.raises(ValueError, match="voters must divide the queries of a block, got 4 and 2"):
+        block_maxima(q, k, voters=4, geometry=TINY)
 
 
 def test_keeping_more_never_follows_from_a_higher_absolute_threshold(geometry):

@@ -29,6 +29,7 @@ from bsfa_kernel import (
     build_info,
     pack_blocks,
     reference,
+    resolve_selection,
     select_blocks,
     unpack_blocks,
 )
@@ -72,6 +73,15 @@ def test_bit_j_of_word_i_is_block_64_i_plus_j(k_blocks):
             r"k_blocks must be between 0 and 128 \(2 words of 64 bits\), got 129",
         ),
         (unpack_blocks, (torch.zeros(2, dtype=torch.int64), -1), ValueError, "got -1"),
+        *(
+            (
+                unpack_blocks,
+                (torch.zeros(2, dtype=torch.int64), value),
+                TypeError,
+                f"k_blocks must be a whole number, got {type(value).__name__}",
+            )
+            for value in (2.0, "3", None, True)
+        ),
     ],
 )
 def test_masks_that_are_none_are_refused(function, arguments, error, message):
@@ -319,6 +329,31 @@ def test_selection_in_eight_bits_is_close_to_exact_verdicts(target, rule, geomet
     assert 0.2 < exact.mask.float().mean() < 0.8
 
 
+def test_later_keys_may_change_verdicts_in_eight_bits_but_not_what_is_kept(rule):
+    case = cases.Case("later", "", seqlen_q=640, seqlen_k=640, heads=4, kv_heads=2)
+    q, k, v = case.inputs(torch.float64)
+    k[:, 512:, :, 0] += 20  # moves the offset, and so the rounding of earlier keys
+    options = {"rule": rule, "geometry": GEOMETRIES[1]}
+    maxima = reference.block_maxima(q[:, :512], k[:, :512], **options)
+    threshold = maxima[maxima.isfinite()].median()
+    thresholds = threshold.float().expand(4, 1)
+    agree = {}
+    for precision in PRECISIONS:
+        masks, attended = [], []
+        for stop in (640, 512):
+            call = (q[:, :stop], k[:, :stop], thresholds)
+            words = select_blocks(*call, precision=precision, **options)
+            masks.append(unpack_blocks(words, 8)[:, :, :8])
+            out = outputs(*call[:2], v[:, :stop], thresholds, selection=precision, **options)[0]
+            attended.append(out[:, :512])
+        same = (masks[0] == masks[1]).all(-1)
+        agree[precision] = same.float().mean().item()
+        rows = same.repeat_interleave(64, 2).transpose(1, 2)
+        torch.testing.assert_close(attended[0][rows], attended[1][rows], rtol=0, atol=1e-12)
+    assert agree["exact"] == 1
+    assert 0.2 < agree["int8"] < 1
+
+
 # ------------------------------------------------------------------------------ packed sequences
 
 
@@ -388,6 +423,11 @@ def test_a_longest_sequence_that_is_none_is_refused():
     ):
         with pytest.raises(error, match=message):
             select_blocks(q, k, thresholds, max_seqlen_k=longest, **packed)
+        for selection in ("int8", "auto"):  # on a CPU, "auto" has no use for it
+            with pytest.raises(error, match=message):
+                block_sparse_attention(
+                    q, k, k, thresholds, max_seqlen_k=longest, selection=selection, **packed
+                )
     with pytest.raises(ValueError, match=r"max_seqlen_k is for packed sequences: .* got 256"):
         select_blocks(q[None], k[None], thresholds, max_seqlen_k=256)
 
@@ -476,15 +516,70 @@ class OnGpu:
 def test_auto_takes_two_steps_from_the_crossover_on_where_there_are_kernels(monkeypatch):
     head_dims: tuple[int, ...] = (64, 128)
     monkeypatch.setattr(_auto, "_head_dims_with_both_steps", lambda *_: head_dims)
+    monkeypatch.setattr(_auto, "check_tensor", lambda *_: None)
+    long, q = 16384, OnGpu()
     for voters, crossover in CROSSOVERS.items():
-        for share, expected in ((crossover, True), (crossover - 0.01, False), (1.0, True)):
-            assert _auto.selects_first("auto", share, voters, OnGpu()) is expected
-        assert not _auto.selects_first("auto", None, voters, OnGpu())
-        assert _auto.selects_first("int8", None, voters, OnGpu())
-        assert not _auto.selects_first("exact", None, voters, OnGpu())
+        for share, seqlen_k, expected in (
+            (crossover, long, "int8"),
+            (crossover, long - 1, "exact"),
+            (crossover - 0.01, long, "exact"),
+            (1.0, 2**20, "int8"),
+            (None, long, "exact"),
+        ):
+            options = {"voters": voters, "expected_skipped": share}
+            assert resolve_selection("auto", q, seqlen_k, **options) == expected
+        for selection in PRECISIONS:
+            assert resolve_selection(selection, q, 5, voters=voters) == selection
+    on_cpu = torch.zeros(2, 128)
+    assert resolve_selection("auto", on_cpu, long, expected_skipped=1.0) == "exact"
     head_dims = (64,)
-    assert not _auto.selects_first("auto", 1.0, 1, OnGpu())
+    assert resolve_selection("auto", q, long, expected_skipped=1.0) == "exact"
     assert set(CROSSOVERS) == set(VOTERS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"selection": "fp8"}, ValueError, "selection must be one of exact, int8, auto; got 'fp8'"),
+        ({"q": [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
+        ({"voters": 3}, ValueError, "voters must be one of 1, 2, 4; got 3"),
+        ({"voters": 2.0}, ValueError, "voters must be one of 1, 2, 4; got 2.0"),
+        ({"expected_skipped": 2}, ValueError, "expected_skipped must be between 0 and 1, got 2"),
+        (
+            {"selection": "int8", "expected_skipped": 0.5},
+            ValueError,
+            "expected_skipped is for selection='auto'; got 0.5 with selection='int8'",
+        ),
+    ],
+)
+def test_what_cannot_be_resolved_is_refused(changes, error, message):
+    arguments = {"selection": "auto", "q": torch.zeros(2, 64), "seqlen_k": 100, **changes}
+    with pytest.raises(error, match=message):
+        resolve_selection(**arguments)
+
+
+def test_auto_looks_at_the_length_when_it_is_run():
+    case = cases.Case("length", "", seqlen_q=130, seqlen_k=16384, heads=2, kv_heads=1)
+    q, k, v = case.inputs()
+    thresholds = mixed_thresholds(case, q, k, rule="absolute", geometry=GEOMETRIES[0])
+    shape = (True, None, "absolute", 128, 64, 1, True, True)
+    starts = (
+        torch.tensor([0, 130], dtype=torch.int32),
+        torch.tensor([0, 16384], dtype=torch.int32),
+    )
+    exact, int8, auto = (
+        torch.ops.bsfa.forward(q, k, v, thresholds, None, None, *shape, selection)
+        for selection in ("exact", "int8", "auto")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(auto, int8, strict=True))
+    assert not torch.equal(exact[2], int8[2])
+    shorter = (q, k[:, 1:], v[:, 1:], thresholds, None, None, *shape)
+    exact, auto = (torch.ops.bsfa.forward(*shorter, selection) for selection in ("exact", "auto"))
+    assert all(torch.equal(a, b) for a, b in zip(auto, exact, strict=True))
+    packed = (q[0], k[0], v[0], thresholds, *starts, *shape)
+    for longest in (None, 16384):
+        found = torch.ops.bsfa.forward(*packed, "auto", longest)
+        assert torch.equal(found[2], int8[2][0, :, : found[2].shape[1]])
 
 
 BOTH = ("select_blocks", "attend_blocks")
@@ -675,14 +770,16 @@ def test_nan_thresholds_select_everything_and_make_outputs_nan(arch, geometry):
 
 @pytest.mark.gpu
 def test_auto_gives_on_a_gpu_what_the_faster_way_gives(arch):
-    case = cases.Case("auto gpu", "", seqlen_q=300, seqlen_k=300)
+    case = cases.Case("auto gpu", "", seqlen_q=300, seqlen_k=16384)
     for kernel in ("forward", "select_blocks", "attend_blocks"):
         arch.require(kernel, torch.bfloat16, case.head_dim)
     q, k, v = case.inputs(torch.bfloat16, "cuda")
     thresholds = torch.full((2, 1), 2.0, device="cuda")
     options = {"rule": "running_max"}
     assert _native.insisted_arch() == arch.arch
-    for share, selection in ((0.1, "exact"), (0.9, "int8")):
-        expected = outputs(q, k, v, thresholds, selection=selection, **options)
-        found = outputs(q, k, v, thresholds, selection="auto", expected_skipped=share, **options)
+    for share, first, selection in ((0.1, 0, "exact"), (0.9, 0, "int8"), (0.9, 1, "exact")):
+        call = (q, k[:, first:], v[:, first:], thresholds)
+        assert selection == resolve_selection("auto", q, call[1].shape[1], expected_skipped=share)
+        expected = outputs(*call, selection=selection, **options)
+        found = outputs(*call, selection="auto", expected_skipped=share, **options)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -11,6 +11,7 @@ import torch
 
 from bsfa_kernel import (
     GEOMETRIES,
+    _auto,
     _native,
     attend_blocks,
     block_maxima,
@@ -50,9 +51,17 @@ class Attention(torch.nn.Module):
 
 
 class TwoSteps(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = {"rule": "peak_lse", "voters": 2, "selection": "int8", **options}
+
     def forward(self, q, k, v, thresholds):
-        options = {"rule": "peak_lse", "voters": 2, "selection": "int8"}
-        return block_sparse_attention(q.sin(), k, v, thresholds, **options).cos()
+        return block_sparse_attention(q.sin(), k, v, thresholds, **self.options)
+
+
+class EachStep(torch.nn.Module):
+    def forward(self, q, k, v, thresholds):
+        return steps(q, k, v, thresholds)
 
 
 def steps(q, k, v, thresholds, *starts):
@@ -94,6 +103,15 @@ OPERATOR_CALLS = {
         *(inputs()[3], None, None, True, None, "absolute", 128, 64, 1, True, True),
     ),
     "packed": (*packed_inputs(), True, None, "running_max", 128, 64, 1, True, True),
+    "two steps": (
+        *inputs(),
+        *(None, None, True, None, "peak_lse", 64, 64, 2, True, True, "int8"),
+    ),
+    "two steps, packed": (
+        *packed_inputs(),
+        *(True, None, "running_max", 128, 64, 1, False, True, "int8", 400),
+    ),
+    "auto": (*inputs(), None, None, True, None, "absolute", 128, 64, 1, False, False, "auto"),
     "no query": (*inputs(0), None, None, True, None, "absolute", 128, 64, 1, True, True),
     "no key": (*inputs(seqlen_k=0), None, None, True, None, "absolute", 128, 64, 1, True, True),
 }
@@ -152,18 +170,73 @@ def test_the_two_steps_compile_without_a_graph_break(dynamic):
         torch.testing.assert_close(compiled(*inputs(*lengths)), both(*inputs(*lengths)))
 
 
-def test_the_two_steps_export_where_there_are_two_blocks_and_words():
+def operators_of(program):
+    return [str(n.target) for n in program.graph.nodes if str(n.target).startswith("bsfa.")]
+
+
+@pytest.mark.parametrize("selection", ["exact", "int8"])
+@pytest.mark.parametrize("lengths", ["equal", "different"])
+def test_both_ways_export_with_any_length(selection, lengths):
+    seqlen_q = DIM("seqlen_q", min=1, max=100_000)
+    seqlen_k = seqlen_q if lengths == "equal" else DIM("seqlen_k", min=1, max=100_000)
+    attend = TwoSteps(selection=selection, return_lse=True)
+    shapes = ({1: seqlen_q}, {1: seqlen_k}, {1: seqlen_k}, None)
+    program = torch.export.export(attend, inputs(500, 500), dynamic_shapes=shapes)
+    assert operators_of(program) == ["bsfa.forward.default"]
+    pairs = [(1, 1), (64, 64), (129, 129), (4200, 4200)]
+    if lengths == "different":
+        pairs += [(1, 5000), (200, 1)]
+    for pair in pairs:
+        assert_same(program.module()(*inputs(*pair)), attend(*inputs(*pair)))
+
+
+def test_kept_exports_where_there_are_two_query_blocks():
+    seqlen = DIM("seqlen", min=129, max=100_000)
+    attend = TwoSteps(return_kept=True)
+    shapes = ({1: seqlen}, {1: seqlen}, {1: seqlen}, None)
+    program = torch.export.export(attend, inputs(500, 500), dynamic_shapes=shapes)
+    for length in (129, 4200):
+        assert_same(program.module()(*inputs(length, length)), attend(*inputs(length, length)))
+
+
+def test_auto_exports_with_any_length_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(_auto, "_head_dims_with_both_steps", lambda *_: (64,))
+    with torch._subclasses.FakeTensorMode():  # which needs no GPU
+        q, k, v = (
+            torch.empty((2, 500, heads, 64), dtype=torch.bfloat16, device="cuda")
+            for heads in (6, 2, 2)
+        )
+        call = (q, k, v, torch.empty((6, 3), device="cuda"))
+    seqlen = DIM("seqlen", min=1, max=100_000)
+    attend = TwoSteps(selection="auto", expected_skipped=0.9)
+    shapes = ({1: seqlen}, {1: seqlen}, {1: seqlen}, None)
+    program = torch.export.export(attend, call, dynamic_shapes=shapes)
+    (node,) = (n for n in program.graph.nodes if str(n.target) == "bsfa.forward.default")
+    assert node.args[-1] == "auto"  # the library's choice of kernels is made, the length's is not
+
+
+def test_each_step_exports_where_there_are_two_query_blocks_and_words():
     batch, seqlen_q, seqlen_k = DIM("batch"), DIM("seqlen_q", min=129), DIM("seqlen_k", min=4097)
     keys = {0: batch, 1: seqlen_k}
     program = torch.export.export(
-        TwoSteps(),
+        EachStep(),
         inputs(200, 4200),
         dynamic_shapes=({0: batch, 1: seqlen_q}, keys, keys, None),
     )
-    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert operators >= {"bsfa.select_blocks.default", "bsfa.attend_blocks.default"}
+    assert operators_of(program) == ["bsfa.select_blocks.default", "bsfa.attend_blocks.default"]
     other = inputs(300, 9000, batch=1)
-    torch.testing.assert_close(program.module()(*other), TwoSteps()(*other))
+    assert_same(program.module()(*other), steps(*other))
+
+
+@pytest.mark.parametrize("selection", ["exact", "int8"])
+def test_one_compilation_serves_lengths_of_other_words(selection):
+    counter = torch._dynamo.testing.CompileCounter()
+    attend = TwoSteps(selection=selection)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    for length in (300, 100, 4200):
+        call = inputs(length, length)
+        torch.testing.assert_close(compiled(*call), attend(*call))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
@@ -343,7 +416,7 @@ def test_kernels_compile_and_export(arch):
 def test_the_two_steps_compile_and_export_on_a_gpu(arch):
     for kernel in ("select_blocks", "attend_blocks"):
         arch.require(kernel, torch.bfloat16, 64)
-    call = inputs(dtype=torch.bfloat16, device="cuda")
+    call = inputs(300, 16384, torch.bfloat16, "cuda")
     both = TwoSteps()
     expected = both(*call)
     for made in (

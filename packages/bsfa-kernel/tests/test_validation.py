@@ -26,7 +26,7 @@ from bsfa_kernel import (
     threshold_row,
 )
 from bsfa_kernel._calls import ForwardCall
-from bsfa_kernel.rules import RULE_CODES, RULES
+from bsfa_kernel.rules import RULE_CODES, RULES, SELECTIONS
 
 INF = math.inf
 
@@ -183,6 +183,31 @@ REFUSED = {
         arguments(voters="2"),
         ValueError,
         "voters must be one of 1, 2, 4; got '2'",
+    ),
+    "voters as a float": (
+        arguments(voters=2.0),
+        ValueError,
+        "voters must be one of 1, 2, 4; got 2.0",
+    ),
+    "voters as a bool": (
+        arguments(voters=True),
+        ValueError,
+        "voters must be one of 1, 2, 4; got True",
+    ),
+    "unknown selection": (
+        arguments(selection="int4"),
+        ValueError,
+        "selection must be one of exact, int8, auto; got 'int4'",
+    ),
+    "selection none": (
+        arguments(selection=None),
+        ValueError,
+        "selection must be one of exact, int8, auto; got None",
+    ),
+    "a longest sequence of padded tensors": (
+        arguments(selection="int8", max_seqlen_k=12),
+        ValueError,
+        "max_seqlen_k is for packed sequences: without cu_seqlens it must be None, got 12",
     ),
     "unknown geometry": (
         arguments(geometry=Geometry(64, 128)),
@@ -637,6 +662,48 @@ def test_native_arguments_of_attend_blocks_arrive_in_their_fields(fake_library, 
         assert (lse.shape, kept.shape) == ((4, 300), (4, 4))
 
 
+def test_native_arguments_of_both_steps_arrive_in_their_fields(fake_library, monkeypatch):
+    note_workspaces(monkeypatch)
+    q = torch.zeros(300, 4, 64, dtype=torch.float16)
+    k = torch.zeros(20000, 2, 64, dtype=torch.float16)
+    v = torch.zeros(20000, 2, 128, dtype=torch.float16)[..., :64]
+    starts_q, starts_k, thresholds = starts(0, 100, 300), starts(0, 50, 20000), torch.zeros(4, 7)
+    call = (q, k, v, thresholds, starts_q, starts_k, False, 0.5, "peak_lse", 64, 64, 4, True, True)
+    for selection in ("int8", "auto"):
+        out, lse, kept = _torch_op._forward_cuda(*call, selection, 19950)
+        select, attend = (
+            fields(mirror.from_buffer_copy(passed))
+            for mirror, passed in zip(
+                (_native.SelectBlocksArgs, _native.AttendBlocksArgs),
+                fake_library.calls,
+                strict=True,
+            )
+        )
+        names = ("causal", "voters", "rule", "q_block", "scale", "cu_seqlens_q", "cu_seqlens_k")
+        addresses = [starts_q.data_ptr(), starts_k.data_ptr()]
+        assert [select["problem"][name] for name in names] == [0, 4, 2, 64, 0.5, *addresses]
+        # The rule is the first step's alone.
+        assert attend["problem"] == {**select["problem"], "rule": 0, "voters": 1}
+        assert (select["precision"], select["mask_words"]) == (1, 5)
+        expected = {
+            "v": [v.data_ptr(), 0, *v.stride()[:2]],
+            "out": [out.data_ptr(), 0, *out.stride()[:2]],
+            "lse": lse.data_ptr(),
+            "kept": kept.data_ptr(),
+            "block_mask": select["block_mask"],
+            "mask_words": 5,
+            "thresholds": thresholds.data_ptr(),
+            "threshold_rows": 7,
+        }
+        assert {name: attend[name] for name in expected} == expected
+        fake_library.calls.clear()
+    for selection, longest in (("auto", 16383), ("exact", None)):
+        _torch_op._forward_cuda(*call, selection, longest)
+        (passed,) = fake_library.calls
+        assert len(passed) == ctypes.sizeof(_native.ForwardArgs)
+        fake_library.calls.clear()
+
+
 def note_workspaces(monkeypatch):
     """A list of the workspaces that calls take from torch, as they come."""
     taken = []
@@ -704,6 +771,8 @@ def forward_call(arguments):
         *(q, k, v, thresholds, *starts, True, scale, rule, *geometry, arguments.get("voters", 1)),
         return_lse=False,
         return_kept=False,
+        selection=arguments.get("selection", "exact"),
+        max_seqlen_k=arguments.get("max_seqlen_k"),
     )
 
 
@@ -730,7 +799,8 @@ def test_nothing_that_is_refused_passes_the_fast_check(name):
 def test_a_right_call_passes_the_fast_check():
     right = {key: x.half() if key in "qkv" else x for key, x in arguments().items()}
     right |= {"scale": 0.5, "rule": "running_max", "geometry": GEOMETRIES[1], "voters": 4}
-    assert _checks.passes_fast_check(forward_call(right))
+    for selection in SELECTIONS:
+        assert _checks.passes_fast_check(forward_call({**right, "selection": selection}))
     wrong = {
         "q": arguments()["q"],
         "v": torch.zeros(2, 12, 2, 16, dtype=torch.float16)[..., ::2],

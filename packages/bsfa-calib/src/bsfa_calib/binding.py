@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,15 @@ from torch import Tensor
 from bsfa_calib.convert import Table, load_table
 from bsfa_calib.point import Point, PointLike
 from bsfa_calib.statistics import Statistics
-from bsfa_kernel import DEFAULT_GEOMETRY, GEOMETRIES, RULES, Geometry
+from bsfa_kernel import (
+    DEFAULT_GEOMETRY,
+    GEOMETRIES,
+    RULES,
+    SELECTIONS,
+    VOTERS,
+    Geometry,
+    resolve_selection,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,9 @@ class State:
         rule: what scores are compared with.
         geometry: the sparsity block of the thresholds.
         description: the model and operating point that the thresholds are of.
+        voters: one query row in 1, 2 or 4 votes.
+        selection: from what scores blocks are chosen, one of ``bsfa_kernel.SELECTIONS``.
+        expected_skipped: share of the blocks that the thresholds skip; None if it is not known.
     """
 
     statistics: Statistics
@@ -57,6 +69,32 @@ class State:
     rule: str = "absolute"
     geometry: Geometry = DEFAULT_GEOMETRY
     description: str = ""
+    voters: int = 1
+    selection: str = "auto"
+    expected_skipped: float | None = None
+
+    @property
+    def kernel_options(self) -> dict[str, Any]:
+        """What ``bsfa_kernel.block_sparse_attention`` is told of the thresholds."""
+        return {
+            "rule": self.rule,
+            "geometry": self.geometry,
+            "voters": self.voters,
+            "selection": self.selection,
+            "expected_skipped": self.expected_skipped if self.selection == "auto" else None,
+        }
+
+    def selection_for(self, q: Tensor, seqlen_k: int) -> str:
+        """From what scores a call chooses its blocks: "exact" or "int8".
+
+        Args:
+            q: its queries.
+            seqlen_k: its keys; of packed sequences, those of the longest.
+        """
+        expected = self.kernel_options["expected_skipped"]
+        return resolve_selection(
+            self.selection, q, seqlen_k, voters=self.voters, expected_skipped=expected
+        )
 
     def layer_thresholds(self, layer: int, device: torch.device) -> Tensor:
         """Thresholds of a layer, float32 [heads, rows], on a device."""
@@ -75,6 +113,8 @@ def bind(
     devices: Sequence[torch.device],
     heads: slice | None = None,
     check_model: bool = True,
+    voters: int | None = None,
+    selection: str = "auto",
 ) -> State:
     """The state of a model that is to run with a table.
 
@@ -85,6 +125,8 @@ def bind(
         devices: the device of each layer, or one for all.
         heads: the query heads of this process, under tensor parallelism; all by default.
         check_model: whether the table must be of a model with one of the shape's names.
+        voters: refuse a table that is not for this number of voters; by default any is taken.
+        selection: from what scores blocks are chosen, one of ``bsfa_kernel.SELECTIONS``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -103,6 +145,11 @@ def bind(
             f"the thresholds are of {name}, and this model is {shape.shown or shape.names[0]}; if "
             "its weights are the same under another name, pass check_model=False"
         )
+    if voters is not None and voters != table.voters:
+        raise ValueError(
+            f"the thresholds of {name} hold where one query row in {table.voters} votes, not one "
+            f"in {voters}: calibrate others, with --voters {voters}"
+        )
     if point is None and len(table.points) == 1:
         point = Point(table.axis, table.points[0])
     thresholds = table.select(point)
@@ -112,6 +159,9 @@ def bind(
         geometry=Geometry(table.q_block, table.k_block),
         devices=devices,
         description=f"{name} at {point}",
+        voters=table.voters,
+        selection=selection,
+        expected_skipped=table.expected_sparsity(point),
     )
 
 
@@ -122,6 +172,9 @@ def make_state(
     geometry: Geometry,
     devices: Sequence[torch.device],
     description: str,
+    voters: int = 1,
+    selection: str = "auto",
+    expected_skipped: float | None = None,
 ) -> State:
     """The state of a model with thresholds of its shape.
 
@@ -131,9 +184,13 @@ def make_state(
         geometry: the sparsity block of the thresholds.
         devices: the device of each layer, or one for all.
         description: what to call the thresholds in messages.
+        voters: one query row in 1, 2 or 4 votes.
+        selection: from what scores blocks are chosen, one of ``bsfa_kernel.SELECTIONS``.
+        expected_skipped: share of the blocks that the thresholds skip, if it is known.
 
     Raises:
-        ValueError: there is no such rule, or no kernel for the geometry.
+        ValueError: there is no such rule, selection or number of voters, or no kernel for the
+            geometry.
     """
     if geometry not in GEOMETRIES:
         raise ValueError(
@@ -142,6 +199,10 @@ def make_state(
         )
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if voters not in VOTERS:
+        raise ValueError(f"voters must be one of {VOTERS}, got {voters!r}")
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
     # A copy: the table's arrays cannot be written to, which torch warns of.
     values = np.array(thresholds, dtype=np.float32, order="C")
     devices = list(devices) * (len(values) if len(devices) == 1 else 1)
@@ -151,7 +212,16 @@ def make_state(
             torch.from_numpy(layer).to(device)
             for layer, device in zip(values, devices, strict=True)
         ]
-    return State(Statistics(devices, values.shape[1]), tensors, rule, geometry, description)
+    return State(
+        Statistics(devices, values.shape[1]),
+        tensors,
+        rule,
+        geometry,
+        description,
+        voters,
+        selection,
+        expected_skipped,
+    )
 
 
 def same_model(name: str, names: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ from bsfa_calib.language_model import fingerprint
 from bsfa_calib.recording import CaptureError, Recorder, capturing, measure
 from bsfa_calib.store import SampleStore
 from bsfa_calib.thresholds import ThresholdTable
-from bsfa_kernel import DEFAULT_GEOMETRY, RULES, Geometry
+from bsfa_kernel import DEFAULT_GEOMETRY, RULES, VOTERS, Geometry
 
 __all__ = ["CaptureError", "Progress", "Recorder", "Settings", "calibrate", "capturing"]
 
@@ -38,6 +38,7 @@ class Settings:
         target_sparsities: shares of blocks to skip; ascending once it is made.
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
+        voters: one query row in 1, 2 or 4 votes.
         aggregate: how samples are combined (`bsfa_calib.estimate.estimate_thresholds`).
         keep_maxima: block maxima kept a query block, 4 · max(k_values) by default. ``pooled`` is
             exact as long as they suffice, which is checked and logged.
@@ -50,6 +51,7 @@ class Settings:
     target_sparsities: Sequence[float] | None = None
     rule: str = "absolute"
     geometry: Geometry = DEFAULT_GEOMETRY
+    voters: int = 1
     aggregate: str = "pooled"
     keep_maxima: int | None = None
 
@@ -59,6 +61,8 @@ class Settings:
             raise ValueError("give either k_values or target_sparsities")
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        if self.voters not in VOTERS:
+            raise ValueError(f"voters must be one of {VOTERS}, got {self.voters!r}")
         parse_aggregate(self.aggregate)
         name = "target_sparsities" if self.k_values is None else "k_values"
         points = tuple(sorted(set(getattr(self, name))))
@@ -151,6 +155,7 @@ def calibrate(
         "model": "" if checkpoint is None else fingerprint(model),
         "rule": settings.rule,
         "block": list(geometry),
+        "voters": settings.voters,
         "keep": keep,
     }
     layers, heads = attention_shape(model)
@@ -158,7 +163,7 @@ def calibrate(
     dense: dict[int, str] = {}
     with SampleStore(checkpoint, described) as store:
         keys = [store.key(tokens) for tokens in every]
-        recorder = Recorder(settings.rule, *geometry, lambda layer, maxima: None)
+        recorder = Recorder(settings.rule, *geometry, lambda layer, maxima: None, settings.voters)
         for index, (key, tokens) in enumerate(zip(keys, every, strict=True)):
             state = Progress(index, len(every), len(tokens), 0, layers)
             measured = store.find(key)
@@ -201,6 +206,7 @@ def calibrate(
         q_block=geometry.q_block,
         k_block=geometry.k_block,
         rule=settings.rule,
+        voters=settings.voters,
         max_seqlen=max(map(len, samples)),
         samples=len(samples),
         aggregate=settings.aggregate if keep else "pooled",

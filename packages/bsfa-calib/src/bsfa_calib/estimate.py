@@ -208,9 +208,6 @@ def scalar_thresholds(
 ) -> Float64Array:
     """One threshold for all heads and layers at which a share of all visible blocks is skipped.
 
-    For the relative rules, block maxima are measured in a run that keeps every block, so that the
-    sparsity is exact for ``running_max`` with thresholds of at most 0, and an estimate otherwise.
-
     Args:
         counts: int64 ``[..., HISTOGRAM_BINS]``, the samples' histograms added up.
         visible: visible blocks, forced ones included, of all heads together.

@@ -60,6 +60,7 @@ class Measure:
         *,
         rule: str,
         geometry: Geometry,
+        voters: int = 1,
         backend: str = "auto",
     ) -> None:
         """Read the samples dense.
@@ -69,6 +70,7 @@ class Measure:
             samples: tokens of each.
             rule: one of ``bsfa_kernel.RULES``.
             geometry: the sparsity block.
+            voters: one query row in 1, 2 or 4 votes.
             backend: one of ``bsfa_calib.hook.BACKENDS``.
 
         Raises:
@@ -80,7 +82,7 @@ class Measure:
         self._language_model = LanguageModel(model)
         self.device = self._language_model.device
         self._samples, self._rule = samples, rule
-        self._geometry, self._backend = geometry, backend
+        self._geometry, self._voters, self._backend = geometry, voters, backend
         with applied(model, None) as meter:
             self._dense = [self._language_model.predict(ids) for ids in samples]
         self.dense_layers = check_layers(meter.dense_layers, model)
@@ -92,7 +94,7 @@ class Measure:
         """What thresholds float32 [layers, heads, rows] do, as the mean over the samples."""
         model = self._language_model
         values = torch.tensor(thresholds, device=self.device)
-        method = BlockSparse(values, self._rule, self._geometry, self._backend)
+        method = BlockSparse(values, self._rule, self._geometry, self._backend, self._voters)
         rows = []
         for ids, dense, nll in zip(self._samples, self._dense, self._nll, strict=True):
             with applied(model.model, method) as meter:
@@ -176,8 +178,10 @@ def verdict(found: Calibrated) -> list[str]:
             "too short."
         )
         return sentences
+    exact, in_8_bits = 1 / (1 - most / 2), 1 / (1 - most + 0.25 / found.table.voters)
     sentences.append(
         f"Up to {most:.0%} of the blocks can be skipped within a KL divergence of {_CHEAP_KL:g} "
-        f"nats; the limit of attention's speed-up is then {1 / (1 - most / 2):.2f}x."
+        f"nats; the limit of attention's speed-up is then {exact:.2f}x"
+        + (f", {in_8_bits:.2f}x if blocks are chosen in 8 bits." if in_8_bits > exact else ".")
     )
     return sentences

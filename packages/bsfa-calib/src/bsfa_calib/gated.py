@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Block-sparse attention with gradients, at q, k, v and at the thresholds.
 
-The forward pass is that of docs/semantics.md. A verdict is a step, whose derivative is nothing
-almost everywhere; the backward pass puts the derivative of a logistic function of (excess -
+The forward pass is that of docs/semantics.md: a verdict is a step of excess - threshold, and the
+excess of a block, its rows' peaks over their references, depends on no threshold. The derivative of
+a step is nothing almost everywhere; the backward pass puts that of a logistic function of (excess -
 threshold) / width in its place. What a verdict is worth, the derivative of the loss with respect to
 a factor of all the block's weights, is exact, so that the gradient of a threshold is the mean worth
 of the blocks near it.
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from bsfa_kernel import RULES, Geometry
 from bsfa_kernel.geometry import count_visible, full_blocks
-from bsfa_kernel.reference import verdicts
+from bsfa_kernel.reference import verdicts, voting_rows
 
 _SCORES_AT_A_TIME_CPU = 1 << 24
 _SCORES_AT_A_TIME_GPU = 1 << 26
@@ -49,6 +50,7 @@ def gated_attention(
     rule: str,
     geometry: Geometry,
     scale: float,
+    voters: int = 1,
     width: float = 0.5,
 ) -> Gated:
     """Causal block-sparse attention of one whole prompt.
@@ -61,6 +63,7 @@ def gated_attention(
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
         scale: factor of the scores.
+        voters: one query row in 1, 2 or 4 votes.
         width: of the logistic function, in units of scaled scores.
 
     Raises:
@@ -80,7 +83,7 @@ def gated_attention(
         raise ValueError(f"width must be above 0, got {width}")
     by_head = (x.transpose(0, 1).float() for x in (q, k, v))
     out, skipped, slope = _GatedAttention.apply(  # type: ignore[no-untyped-call]
-        *by_head, thresholds, _Options(rule, geometry, scale, width)
+        *by_head, thresholds, _Options(rule, geometry, scale, voters, width)
     )
     return Gated(out.transpose(0, 1), skipped, slope)
 
@@ -91,6 +94,7 @@ class _Options(NamedTuple):
     rule: str
     geometry: Geometry
     scale: float
+    voters: int
     width: float
 
 
@@ -109,28 +113,30 @@ class _GatedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rule, geometry, scale, width = options
+        rule, geometry, scale, voters, width = options
         heads, seqlen, _ = q.shape
         q_block, k_block = geometry
         group = heads // k.shape[0]
         out = torch.empty_like(q)
         lse = q.new_empty((heads, seqlen, 1))
         q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
+        voting = voting_rows(seqlen, geometry, voters).to(q.device)
         kept = torch.zeros((heads, q_blocks, k_blocks), dtype=torch.bool, device=q.device)
         slope = q.new_zeros((heads, q_blocks, k_blocks))
         for part in _parts(q, geometry):
             weights = _scores(q, k, part, group, scale)
             rows, columns = part.blocks.stop - part.blocks.start, part.stop // k_block
             by_block = weights.view(heads, rows, q_block, columns, k_block)
-            row_maxima = by_block.amax(-1)
-            largest = row_maxima.amax(-1, keepdim=True)
+            peaks = by_block.amax(-1)
+            largest = peaks.amax(-1, keepdim=True)
             by_block = by_block.sub_(largest[..., None]).exp_()
             masses = by_block.sum(-1)
             index = torch.arange(part.blocks.start, part.blocks.stop, device=q.device)
             full = full_blocks(index, seqlen, seqlen, geometry)
             chosen = thresholds[:, part.blocks]
-            row_lse = masses.log() + largest
-            verdict, excess = verdicts(row_maxima, chosen, rule=rule, row_lse=row_lse, full=full)
+            verdict, excess = verdicts(
+                *(peaks, chosen), rule=rule, voting=voting[part.blocks], full=full
+            )
             share = torch.sigmoid((excess - chosen[..., None]) / width)
             free = torch.arange(columns, device=q.device) < full[:, None]
             kept[:, part.blocks, :columns] = verdict
@@ -156,7 +162,7 @@ class _GatedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         out_gradient = gradients[0]
         q, k, v, out, lse, kept, slope = ctx.saved_tensors
-        _, geometry, scale, _ = ctx.options
+        geometry, scale = ctx.options.geometry, ctx.options.scale
         heads, seqlen, head_dim = q.shape
         q_block, k_block = geometry
         kv_heads = k.shape[0]

@@ -136,29 +136,37 @@ class BlockSparse:
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
         backend: one of ``BACKENDS``.
+        voters: one query row in 1, 2 or 4 votes.
+        selection: from what scores blocks are chosen, one of ``bsfa_kernel.SELECTIONS``; the
+            reference knows "exact" alone.
+        expected_skipped: share of the blocks that the thresholds skip, by which "auto" decides.
     """
 
     thresholds: Tensor
     rule: str
     geometry: Geometry = DEFAULT_GEOMETRY
     backend: str = "auto"
+    voters: int = 1
+    selection: str = "exact"
+    expected_skipped: float | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
         """See ``Method``."""
         thresholds = self.thresholds[layer]
+        options: dict[str, Any] = {
+            "scale": scale,
+            "rule": self.rule,
+            "geometry": self.geometry,
+            "voters": self.voters,
+        }
         if self.backend == "reference":
-            result = reference.attention(
-                q, k, v, thresholds, scale=scale, rule=self.rule, geometry=self.geometry
-            )
+            result = reference.attention(q, k, v, thresholds, **options)
             out, kept = result.out, result.kept
         else:
-            out, kept = block_sparse_attention(
-                *(q, k, v, thresholds),
-                scale=scale,
-                rule=self.rule,
-                geometry=self.geometry,
-                return_kept=True,
-            )
+            options["selection"] = self.selection
+            if self.selection == "auto":
+                options["expected_skipped"] = self.expected_skipped
+            out, kept = block_sparse_attention(q, k, v, thresholds, **options, return_kept=True)
         visible = count_visible(q.shape[1], k.shape[1], self.geometry)
         return Attended(out, 1 - kept[0].sum(-1).float() / visible)
 

@@ -78,8 +78,9 @@ def learn_path(
     *,
     target_sparsities: Sequence[float] = (),
     max_losses: Sequence[float] = (),
-    rule: str = "running_lse",
+    rule: str = "peak_lse",
     geometry: Geometry = GEOMETRY,
+    voters: int = 1,
     settings: Settings | None = None,
     start: Float32Array | None = None,
     rungs: Sequence[float] | None = None,
@@ -96,6 +97,7 @@ def learn_path(
             beyond all of them.
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
+        voters: one query row in 1, 2 or 4 votes.
         settings: how to learn.
         start: thresholds [layers, heads] or [layers, heads, rows] to start from.
         rungs: sparsities to learn at, ascending, instead of those of the ladder.
@@ -129,7 +131,7 @@ def learn_path(
             raise TuningError(
                 f"rungs must be ascending, above 0 and below {most:.3f}, got {list(ladder)}"
             )
-    key = _digest(model, samples, rule, geometry, settings, start)
+    key = _digest(model, samples, f"{rule} {geometry} {voters} {settings}", start)
     made = []
     for rung, learned in zip(ladder, _load(checkpoint, key), strict=False):
         if learned.target != rung:
@@ -148,6 +150,7 @@ def learn_path(
             [ladder[len(made)]],
             rule=rule,
             geometry=geometry,
+            voters=voters,
             settings=replace(settings, steps=steps),
             start=begin,
             progress=progress,
@@ -163,8 +166,9 @@ def calibrate(
     *,
     target_sparsities: Sequence[float] = (),
     max_losses: Sequence[float] = (),
-    rule: str = "running_lse",
+    rule: str = "peak_lse",
     geometry: Geometry = GEOMETRY,
+    voters: int = 1,
     backend: str = "auto",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Calibrated:
@@ -179,6 +183,7 @@ def calibrate(
             samples.
         rule: that of the path.
         geometry: that of the path.
+        voters: those of the path.
         backend: one of ``bsfa_calib.hook.BACKENDS``.
         progress: told of each point.
 
@@ -192,7 +197,7 @@ def calibrate(
     """
     if bool(target_sparsities) == bool(max_losses):
         raise TuningError("give either target sparsities or bounds on the loss")
-    measure = Measure(model, samples, rule=rule, geometry=geometry, backend=backend)
+    measure = Measure(model, samples, rule=rule, geometry=geometry, voters=voters, backend=backend)
     known: dict[float, Expected] = {}
 
     def at(place: float) -> Expected:
@@ -217,6 +222,7 @@ def calibrate(
         q_block=geometry.q_block,
         k_block=geometry.k_block,
         rule=rule,
+        voters=voters,
         max_seqlen=len(samples[0]),
         aggregate="learned",
     )
@@ -277,13 +283,11 @@ def _rungs(target_sparsities: Sequence[float], ladder: tuple[float, ...]) -> tup
 def _digest(
     model: Any,
     samples: Sequence[Sequence[int]],
-    rule: str,
-    geometry: Geometry,
-    settings: Settings,
+    settings: str,
     start: Float32Array | None,
 ) -> str:
     digest = hashlib.sha256(json.dumps([list(ids) for ids in samples]).encode())
-    digest.update(f"{fingerprint(model)} {rule} {geometry} {settings}".encode())
+    digest.update(f"{fingerprint(model)} {settings}".encode())
     if start is not None:
         digest.update(np.ascontiguousarray(start).tobytes())
     return digest.hexdigest()

@@ -31,7 +31,7 @@ from bsfa_kernel import Geometry
 Float32Array = npt.NDArray[np.float32]
 
 # Where thresholds start, in units of scaled scores: a moderate sparsity under each rule.
-START = {"absolute": 4.0, "running_max": -3.0, "running_lse": -5.0}
+START = {"absolute": 4.0, "running_max": -3.0, "peak_lse": -2.5}
 
 _BETAS = (0.9, 0.95)
 _POSITIONS_AT_A_TIME = 512
@@ -67,8 +67,8 @@ class Settings:
         rate: how far a step moves a threshold at most, in units of scaled scores, at first.
         width: see ``gated_attention``.
         knots: thresholds of a head: 1, or several at positions that double.
-        ceiling: the most that a threshold may be. At 0, running_lse keeps whatever block holds
-            a score above all that a query has kept so far put together.
+        ceiling: the most that a threshold may be. At 0, a relative rule keeps every block with a
+            peak above the reference of its row.
         seed: what the order of the samples is drawn with.
     """
 
@@ -104,6 +104,7 @@ def learn(
     *,
     rule: str,
     geometry: Geometry,
+    voters: int = 1,
     settings: Settings | None = None,
     start: npt.ArrayLike | None = None,
     progress: Callable[[str], None] = lambda _: None,
@@ -116,6 +117,7 @@ def learn(
         targets: shares of the visible blocks to skip, in the order in which they are learned.
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
+        voters: one query row in 1, 2 or 4 votes.
         settings: how.
         start: thresholds to start from: [layers, heads], or [layers, heads, rows] with one row, or
             one for each query block of the samples; by default one scalar.
@@ -128,7 +130,9 @@ def learn(
     """
     if len({len(ids) for ids in samples}) != 1:
         raise ValueError("at least one sample is needed, and all of the same length")
-    learner = _Learner(model, samples, settings or Settings(), rule, geometry, start, progress)
+    learner = _Learner(
+        *(model, samples, settings or Settings(), rule, geometry, voters, start, progress)
+    )
     results = []
     with _tensor_float32():
         for number, target in enumerate(targets):
@@ -160,11 +164,12 @@ class _Learner:
         settings: Settings,
         rule: str,
         geometry: Geometry,
+        voters: int,
         start: npt.ArrayLike | None,
         progress: Callable[[str], None],
     ) -> None:
         self.language_model = LanguageModel(model)
-        self.samples, self.rule, self.geometry = samples, rule, geometry
+        self.samples, self.rule, self.geometry, self.voters = samples, rule, geometry, voters
         self.settings, self.progress = settings, progress
         model.requires_grad_(False)
         device = self.language_model.device
@@ -306,6 +311,7 @@ class _Training:
             rule=learner.rule,
             geometry=learner.geometry,
             scale=scale,
+            voters=learner.voters,
             width=learner.settings.width,
         )
         learner.skipped[layer] = found.skipped

@@ -44,12 +44,14 @@ class Recorder:
         k_block: keys in a sparsity block.
         sink: called with the layer's index and its maxima, float32 ``[heads, q_blocks, k_blocks]``,
             on the model's device.
+        voters: one query row in 1, 2 or 4 votes; the others are left out of the maxima.
     """
 
     rule: str
     q_block: int
     k_block: int
     sink: Callable[[int, Tensor], None]
+    voters: int = 1
 
     @property
     def geometry(self) -> Geometry:
@@ -58,11 +60,15 @@ class Recorder:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> None:
         """See ``Method``; prompts are whole, so that there is nothing to record of others."""
-        if q.shape[1] == k.shape[1]:
-            maxima = bsfa_kernel.block_maxima(
-                q, k, scale=scale, rule=self.rule, geometry=self.geometry
-            )
-            self.sink(layer, maxima[0])
+        if q.shape[1] != k.shape[1]:
+            return
+        options: dict[str, Any] = {"scale": scale, "rule": self.rule, "geometry": self.geometry}
+        if self.voters == 1:
+            maxima = bsfa_kernel.block_maxima(q, k, **options)
+        else:
+            options |= {"voters": self.voters, "compute_dtype": torch.float32}
+            maxima = bsfa_kernel.reference.block_maxima(q, k, **options)
+        self.sink(layer, maxima[0])
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from bsfa_calib.thresholds import FloatArray, ThresholdTable
 # How far the blocks kept on held-out text may be from k before a warning is due.
 _HELD_OUT_TOLERANCE = 0.25
 
+_VOTING = {1: "every query row", 2: "one query row in 2", 4: "one query row in 4"}
+
 _COLUMNS = {
     "sparsity": "sparsity",
     "kept": "kept",
@@ -55,6 +57,7 @@ def describe(table: ThresholdTable) -> str:
         "model": table.model or "not stated",
         "revision": table.revision or "not stated",
         "rule": table.rule,
+        "voters": _VOTING[table.voters],
         "geometry": f"{table.geometry} (queries x keys)",
         "shape": f"{table.layers} layers, {table.heads} heads, {table.rows} rows",
         "thresholds": f"{spread} (scaled scores)",
@@ -150,6 +153,7 @@ def as_json(table: ThresholdTable) -> str:
             "rows": table.rows,
             "geometry": table.geometry,
             "rule": table.rule,
+            "voters": table.voters,
             "model": table.model,
             "revision": table.revision,
             "max_seqlen": table.max_seqlen,

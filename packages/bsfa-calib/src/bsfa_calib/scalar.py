@@ -22,8 +22,9 @@ def calibrate(
     held_out: Sequence[Sequence[int]],
     *,
     target_sparsities: Sequence[float],
-    rule: str = "running_lse",
+    rule: str = "peak_lse",
     geometry: Geometry = GEOMETRY,
+    voters: int = 1,
     progress: Callable[[Progress], None] | None = None,
 ) -> Calibrated:
     """`one_pass` over some samples, `measured` on others."""
@@ -33,6 +34,7 @@ def calibrate(
         target_sparsities=target_sparsities,
         rule=rule,
         geometry=geometry,
+        voters=voters,
         progress=progress,
     )
     return measured(model, table, held_out)
@@ -43,14 +45,16 @@ def one_pass(
     samples: Sequence[Sequence[int]],
     *,
     target_sparsities: Sequence[float],
-    rule: str = "running_lse",
+    rule: str = "peak_lse",
     geometry: Geometry = GEOMETRY,
+    voters: int = 1,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> ThresholdTable:
     """A scalar for each sparsity from one dense pass over the samples, without gradients.
 
-    The pass keeps every block, so that a relative rule skips a little less than was asked for.
+    What the rule compares with depends on no verdict, so that each layer skips what was asked for
+    of these samples, as long as those before it change its inputs little.
 
     Args:
         model: a decoder of transformers, in the dtype that it is to be used in.
@@ -58,6 +62,7 @@ def one_pass(
         target_sparsities: shares of the visible blocks to skip, of the layers that can skip any.
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
+        voters: one query row in 1, 2 or 4 votes.
         checkpoint: directory for what was found on each sample; a later call finds it there.
         progress: told of every layer and sample.
 
@@ -67,7 +72,9 @@ def one_pass(
     Raises:
         ValueError: as `bsfa_calib.capture.calibrate`.
     """
-    settings = Settings(target_sparsities=target_sparsities, rule=rule, geometry=geometry)
+    settings = Settings(
+        target_sparsities=target_sparsities, rule=rule, geometry=geometry, voters=voters
+    )
     return capture.calibrate(model, samples, settings, checkpoint=checkpoint, progress=progress)
 
 
@@ -92,7 +99,13 @@ def measured(
         ValueError: there are no held-out samples.
     """
     geometry = Geometry(table.q_block, table.k_block)
-    measure = Measure(model, held_out, rule=table.rule, geometry=geometry, backend=backend)
+    measure = Measure(
+        *(model, held_out),
+        rule=table.rule,
+        geometry=geometry,
+        voters=table.voters,
+        backend=backend,
+    )
     expected = []
     for point, thresholds in zip(table.points, table.thresholds, strict=True):
         found = measure(thresholds)

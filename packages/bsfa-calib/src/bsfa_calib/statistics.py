@@ -18,8 +18,8 @@ from bsfa_calib.reasons import REASONS, Reason
 from bsfa_kernel.geometry import Geometry, block_count, count_visible
 
 # Columns of the counters that compiled code keeps.
-_VISIBLE, _QUERY_BLOCKS, _SPARSE = range(3)
-_DENSE = 3
+_VISIBLE, _QUERY_BLOCKS, _SPARSE, _INT8 = range(4)
+_DENSE = 4
 
 
 class _Layer:
@@ -34,6 +34,7 @@ class _Layer:
         self.visible = 0
         self.query_blocks = 0
         self.sparse = 0
+        self.int8 = 0
         self.dense: Counter[Reason] = Counter()
 
 
@@ -83,6 +84,7 @@ class Statistics:
         kept: Sequence[Tensor],
         lengths: Sequence[tuple[int, int]],
         geometry: Geometry,
+        selection: str = "exact",
     ) -> None:
         """Count a call that ran block-sparse.
 
@@ -91,6 +93,7 @@ class Statistics:
             kept: int32 [..., heads, q_blocks], of each kernel call.
             lengths: queries and keys of each sequence.
             geometry: the sparsity block.
+            selection: "exact" or "int8": from what scores the blocks were chosen.
         """
         counters = self._layers[layer]
         totals = [part.sum(-1).reshape(-1, part.shape[-2]).sum(0) for part in kept]
@@ -102,6 +105,7 @@ class Statistics:
             counters.traced[_VISIBLE].add_(visible)
             counters.traced[_QUERY_BLOCKS].add_(query_blocks)
             counters.traced[_SPARSE].add_(1)
+            counters.traced[_INT8].add_(int(selection == "int8"))
             return
         with self._lock:
             for total in totals:
@@ -111,6 +115,7 @@ class Statistics:
             counters.visible += visible
             counters.query_blocks += query_blocks
             counters.sparse += 1
+            counters.int8 += selection == "int8"
 
     @property
     def layers(self) -> int:
@@ -131,6 +136,12 @@ class Statistics:
     def sparse_calls(self) -> int:
         """Calls that ran block-sparse."""
         return sum(layer.sparse + int(layer.traced[_SPARSE]) for layer in self._layers)
+
+    @property
+    def sparse_calls_by_selection(self) -> dict[str, int]:
+        """Calls that ran block-sparse, by the scores that blocks were chosen from."""
+        int8 = sum(layer.int8 + int(layer.traced[_INT8]) for layer in self._layers)
+        return {"exact": self.sparse_calls - int8, "int8": int8}
 
     @property
     def dense_calls(self) -> dict[str, int]:
@@ -196,6 +207,9 @@ class Statistics:
         lines = [f"{sparse} block-sparse calls"]
         if sparse:
             lines[0] += f", kept {self.mean_kept_fraction:.1%} of the visible blocks"
+            int8 = self.sparse_calls_by_selection["int8"]
+            if int8:
+                lines[0] += f", which {int8} of them chose in 8 bits"
         lines += [f"{number} dense calls: {reason}" for reason, number in self.dense_calls.items()]
         return "\n".join(lines)
 

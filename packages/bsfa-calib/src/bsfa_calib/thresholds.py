@@ -1,13 +1,15 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""The threshold table and its file format, version 1 (docs/threshold-format.md is normative)."""
+"""The threshold table and its file format (docs/threshold-format.md is normative)."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
+import shlex
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float32]
 
 FORMAT_NAME = "bsfa-thresholds"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 UNIT = "scaled-score"
-RULES = ("absolute", "running_max", "running_lse")
+RULES = ("absolute", "running_max", "peak_lse")
+VOTERS = (1, 2, 4)
+_REPLACED_RULE = "running_lse"
 
 # No threshold table has a larger header: one with every field filled in takes a few kilobytes.
 _MAX_HEADER_BYTES = 1 << 20
@@ -54,7 +58,8 @@ class ThresholdTable:
             ``"target_sparsity"`` (share of blocks skipped) or ``"max_loss"``.
         q_block: queries in a sparsity block.
         k_block: keys in a sparsity block.
-        rule: ``"absolute"``, ``"running_max"`` or ``"running_lse"`` (docs/semantics.md).
+        rule: ``"absolute"``, ``"running_max"`` or ``"peak_lse"`` (docs/semantics.md).
+        voters: one query row in 1, 2 or 4 votes; the thresholds hold for this number alone.
         model: name of the model that the thresholds belong to.
         revision: its revision, commit or checksum; may be empty.
         max_seqlen: tokens in the longest calibration sample.
@@ -76,6 +81,7 @@ class ThresholdTable:
     q_block: int = 128
     k_block: int = 64
     rule: str = "absolute"
+    voters: int = 1
     model: str = ""
     revision: str = ""
     max_seqlen: int = 0
@@ -90,6 +96,8 @@ class ThresholdTable:
         object.__setattr__(self, "provenance", dict(self.provenance))
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        if type(self.voters) is not int or self.voters not in VOTERS:
+            raise ValueError(f"voters must be one of {VOTERS}, got {self.voters!r}")
         for name in ("q_block", "k_block"):
             _check_count(name, getattr(self, name), 1)
         for name in ("max_seqlen", "samples"):
@@ -189,6 +197,35 @@ class ThresholdTable:
                     return index
         raise ValueError(f"this table has no {chosen}; its points are {self._described()}")
 
+    def expected_sparsity(self, point: PointLike | None = None) -> float | None:
+        """Share of the blocks that an operating point skips in the layers that can skip any.
+
+        What was measured on held-out text counts first, then what calibration measured, then what
+        was asked for. A measured value that is no share, within 0 to 1, is passed over.
+
+        Args:
+            point: the point, or its text; not needed if the table holds a single one.
+
+        Returns:
+            The share; None where the table says nothing of it.
+
+        Raises:
+            ValueError: the table does not hold the point.
+        """
+        index = 0 if point is None and len(self.points) == 1 else self.index(point)
+        with contextlib.suppress(KeyError, ValueError, IndexError):
+            share = float(self.provenance["expected_sparsity"].split(",")[index])
+            if 0 <= share <= 1:
+                return share
+        able = ~np.isneginf(self.thresholds[index]).all(-1)
+        for name in ("held_out_sparsity", "sparsity"):
+            if name in self.statistics:
+                values = self.statistics[name][index][able]
+                values = values[~np.isnan(values)].astype(np.float64)
+                if values.size and 0 <= (share := float(values.mean())) <= 1:
+                    return share
+        return float(self.points[index]) if self.axis == "target_sparsity" else None
+
     def head_slice(self, start: int, stop: int) -> ThresholdTable:
         """The table of heads ``start`` to ``stop - 1``, for a tensor-parallel rank.
 
@@ -215,7 +252,7 @@ class ThresholdTable:
 
         metadata = {
             "format": FORMAT_NAME,
-            "version": str(FORMAT_VERSION),
+            "version": "1",
             "unit": UNIT,
             "axis": self.axis,
             "points": json.dumps(list(self.points)),
@@ -229,6 +266,9 @@ class ThresholdTable:
             "provenance": json.dumps(self.provenance, sort_keys=True),
             "created_by": f"bsfa-calib {__version__}",
         }
+        if self.voters > 1:
+            # A reader of version 1 would let every row vote; where that is right it may read on.
+            metadata |= {"version": str(FORMAT_VERSION), "voters": str(self.voters)}
         tensors = {"thresholds": np.ascontiguousarray(self.thresholds)}
         for name, statistic in self.statistics.items():
             tensors[_STATISTIC_PREFIX + name] = np.ascontiguousarray(statistic)
@@ -346,7 +386,8 @@ def _read_tensors(name: str) -> tuple[dict[str, str], dict[str, FloatArray]]:
     size = os.path.getsize(name)
     with open(name, "rb") as file:
         start = file.read(8)
-        if start.startswith(_PICKLE_STARTS):
+        # A header of 640 bytes begins like a pickle, but for the zeros of its length.
+        if start.startswith(_PICKLE_STARTS) and any(start[2:]):
             raise ThresholdFileError(
                 "this is a PyTorch file, not a threshold table; if it holds thresholds of the "
                 "paper's repository, convert it with `bsfa-calibrate table convert`"
@@ -461,6 +502,7 @@ def _fields(metadata: Mapping[str, str], tensors: Mapping[str, FloatArray]) -> d
         raise ThresholdFileError(
             f"unit must be {UNIT!r}, got {metadata.get('unit', '')!r:.80}; make the file again"
         )
+    _refuse_replaced_rule(metadata)
     block = _required(metadata, "block").split("x")
     if len(block) != 2:
         raise ThresholdFileError(f"block must be as '128x64', got {metadata['block']!r:.80}")
@@ -471,6 +513,7 @@ def _fields(metadata: Mapping[str, str], tensors: Mapping[str, FloatArray]) -> d
         "q_block": _integer("block", block[0]),
         "k_block": _integer("block", block[1]),
         "rule": _required(metadata, "rule"),
+        "voters": _integer("voters", metadata.get("voters", "1")),
         "model": metadata.get("model", ""),
         "revision": metadata.get("revision", ""),
         "max_seqlen": _integer("max_seqlen", metadata.get("max_seqlen", "0")),
@@ -483,6 +526,25 @@ def _fields(metadata: Mapping[str, str], tensors: Mapping[str, FloatArray]) -> d
             if name.startswith(_STATISTIC_PREFIX)
         },
     }
+
+
+def _refuse_replaced_rule(metadata: Mapping[str, str]) -> None:
+    """Refuse a table of the rule that peak_lse replaced, with the command that makes a new one.
+
+    Raises:
+        ThresholdFileError: it is one.
+    """
+    if metadata.get("rule") != _REPLACED_RULE:
+        return
+    model = metadata.get("model") or "MODEL"
+    length = metadata.get("max_seqlen", "0")
+    command = ["bsfa", "calibrate", "--model", model, "--text", "FOLDER"]
+    command += ["--length", length] if length not in ("", "0") else []
+    command += ["--geometry", metadata.get("block", "64x64"), "--out", "NEW.safetensors"]
+    raise ThresholdFileError(
+        f"this table was calibrated for the rule {_REPLACED_RULE}, which peak_lse has replaced; "
+        f"thresholds cannot be carried over. Make a new table: {shlex.join(command)}"
+    )
 
 
 def _required(metadata: Mapping[str, str], key: str) -> str:

@@ -46,6 +46,8 @@ def find_scalar(
     rule: str,
     target_sparsity: float,
     geometry: Geometry = DEFAULT_GEOMETRY,
+    voters: int = 1,
+    selection: str = "exact",
     tolerance: float = 0.005,
     backend: str = "auto",
 ) -> FoundScalar:
@@ -60,6 +62,9 @@ def find_scalar(
         rule: one of ``bsfa_kernel.RULES``.
         target_sparsity: share of all visible blocks, forced ones included.
         geometry: the sparsity block.
+        voters: one query row in 1, 2 or 4 votes.
+        selection: from what scores blocks are chosen, one of ``bsfa_kernel.SELECTIONS``; "auto"
+            decides by the target.
         tolerance: how close is close enough.
         backend: one of ``bsfa_calib.hook.BACKENDS``.
 
@@ -78,7 +83,9 @@ def find_scalar(
 
     def sparsity(threshold: float) -> float:
         values = torch.full((layers, heads, 1), threshold, device=language_model.device)
-        method = BlockSparse(values, rule, geometry, backend)
+        method = BlockSparse(
+            *(values, rule, geometry, backend, voters, selection), expected_skipped=target_sparsity
+        )
         return float(np.mean([_skipped(language_model, method, ids) for ids in samples]))
 
     threshold, reached = _bisect(sparsity, -_REACH, _REACH, target_sparsity, tolerance)
@@ -122,7 +129,13 @@ def limit_loss(
         raise TuningError(f"max_loss must be finite and above 0, got {max_loss}")
     check_shape(table, model)
     geometry = Geometry(table.q_block, table.k_block)
-    measure = Measure(model, samples, rule=table.rule, geometry=geometry, backend=backend)
+    measure = Measure(
+        *(model, samples),
+        rule=table.rule,
+        geometry=geometry,
+        voters=table.voters,
+        backend=backend,
+    )
     base = np.asarray(table.thresholds[-1])
     low, high = -16.0, 8.0
     best: tuple[float, Expected] | None = None

@@ -325,19 +325,15 @@ def _sparse(
     """Run the kernel on a batch, row by row where the rows are padded differently."""
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     kept: list[Tensor] = []
+    selections: list[str] = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor
         out, part = block_sparse_attention(
-            q,
-            k,
-            v,
-            thresholds,
-            scale=scaling,
-            rule=state.rule,
-            geometry=state.geometry,
-            return_kept=True,
+            *(q, k, v, thresholds), scale=scaling, return_kept=True, **state.kernel_options
         )
         kept.append(part)
+        selections.append(state.selection_for(q, k.shape[1]))
         return out
 
     spans = plan.spans if plan is not None else None
@@ -360,7 +356,8 @@ def _sparse(
                     v[row : row + 1, span.keys],
                 )[0]
         lengths = [(span.seqlen_q, span.seqlen_k) for span in spans if span.seqlen_q]
-    state.statistics.count_sparse(layer, kept, lengths, state.geometry)
+    selection = "int8" if "int8" in selections else "exact"
+    state.statistics.count_sparse(layer, kept, lengths, state.geometry, selection)
     return out
 
 
@@ -406,24 +403,30 @@ def _packed(
     query, key, value = _arguments_of_kernel(query, key, value)
     reason: Reason | None = None
     thresholds = state.layer_thresholds(layer, query.device)
+    how = state.kernel_options
     if all(seqlen_q <= 1 for seqlen_q, _ in lengths):
         reason, thresholds = Reason.DECODE, torch.full_like(thresholds, -math.inf)
     elif not any(can_skip(*each, state.geometry) for each in lengths):
         reason = Reason.TOO_SHORT
+    if reason is not None:  # every block is kept: there is nothing to select
+        how |= {"selection": "exact", "expected_skipped": None}
+    if how["selection"] != "exact":
+        how["max_seqlen_k"] = max(seqlen_k for _, seqlen_k in lengths)
+    out: Tensor
     out, kept = block_sparse_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         thresholds,
         scale=options["scaling"],
-        rule=state.rule,
-        geometry=state.geometry,
         cu_seqlens_q=starts_q.to(torch.int32),
         cu_seqlens_k=starts_k.to(torch.int32),
         return_kept=True,
+        **how,
     )
     if reason is None:
-        state.statistics.count_sparse(layer, [kept], lengths, state.geometry)
+        selection = state.selection_for(query, max(seqlen_k for _, seqlen_k in lengths))
+        state.statistics.count_sparse(layer, [kept], lengths, state.geometry, selection)
     else:
         state.statistics.count_dense(layer, reason)
     return out[None]

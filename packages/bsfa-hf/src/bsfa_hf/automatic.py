@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from bsfa_calib.binding import State, bind
 from bsfa_calib.point import AXES, Point, as_point
 from bsfa_hf.patch import holders
 from bsfa_hf.state import model_shape
+from bsfa_kernel import SELECTIONS
 
 _HOW = (
     'attn_implementation="bsfa" needs a threshold table: call bsfa_hf.enable(model, table, point), '
@@ -50,7 +51,12 @@ def state_for(module: torch.nn.Module) -> State | None:
             point = named_point(lambda name: getattr(config, name, None), "bsfa_")
             point = point or named_point(os.environ.get, "BSFA_")
             parameter = next(module.parameters(), torch.zeros(0))
-            state = bind(path, model_shape(config), point, devices=[parameter.device])
+            selection = named_selection(getattr(config, "bsfa_selection", None))
+            state = bind(
+                *(path, model_shape(config), point),
+                devices=[parameter.device],
+                selection=selection,
+            )
             _states[id(config)] = state
             weakref.finalize(config, _states.pop, id(config), None)
     object.__setattr__(module, "_bsfa_state", state)
@@ -86,6 +92,23 @@ def named_point(lookup: Callable[[str], Any], prefix: str) -> Point | None:
     if len(given) > 1:
         raise ValueError(f"name one operating point, got {' and '.join(map(str, given))}")
     return given[0] if given else None
+
+
+def named_selection(given: str | None = None, environment: Mapping[str, str] = os.environ) -> str:
+    """From what scores blocks are to be chosen: as given, or as BSFA_SELECTION says, or "auto".
+
+    Args:
+        given: a selection; None or "" leaves it to the environment.
+        environment: where BSFA_SELECTION is looked up.
+
+    Raises:
+        ValueError: it is not one of ``bsfa_kernel.SELECTIONS``.
+    """
+    selection = given or environment.get("BSFA_SELECTION") or "auto"
+    if selection not in SELECTIONS:
+        name = "selection" if given else "BSFA_SELECTION"
+        raise ValueError(f"{name} must be one of {', '.join(SELECTIONS)}, got {selection!r}")
+    return selection
 
 
 def read_number(name: str, text: str, kind: type) -> Any:

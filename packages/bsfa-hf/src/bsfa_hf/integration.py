@@ -31,6 +31,7 @@ def enable(
     point: PointLike | None = None,
     *,
     check_model: bool = True,
+    selection: str | None = None,
     **named: Unpack[PointOptions],
 ) -> Statistics:
     """Switch a transformers model to block-sparse attention.
@@ -45,6 +46,9 @@ def enable(
         point: the operating point, a `Point` or its text, as ``"target_sparsity=0.75"``. One is
             needed unless the table holds a single point.
         check_model: refuse a table that names another model than the configuration does.
+        selection: from what scores blocks are chosen: "exact", 16-bit ones; "int8", 8-bit ones,
+            faster where much is skipped; "auto", by what the table is expected to skip. By default
+            what the environment variable BSFA_SELECTION says, else "auto".
         named: or the point by the name of its axis: ``k``, ``target_sparsity`` or ``max_loss``.
 
     Returns:
@@ -53,10 +57,11 @@ def enable(
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: the point is not one.
-        ValueError: the table does not fit the model or lacks the operating point, or the model does
-            not take its attention function from transformers' interface.
+        ValueError: the table does not fit the model or lacks the operating point, there is no such
+            selection, or the model does not take its attention function from transformers'
+            interface.
     """
-    method = BlockSparse(table, as_point(point, **named), check_model)
+    method = BlockSparse(table, as_point(point, **named), check_model, selection)
     return _statistics(switch(model, method))
 
 
@@ -67,6 +72,7 @@ def enabled(
     point: PointLike | None = None,
     *,
     check_model: bool = True,
+    selection: str | None = None,
     **named: Unpack[PointOptions],
 ) -> Iterator[Statistics]:
     """`enable` for the time of a ``with`` statement; then the model is as it was before.
@@ -74,7 +80,8 @@ def enabled(
     Yields:
         The statistics of what is run within; they can be read afterwards too.
     """
-    with applied(model, BlockSparse(table, as_point(point, **named), check_model)) as state:
+    method = BlockSparse(table, as_point(point, **named), check_model, selection)
+    with applied(model, method) as state:
         yield _statistics(state)
 
 

@@ -17,6 +17,7 @@ from bsfa_calib.binding import State, bind, make_state
 from bsfa_calib.convert import Table
 from bsfa_calib.point import PointLike
 from bsfa_hf import attention
+from bsfa_hf.automatic import named_selection
 from bsfa_hf.state import layer_devices, local_heads, model_shape, text_config
 from bsfa_kernel import Geometry
 
@@ -59,6 +60,8 @@ class BlockSparse:
         table: thresholds of the model, or the path of a file that holds them.
         point: the operating point; not needed if the table holds a single one.
         check_model: refuse a table that names another model than the configuration does.
+        selection: from what scores blocks are chosen, one of ``bsfa_kernel.SELECTIONS``; by
+            default what the environment variable BSFA_SELECTION says, else "auto".
     """
 
     implementation: ClassVar[str] = attention.NAME
@@ -66,6 +69,11 @@ class BlockSparse:
     table: Table
     point: PointLike | None = None
     check_model: bool = True
+    selection: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a selection that there is not."""
+        named_selection(self.selection)
 
     def state(self, model: torch.nn.Module) -> State:
         """See `Method`."""
@@ -77,6 +85,7 @@ class BlockSparse:
             devices=layer_devices(model, shape.layers),
             heads=local_heads(model, shape.heads),
             check_model=self.check_model,
+            selection=named_selection(self.selection),
         )
 
 
@@ -88,6 +97,9 @@ class OneThreshold:
         threshold: that of every head and query block.
         rule: one of ``bsfa_kernel.RULES``.
         geometry: the sparsity block.
+        voters: one query row in 1, 2 or 4 votes.
+        selection: as that of `BlockSparse`.
+        expected_skipped: share of the blocks that the threshold skips, if it is known.
     """
 
     implementation: ClassVar[str] = attention.NAME
@@ -95,6 +107,9 @@ class OneThreshold:
     threshold: float
     rule: str
     geometry: Geometry
+    voters: int = 1
+    selection: str | None = None
+    expected_skipped: float | None = None
 
     def state(self, model: torch.nn.Module) -> State:
         """See `Method`."""
@@ -106,4 +121,7 @@ class OneThreshold:
             geometry=self.geometry,
             devices=layer_devices(model, shape.layers),
             description=f"one threshold of {self.threshold:g}",
+            voters=self.voters,
+            selection=named_selection(self.selection),
+            expected_skipped=self.expected_skipped,
         )

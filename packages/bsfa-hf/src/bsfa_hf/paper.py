@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bsfa_calib.point import PointLike, as_point
-from bsfa_hf.automatic import named_point, read_number
+from bsfa_hf.automatic import named_point, named_selection, read_number
 from bsfa_hf.baselines import SPARGE_DEFAULTS, SlidingWindow, SpargeAttention
 from bsfa_hf.integration import disable, switch
 from bsfa_hf.methods import BlockSparse, Method, Sdpa
@@ -38,6 +38,7 @@ class AttentionConfig:
         sliding_window_size: keys that a query sees, for sliding_window.
         point: any operating point, for block_sparse, instead of block_sparse_topk.
         sliding_window_sink: the first keys, which every query sees too, for sliding_window.
+        selection: from what scores blocks are chosen, for block_sparse: see `bsfa_hf.enable`.
 
     Raises:
         ValueError: the mode is unknown, lacks what it needs, or a value is out of its range.
@@ -50,6 +51,7 @@ class AttentionConfig:
     sliding_window_size: int | None = None
     point: PointLike | None = None
     sliding_window_sink: int = 0
+    selection: str | None = None
 
     def __post_init__(self) -> None:
         """Check that the mode has what it needs."""
@@ -64,6 +66,8 @@ class AttentionConfig:
         if self.mode == "sliding_window":
             self._needs("sliding_window_size")
         # What is out of range is refused here, before there is a model.
+        if self.selection is not None:
+            named_selection(self.selection)
         self.method()
 
     def method(self, *, check_model: bool = True) -> Method:
@@ -79,7 +83,7 @@ class AttentionConfig:
             return Sdpa()
         if self.mode == "block_sparse":
             point = as_point(self.point, k=self.block_sparse_topk)
-            return BlockSparse(str(self.threshold_file), point, check_model)
+            return BlockSparse(str(self.threshold_file), point, check_model, self.selection)
         if self.mode == "sliding_window":
             try:
                 return SlidingWindow(self.sliding_window_size, self.sliding_window_sink)  # type: ignore[arg-type]
@@ -99,9 +103,10 @@ def create_attention_config_from_env(
 
     ``CUSTOM_ATTENTION_MODE`` names the mode. For block_sparse: ``CUSTOM_THRESHOLD_FILE``, and
     ``CUSTOM_BLOCK_SPARSE_TOPK`` or another point, as ``CUSTOM_POINT=target_sparsity=0.75`` or
-    ``CUSTOM_TARGET_SPARSITY=0.75``. For sparge_attn: ``CUSTOM_SPARGE_SIMTHRESHD1``,
-    ``CUSTOM_SPARGE_TOPK`` and ``CUSTOM_SPARGE_PVTHRESHD``. For sliding_window:
-    ``CUSTOM_SLIDING_WINDOW_SIZE`` and ``CUSTOM_SLIDING_WINDOW_SINK``.
+    ``CUSTOM_TARGET_SPARSITY=0.75``, and ``CUSTOM_SELECTION``, or else ``BSFA_SELECTION``. For
+    sparge_attn: ``CUSTOM_SPARGE_SIMTHRESHD1``, ``CUSTOM_SPARGE_TOPK`` and
+    ``CUSTOM_SPARGE_PVTHRESHD``. For sliding_window: ``CUSTOM_SLIDING_WINDOW_SIZE`` and
+    ``CUSTOM_SLIDING_WINDOW_SINK``.
 
     Returns:
         The configuration; None if ``CUSTOM_ATTENTION_MODE`` is not set.
@@ -123,6 +128,7 @@ def create_attention_config_from_env(
             threshold_file=environment.get("CUSTOM_THRESHOLD_FILE"),
             block_sparse_topk=number("BLOCK_SPARSE_TOPK", int),
             point=named_point(environment.get, "CUSTOM_"),
+            selection=named_selection(environment.get("CUSTOM_SELECTION"), environment),
         )
     if mode == "sparge_attn":
         params = dict(SPARGE_DEFAULTS)

@@ -97,7 +97,7 @@ struct Slot {
   bool exists;
 
   __device__ __forceinline__ int query(int row) const { return first_query + row * step; }
-  // The query block visits [undecided, keys.visible) whatever its rows vote.
+  // Whether the verdicts on its unforced blocks depend on scores.
   __device__ __forceinline__ bool has_finite_threshold() const {
     return exists && fabsf(threshold) < CUDART_INF_F;
   }

@@ -113,6 +113,10 @@ void attend_blocks(const AttendParams& params, cudaStream_t stream) {
   order.attend = params;
   order.schedule = make_schedule(params, kAttendTileQ, 2 * kHeadDim * sizeof(Element));
   order.tiles = static_cast<int>(order.schedule.ctas());
+  if (order.tiles != count_attend_tiles(params)) {
+    fail(BSFA_INTERNAL_ERROR, "the workspace of attend_blocks was sized for ", count_attend_tiles(params),
+         " tiles, and there are ", order.tiles);
+  }
   auto* workspace = static_cast<char*>(params.workspace);
   order.taken = reinterpret_cast<int*>(workspace);
   order.ordered = reinterpret_cast<OrderedTile*>(workspace + kAttendHeaderBytes);

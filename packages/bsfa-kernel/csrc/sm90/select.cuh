@@ -10,7 +10,6 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include <algorithm>
-#include <cfloat>
 
 #include "../common/launch.cuh"
 #include "consumer.cuh"

@@ -29,7 +29,6 @@ struct VoterLane {
   __device__ __forceinline__ int key_block() const { return lane % 2; }
   // Rows of the warp's slot.
   __device__ __forceinline__ int row(int row_of_quad) const { return lane / 4 + 8 * row_of_quad; }
-  __device__ __forceinline__ int row() const { return row(row_of_quad()); }
 };
 
 template <class Value>

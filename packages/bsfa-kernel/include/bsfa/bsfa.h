@@ -150,7 +150,7 @@ typedef struct bsfa_select_blocks_args {
   uint64_t workspace_bytes; /* at least what bsfa_select_blocks_workspace() says */
 } bsfa_select_blocks_args;
 
-/* Arguments of bsfa_attend_blocks. Of the problem, rule and voters are not read. */
+/* Arguments of bsfa_attend_blocks. Of the problem, rule and voters are checked and not used. */
 typedef struct bsfa_attend_blocks_args {
   uint32_t abi_version; /* BSFA_ABI_VERSION */
   uint32_t struct_size; /* sizeof(bsfa_attend_blocks_args) */
@@ -179,8 +179,8 @@ BSFA_API bsfa_status bsfa_forward(const bsfa_forward_args* args);
 /* The quantity that bsfa_forward compares with the thresholds, for every block. */
 BSFA_API bsfa_status bsfa_block_maxima(const bsfa_block_maxima_args* args);
 
-/* The blocks that bsfa_forward would keep, as a mask; with 8-bit scores those within their error may
- * differ. */
+/* The blocks that bsfa_forward would keep, as a mask; those whose excess is within rounding of the
+ * threshold, with 8-bit scores within their error, may differ. */
 BSFA_API bsfa_status bsfa_select_blocks(const bsfa_select_blocks_args* args);
 
 /* Attention over the key blocks of a mask. */

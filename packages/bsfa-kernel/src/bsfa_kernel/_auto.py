@@ -7,32 +7,34 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, TypeAlias
 
 import torch
 
 from bsfa_kernel import _native
+from bsfa_kernel._checks import check_selection, check_tensor, check_voters
 from bsfa_kernel.build_info import build_info
+from bsfa_kernel.rules import Precision, Selection
 
-Selection: TypeAlias = Literal["exact", "int8", "auto"]
+CROSSOVERS: Mapping[int, float] = MappingProxyType({1: 0.72, 2: 0.6, 4: 0.55})
+"""By voters: the share of blocks skipped from which on ``selection="auto"`` takes two steps.
 
-SELECTIONS: tuple[Selection, ...] = ("exact", "int8", "auto")
-"""``exact`` decides by the scores that attention uses, in one kernel with it; ``int8`` selects by
-scores in 8 bits, then attends to what is selected; ``auto`` takes the faster of both."""
+Measured on one H100 at 64K tokens, head_dim 128, blocks of 64x64, skipped irregularly; each has a
+margin, for which see docs/lab/selection.md. Other GPUs, head dimensions, geometries and lengths go
+by them too, without having been measured."""
 
-CROSSOVERS: Mapping[int, float] = MappingProxyType({1: 0.55, 2: 0.35, 4: 0.2})
-"""By voters: the share of blocks skipped from which on two steps take less time than one kernel."""
+MIN_SEQLEN_K = 16384
+"""Keys of a call below which ``selection="auto"`` stays in one kernel: shorter calls were not
+measured (the crossovers are from 65536 keys), and what two steps cost at least weighs more in them.
+"""
 
 
-def check_selection(selection: object, expected_skipped: object) -> None:
-    """Refuse an unknown selection, and what is no share or not looked at.
+def check_expected_skipped(expected_skipped: object, selection: str) -> None:
+    """Refuse what is no share, or not looked at with this selection.
 
     Raises:
         TypeError: ``expected_skipped`` is no number.
-        ValueError: an argument that breaks a rule.
+        ValueError: it breaks a rule.
     """
-    if selection not in SELECTIONS:
-        raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}; got {selection!r}")
     if expected_skipped is None:
         return
     if isinstance(expected_skipped, bool) or not isinstance(expected_skipped, (int, float)):
@@ -48,16 +50,59 @@ def check_selection(selection: object, expected_skipped: object) -> None:
         )
 
 
-def selects_first(
-    selection: str, expected_skipped: float | None, voters: int, q: torch.Tensor
-) -> bool:
-    """Whether blocks are to be selected in a step of its own, in 8 bits."""
-    if selection != "auto":
-        return selection == "int8"
+def resolve_selection(
+    selection: str,
+    q: torch.Tensor,
+    seqlen_k: int,
+    *,
+    voters: int = 1,
+    expected_skipped: float | None = None,
+) -> Precision:
+    """How ``block_sparse_attention`` would find the blocks of a call; what "auto" comes to.
+
+    "auto" is "int8", two steps, where ``q`` is on a GPU for which the library has kernels of both,
+    ``expected_skipped`` is at least ``CROSSOVERS[voters]`` and the call has at least 16384 keys;
+    else "exact", one kernel. Other selections are returned as they are.
+
+    Args:
+        selection: one of ``SELECTIONS``.
+        q: the queries, or any tensor of their device, dtype and last dimension.
+        seqlen_k: keys of the call; of packed sequences ``max_seqlen_k`` or, where that is not
+            given, total_k.
+        voters: one of ``VOTERS``.
+        expected_skipped: for "auto": the share of blocks that is expected to be skipped; "exact"
+            where it is not known.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: an argument that breaks a rule; the message names rule and value.
+    """
+    check_selection(selection)
+    check_tensor(q, "q")
+    check_voters(voters)
+    check_expected_skipped(expected_skipped, selection)
+    left = selection
+    if selection == "auto":
+        left = resolve_but_for_length(expected_skipped, voters, q)
+    return "int8" if takes_two_steps(left, seqlen_k) else "exact"
+
+
+def resolve_but_for_length(
+    expected_skipped: float | None, voters: int, q: torch.Tensor
+) -> Selection:
+    """What "auto" comes to before lengths are known: "exact", or still "auto".
+
+    A graph that is traced for all lengths holds this, so that it holds no condition on them.
+    """
     if expected_skipped is None or expected_skipped < CROSSOVERS[voters] or not q.is_cuda:
-        return False
+        return "exact"
     head_dims = _head_dims_with_both_steps(q.get_device(), q.dtype, _native.insisted_arch())
-    return any(q.shape[-1] == head_dim for head_dim in head_dims)
+    return "auto" if any(q.shape[-1] == head_dim for head_dim in head_dims) else "exact"
+
+
+def takes_two_steps(selection: str, seqlen_k: int) -> bool:
+    """Whether blocks are selected in a step of its own; ``selection`` is resolved but for this."""
+    return selection == "int8" or (selection == "auto" and seqlen_k >= MIN_SEQLEN_K)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]

@@ -32,6 +32,8 @@ class ForwardCall(NamedTuple):
     voters: int
     return_lse: bool
     return_kept: bool
+    selection: str = "exact"  # "auto" where nothing but the number of keys is left to decide it
+    max_seqlen_k: int | None = None
 
 
 class BlockMaximaCall(NamedTuple):
@@ -85,12 +87,54 @@ class AttendCall(NamedTuple):
 AnyCall: TypeAlias = ForwardCall | BlockMaximaCall | SelectCall | AttendCall
 
 
+def most_keys(call: ForwardCall | SelectCall | AttendCall) -> int:
+    """Keys of the longest sequence, or of packed ones what is known of it from their shape."""
+    if not isinstance(call, AttendCall) and call.max_seqlen_k is not None:
+        return call.max_seqlen_k
+    return call.k.shape[-3]
+
+
 def mask_words(call: SelectCall | AttendCall) -> int:
     """Words that each query block has in the mask that a call makes, or takes of padded tensors."""
-    longest = call.k.shape[-3]
-    if isinstance(call, SelectCall) and call.max_seqlen_k is not None:
-        longest = call.max_seqlen_k
-    return block_count(block_count(longest, call.k_block), MASK_BITS)
+    return block_count(block_count(most_keys(call), call.k_block), MASK_BITS)
+
+
+def select_step(call: ForwardCall) -> SelectCall:
+    """The first of the two steps of a call: selection in 8 bits."""
+    return SelectCall(
+        call.q,
+        call.k,
+        call.thresholds,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        call.causal,
+        call.scale,
+        call.rule,
+        call.q_block,
+        call.k_block,
+        call.voters,
+        "int8",
+        call.max_seqlen_k,
+    )
+
+
+def attend_step(call: ForwardCall, block_mask: Tensor) -> AttendCall:
+    """The second of the two steps of a call: attention over what the first has selected."""
+    return AttendCall(
+        call.q,
+        call.k,
+        call.v,
+        block_mask,
+        call.thresholds,  # those that are NaN make the outputs NaN
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        call.causal,
+        call.scale,
+        call.q_block,
+        call.k_block,
+        call.return_lse,
+        call.return_kept,
+    )
 
 
 def geometry_of(call: AnyCall) -> Geometry:

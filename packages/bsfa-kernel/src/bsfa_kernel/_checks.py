@@ -20,7 +20,7 @@ from bsfa_kernel._calls import (
     mask_words,
 )
 from bsfa_kernel.geometry import GEOMETRIES, block_count
-from bsfa_kernel.rules import PRECISIONS, RULES, VOTERS
+from bsfa_kernel.rules import PRECISIONS, RULES, SELECTIONS, VOTERS
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _KERNEL_FLOATS = (torch.float16, torch.bfloat16)
@@ -46,11 +46,11 @@ def check_rule(rule: object) -> None:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
 
 
-def check_voters(voters: int, q_block: int) -> None:
+def check_voters(voters: int, q_block: int | None = None) -> None:
     """Refuse what is not one of VOTERS, or leaves a query block of the reference without one."""
-    if isinstance(voters, bool) or voters not in VOTERS:
+    if isinstance(voters, bool) or not isinstance(voters, int) or voters not in VOTERS:
         raise ValueError(f"voters must be one of {', '.join(map(str, VOTERS))}; got {voters!r}")
-    if q_block % voters:
+    if q_block is not None and q_block % voters:
         raise ValueError(f"voters must divide the queries of a block, got {voters} and {q_block}")
 
 
@@ -58,6 +58,12 @@ def check_precision(precision: object) -> None:
     """Refuse what is not one of PRECISIONS."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+
+
+def check_selection(selection: object) -> None:
+    """Refuse what is not one of SELECTIONS."""
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}; got {selection!r}")
 
 
 def check_max_seqlen_k(max_seqlen_k: object, varlen: bool) -> None:
@@ -103,9 +109,11 @@ def check_types(call: AnyCall) -> None:
         check_rule(call.rule)
     if isinstance(call, (ForwardCall, SelectCall)):
         check_voters(call.voters, call.q_block)
+        check_max_seqlen_k(call.max_seqlen_k, call.cu_seqlens_q is not None)
+    if isinstance(call, ForwardCall):
+        check_selection(call.selection)
     if isinstance(call, SelectCall):
         check_precision(call.precision)
-        check_max_seqlen_k(call.max_seqlen_k, call.cu_seqlens_q is not None)
 
 
 _OPTIONAL = ("cu_seqlens_q", "cu_seqlens_k")
@@ -243,7 +251,7 @@ def passes_fast_check(call: ForwardCall) -> bool:
     Those take longer than a launch. False says nothing: the arguments are to be checked. The
     geometry has been.
     """
-    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, _, scale, rule, _, _, voters, _, _ = call
+    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, _, scale, rule, _, _, voters, *_ = call
     shape, key_shape, threshold_shape, dtype = q.shape, k.shape, thresholds.shape, q.dtype
     if len(shape) != 4 or len(key_shape) != 4 or len(threshold_shape) != 2:
         return False
@@ -273,7 +281,10 @@ def passes_fast_check(call: ForwardCall) -> bool:
         and v.stride()[3] == 1
         and (scale is None or (type(scale) is float and 0.0 < scale < float("inf")))
         and rule in RULES
+        and type(voters) is int
         and voters in VOTERS
+        and call.selection in SELECTIONS
+        and call.max_seqlen_k is None
     )
 
 

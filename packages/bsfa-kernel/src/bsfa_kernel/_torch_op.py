@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from bsfa_kernel import _native
-from bsfa_kernel._calls import AttendCall, BlockMaximaCall, ForwardCall, SelectCall, mask_words
+from bsfa_kernel._auto import takes_two_steps
+from bsfa_kernel._calls import (
+    AttendCall,
+    BlockMaximaCall,
+    ForwardCall,
+    SelectCall,
+    attend_step,
+    mask_words,
+    most_keys,
+    select_step,
+)
 from bsfa_kernel._checks import (
     check_attend,
     check_block_maxima,
@@ -32,7 +42,8 @@ _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _library.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor thresholds, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, bool causal, float? scale, str rule, int q_block, int k_block, "
-    "int voters, bool return_lse, bool return_kept) -> (Tensor out, Tensor lse, Tensor kept)",
+    "int voters, bool return_lse, bool return_kept, str selection='exact', "
+    "SymInt? max_seqlen_k=None) -> (Tensor out, Tensor lse, Tensor kept)",
     tags=_tags,
 )
 _library.define(
@@ -97,7 +108,11 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = ForwardCall(*arguments)
     check_forward(call)
-    result = run(call)
+    if _in_two_steps(call):
+        block_mask = pack_blocks(run_select(select_step(call)).mask)
+        result = run_attend(attend_step(call, block_mask))
+    else:
+        result = run(call)
     lse = result.lse if call.return_lse else None
     kept = result.kept if call.return_kept else None
     return _all_three((result.out, lse, kept))
@@ -113,14 +128,22 @@ def _forward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _all_three(launch_forward(call))
 
 
+def _in_two_steps(call: ForwardCall) -> bool:
+    """Whether a call is computed so; the mask between them is in no graph, nor are its sizes."""
+    return call.selection != "exact" and takes_two_steps(call.selection, most_keys(call))
+
+
 def launch_forward(call: ForwardCall) -> _Outputs:
-    """Run the kernel on arguments that have been checked.
+    """Run the kernel, or those of the two steps, on arguments that have been checked.
 
     Raises:
         ValueError: the library refuses the arguments; its message names rule and value.
         NotImplementedError: no native library, or valid but unsupported by it or by the GPU.
         RuntimeError: a CUDA call failed.
     """
+    if _in_two_steps(call):
+        block_mask = launch_select_blocks(select_step(call))
+        return launch_attend_blocks(attend_step(call, block_mask))
     out, lse, kept = _allocate(call, torch.float32)
     _native.forward(call, out, lse, kept)
     return out, lse, kept

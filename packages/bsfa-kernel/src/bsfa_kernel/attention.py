@@ -11,17 +11,11 @@ import torch
 from torch import Tensor
 
 from bsfa_kernel import _torch_op
-from bsfa_kernel._auto import check_selection, selects_first
-from bsfa_kernel._calls import AttendCall, BlockMaximaCall, ForwardCall, SelectCall
-from bsfa_kernel._checks import (
-    check_geometry,
-    check_max_seqlen_k,
-    check_types,
-    passes_fast_check,
-)
+from bsfa_kernel._auto import check_expected_skipped, resolve_but_for_length
+from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
+from bsfa_kernel._checks import check_geometry, check_types, passes_fast_check
 from bsfa_kernel._dispatch import can_bypass_dispatcher, dispatch
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry
-from bsfa_kernel.selection import attend_operator, select_operator
 
 
 @overload
@@ -157,16 +151,20 @@ def block_sparse_attention(
             number that the thresholds were made for.
         selection: "exact" decides by exact scores, in one kernel with attention. "int8" is
             ``select_blocks``, then ``attend_blocks``: faster where most blocks are skipped. "auto"
-            is "int8" where ``expected_skipped`` makes it the faster one and the GPU has kernels for
-            it, else "exact", as on a CPU.
+            is what ``resolve_selection`` says: "exact", but on a GPU with kernels for both steps
+            "int8" in long calls of which ``expected_skipped`` is enough.
         expected_skipped: for "auto": the share of blocks that these thresholds are expected to
             skip, between 0 and 1; "exact" where it is not known.
         cu_seqlens_q: int32 [batch + 1], from 0 to total_q: where packed sequences begin and end.
         cu_seqlens_k: int32 [batch + 1], from 0 to total_k.
         max_seqlen_k: for packed sequences: keys of the longest, or more; total_k by default. With
-            "int8" and "auto" it sets the size of the block mask; not for "exact".
+            "int8" and "auto" it sets the size of the block mask, and is what "auto" takes for the
+            call's length; not for "exact". On a GPU, where it cannot be checked, a sequence with
+            more key blocks than the mask has bits gets NaN.
         return_lse: also return the log-sum-exp of the scores kept.
-        return_kept: also return how many key blocks each query block kept.
+        return_kept: also return how many key blocks each query block kept. Graphs that are exported
+            with a dynamic seqlen_q then need two query blocks, as torch makes a case of its own of
+            a dimension of 1; without it they take any lengths.
 
     Returns:
         The output, as q; then, where asked for, lse: float32 [batch, heads, seqlen_q] (varlen
@@ -197,23 +195,21 @@ def block_sparse_attention(
         voters,
         bool(return_lse),
         bool(return_kept),
+        selection,
+        max_seqlen_k,
     )
-    check_selection(selection, expected_skipped)
-    check_max_seqlen_k(max_seqlen_k, cu_seqlens_q is not None)
+    direct = can_bypass_dispatcher(call) and passes_fast_check(call)
+    if not direct:
+        check_types(call)
+    check_expected_skipped(expected_skipped, selection)
     if selection == "exact" and max_seqlen_k is not None:
         raise ValueError(
             f"max_seqlen_k is for selection='int8' and 'auto'; got {max_seqlen_k} with 'exact'"
         )
-    direct = can_bypass_dispatcher(call) and passes_fast_check(call)
-    if not direct:
-        check_types(call)
-    outputs: Any
-    if selection != "exact" and selects_first(selection, expected_skipped, voters, q):
-        outputs = _in_two_steps(call, max_seqlen_k, direct)
-    elif direct:
-        outputs = _torch_op.launch_forward(call)
-    else:
-        outputs = dispatch(_forward, call)
+    if selection == "auto":
+        resolved = resolve_but_for_length(expected_skipped, voters, q)
+        call = ForwardCall(*call[:-2], resolved, max_seqlen_k)
+    outputs: Any = _torch_op.launch_forward(call) if direct else dispatch(_forward, call)
     out, lse, kept = outputs
     if return_lse:
         return (out, lse, kept) if return_kept else (out, lse)
@@ -248,35 +244,6 @@ def block_maxima(
     check_types(call)
     maxima: Tensor = dispatch(_block_maxima, call)
     return maxima
-
-
-def _in_two_steps(call: ForwardCall, max_seqlen_k: int | None, direct: bool) -> Any:
-    """What the forward operator returns, by a selection in 8 bits."""
-    q, k, v, thresholds, starts_q, starts_k, causal, scale, rule, q_block, k_block, voters, *_ = (
-        call
-    )
-    packed = (starts_q, starts_k, causal, scale)
-    select = SelectCall(
-        q, k, thresholds, *packed, rule, q_block, k_block, voters, "int8", max_seqlen_k
-    )
-    if direct:
-        block_mask = _torch_op.launch_select_blocks(select)
-    else:
-        block_mask = dispatch(select_operator, select)
-    # With thresholds, those that are NaN make the outputs NaN.
-    attend = AttendCall(
-        q,
-        k,
-        v,
-        block_mask,
-        thresholds,
-        *packed,
-        q_block,
-        k_block,
-        call.return_lse,
-        call.return_kept,
-    )
-    return _torch_op.launch_attend_blocks(attend) if direct else dispatch(attend_operator, attend)
 
 
 _forward: Callable[..., Any] = torch.ops.bsfa.forward.default

@@ -44,13 +44,14 @@ def unpack_blocks(block_mask: Tensor, k_blocks: int) -> Tensor:
 
     Args:
         block_mask: int64 [..., words].
-        k_blocks: how many bits to return, from the first.
+        k_blocks: how many bits to return, from the first. In graphs that are exported with dynamic
+            lengths, query blocks, words and these must be 2 at least.
 
     Returns:
         bool [..., k_blocks].
 
     Raises:
-        TypeError: ``block_mask`` is not an int64 tensor.
+        TypeError: ``block_mask`` is not an int64 tensor, or ``k_blocks`` no whole number.
         ValueError: it has no dimension, or fewer bits than ``k_blocks``.
     """
     check_tensor(block_mask, "block_mask")
@@ -60,6 +61,8 @@ def unpack_blocks(block_mask: Tensor, k_blocks: int) -> Tensor:
         )
     if block_mask.dim() < 1:
         raise ValueError("block_mask must be [..., words], got a tensor without dimensions")
+    if isinstance(k_blocks, bool) or not isinstance(k_blocks, (int, torch.SymInt)):
+        raise TypeError(f"k_blocks must be a whole number, got {type(k_blocks).__name__}")
     words = block_mask.shape[-1]
     if not 0 <= k_blocks <= words * MASK_BITS:
         raise ValueError(

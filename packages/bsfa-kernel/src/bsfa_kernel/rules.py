@@ -21,6 +21,13 @@ RULE_CODES: Mapping[str, int] = MappingProxyType({rule: code for code, rule in e
 VOTERS = (1, 2, 4)
 """Of how many query rows one votes."""
 
+Selection: TypeAlias = Literal["exact", "int8", "auto"]
+
+SELECTIONS: tuple[Selection, ...] = ("exact", "int8", "auto")
+"""``exact`` decides by the scores that attention uses, in one kernel with it; ``int8`` selects by
+scores in 8 bits, then attends to what is selected; ``auto`` is one of both, by the conditions of
+``resolve_selection``."""
+
 Precision: TypeAlias = Literal["exact", "int8"]
 
 PRECISIONS: tuple[Precision, ...] = ("exact", "int8")

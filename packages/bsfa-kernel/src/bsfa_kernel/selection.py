@@ -48,7 +48,9 @@ def select_blocks(
         int64 [batch, heads, q_blocks, words] with words = ceil(k_blocks / 64), or of packed
         sequences [heads, total_q // q_block + batch, ceil(max_seqlen_k / 4096)]. Bit j of word i
         stands for key block 64 * i + j; ``unpack_blocks`` makes bools of them. Forced blocks are
-        set, invisible ones are not.
+        set, invisible ones are not. In graphs that are exported with dynamic lengths the mask needs
+        two query blocks and two words, as torch makes a case of its own of a dimension of 1;
+        ``block_sparse_attention`` has no mask in its graph, and takes any.
 
     Raises: as ``block_sparse_attention``.
     """

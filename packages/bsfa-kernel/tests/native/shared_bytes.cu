@@ -1,26 +1,37 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// Prints the dynamic shared memory of every forward kernel, "sm_<arch> <dtype> <head_dim> <bytes>" a line.
+// Prints the dynamic shared memory of every kernel that has some, "sm_<arch> <kernel> <dtype> <head_dim>
+// <bytes>" a line.
 #include <cutlass/numeric_types.h>
 
 #include <cstdio>
 
 #include "sm80/config.cuh"
+#include "sm90/attend_config.cuh"
 #include "sm90/config.cuh"
+#include "sm90/select_config.cuh"
 
-template <template <class, int> class Config, int kHeadDim>
-void print(const char* arch) {
-  std::printf("%s float16 %d %zu\n", arch, kHeadDim,
-              sizeof(typename Config<cutlass::half_t, kHeadDim>::SharedStorage));
-  std::printf("%s bfloat16 %d %zu\n", arch, kHeadDim,
-              sizeof(typename Config<cutlass::bfloat16_t, kHeadDim>::SharedStorage));
+template <class Config>
+void print(const char* arch, const char* kernel, const char* dtype) {
+  std::printf("%s %s %s %d %zu\n", arch, kernel, dtype, Config::kHeadDim,
+              sizeof(typename Config::SharedStorage));
+}
+
+template <class Element, int kHeadDim>
+void print_all(const char* dtype) {
+  print<bsfa::sm80::ForwardConfig<Element, kHeadDim>>("sm_80", "forward", dtype);
+  print<bsfa::sm80::BlockMaximaConfig<Element, kHeadDim>>("sm_80", "block_maxima", dtype);
+  print<bsfa::sm90::ForwardConfig<Element, kHeadDim>>("sm_90a", "forward", dtype);
+  print<bsfa::sm90::SelectConfig<Element, int8_t, kHeadDim>>("sm_90a", "select_int8", dtype);
+  print<bsfa::sm90::SelectConfig<Element, Element, kHeadDim>>("sm_90a", "select_exact", dtype);
+  print<bsfa::sm90::AttendConfig<Element, kHeadDim>>("sm_90a", "attend", dtype);
 }
 
 int main() {
-  print<bsfa::sm80::ForwardConfig, 64>("sm_80");
-  print<bsfa::sm80::ForwardConfig, 128>("sm_80");
-  print<bsfa::sm90::ForwardConfig, 64>("sm_90a");
-  print<bsfa::sm90::ForwardConfig, 128>("sm_90a");
+  print_all<cutlass::half_t, 64>("float16");
+  print_all<cutlass::half_t, 128>("float16");
+  print_all<cutlass::bfloat16_t, 64>("bfloat16");
+  print_all<cutlass::bfloat16_t, 128>("bfloat16");
   return 0;
 }

@@ -22,7 +22,7 @@ from bsfa_calib.cli.common import (
     sparsity,
 )
 from bsfa_calib.report import printable
-from bsfa_calib.thresholds import RULES
+from bsfa_calib.thresholds import RULES, VOTERS
 
 METHODS = ("learned", "scalar", "topk")
 
@@ -37,6 +37,7 @@ _TAKERS: dict[str, tuple[str, ...]] = {
     "k": ("topk",),
     "rule": _MADE,
     "geometry": _MADE,
+    "voters": _MADE,
     "holdout": _MADE,
     "start": ("learned", "shift"),
     "shift_only": ("shift",),
@@ -56,6 +57,7 @@ _DEFAULTS: dict[str, Any] = {
     "length": 4096,
     "samples": 24,
     "holdout": 6,
+    "voters": 1,
     "steps": 60,
     "further_steps": 30,
     "knots": 1,
@@ -72,8 +74,8 @@ _DEFAULTS: dict[str, Any] = {
     "keep_checkpoint": False,
 }
 _BY_METHOD: dict[str, dict[str, Any]] = {
-    "learned": {"rule": "running_lse", "geometry": "64x64"},
-    "scalar": {"rule": "running_lse", "geometry": "64x64"},
+    "learned": {"rule": "peak_lse", "geometry": "64x64"},
+    "scalar": {"rule": "peak_lse", "geometry": "64x64"},
     "topk": {"rule": "absolute", "geometry": "128x64"},
     "shift": {"samples": 4},
 }
@@ -127,8 +129,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_argument_group("thresholds")
     add = what.add_argument
-    add("--rule", choices=RULES, help="default: running_lse; absolute for topk")
+    add("--rule", choices=RULES, help="default: peak_lse; absolute for topk")
     add("--geometry", metavar="QxK", help="queries x keys of a block: 64x64; 128x64 for topk")
+    add(
+        "--voters",
+        type=int,
+        choices=VOTERS,
+        help="one query row in so many votes on a block; the last query block votes whole "
+        "(default: 1)",
+    )
     add("--start", type=Path, metavar="TABLE", help="learned: start from these; fewer steps do")
     add(
         "--shift-only",

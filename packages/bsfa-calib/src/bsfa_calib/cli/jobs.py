@@ -60,6 +60,7 @@ class Job:
             "max_losses": arguments.max_loss or (),
             "rule": arguments.rule,
             "geometry": geometry,
+            "voters": arguments.voters,
             "progress": note,
         }
         path = learned.learn_path(
@@ -103,6 +104,7 @@ class Job:
                 target_sparsities=self._targets(),
                 rule=arguments.rule,
                 geometry=geometry,
+                voters=arguments.voters,
                 checkpoint=self._checkpoint,
                 progress=reporter,
             )
@@ -123,6 +125,7 @@ class Job:
             k_values=arguments.k,
             rule=arguments.rule,
             geometry=geometry,
+            voters=arguments.voters,
             aggregate=arguments.aggregate,
             keep_maxima=arguments.keep_maxima,
         )

@@ -29,8 +29,9 @@ from bsfa_calib.convert import load_table
 from bsfa_calib.language_model import cache_argument
 from bsfa_calib.point import AXES, Point
 from bsfa_calib.report import printable
-from bsfa_calib.thresholds import table_files
+from bsfa_calib.thresholds import ThresholdFileError, table_files
 from bsfa_hf.state import model_names
+from bsfa_kernel import SELECTIONS
 
 # Converters for argparse.
 positive = checked(_positive)
@@ -64,7 +65,18 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
         help="threshold table (default: the longest fitting one in ./thresholds/<model>)",
     )
     add_point_options(parser)
+    add_selection_option(parser)
     add_any_model_option(parser)
+
+
+def add_selection_option(parser: argparse.ArgumentParser) -> None:
+    """An option that says from what scores blocks are chosen."""
+    parser.add_argument(
+        "--selection",
+        choices=SELECTIONS,
+        help="choose blocks from 16-bit scores, from 8-bit ones, or as is faster for what the "
+        "table is expected to skip (default: BSFA_SELECTION, else auto)",
+    )
 
 
 def add_any_model_option(parser: argparse.ArgumentParser) -> None:
@@ -196,12 +208,18 @@ def quiet() -> Iterator[None]:
 def find_table(loaded: Loaded, tokens: int, wanted: Point | None = None) -> Path | None:
     """The shipped table for a model and a prompt: the shortest that suffices, else the longest.
 
-    Of several for one length, that with the point ``wanted``, else that with the smaller blocks,
-    else that with more points. Looked for in ``thresholds/<model>`` of the current directory and
-    those above it. Tables of learned thresholds come before those for k blocks, unless ``wanted``
-    names an axis.
+    Of several for one length, that with the point ``wanted``, else that under which more rows vote,
+    else that with the smaller blocks, else that with more points. Looked for in
+    ``thresholds/<model>`` of the current directory and those above it. Tables of learned thresholds
+    come before those for k blocks, unless ``wanted`` names an axis. What cannot be read is told and
+    passed over.
+
+    Raises:
+        ThresholdFileError: none of the model's tables can be read.
     """
     found: list[tuple[ThresholdTable, Path]] = []
+    unreadable: list[ThresholdFileError] = []
+    readable = 0
     here = Path.cwd()
     for root in (here, *here.parents):
         folder = root / "thresholds"
@@ -209,20 +227,28 @@ def find_table(loaded: Loaded, tokens: int, wanted: Point | None = None) -> Path
             continue
         for path in table_files(folder):
             if same_model(path.parent.name, loaded.names):
-                table = load_table(path)
+                try:
+                    table = load_table(path)
+                except ThresholdFileError as error:
+                    note(f"passed over: {error}")
+                    unreadable.append(error)
+                    continue
+                readable += 1
                 if wanted is None or wanted.axis == table.axis:
                     found.append((table, path))
         if found:
             break
+    if unreadable and not readable:
+        raise unreadable[0]
     if not found:
         return None
     learned = [entry for entry in found if entry[0].axis == "target_sparsity"]
     found = learned or found
 
-    def fit(entry: tuple[ThresholdTable, Path]) -> tuple[bool, int, int]:
+    def fit(entry: tuple[ThresholdTable, Path]) -> tuple[bool, int, int, int]:
         table = entry[0]
         has_it = wanted is not None and wanted.value in table.points
-        return has_it, -table.q_block * table.k_block, len(table.points)
+        return has_it, -table.voters, -table.q_block * table.k_block, len(table.points)
 
     found.sort(key=fit, reverse=True)
     longest = max(found, key=lambda entry: entry[0].max_seqlen)

@@ -122,7 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
     common.note(f"{len(questions)} questions about {len(questions[0].ids)} tokens: dense")
     dense = _ask(loaded, questions, table.q_block)
     common.note(f"dense read the prompt in {dense.seconds:.2f} s; block-sparse")
-    with enabled(loaded.model, table, point, check_model=not arguments.any_model) as stats:
+    options: Any = {"check_model": not arguments.any_model, "selection": arguments.selection}
+    with enabled(loaded.model, table, point, **options) as stats:
         sparse = _ask(loaded, questions, table.q_block)
     common.note(f"block-sparse read the prompt in {sparse.seconds:.2f} s")
 

@@ -15,6 +15,7 @@ from bsfa_hf.cli.common import (
     add_any_model_option,
     add_model_options,
     add_point_options,
+    add_selection_option,
     named_points,
     note,
 )
@@ -31,7 +32,7 @@ _EPILOG = """
 configurations ([NAME=]KIND[:option=value,...]):
   table:file=T.safetensors,k=32          thresholds of a file at an operating point of any axis
   scalar:rule=running_max,threshold=-7   one threshold for the whole model (this rule is BLASST's)
-  scalar:rule=running_lse,sparsity=0.7   found on text that is not evaluated on; geometry=64x64
+  scalar:rule=peak_lse,sparsity=0.7      found on text that is not evaluated on; geometry=64x64
   sliding_window:window=1024,sink=64     the last 1024 keys and the first 64
   sparge_attn:topk=0.5                   SpargeAttention, where it is installed
 
@@ -55,6 +56,7 @@ def add_subcommands(subparsers: Any) -> None:
     add_model_options(evaluate)
     evaluate.add_argument("--thresholds", type=Path, metavar="FILE", help="threshold table")
     add_point_options(evaluate, several=True)
+    add_selection_option(evaluate)
     add_any_model_option(evaluate)
     evaluate.add_argument(
         "--config",
@@ -110,8 +112,15 @@ def configurations(arguments: argparse.Namespace) -> tuple[Configuration, ...]:
         raise ValueError("a table needs points: give --point, or one of its short forms")
     for point in points:
         options = {"file": str(arguments.thresholds), point.axis: f"{point.value:.10g}"}
+        if arguments.selection is not None:
+            options["selection"] = arguments.selection
         found.append(make_configuration("table", options))
-    found += [parse_configuration(text) for text in arguments.config]
+    found += [parse_configuration(text, selection=arguments.selection) for text in arguments.config]
+    if found and arguments.selection and not any(each.option("selection") for each in found):
+        # It would change nothing.
+        raise ValueError(
+            f"--selection {arguments.selection} is for tables and scalars: no configuration is one"
+        )
     if not found:
         raise ValueError("nothing to compare with dense: give --thresholds and points, or --config")
     return tuple(found)

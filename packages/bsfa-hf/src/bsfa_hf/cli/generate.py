@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"tokens, got {arguments.prefill_chunk_size}"
         )
     dense = _generate(loaded, inputs, arguments) if arguments.compare else None
-    with enabled(loaded.model, table, point, check_model=not arguments.any_model) as stats:
+    options: Any = {"check_model": not arguments.any_model, "selection": arguments.selection}
+    with enabled(loaded.model, table, point, **options) as stats:
         sparse = _generate(loaded, inputs, arguments)
     if dense is None:
         print(sparse[0])

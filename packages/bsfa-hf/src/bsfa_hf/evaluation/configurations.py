@@ -13,20 +13,24 @@ from pathlib import Path
 
 from bsfa_calib.point import AXES
 from bsfa_calib.thresholds import ThresholdTable
-from bsfa_hf.automatic import named_point
+from bsfa_hf.automatic import named_point, named_selection
 from bsfa_hf.baselines import SlidingWindow, SpargeAttention
 from bsfa_hf.methods import BlockSparse, Method, OneThreshold
-from bsfa_kernel import DEFAULT_GEOMETRY, GEOMETRIES, RULES, Geometry
+from bsfa_kernel import DEFAULT_GEOMETRY, GEOMETRIES, RULES, VOTERS, Geometry
 
 # The options that each kind takes, and whether it must have them.
 _OPTIONS: dict[str, dict[str, bool]] = {
     "dense": {},
-    "table": {"file": True, **dict.fromkeys(("point", *AXES), False)},
-    "scalar": {"rule": True, "threshold": False, "sparsity": False, "geometry": False},
+    "table": {"file": True, **dict.fromkeys(("point", *AXES, "selection"), False)},
+    "scalar": {
+        "rule": True,
+        **dict.fromkeys(("threshold", "sparsity", "geometry", "voters", "selection"), False),
+    },
     "sliding_window": {"window": True, "sink": False},
     "sparge_attn": dict.fromkeys(("topk", "simthreshd1", "cdfthreshd", "pvthreshd"), False),
 }
 KINDS = tuple(_OPTIONS)
+_SELECTING = tuple(kind for kind, known in _OPTIONS.items() if "selection" in known)
 
 
 class ConfigurationError(ValueError):
@@ -40,7 +44,8 @@ class Configuration:
     Attributes:
         name: what tables and plots call it.
         kind: one of ``KINDS``.
-        options: the kind's options, as written.
+        options: the kind's options, as written; the selection as it was asked for, by an option
+            or else by the environment.
         digest: changes with whatever changes the result: kind, options, and a table's content.
     """
 
@@ -56,10 +61,25 @@ class Configuration:
     @property
     def geometry(self) -> Geometry:
         """The sparsity block in which this configuration's sparsity is counted."""
-        if self.kind == "table":
-            table = ThresholdTable.load(self.option("file"))
+        table = self._table()
+        if table is not None:
             return Geometry(table.q_block, table.k_block)
         return Geometry.parse(self.option("geometry", str(DEFAULT_GEOMETRY)))
+
+    @property
+    def rule(self) -> str:
+        """What scores are compared with, one of ``bsfa_kernel.RULES``; "" without thresholds."""
+        table = self._table()
+        return self.option("rule") if table is None else table.rule
+
+    @property
+    def voters(self) -> int:
+        """Of how many query rows one votes."""
+        table = self._table()
+        return int(self.option("voters", "1")) if table is None else table.voters
+
+    def _table(self) -> ThresholdTable | None:
+        return ThresholdTable.load(self.option("file")) if self.kind == "table" else None
 
 
 def make_configuration(
@@ -69,13 +89,16 @@ def make_configuration(
 
     * ``dense``: SDPA, what everything is compared with.
     * ``table``: thresholds of ``file`` at a ``point``, which may be named by its axis, as ``k``;
-      rule and geometry are the table's.
+      rule, geometry and voters are the table's.
     * ``scalar``: one threshold for the whole model under ``rule`` (running_max is BLASST's, arXiv
       2512.12087); either ``threshold``, or ``sparsity``, for which it is then found on text that
-      is not evaluated on.
+      is not evaluated on; ``voters`` is 1 unless given.
     * ``sliding_window``: the last ``window`` keys, and the first ``sink``.
     * ``sparge_attn``: SpargeAttention (arXiv 2502.18137), if it is installed; ``topk``, or
       ``cdfthreshd``, and its ``simthreshd1`` and ``pvthreshd``.
+
+    For tables and scalars, ``selection`` says from what scores blocks are chosen, as that of
+    ``bsfa_hf.enable``.
 
     Raises:
         ConfigurationError: unknown kind or option, one missing, or a value out of range.
@@ -95,14 +118,24 @@ def make_configuration(
     if missing:
         raise ConfigurationError(f"{kind} needs {', '.join(missing)}")
     content = _check_values(kind, options)
+    if kind in _SELECTING:
+        selection = named_selection(options.get("selection"))
+        if selection != "auto":
+            options["selection"] = selection
+        name = name or _default_name(kind, options)
+        options["selection"] = selection
     ordered = tuple(sorted(options.items()))
     described = json.dumps([kind, content, [item for item in ordered if item[0] != "file"]])
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
     return Configuration(name or _default_name(kind, options), kind, ordered, digest)
 
 
-def parse_configuration(text: str) -> Configuration:
+def parse_configuration(text: str, *, selection: str | None = None) -> Configuration:
     """Read ``[NAME=]KIND[:option=value,...]``, as ``blasst=scalar:rule=running_max,threshold=-7``.
+
+    Args:
+        text: the configuration.
+        selection: the selection of a table or scalar that names none.
 
     Raises:
         ConfigurationError: it is not written so, or breaks a rule of its kind.
@@ -119,7 +152,10 @@ def parse_configuration(text: str) -> Configuration:
                 f"options are option=value, each once, got {item!r} in {text!r}"
             )
         options[option.strip()] = value.strip()
-    return make_configuration(kind.strip(), options, name=name.strip())
+    kind = kind.strip()
+    if selection is not None and kind in _SELECTING:
+        options.setdefault("selection", selection)
+    return make_configuration(kind, options, name=name.strip())
 
 
 def check_names(configurations: Iterable[Configuration]) -> None:
@@ -151,11 +187,16 @@ def make_method(
     if configuration.kind == "dense":
         return None
     if configuration.kind == "table":
-        return BlockSparse(options["file"], named_point(options.get, ""), check_model)
+        point = named_point(options.get, "")
+        return BlockSparse(options["file"], point, check_model, options.get("selection"))
     if configuration.kind == "scalar":
         if threshold is None:
             threshold = float(options["threshold"])
-        return OneThreshold(threshold, options["rule"], configuration.geometry)
+        return OneThreshold(
+            *(threshold, options["rule"], configuration.geometry, configuration.voters),
+            selection=options.get("selection"),
+            expected_skipped=float(options["sparsity"]) if "sparsity" in options else None,
+        )
     if configuration.kind == "sliding_window":
         return SlidingWindow(int(options["window"]), int(options.get("sink", 0)))
     return SpargeAttention({name: float(options[name]) for name in options}, measure=True)
@@ -168,7 +209,8 @@ def _check_values(kind: str, options: Mapping[str, str]) -> str:
             table = ThresholdTable.load(options["file"])
             values = table.select(named_point(options.get, ""))
             identity = hashlib.sha256(values.tobytes()).hexdigest()
-            return f"{identity} {table.rule} {table.geometry}"
+            named_selection(options.get("selection"))
+            return f"{identity} {table.rule} {table.geometry} {table.voters}"
         if kind == "scalar":
             _check_scalar(options)
             return ""
@@ -190,6 +232,9 @@ def _check_scalar(options: Mapping[str, str]) -> None:
     if not 0 <= float(options.get("sparsity", 0)) < 1:
         raise ConfigurationError(f"sparsity must be in [0, 1), got {options['sparsity']}")
     geometry = Geometry.parse(options.get("geometry", str(DEFAULT_GEOMETRY)))
+    if options.get("voters", "1") not in map(str, VOTERS):
+        raise ConfigurationError(f"voters must be one of {VOTERS}, got {options['voters']}")
+    named_selection(options.get("selection"))
     if geometry not in GEOMETRIES:
         raise ConfigurationError(
             f"geometry must be one of {', '.join(map(str, GEOMETRIES))}, got {geometry}"

@@ -173,6 +173,8 @@ class Evaluation:
                     "kind": c.kind,
                     "options": dict(c.options),
                     "geometry": str(c.geometry),
+                    "rule": c.rule,
+                    "voters": c.voters,
                 }
                 for c in self.configurations
             },
@@ -354,6 +356,8 @@ class Evaluation:
             [windows[0].ids],
             rule=configuration.option("rule"),
             geometry=configuration.geometry,
+            voters=configuration.voters,
+            selection=configuration.option("selection"),
             target_sparsity=target,
         )
         self._progress(
@@ -381,7 +385,10 @@ class Evaluation:
         **measured: Any,
     ) -> None:
         sparsity, skipped = 0.0, []
+        selected: dict[str, int] = {}
         if statistics is not None:
+            if configuration.option("selection"):
+                selected = statistics.sparse_calls_by_selection
             sparsity = 1 - statistics.mean_kept_fraction
             # Layers that always run dense have no kept fraction: they skip nothing.
             shares = (1 - statistics.kept_fraction_by_head).nan_to_num(0.0)
@@ -391,6 +398,7 @@ class Evaluation:
             "configuration": configuration.digest,
             "sparsity": round(sparsity, 6),
             "skipped": skipped,
+            "sparse_calls_by_selection": selected,
             **measured,
         }
         self.results.add(record)

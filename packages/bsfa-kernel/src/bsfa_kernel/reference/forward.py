@@ -14,6 +14,7 @@ from bsfa_kernel._calls import MASK_BITS, AttendCall, ForwardCall, geometry_of
 from bsfa_kernel._checks import (
     check_attend,
     check_forward,
+    check_longest,
     check_packed_values,
     check_thresholds_values,
     check_two_sizes,
@@ -210,6 +211,8 @@ def _run(
     check_packed_values(q, k, starts_q, starts_k)
     parts = list(sequences(starts_q, starts_k, call.q_block))
     longest = max((part.keys.stop - part.keys.start for part in parts), default=0)
+    if isinstance(call, ForwardCall) and call.max_seqlen_k is not None:
+        check_longest(call.max_seqlen_k, longest)
     columns = q.shape[0] // call.q_block + len(parts)
     result = _empty_result(
         q,

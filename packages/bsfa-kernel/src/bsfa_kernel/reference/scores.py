@@ -43,6 +43,10 @@ class QueryBlock:
     def rows(self) -> slice:
         return slice(self.start, self.stop)
 
+    def voting(self, voters: int) -> slice:
+        """Which of its rows vote."""
+        return slice(None) if self.last else slice(voters - 1, None, voters)
+
     @property
     def visible_blocks(self) -> int:
         return block_count(self.visible_keys, self.k_block)
@@ -132,6 +136,7 @@ def score_chunks(
     geometry: Geometry,
     dtype: torch.dtype,
     rounded_for: str | None = None,
+    voters: int = 1,
 ) -> Iterator[tuple[QueryBlock, slice, Tensor]]:
     """The scaled scores of each query block, of as many heads at a time as the cache holds.
 
@@ -143,6 +148,7 @@ def score_chunks(
         geometry: the sparsity block.
         dtype: of the scores.
         rounded_for: the rule for which the scores are to be those of queries and keys in 8 bits.
+        voters: the rows of one query in so many, those that vote; others are not computed.
 
     Yields:
         The query block; which of batch * kv_heads; and [those, group, rows, visible blocks *
@@ -155,14 +161,16 @@ def score_chunks(
     block_scores = _RoundedScores if rounded_for else _ExactScores
     scores_of = block_scores(k, scale, geometry.k_block, dtype, rounded_for)
     for block in query_blocks(seqlen_q, seqlen_k, causal, geometry):
-        prepared = scores_of.prepare(_grouped_queries(q[:, block.rows], kv_heads, dtype))
+        queries = torch.arange(block.start, block.stop, device=q.device)[block.voting(voters)]
+        voting = q[:, block.rows][:, block.voting(voters)]
+        prepared = scores_of.prepare(_grouped_queries(voting, kv_heads, dtype))
         count, rows = prepared[0].shape[:2]
         width = block.visible_blocks * geometry.k_block
         for chunk in _chunks(count, rows * width, q.device):
             scores = scores_of(tuple(x[chunk] for x in prepared), chunk, width)
-            scores = scores.view(-1, heads // kv_heads, block.stop - block.start, width)
+            scores = scores.view(-1, heads // kv_heads, len(queries), width)
             offset = seqlen_k - seqlen_q if causal else seqlen_k
-            _hide_unseen(scores, block, offset, seqlen_k)
+            _hide_unseen(scores, block, queries + offset, seqlen_k)
             yield block, chunk, scores
 
 
@@ -186,11 +194,10 @@ def _chunks(total: int, scores_each: int, device: torch.device) -> Iterator[slic
         yield slice(start, min(start + step, total))
 
 
-def _hide_unseen(scores: Tensor, block: QueryBlock, offset: int, seqlen_k: int) -> None:
-    """Set the scores [..., rows, keys] that a query does not see to -inf."""
-    device, first_key = scores.device, block.full_blocks * block.k_block
-    last_seen = torch.arange(block.start, block.stop, device=device) + offset
-    keys = torch.arange(first_key, scores.shape[-1], device=device)
+def _hide_unseen(scores: Tensor, block: QueryBlock, last_seen: Tensor, seqlen_k: int) -> None:
+    """Set the scores [..., rows, keys] of keys after the last that a row sees to -inf."""
+    first_key = block.full_blocks * block.k_block
+    keys = torch.arange(first_key, scores.shape[-1], device=scores.device)
     unseen = keys > last_seen.clamp(max=seqlen_k - 1)[:, None]
     scores[..., first_key:].masked_fill_(unseen, -_INF)
 

@@ -18,6 +18,7 @@ from bsfa_kernel._checks import (
     check_select,
     check_thresholds_values,
     check_two_sizes,
+    check_voters,
 )
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry, block_count, threshold_row
 from bsfa_kernel.reference.rule import row_excesses, verdicts
@@ -171,8 +172,7 @@ def decision_by_rule(
         if (bounds == -_INF).all() or block.full_blocks == 0:  # nothing to decide
             keep = scores.new_ones((*bounds.shape, block.visible_blocks), dtype=torch.bool)
             return keep, torch.full_like(bounds, _INF)
-        voting = slice(None) if block.last else slice(voters - 1, None, voters)
-        peaks = in_blocks(scores[:, :, voting], block.k_block).amax(-1)
+        peaks = in_blocks(scores[:, :, block.voting(voters)], block.k_block).amax(-1)
         keep, excess = verdicts(peaks, bounds, rule=rule, full=block.full_blocks)
         distance = (excess[..., : block.full_blocks] - bounds[..., None]).abs()
         return keep, distance.nan_to_num(_INF, _INF).amin(-1)
@@ -189,21 +189,27 @@ def block_maxima(
     scale: float | None = None,
     rule: str = "absolute",
     geometry: Geometry = DEFAULT_GEOMETRY,
+    voters: int = 1,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The quantity that is compared with the thresholds, for every block.
 
     Args: as in ``attention``. The result is that of ``bsfa_kernel.block_maxima``, in the dtype
-    computed in; the errors are those of ``attention``.
+    computed in, but over the voting rows alone: others are not computed, which takes that much less
+    time. A block without a voting row that sees some of it, which is a forced one, has -inf. The
+    errors are those of ``attention``.
     """
     call = BlockMaximaCall(q, k, causal, scale, rule, *check_two_sizes(geometry))
-    return run_block_maxima(call, compute_dtype)
+    return run_block_maxima(call, compute_dtype, voters)
 
 
 @torch.no_grad()
-def run_block_maxima(call: BlockMaximaCall, compute_dtype: torch.dtype | None = None) -> Tensor:
+def run_block_maxima(
+    call: BlockMaximaCall, compute_dtype: torch.dtype | None = None, voters: int = 1
+) -> Tensor:
     """``block_maxima`` of a call."""
     check_block_maxima(call, any_geometry=True)
+    check_voters(voters, call.q_block)
     q, k, geometry = call.q, call.k, geometry_of(call)
     dtype = computed_in(q, compute_dtype)
     batch, seqlen_q, heads, _ = q.shape
@@ -212,7 +218,13 @@ def run_block_maxima(call: BlockMaximaCall, compute_dtype: torch.dtype | None = 
     shape = (batch * kv_heads, heads // kv_heads, *sizes)
     maxima = torch.full(shape, -_INF, dtype=dtype, device=q.device)
     for block, chunk, scores in score_chunks(
-        q, k, causal=call.causal, scale=scale_of(q, call.scale), geometry=geometry, dtype=dtype
+        q,
+        k,
+        causal=call.causal,
+        scale=scale_of(q, call.scale),
+        geometry=geometry,
+        dtype=dtype,
+        voters=voters,
     ):
         peaks = in_blocks(scores, geometry.k_block).amax(-1)
         excess = row_excesses(peaks, call.rule).masked_fill(peaks == -_INF, -_INF)

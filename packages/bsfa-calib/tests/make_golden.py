@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""The golden threshold file of the current format version; run this file to make it.
+"""The golden threshold files, one a format version; run this file to make that of the current one.
 
 Files of past versions stay as they are for ever: every reader must read them.
 """
@@ -15,8 +15,8 @@ from bsfa_calib import ThresholdTable
 from bsfa_calib.thresholds import FORMAT_VERSION
 
 
-def golden_table() -> ThresholdTable:
-    """A small table with every field filled in."""
+def golden_table(version: int = 1) -> ThresholdTable:
+    """A small table with every field of a format version filled in."""
     thresholds = np.arange(2 * 2 * 3 * 4, dtype=np.float32).reshape(2, 2, 3, 4) / 8 - 2
     thresholds[:, :, :, 0] = -np.inf
     thresholds[0, 1, 2, 3] = np.inf
@@ -30,6 +30,7 @@ def golden_table() -> ThresholdTable:
         q_block=128,
         k_block=64,
         rule="running_max",
+        voters=1 if version == 1 else 4,
         model="example/tiny",
         revision="sha256:00ff",
         max_seqlen=512,
@@ -41,4 +42,5 @@ def golden_table() -> ThresholdTable:
 
 
 if __name__ == "__main__":
-    golden_table().save(Path(__file__).parent / "golden" / f"v{FORMAT_VERSION}.safetensors")
+    golden = Path(__file__).parent / "golden"
+    golden_table(FORMAT_VERSION).save(golden / f"v{FORMAT_VERSION}.safetensors")
