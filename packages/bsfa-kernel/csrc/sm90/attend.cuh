@@ -25,15 +25,17 @@ __device__ __forceinline__ void initialize_list_barriers(typename Config::Shared
   storage.q_empty.init(kReaders);
   for (int slot = 0; slot < Config::kTileSlots; ++slot) {
     storage.tile_full[slot].init(1);
-    storage.tile_empty[slot].init(kReaders + 1);  // and the loader
+    storage.tile_empty[slot].init(kReaders + 2);  // and the loaders
   }
-  for (int stage = 0; stage < Config::kStages; ++stage) {
-    storage.full[stage].init(1);
-    storage.empty[stage].init(kReaders);
-  }
-  for (auto& places : storage.places) {
-    for (uint64_t& place : places) {
-      place = 0;
+  for (auto* ring : {&storage.keys, &storage.values}) {
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      ring->full[stage].init(1);
+      ring->empty[stage].init(kReaders);
+    }
+    for (auto& places : ring->places) {
+      for (Place& place : places) {
+        place = {0, 0};
+      }
     }
   }
   cutlass::arch::fence_barrier_init();
@@ -90,7 +92,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x == 0) {
       producer.take_tiles();
     } else if (warp == 1) {
-      producer.load_blocks();
+      producer.load_blocks(params.k, storage.k, storage.keys);
+    } else if (warp == 2) {
+      producer.load_blocks(params.v, storage.v, storage.values);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();

@@ -16,12 +16,12 @@ struct ListTile : QueryTile {
   bool is_end;              // no tile: there are no more
 };
 
-// A place in a consumer's list of key blocks: the key block, and a word that says where it lies. Places come
-// in pairs; the second of an odd list's last pair is empty, and names the stages of the first.
+// A consumer finds the key blocks of its list in two rings of places, one for K and one for V, in which the
+// loaders write where a block lies. Places come in pairs; the second one of an odd list's last pair is empty,
+// and names the stage of the first.
 namespace place {
 inline constexpr uint32_t kStageBits = 0x1f;
 inline constexpr int kPhase = 5;               // bit
-inline constexpr int kValueStage = 8;          // first bit of the same for the values
 inline constexpr uint32_t kMasked = 1u << 16;  // some score is hidden
 inline constexpr uint32_t kLast = 1u << 17;    // of the tile
 inline constexpr uint32_t kEmpty = 1u << 18;
@@ -29,6 +29,11 @@ inline constexpr uint32_t kRound = 1u << 31;  // changes with every round: the p
 // Hidden from all queries: the last one whose keys have numbers.
 inline constexpr int kNoBlock = INT32_MAX / kKeyBlock;
 }  // namespace place
+
+struct Place {
+  uint32_t where;
+  int key_block;
+};
 
 template <class Element_, int kHeadDim_>
 struct AttendConfig : ForwardConfig<Element_, kHeadDim_> {
@@ -41,14 +46,15 @@ struct AttendConfig : ForwardConfig<Element_, kHeadDim_> {
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
 
-  // Stages hold blocks of K or V, whichever comes next. Any that is free will do: a consumer that waits for
-  // its next block does not hold up the other.
-  static constexpr int kStages = kHeadDim == 128 ? 12 : 26;
-  static constexpr int kPairs = 16;  // of places; a power of two
+  // K and V have stages of their own. Any that is free will do, so that a consumer that waits for its next
+  // block does not hold up the other.
+  static constexpr int kStages = kHeadDim == 128 ? 6 : 13;  // of each
+  static constexpr int kPairs = 16;                         // of places; a power of two
   static constexpr int kPlaces = 2 * kPairs;
-  // A pair that has not been read holds two stages at least, so that none is written over.
-  static_assert(kPairs > kStages / 2 + 1);
-  static_assert(kStages <= 32, "a lane of the loader for each stage");
+  // A pair that has not been read holds a stage at least, so that none is written over.
+  static_assert(kPairs > kStages + 2);
+  // Two pairs of values that a consumer holds while it waits, and one of the other's.
+  static_assert(kStages >= 6);
 
   using SmemK = decltype(cute::tile_to_shape(
       cute::GMMA::Layout_K_SW128_Atom<Element>{},
@@ -60,16 +66,23 @@ struct AttendConfig : ForwardConfig<Element_, kHeadDim_> {
 
   struct SharedStorage {
     alignas(1024) Element q[Base::kTileQ * kHeadDim];
-    alignas(1024) Element blocks[kStages * Base::kBlockElements];
+    // What a loader fills.
+    struct Ring {
+      alignas(16) Place places[Base::kConsumers][kPlaces];
+      cutlass::arch::ClusterTransactionBarrier full[kStages];
+      cutlass::arch::ClusterBarrier empty[kStages];
+    };
 
-    alignas(16) uint64_t places[Base::kConsumers][kPlaces];
+    alignas(1024) Element k[kStages * Base::kBlockElements];
+    alignas(1024) Element v[kStages * Base::kBlockElements];
+
+    Ring keys;
+    Ring values;
     ListTile tiles[Base::kTileSlots];
     cutlass::arch::ClusterBarrier tile_full[Base::kTileSlots];
     cutlass::arch::ClusterBarrier tile_empty[Base::kTileSlots];
     cutlass::arch::ClusterTransactionBarrier q_full;
     cutlass::arch::ClusterBarrier q_empty;
-    cutlass::arch::ClusterTransactionBarrier full[kStages];
-    cutlass::arch::ClusterBarrier empty[kStages];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

@@ -64,8 +64,8 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
   typename Config::ValuesMma values_mma;
   const auto scores_slice = scores_mma.get_slice(who.thread);
   const auto values_slice = values_mma.get_slice(who.thread);
-  const auto smem_k = make_tensor(make_smem_ptr(storage.blocks), typename Config::SmemK{});
-  const auto smem_v = make_tensor(make_smem_ptr(storage.blocks), typename Config::SmemV{});
+  const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemK{});
+  const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
   auto tSrQ = queries_fragment<Config>(scores_mma);             // (MMA, 1, MMA_K)
   const auto tSrK = scores_slice.partition_fragment_B(smem_k);  // (MMA, 1, MMA_K, stage)
   const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
@@ -86,97 +86,76 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
   struct Pair {
     uint32_t upper, lower;  // where the blocks are
   };
-  const auto keys_of = [](uint32_t where) BSFA_INLINE_LAMBDA { return where & place::kStageBits; };
-  const auto keys_phase_of = [](uint32_t where) BSFA_INLINE_LAMBDA { return where >> place::kPhase & 1; };
-  const auto values_of = [](uint32_t where)
-                             BSFA_INLINE_LAMBDA { return where >> place::kValueStage & place::kStageBits; };
-  const auto values_phase_of = [](uint32_t where) BSFA_INLINE_LAMBDA {
-    return where >> (place::kValueStage + place::kPhase) & 1;
-  };
+  const auto stage_of = [](uint32_t where) BSFA_INLINE_LAMBDA { return where & place::kStageBits; };
+  const auto phase_of = [](uint32_t where) BSFA_INLINE_LAMBDA { return where >> place::kPhase & 1; };
   const auto is_last = [](const Pair& pair) BSFA_INLINE_LAMBDA { return (pair.lower & place::kLast) != 0; };
-  const auto is_full = [](const Pair& pair) BSFA_INLINE_LAMBDA { return (pair.lower & place::kEmpty) == 0; };
-  const auto read_places = [&](uint32_t number) BSFA_INLINE_LAMBDA {
+  const auto read_places = [&](auto& ring, uint32_t number) BSFA_INLINE_LAMBDA {
     return ptx::load_volatile(
-        cute::cast_smem_ptr_to_uint(&storage.places[who.warpgroup][number % Config::kPairs * 2]));
+        cute::cast_smem_ptr_to_uint(&ring.places[who.warpgroup][number % Config::kPairs * 2]));
   };
-  // Whether all lanes have read what was written: some may have read before, some after.
-  const auto are_written = [&](const uint4& places, uint32_t number) BSFA_INLINE_LAMBDA {
+  // Reads them. Returns whether all lanes have read what was written: some may have come before, some after.
+  const auto find_pair = [&](auto& ring, uint32_t number, Pair& pair) BSFA_INLINE_LAMBDA {
+    const uint4 places = read_places(ring, number);
+    pair = {places.x, places.z};
     const uint32_t awaited = number / Config::kPairs % 2 == 0 ? place::kRound : 0;
-    return __all_sync(0xffffffff, (((places.y ^ awaited) | (places.w ^ awaited)) & place::kRound) == 0) != 0;
+    return __all_sync(0xffffffff, (((pair.upper ^ awaited) | (pair.lower ^ awaited)) & place::kRound) == 0) !=
+           0;
   };
-
-  Pair current;  // its probabilities are there, or its scores first
-  Pair next;
-  bool next_is_known = false;
-  bool keys_are_there = false;
-  bool values_are_there = false;
-  const auto await_next = [&]() BSFA_INLINE_LAMBDA {
-    if (!next_is_known) {
-      uint4 places = read_places(pipelines.pairs);
-      while (!are_written(places, pipelines.pairs)) {
-        places = read_places(pipelines.pairs);
+  // Finds out about a pair, without waiting. Returns whether its blocks are there.
+  const auto look_for = [&](auto& ring, uint32_t number, Pair& pair) BSFA_INLINE_LAMBDA {
+    const bool found = find_pair(ring, number, pair);
+    return uniform(found & ring.full[stage_of(pair.upper)].test_wait(phase_of(pair.upper)) &
+                   ring.full[stage_of(pair.lower)].test_wait(phase_of(pair.lower)));
+  };
+  const auto await_unless = [&](bool there, auto& ring, uint32_t number, Pair& pair) BSFA_INLINE_LAMBDA {
+    if (!there) {
+      while (!find_pair(ring, number, pair)) {
       }
-      next = {places.y, places.w};
+      wait(ring.full[stage_of(pair.upper)], phase_of(pair.upper));
+      wait(ring.full[stage_of(pair.lower)], phase_of(pair.lower));
     }
-    wait_unless(keys_are_there, storage.full[keys_of(next.upper)], keys_phase_of(next.upper));
-    wait_unless(keys_are_there, storage.full[keys_of(next.lower)], keys_phase_of(next.lower));
   };
-  // Finds out about the next pair and its keys, without waiting.
-  const auto look_for_next = [&]() BSFA_INLINE_LAMBDA {
-    const uint4 places = read_places(pipelines.pairs);
-    next = {places.y, places.w};
-    next_is_known = are_written(places, pipelines.pairs);
-    keys_are_there =
-        uniform(next_is_known & storage.full[keys_of(next.upper)].test_wait(keys_phase_of(next.upper)) &
-                storage.full[keys_of(next.lower)].test_wait(keys_phase_of(next.lower)));
-  };
-  const auto look_for_values = [&](const Pair& pair) BSFA_INLINE_LAMBDA {
-    values_are_there = uniform(storage.full[values_of(pair.upper)].test_wait(values_phase_of(pair.upper)) &
-                               storage.full[values_of(pair.lower)].test_wait(values_phase_of(pair.lower)));
-  };
-  const auto await_values = [&](const Pair& pair) BSFA_INLINE_LAMBDA {
-    wait_unless(values_are_there, storage.full[values_of(pair.upper)], values_phase_of(pair.upper));
-    wait_unless(values_are_there, storage.full[values_of(pair.lower)], values_phase_of(pair.lower));
+  const auto release_pair = [&](auto& ring, const Pair& pair) BSFA_INLINE_LAMBDA {
+    release(ring.empty[stage_of(pair.upper)], who);
+    if ((pair.lower & place::kEmpty) == 0) {
+      release(ring.empty[stage_of(pair.lower)], who);
+    }
   };
 
-  // Steps.
-  const auto start_scores = [&](const Pair& pair) BSFA_INLINE_LAMBDA {
+  Pair pair{};    // whose scores are computed or have been; number pipelines.pairs - 1
+  Pair next{};    // its keys are multiplied next
+  Pair values{};  // of the pair whose probabilities are there
+
+  // Steps. Stages of operands are in uniform registers, by `uniform`, before the GEMMs are issued.
+  const auto start_scores = [&](int upper, int lower) BSFA_INLINE_LAMBDA {
     warpgroup_fence_operand(tSrQ);
     warpgroup_fence_operand(scores);
     warpgroup_arrive();
-    multiply<false>(scores_mma, tSrQ, tSrK(_, _, _, keys_of(pair.upper)), scores0);
-    multiply<false>(scores_mma, tSrQ, tSrK(_, _, _, keys_of(pair.lower)), scores1);
+    multiply<false>(scores_mma, tSrQ, tSrK(_, _, _, upper), scores0);
+    multiply<false>(scores_mma, tSrQ, tSrK(_, _, _, lower), scores1);
     warpgroup_commit_batch();
     warpgroup_fence_operand(scores);
+    pair = next;
+    ++pipelines.pairs;
   };
-  const auto release_keys = [&](const Pair& pair) BSFA_INLINE_LAMBDA {
-    release(storage.empty[keys_of(pair.upper)], who);
-    if (is_full(pair)) {
-      release(storage.empty[keys_of(pair.lower)], who);
-    }
-  };
-  const auto start_values = [&](const Pair& pair) BSFA_INLINE_LAMBDA {
+  const auto start_values = [&](int upper, int lower) BSFA_INLINE_LAMBDA {
     warpgroup_fence_operand(probabilities0);
     warpgroup_fence_operand(probabilities1);
     warpgroup_fence_operand(output);
     warpgroup_arrive();
-    multiply<true>(values_mma, probabilities0, tOrV(_, _, _, values_of(pair.upper)), output);
-    multiply<true>(values_mma, probabilities1, tOrV(_, _, _, values_of(pair.lower)), output);
+    multiply<true>(values_mma, probabilities0, tOrV(_, _, _, upper), output);
+    multiply<true>(values_mma, probabilities1, tOrV(_, _, _, lower), output);
     warpgroup_commit_batch();
     warpgroup_fence_operand(output);
   };
-  const auto release_values = [&](const Pair& pair) BSFA_INLINE_LAMBDA {
-    release(storage.empty[values_of(pair.upper)], who);
-    if (is_full(pair)) {
-      release(storage.empty[values_of(pair.lower)], who);
-    }
-  };
-  // Hides what must be hidden of the pair before the next one.
-  const auto mask = [&](const ListTile& tile, const Pair& pair) BSFA_INLINE_LAMBDA {
+  const auto uniform_stage = [&](uint32_t where)
+                                 BSFA_INLINE_LAMBDA { return uniform(static_cast<int>(stage_of(where))); };
+  // Hides what must be hidden of the pair.
+  const auto mask = [&](const ListTile& tile) BSFA_INLINE_LAMBDA {
     if (((pair.upper | pair.lower) & place::kMasked) == 0) {
       return;
     }
-    const uint4 places = read_places(pipelines.pairs - 1);
+    const uint4 places = read_places(storage.keys, pipelines.pairs - 1);
     const Visibility sees{tile.sequence.seqlen_q, tile.sequence.seqlen_k, params.causal};
     int visible[kThreadRows];
     CUTE_UNROLL
@@ -185,8 +164,8 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
     }
     auto upper = accumulator_matrix(scores0);
     auto lower = accumulator_matrix(scores1);
-    mask_scores(upper, who, visible, static_cast<int>(places.x) * kKeyBlock);
-    mask_scores(lower, who, visible, static_cast<int>(places.z) * kKeyBlock);
+    mask_scores(upper, who, visible, static_cast<int>(places.y) * kKeyBlock);
+    mask_scores(lower, who, visible, static_cast<int>(places.w) * kKeyBlock);
   };
   // Returns whether the output must be multiplied by `factors`: where a score is far above the maximum.
   const auto raise_maxima = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
@@ -205,100 +184,95 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
     softmax.exponentiate(matrix, scale_log2);
   };
   // As in the pass over dense tiles: P V of the last pair is done before half of this pair is exponentiated;
-  // from then on rounding hides between the exponentials. The keys of the step are there when it begins.
+  // from then on rounding hides between the exponentials. What is multiplied is there when a step begins.
   const auto step = [&](const ListTile& tile) BSFA_INLINE_LAMBDA {
+    const int upper_keys = uniform_stage(next.upper);
+    const int lower_keys = uniform_stage(next.lower);
+    const int upper_values = uniform_stage(values.upper);
+    const int lower_values = uniform_stage(values.lower);
     if (together) {
       pingpong_wait(who.warpgroup);
     }
-    const Pair pair = next;
-    start_scores(pair);
-    await_values(current);
-    start_values(current);
+    start_scores(upper_keys, lower_keys);
+    start_values(upper_values, lower_values);
     if (together) {
       pingpong_signal(who.warpgroup);
     }
-    ++pipelines.pairs;
-    look_for_values(pair);
+    Pair next_values;
+    bool keys_are_there = look_for(storage.keys, pipelines.pairs, next);
+    const bool values_are_there = look_for(storage.values, pipelines.pairs - 1, next_values);
     finish_gemm<1>(scores);
-    mask(tile, pair);
-    release_keys(pair);
+    mask(tile);
+    release_pair(storage.keys, pair);
     float factors[kThreadRows];
     const bool raised = raise_maxima(factors);
     exponentiate(scores0);
     warpgroup_fence_operand(scores0);
     // A branch, so that the compiler leaves the exponentials before the wait for P V.
-    if (!is_last(pair)) {
-      look_for_next();
+    if (!is_last(pair) & !keys_are_there) {
+      keys_are_there = look_for(storage.keys, pipelines.pairs, next);
     }
     finish_gemm<0>(output);
-    release_values(current);
+    release_pair(storage.values, values);
     round_to(probabilities0, scores0);
     exponentiate(scores1);
     round_to(probabilities1, scores1);
     if (raised) {
       scale_rows(output, factors);
     }
-    current = pair;
-    // Not before the values were released: if both consumers held two pairs of values while they waited, all
-    // stages could be taken.
+    // Not before the values were released: if both consumers held two pairs of them while they waited, the
+    // loaders could be out of stages.
+    values = next_values;
+    await_unless(values_are_there, storage.values, pipelines.pairs - 1, values);
     if (!is_last(pair)) {
-      await_next();
+      await_unless(keys_are_there, storage.keys, pipelines.pairs, next);
     }
   };
 
   const auto next_tile = [&]() BSFA_INLINE_LAMBDA {
     load_queries<Config>(storage, who, scores_mma, tSrQ);
     ++pipelines.tiles;
-    next_is_known = false;
-    keys_are_there = false;
-    await_next();
+    await_unless(false, storage.keys, pipelines.pairs, next);
   };
 
   int slot = pipelines.slot();
   next_tile();
-  start_scores(next);
+  start_scores(uniform_stage(next.upper), uniform_stage(next.lower));
 #pragma unroll 1
   while (true) {
     const ListTile& tile = storage.tiles[slot];
     softmax = Softmax{};
     clear(output);
-    current = next;
-    ++pipelines.pairs;
 
     finish_gemm<0>(scores);
-    mask(tile, current);
-    release_keys(current);
+    mask(tile);
+    release_pair(storage.keys, pair);
     float factors[kThreadRows];
     raise_maxima(factors);
     exponentiate(scores0);
     round_to(probabilities0, scores0);
     exponentiate(scores1);
     round_to(probabilities1, scores1);
-    // The one block that can reach beyond the keys is the first.
-    values_are_there = false;
-    await_values(current);
+    await_unless(false, storage.values, pipelines.pairs - 1, values);
     if (params.is_packed()) {
+      // The one block that can reach beyond the keys is the first.
+      const int key_block = static_cast<int>(read_places(storage.values, pipelines.pairs - 1).y);
       clear_foreign_values<Config>(params, tile.sequence, who,
-                                   storage.blocks + values_of(current.upper) * Config::kBlockElements,
-                                   static_cast<int>(read_places(pipelines.pairs - 1).x));
+                                   storage.v + stage_of(values.upper) * Config::kBlockElements, key_block);
     }
-    values_are_there = true;
-    if (!is_last(current)) {
-      next_is_known = false;
-      keys_are_there = false;
-      await_next();
+    if (!is_last(pair)) {
+      await_unless(false, storage.keys, pipelines.pairs, next);
     }
 #pragma unroll 1
-    while (!is_last(current)) {
+    while (!is_last(pair)) {
       step(tile);
     }
-    await_values(current);
-    start_values(current);
+    start_values(uniform_stage(values.upper), uniform_stage(values.lower));
     const int stored = slot;
     slot = pipelines.slot();
     wait(storage.q_full, pipelines.queries_phase());
     const auto store = [&]() BSFA_INLINE_LAMBDA {
-      release_values(current);
+      release_pair(storage.values, values);
       store_list<Config>(storage, params, who, stored, output, softmax);
     };
     const bool goes_on =
@@ -310,7 +284,7 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
     }
     next_tile();
     finish_gemm<0>(output);
-    start_scores(next);
+    start_scores(uniform_stage(next.upper), uniform_stage(next.lower));
     store();
     finish_gemm<0>(scores);
   }

@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// The producers of attend_blocks: one thread takes tiles and loads their queries, one warp loads the key
-// blocks that one of the consumers attends to, and tells the consumers where they are.
+// The producers of attend_blocks: one thread takes tiles and loads their queries; one warp loads the keys and
+// another the values that one of the consumers attends to, and tell the consumers where they are.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -62,9 +62,10 @@ struct ListProducer {
     }
   }
 
-  // A warp. Even lanes follow the list of the first consumer, odd ones that of the second; lane i looks after
-  // stage i. A block in either list is loaded once.
-  __device__ __forceinline__ void load_blocks() const {
+  // A warp, for K or for V. Even lanes follow the list of the first consumer, odd ones that of the second;
+  // lane i looks after stage i. A block in either list is loaded once.
+  __device__ __forceinline__ void load_blocks(const CUtensorMap& map, Element* blocks,
+                                              typename Storage::Ring& ring) const {
     constexpr int kWords = 32 / Config::kConsumers;  // of each list, in the lanes
     const AttendParams& attend = params.order.attend;
     const int lane = threadIdx.x % 32;
@@ -98,22 +99,33 @@ struct ListProducer {
             const bool attends = own >> bit & 1;
             const bool both = __all_sync(0xffffffff, attends);
             const int key_block = (first_word + index) * kMaskBits + bit;
-            const int row = key_row(tile.sequence, key_block);
-            uint32_t where = load_block(params.k, tile, row, both, free, rounds) |
-                             load_block(params.v, tile, row, both, free, rounds) << place::kValueStage;
+            while (free == 0) {
+              const int stage = min(lane, Config::kStages - 1);
+              const bool is_free = ring.empty[stage].test_wait((rounds >> stage & 1) ^ 1);
+              free = __ballot_sync(0xffffffff, is_free && lane < Config::kStages);
+            }
+            const int stage = __ffs(free) - 1;
+            free &= free - 1;
+            uint32_t where = stage | (rounds >> stage & 1) << place::kPhase;
+            rounds ^= 1u << stage;
+            if (lane == 0) {
+              if (!both) {
+                // For the consumer that does not attend to the block, and will not touch the stage.
+                ptx::arrive_times(cute::cast_smem_ptr_to_uint(&ring.empty[stage]),
+                                  Config::kConsumerWarps / Config::kConsumers);
+              }
+              ring.full[stage].arrive_and_expect_tx(Config::kBlockBytes);
+              load(map, ring.full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+                   blocks + stage * Config::kBlockElements, key_row(tile.sequence, key_block), tile.kv_head,
+                   batch_coordinate(attend, tile.sequence));
+            }
+            __syncwarp();
             if (attends) {
               --remaining;
-              where |= key_block >= full ? place::kMasked : 0;
-              if (lane < Config::kConsumers) {
-                write(consumer, written, key_block, where | (remaining == 0 ? place::kLast : 0));
-              }
-              ++written;
+              where |= (key_block >= full ? place::kMasked : 0) | (remaining == 0 ? place::kLast : 0);
+              write(ring, consumer, written++, where, key_block);
               if (remaining == 0 && written % 2 != 0) {
-                if (lane < Config::kConsumers) {
-                  write(consumer, written, place::kNoBlock,
-                        where | place::kMasked | place::kLast | place::kEmpty);
-                }
-                ++written;
+                write(ring, consumer, written++, where | place::kMasked | place::kEmpty, place::kNoBlock);
               }
             }
             __syncwarp();
@@ -138,38 +150,14 @@ struct ListProducer {
     }
   }
 
-  // Loads a block into any free stage. Returns the stage and its phase, as they are in a place.
-  __device__ __forceinline__ uint32_t load_block(const CUtensorMap& map, const ListTile& tile, int row,
-                                                 bool both, uint32_t& free, uint32_t& rounds) const {
-    const int lane = threadIdx.x % 32;
-    while (free == 0) {
-      const int stage = min(lane, Config::kStages - 1);
-      const bool is_free = storage.empty[stage].test_wait((rounds >> stage & 1) ^ 1);
-      free = __ballot_sync(0xffffffff, is_free && lane < Config::kStages);
+  // By the first of a consumer's lanes.
+  __device__ __forceinline__ static void write(typename Storage::Ring& ring, int consumer, uint32_t number,
+                                               uint32_t where, int key_block) {
+    const uint32_t round = number / Config::kPlaces % 2 == 0 ? place::kRound : 0;  // memory begins with 0
+    if (threadIdx.x % 32 < Config::kConsumers) {
+      ptx::store_volatile(cute::cast_smem_ptr_to_uint(&ring.places[consumer][number % Config::kPlaces]),
+                          where | round, key_block);
     }
-    const int stage = __ffs(free) - 1;
-    free &= free - 1;
-    const uint32_t phase = rounds >> stage & 1;
-    rounds ^= 1u << stage;
-    if (lane == 0) {
-      if (!both) {
-        // For the consumer that does not attend to the block, and will not touch the stage.
-        ptx::arrive_times(cute::cast_smem_ptr_to_uint(&storage.empty[stage]),
-                          Config::kConsumerWarps / Config::kConsumers);
-      }
-      storage.full[stage].arrive_and_expect_tx(Config::kBlockBytes);
-      load(map, storage.full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
-           storage.blocks + stage * Config::kBlockElements, row, tile.kv_head,
-           batch_coordinate(params.order.attend, tile.sequence));
-    }
-    __syncwarp();
-    return stage | phase << place::kPhase;
-  }
-
-  __device__ __forceinline__ void write(int consumer, uint32_t written, int key_block, uint32_t where) const {
-    const uint32_t round = written / Config::kPlaces % 2 == 0 ? place::kRound : 0;  // memory begins with 0
-    ptx::store_volatile(cute::cast_smem_ptr_to_uint(&storage.places[consumer][written % Config::kPlaces]),
-                        key_block, where | round);
   }
 };
 
