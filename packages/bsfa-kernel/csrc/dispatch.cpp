@@ -9,8 +9,10 @@
 
 #if defined(BSFA_WITH_CUDA)
 #include "common/select_workspace.hpp"
+#include "sm80/attend.hpp"
 #include "sm80/block_maxima.hpp"
 #include "sm80/forward.hpp"
+#include "sm80/select.hpp"
 #include "sm90/attend.hpp"
 #include "sm90/forward.hpp"
 #include "sm90/select.hpp"

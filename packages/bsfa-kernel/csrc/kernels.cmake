@@ -18,10 +18,20 @@ bsfa_add_kernel(bsfa block_maxima 80 float16 128 csrc/sm80/instantiations/half_1
 bsfa_add_kernel(bsfa block_maxima 80 bfloat16 64 csrc/sm80/instantiations/bfloat16_64_maxima.cu)
 bsfa_add_kernel(bsfa block_maxima 80 bfloat16 128 csrc/sm80/instantiations/bfloat16_128_maxima.cu)
 
+bsfa_add_kernel(bsfa select_blocks 80 float16 64 csrc/sm80/instantiations/half_64_select.cu)
+bsfa_add_kernel(bsfa select_blocks 80 float16 128 csrc/sm80/instantiations/half_128_select.cu)
+bsfa_add_kernel(bsfa select_blocks 80 bfloat16 64 csrc/sm80/instantiations/bfloat16_64_select.cu)
+bsfa_add_kernel(bsfa select_blocks 80 bfloat16 128 csrc/sm80/instantiations/bfloat16_128_select.cu)
+
 bsfa_add_kernel(bsfa select_blocks 90a float16 64 csrc/sm90/instantiations/half_64_select.cu)
 bsfa_add_kernel(bsfa select_blocks 90a float16 128 csrc/sm90/instantiations/half_128_select.cu)
 bsfa_add_kernel(bsfa select_blocks 90a bfloat16 64 csrc/sm90/instantiations/bfloat16_64_select.cu)
 bsfa_add_kernel(bsfa select_blocks 90a bfloat16 128 csrc/sm90/instantiations/bfloat16_128_select.cu)
+
+bsfa_add_kernel(bsfa attend_blocks 80 float16 64 csrc/sm80/instantiations/half_64_attend.cu)
+bsfa_add_kernel(bsfa attend_blocks 80 float16 128 csrc/sm80/instantiations/half_128_attend.cu)
+bsfa_add_kernel(bsfa attend_blocks 80 bfloat16 64 csrc/sm80/instantiations/bfloat16_64_attend.cu)
+bsfa_add_kernel(bsfa attend_blocks 80 bfloat16 128 csrc/sm80/instantiations/bfloat16_128_attend.cu)
 
 bsfa_add_kernel(bsfa attend_blocks 90a float16 64 csrc/sm90/instantiations/half_64_attend.cu)
 bsfa_add_kernel(bsfa attend_blocks 90a float16 128 csrc/sm90/instantiations/half_128_attend.cu)

@@ -14,6 +14,7 @@
 #include "launch.cuh"
 #include "layout.cuh"
 #include "ptx.cuh"
+#include "quad.cuh"
 #include "select_workspace.hpp"
 
 namespace bsfa {
@@ -87,6 +88,51 @@ __device__ __forceinline__ uint32_t round_to_bytes(float2 a, float2 b, float inv
   const uint32_t low = __byte_perm(bits(a.x), bits(a.y), 0x0040);
   const uint32_t high = __byte_perm(bits(b.x), bits(b.y), 0x0040);
   return __byte_perm(low, high, 0x5410);
+}
+
+// Two rows of queries as a thread of a quad holds them in the left operand of an 8-bit GEMM.
+template <int kHeadDim>
+struct RoundedRows {
+  uint32_t words[kHeadDim / 32][4];  // of each k step: both rows, then both with later columns
+  float scale[2];
+  float offset_score[2];  // q·c with the offset c, where asked for
+};
+
+// Rounds the rows that begin at `from`, or zeros where they do not exist. `offsets`: of the rows' kv head, or
+// null.
+template <int kHeadDim, class Element>
+__device__ __forceinline__ void round_rows(const Element* const (&from)[2], const bool (&exists)[2],
+                                           const float* offsets, RoundedRows<kHeadDim>& rows) {
+  constexpr int kChunks = kHeadDim / 16;
+  const int in_quad = threadIdx.x % 4;
+  // Row by row, for the sake of registers.
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    uint2 raw[kChunks];  // four elements each
+    uint32_t pair = 0;   // magnitudes of 16 bits compare as integers, and NaN above all others
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      raw[i] = exists[row] ? *reinterpret_cast<const uint2*>(from[row] + i * 16 + in_quad * 4) : uint2{0, 0};
+      pair = __vmaxu2(pair, __vmaxu2(raw[i].x & 0x7fff7fff, raw[i].y & 0x7fff7fff));
+    }
+    uint32_t magnitude = max(pair >> 16, pair & 0xffff);
+    magnitude = max(magnitude, __shfl_xor_sync(0xffffffff, magnitude, 1));
+    magnitude = max(magnitude, __shfl_xor_sync(0xffffffff, magnitude, 2));
+    const RoundingScale scale = rounding_scale(to_floats<Element>(magnitude).x);
+    rows.scale[row] = scale.scale;
+    float offset_score = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const float2 low = to_floats<Element>(raw[i].x);
+      const float2 high = to_floats<Element>(raw[i].y);
+      rows.words[i / 2][i % 2 * 2 + row] = round_to_bytes(low, high, scale.inverse);
+      if (offsets != nullptr) {
+        const float4 offset = *reinterpret_cast<const float4*>(offsets + i * 16 + in_quad * 4);
+        offset_score += low.x * offset.x + low.y * offset.y + high.x * offset.z + high.y * offset.w;
+      }
+    }
+    rows.offset_score[row] = quad_sum(offset_score);
+  }
 }
 
 inline constexpr int kOffsetThreads = 512;

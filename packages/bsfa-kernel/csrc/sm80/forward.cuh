@@ -11,6 +11,47 @@
 
 namespace bsfa::sm80 {
 
+// The half of the tile's query blocks that the thread works on: in geometry 64x64 the tile holds two.
+__device__ __forceinline__ int half_of_thread(const Problem& problem, int tile_q, int threads) {
+  return problem.q_block < tile_q && static_cast<int>(threadIdx.x) >= threads / 2 ? 1 : 0;
+}
+
+// Makes the tile known to all threads. `find_block(half)` finds a block of its queries.
+template <class Config, class FindBlock>
+__device__ __forceinline__ void publish_tile(const ForwardParams& params, const QueryTile& tile,
+                                             typename Config::SharedStorage& storage,
+                                             const FindBlock& find_block) {
+  const int half = half_of_thread(params, Config::kTileQ, Config::kThreads);
+  if (threadIdx.x == half * (Config::kThreads / 2)) {
+    storage.blocks[half] = {find_block(half), static_cast<int>(threadIdx.x), 0, -1};
+  }
+  if (threadIdx.x == 0) {
+    storage.tile = tile;
+    const int row = key_row(tile.sequence, 0);
+    storage.keys = first_element(params, params.k, params.k_strides, tile.sequence, row, tile.kv_head);
+    storage.values = first_element(params, params.v, params.v_strides, tile.sequence, row, tile.kv_head);
+  }
+  __syncthreads();
+}
+
+// Writes what is asked for of the tile.
+template <class Config, class Loop>
+__device__ __forceinline__ void store_results(const ForwardParams& params, Loop& mainloop,
+                                              typename Config::SharedStorage& storage,
+                                              const WarpsBlock& block) {
+  const float poison = is_poisoned(block) ? CUDART_NAN_F : 0.0f;  // makes NaN of what it is added to
+  uint8_t* staging = reinterpret_cast<uint8_t*>(storage.q);
+  stage_output<Config>(mainloop.output, mainloop.softmax, poison, staging);
+  store_output<Config>(params, storage.tile, staging);
+  if (params.lse != nullptr) {
+    store_lse<Config>(params, storage.tile, mainloop.softmax, poison);
+  }
+  const bool exists = block.index * params.q_block < storage.tile.sequence.seqlen_q;
+  if (params.kept != nullptr && exists && threadIdx.x == block.first_thread) {
+    *kept_of_block(params, storage.tile, block.index) = block.kept;
+  }
+}
+
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     forward_kernel(const __grid_constant__ ForwardParams params, const __grid_constant__ Schedule schedule) {
@@ -24,19 +65,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   if (!tile.exists()) {
     return;
   }
-  // In geometry 64x64 the tile holds two blocks of queries: the warp's and the other one.
+  publish_tile<Config>(params, tile, storage, [&](int half) {
+    return find_query_block(params, tile.sequence, tile.head, tile.first_query + half * params.q_block);
+  });
   const bool halved = params.q_block < Config::kTileQ;
-  const int half = halved && threadIdx.x >= Config::kThreads / 2 ? 1 : 0;
-  if (threadIdx.x == half * (Config::kThreads / 2)) {
-    storage.blocks[half] = find_warps_block(params, tile, half);
-  }
-  if (threadIdx.x == 0) {
-    storage.tile = tile;
-    const int row = key_row(tile.sequence, 0);
-    storage.keys = first_element(params, params.k, params.k_strides, tile.sequence, row, tile.kv_head);
-    storage.values = first_element(params, params.v, params.v_strides, tile.sequence, row, tile.kv_head);
-  }
-  __syncthreads();
+  const int half = half_of_thread(params, Config::kTileQ, Config::kThreads);
   WarpsBlock& block = storage.blocks[half];
   const QueryBlock& other = storage.blocks[halved ? 1 - half : 0];
   const int visible = max(block.keys.visible, other.keys.visible);
@@ -51,18 +84,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       mainloop.template run<true>(visible);
     }
   }
-
-  const float poison = is_poisoned(block) ? CUDART_NAN_F : 0.0f;  // makes NaN of what it is added to
-  uint8_t* staging = reinterpret_cast<uint8_t*>(storage.q);
-  stage_output<Config>(mainloop.output, mainloop.softmax, poison, staging);
-  store_output<Config>(params, storage.tile, staging);
-  if (params.lse != nullptr) {
-    store_lse<Config>(params, storage.tile, mainloop.softmax, poison);
-  }
-  const bool exists = block.index * params.q_block < storage.tile.sequence.seqlen_q;
-  if (params.kept != nullptr && exists && threadIdx.x == block.first_thread) {
-    *kept_of_block(params, storage.tile, block.index) = block.kept;
-  }
+  store_results<Config>(params, mainloop, storage, block);
 }
 
 template <class Element, int kHeadDim>

@@ -15,6 +15,7 @@ namespace bsfa::sm80 {
 
 template <class Config>
 class Mainloop {
+ protected:
   using Scores = Accumulators<Config::kRowBlocks, Config::kTileK / 8>;
   static constexpr int kRows = Config::kThreadRows;
 
@@ -58,7 +59,7 @@ class Mainloop {
       float maxima[kRows];
       bool keeps = !kVotes;
       if (!kVotes || key_block < keys_.visible) {
-        score(scores, key_block);
+        score(scores, key_block, key_block);
         row_maxima(scores, maxima);
         if constexpr (kVotes) {
           keeps = (key_block >= block_.undecided) | votes_to_keep(maxima);
@@ -95,18 +96,20 @@ class Mainloop {
     }
   }
 
- private:
-  __device__ __forceinline__ uint32_t keys_address(int key_block) const {
-    return ptx::shared_address(storage_.k[key_block % Config::kKeyStages]);
+ protected:
+  __device__ __forceinline__ uint32_t keys_address(int stage) const {
+    return ptx::shared_address(storage_.k[stage % Config::kKeyStages]);
   }
   __device__ __forceinline__ uint32_t values_address() const {
     return ptx::shared_address(storage_.v) + SharedKeys<Config>::lane_of_left();
   }
 
   // A group of copies is closed even where there is nothing to copy, so that the waits count the same.
-  __device__ __forceinline__ void request_keys(int key_block) {
+  // Where all key blocks are visited, a block's number serves as that of its stage.
+  __device__ __forceinline__ void request_keys(int key_block) { request_keys(key_block, key_block); }
+  __device__ __forceinline__ void request_keys(int key_block, int stage) {
     if (key_block >= 0) {
-      load_tile<Config, SharedKeys<Config>>(keys_address(key_block), storage_.keys, params_.k_strides.seqlen,
+      load_tile<Config, SharedKeys<Config>>(keys_address(stage), storage_.keys, params_.k_strides.seqlen,
                                             key_block * Config::kTileK, tile_.sequence.seqlen_k);
     }
     ptx::commit_copies();
@@ -119,12 +122,11 @@ class Mainloop {
   }
 
   // S = Q K^T, -inf where masked.
-  __device__ __forceinline__ void score(Scores& scores, int key_block) const {
+  __device__ __forceinline__ void score(Scores& scores, int key_block, int stage) const {
     const uint32_t lane_queries =
         ptx::shared_address(storage_.q) + SharedQueries<Config>::lane_of_left() +
         ptx::forget(threadIdx.x) / 32 * (Config::kWarpRows * SharedQueries<Config>::kRowBytes);
-    multiply_scores<Config>(scores, lane_queries,
-                            keys_address(key_block) + SharedKeys<Config>::lane_of_right());
+    multiply_scores<Config>(scores, lane_queries, keys_address(stage) + SharedKeys<Config>::lane_of_right());
     if (key_block >= keys_.full) {
       ptx::keep_branch();
       mask(scores, key_block);

@@ -57,13 +57,13 @@ struct SharedTile {
 
 // A thread's part of a warp's accumulators: kRowBlocks x kColumnBlocks results of mma.sync m16n8. The thread
 // has two rows and two columns of each.
-template <int kRowBlocks, int kColumnBlocks>
+template <int kRowBlocks, int kColumnBlocks, class Value = float>
 struct Accumulators {
   static constexpr int kRows = kRowBlocks * 2;
   static constexpr int kColumns = kColumnBlocks * 2;
-  float block[kRowBlocks][kColumnBlocks][4];
+  Value block[kRowBlocks][kColumnBlocks][4];
 
-  __device__ __forceinline__ float& operator()(int row, int column) {
+  __device__ __forceinline__ Value& operator()(int row, int column) {
     return block[row / 2][column / 2][row % 2 * 2 + column % 2];
   }
 
@@ -72,7 +72,7 @@ struct Accumulators {
     for (int row = 0; row < kRows; ++row) {
 #pragma unroll
       for (int column = 0; column < kColumns; ++column) {
-        (*this)(row, column) = 0.0f;
+        (*this)(row, column) = 0;
       }
     }
   }

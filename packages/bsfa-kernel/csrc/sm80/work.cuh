@@ -15,13 +15,6 @@ struct WarpsBlock : QueryBlock {
   int last_kept;     // geometry 64x64: the last key block that a thread voted to keep
 };
 
-// Called by the first of the threads that work on it.
-__device__ __forceinline__ WarpsBlock find_warps_block(const ForwardParams& params, const QueryTile& tile,
-                                                       int half) {
-  return {find_query_block(params, tile.sequence, tile.head, tile.first_query + half * params.q_block),
-          static_cast<int>(threadIdx.x), 0, -1};
-}
-
 // The element (row, 0) of a sequence's rows of a head.
 const __device__ __forceinline__ uint16_t* first_element(const Problem& problem, const void* tensor,
                                                          const Strides& strides, const Sequence& sequence,

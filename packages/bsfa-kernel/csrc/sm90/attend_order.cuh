@@ -5,7 +5,7 @@
 // in each section of the schedule, so that none is left alone at the end.
 #pragma once
 
-#include "../common/block_mask.cuh"
+#include "../common/block_list.cuh"
 #include "../common/ptx.cuh"
 #include "attend_config.cuh"
 

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// The key blocks that a block of queries attends to, as a block mask has them (docs/semantics.md).
+// The key blocks that the query blocks of a tile attend, read from a block mask (docs/semantics.md).
 #pragma once
 
 #include <math_constants.h>
@@ -54,5 +54,42 @@ __device__ __forceinline__ uint64_t visible_word(const uint64_t* words, int word
   const int seen = min(visible - word * kMaskBits, kMaskBits);
   return seen <= 0 ? 0 : words[word] & ~uint64_t{0} >> (kMaskBits - seen);
 }
+
+// A walk from the last to the first over the key blocks that one of a tile's two query blocks attends. Where
+// the tile is one query block, both are the same.
+class BlockList {
+ public:
+  __device__ __forceinline__ BlockList(const AttendParams& params, const QueryTile& tile,
+                                       const QueryBlock& first, const QueryBlock& second)
+      : words_{find_words(params, tile, first.index), find_words(params, tile, second.index)},
+        visible_{first.keys.visible, second.keys.visible},
+        word_((max(first.keys.visible, second.keys.visible) + kMaskBits - 1) / kMaskBits),
+        bits_{0, 0} {}
+
+  // Number of the next key block times four, plus a bit for each query block that attends it; -1 at the end.
+  __device__ __forceinline__ int next() {
+    while ((bits_[0] | bits_[1]) == 0) {
+      if (word_ == 0) {
+        return -1;
+      }
+      --word_;
+      for (int i = 0; i < 2; ++i) {
+        bits_[i] = visible_word(words_[i], word_, visible_[i]);
+      }
+    }
+    const int bit = kMaskBits - 1 - __clzll(static_cast<int64_t>(bits_[0] | bits_[1]));
+    const int attended = static_cast<int>(bits_[0] >> bit) + 2 * static_cast<int>(bits_[1] >> bit);
+    const uint64_t below = (uint64_t{1} << bit) - 1;
+    bits_[0] &= below;
+    bits_[1] &= below;
+    return (word_ * kMaskBits + bit) * 4 + attended;
+  }
+
+ private:
+  const uint64_t* words_[2];
+  int visible_[2];
+  int word_;  // that bits_ are of
+  uint64_t bits_[2];
+};
 
 }  // namespace bsfa
