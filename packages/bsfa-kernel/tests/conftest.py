@@ -19,7 +19,7 @@ import bsfa_kernel
 from bsfa_kernel import _native
 
 hypothesis.settings.register_profile("cpu", max_examples=8, deadline=None)
-hypothesis.settings.register_profile("default", max_examples=200, deadline=None)
+hypothesis.settings.register_profile("default", max_examples=50, deadline=None)
 hypothesis.settings.register_profile("nightly", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile(
     os.environ.get("BSFA_HYPOTHESIS_PROFILE", "default" if torch.cuda.is_available() else "cpu")
