@@ -14,6 +14,7 @@
 #include "attend_order.cuh"
 #include "attend_pass.cuh"
 #include "attend_producer.cuh"
+#include "attend_shared.cuh"
 
 namespace bsfa::sm90 {
 
@@ -47,9 +48,6 @@ __device__ __forceinline__ void consume_lists(const AttendParams& params,
                                               const ConsumerThread& who) {
   using namespace cute;
   ListPipelines<Config> pipelines;
-  if (who.warpgroup == 1) {
-    pingpong_signal(1);  // consumer 0 goes first
-  }
 #pragma unroll 1
   while (true) {
     wait(storage.q_full, pipelines.queries_phase());
@@ -127,11 +125,18 @@ void attend_blocks(const AttendParams& params, cudaStream_t stream) {
   launch<90>(count_blocks_kernel<Config>, dim3(count_ctas), kCountWarps * 32, 0, stream, order);
   const int sections = (order.schedule.kv_heads + order.schedule.section - 1) / order.schedule.section;
   launch<90>(order_tiles_kernel<Config>, dim3(sections), kOrderThreads, 0, stream, order);
-  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
-  const auto kernel = attend_kernel<Config>;
-  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  launch<90>(kernel, dim3(std::min(order.tiles, processors)), Config::kThreads, kSharedBytes, stream,
-             kernel_params);
+  const auto launch_over_tiles = [&](auto kernel, auto config) {
+    constexpr int kSharedBytes = sizeof(typename decltype(config)::SharedStorage);
+    BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    launch<90>(kernel, dim3(std::min(order.tiles, processors)), Config::kThreads, kSharedBytes, stream,
+               kernel_params);
+  };
+  if (params.q_block == kAttendTileQ) {
+    using SharedConfig = SharedListConfig<Element, kHeadDim>;
+    launch_over_tiles(attend_shared_kernel<SharedConfig>, SharedConfig{});
+  } else {
+    launch_over_tiles(attend_kernel<Config>, Config{});
+  }
 }
 
 }  // namespace bsfa::sm90

@@ -56,8 +56,6 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
   using namespace cute;
   using Element = typename Config::Element;
   const float scale_log2 = params.scale * CUDART_L2E_F;
-  // Consumers with the same list keep in step.
-  const bool together = params.q_block == Config::kTileQ;
 
   // Operands.
   typename Config::ScoresMma scores_mma;
@@ -190,14 +188,8 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
     const int lower_keys = uniform_stage(next.lower);
     const int upper_values = uniform_stage(values.upper);
     const int lower_values = uniform_stage(values.lower);
-    if (together) {
-      pingpong_wait(who.warpgroup);
-    }
     start_scores(upper_keys, lower_keys);
     start_values(upper_values, lower_values);
-    if (together) {
-      pingpong_signal(who.warpgroup);
-    }
     Pair next_values;
     bool keys_are_there = look_for(storage.keys, pipelines.pairs, next);
     const bool values_are_there = look_for(storage.values, pipelines.pairs - 1, next_values);

@@ -75,9 +75,9 @@ __device__ __forceinline__ void wait_unless(bool over, const Barrier& barrier, u
   }
 }
 
-// Called by one thread, before anything else happens in the CTA.
+// Of Q, K and V; by one thread, before anything else happens in the CTA.
 template <class Config>
-__device__ __forceinline__ void initialize_barriers(typename Config::SharedStorage& storage) {
+__device__ __forceinline__ void initialize_load_barriers(typename Config::SharedStorage& storage) {
   constexpr int kReaders = Config::kConsumerWarps;
   storage.q_full.init(1);
   storage.q_empty.init(kReaders);
@@ -85,14 +85,19 @@ __device__ __forceinline__ void initialize_barriers(typename Config::SharedStora
     storage.k_full[stage].init(1);
     storage.k_empty[stage].init(kReaders);
   }
-  for (int stage = 0; stage < Config::kVoteStages; ++stage) {
-    storage.votes_full[stage].init(kReaders);
-    storage.votes_empty[stage].init(1);
-    storage.votes[stage] = 0;
-  }
   for (int stage = 0; stage < Config::kValueStages; ++stage) {
     storage.v_full[stage].init(1);
     storage.v_empty[stage].init(kReaders);
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void initialize_barriers(typename Config::SharedStorage& storage) {
+  initialize_load_barriers<Config>(storage);
+  for (int stage = 0; stage < Config::kVoteStages; ++stage) {
+    storage.votes_full[stage].init(Config::kConsumerWarps);
+    storage.votes_empty[stage].init(1);
+    storage.votes[stage] = 0;
   }
   cutlass::arch::fence_barrier_init();
 }

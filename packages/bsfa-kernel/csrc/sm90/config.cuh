@@ -54,6 +54,13 @@ struct ForwardConfig {
   static constexpr int kTileQBytes = kTileQ * kHeadDim * sizeof(Element);
   static_assert(kWarpgroupQ == kKeyBlock);
 
+  // What the dense pass asks about a tile: it visits all that is visible.
+  using PublishedTile = Tile;
+  __device__ __forceinline__ static int key_block(const Tile&, int number) { return number; }
+  __device__ __forceinline__ static int kept(const Tile&, const ConsumerBlock& block) {
+    return block.keys.visible;
+  }
+
   // Q, (query of a warpgroup, column, warpgroup).
   using SmemQ = decltype(cute::tile_to_shape(
       cute::GMMA::Layout_K_SW128_Atom<Element>{},

@@ -149,7 +149,8 @@ struct ConsumerPipelines {
   PipelineState<1> queries;
 
   // The tile whose queries come next.
-  const __device__ __forceinline__ Tile& published_tile(const typename Config::SharedStorage& storage) const {
+  __device__ __forceinline__ const typename Config::PublishedTile& published_tile(
+      const typename Config::SharedStorage& storage) const {
     return storage.tiles[queries.count % Config::kTileSlots];
   }
 };

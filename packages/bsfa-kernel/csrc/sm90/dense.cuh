@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// A consumer warpgroup's passes over the key blocks of tiles without thresholds, two blocks at a time.
+// A consumer warpgroup's passes over the key blocks of tiles without thresholds, two blocks at a time: all
+// that are visible, or those of a list that both consumers have.
 #pragma once
 
 #include "consumer.cuh"
@@ -11,7 +12,8 @@ namespace bsfa::sm90 {
 
 // Works on the next tile, which has keys and nothing to vote on, and on those after it as long as they are of
 // that kind: the first scores of a tile are computed while the results of the one before it are stored.
-// Of `tiles` tiles left before, returns how many are left after.
+// Of `tiles` tiles left before, returns how many are left after. Key blocks are numbered from the last to the
+// first one visited; Config::key_block() says where one lies.
 template <class Config>
 __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& storage,
                                             ConsumerPipelines<Config>& pipelines, const ForwardParams& params,
@@ -40,6 +42,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
   auto scores0 = make_tensor(scores.data(), Layout<Shape<_32>>{});
   auto scores1 = make_tensor(scores.data() + 32, Layout<Shape<_32>>{});
 
+  const typename Config::PublishedTile* published = &pipelines.published_tile(storage);
   Softmax softmax;
   int visible[kThreadRows];
 
@@ -95,11 +98,13 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
   const auto mask = [&](int key_block) BSFA_INLINE_LAMBDA {
     auto upper = accumulator_matrix(scores0);
     auto lower = accumulator_matrix(scores1);
-    if (!Config::kShortEnds || !sees_all(visible, key_block * kKeyBlock)) {
-      mask_scores(upper, who, visible, key_block * kKeyBlock);
+    const int first_upper = Config::key_block(*published, key_block) * kKeyBlock;
+    const int first_lower = Config::key_block(*published, key_block - 1) * kKeyBlock;
+    if (!Config::kShortEnds || !sees_all(visible, first_upper)) {
+      mask_scores(upper, who, visible, first_upper);
     }
-    if (!Config::kShortEnds || !sees_all(visible, (key_block - 1) * kKeyBlock)) {
-      mask_scores(lower, who, visible, (key_block - 1) * kKeyBlock);
+    if (!Config::kShortEnds || !sees_all(visible, first_lower)) {
+      mask_scores(lower, who, visible, first_lower);
     }
   };
   // Returns whether the output must be multiplied by `factors`: where a score is far above the maximum.
@@ -162,7 +167,6 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     sync(NamedBarrier::kTiles, 0, 2 * 128);
   }
   ptx::pad<Config::kDensePadding>();
-  const Tile* published = &pipelines.published_tile(storage);
   next_queries();
   start_scores();
 #pragma unroll 1
@@ -196,7 +200,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     await_values();
     for (int i = 0; i < 2; ++i) {
       const PipelineState<Config::kValueStages> state{pipelines.values.count + i};
-      context.clear_foreign_values(state.stage(), key_block - i);
+      context.clear_foreign_values(state.stage(), Config::key_block(*published, key_block - i));
     }
     key_block -= 2;
     if (key_block >= 0) {
@@ -211,7 +215,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     await_values();
     start_values();
     --tiles;
-    const Tile* next = &pipelines.published_tile(storage);
+    const auto* next = &pipelines.published_tile(storage);
     bool goes_on = false;
     if (tiles > 0) {
       wait(storage.q_full, pipelines.queries.phase());
@@ -219,7 +223,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     }
     const auto store = [&]() BSFA_INLINE_LAMBDA {
       release_values();
-      store_results<Config>(context, output, softmax, block.keys.visible);
+      store_results<Config>(context, output, softmax, Config::kept(*published, block));
     };
     if (!goes_on) {
       finish_gemm<0>(output);
