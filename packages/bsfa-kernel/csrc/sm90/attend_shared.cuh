@@ -1,0 +1,288 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// attend_blocks in the geometry 128x64: both consumers have one list of key blocks, which goes through the
+// dense pass of the forward kernel.
+#pragma once
+
+#include "attend_producer.cuh"
+#include "dense.cuh"
+#include "producer.cuh"
+
+namespace bsfa::sm90 {
+
+// A tile whose 128 queries are one sparsity block, as it is published to the consumers and to the loaders.
+// `key_blocks` counts the places of its list, and the blocks of the places [0, full) hold no masked score;
+// places are numbered as the dense pass visits them, from the last to the first.
+struct SharedListTile : Tile {
+  // Blocks that hold a masked score, and the block of an empty place, are among the first four visited.
+  static constexpr int kFirstPlaces = 4;
+  int first_blocks[kFirstPlaces];
+  int length;   // key blocks attended; kPoisoned where the outputs are NaN
+  bool is_end;  // no tile: there are no more
+};
+
+template <class Element_, int kHeadDim_>
+struct SharedListConfig : ForwardConfig<Element_, kHeadDim_> {
+  using Base = ForwardConfig<Element_, kHeadDim_>;
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static_assert(Base::kTileQ == kAttendTileQ);
+
+  static constexpr int kProducerRegisters = 32;
+
+  using PublishedTile = SharedListTile;
+  // Asked of the first places only.
+  __device__ __forceinline__ static int key_block(const SharedListTile& tile, int place) {
+    return tile.first_blocks[tile.key_blocks - 1 - place];
+  }
+  __device__ __forceinline__ static int kept(const SharedListTile& tile, const ConsumerBlock&) {
+    return tile.length;
+  }
+
+  struct SharedStorage {
+    alignas(1024) Element q[Base::kTileQ * kHeadDim];
+    alignas(1024) Element k[Base::kKeyStages * Base::kBlockElements];
+    alignas(1024) Element v[Base::kValueStages * Base::kBlockElements];
+
+    SharedListTile tiles[Base::kTileSlots];
+    cutlass::arch::ClusterBarrier tile_full[Base::kTileSlots];   // for the loaders
+    cutlass::arch::ClusterBarrier tile_empty[Base::kTileSlots];  // from them
+    cutlass::arch::ClusterTransactionBarrier q_full;
+    cutlass::arch::ClusterBarrier q_empty;
+    cutlass::arch::ClusterTransactionBarrier k_full[Base::kKeyStages];
+    cutlass::arch::ClusterBarrier k_empty[Base::kKeyStages];
+    cutlass::arch::ClusterTransactionBarrier v_full[Base::kValueStages];
+    cutlass::arch::ClusterBarrier v_empty[Base::kValueStages];
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+// A walk over the places of a list, whose number is even: an empty one where the list is odd, then its blocks
+// from the last to the first. The word that comes next is read ahead.
+class Places {
+ public:
+  __device__ __forceinline__ Places(const AttendParams& params, const QueryTile& tile,
+                                    const QueryBlock& block, int length)
+      : words_(find_words(params, tile, block.index)),
+        visible_(length > 0 ? block.keys.visible : 0),
+        word_((visible_ + kMaskBits - 1) / kMaskBits),
+        bits_(0),
+        next_bits_(read(word_ - 1)),
+        begins_empty_(length % 2 == 1) {}
+
+  // The next place's key block, or kNoBlock where it is empty.
+  __device__ __forceinline__ int next() {
+    if (begins_empty_) {
+      begins_empty_ = false;
+      return place::kNoBlock;
+    }
+    while (bits_ == 0 && word_ > 0) {
+      --word_;
+      bits_ = next_bits_;
+      next_bits_ = read(word_ - 1);
+    }
+    if (bits_ == 0) {
+      return place::kNoBlock;
+    }
+    const int bit = kMaskBits - 1 - __clzll(static_cast<int64_t>(bits_));
+    bits_ &= ~(uint64_t{1} << bit);
+    return word_ * kMaskBits + bit;
+  }
+
+ private:
+  __device__ __forceinline__ uint64_t read(int word) const {
+    return word < 0 ? 0 : visible_word(words_, word, visible_);
+  }
+
+  const uint64_t* words_;
+  int visible_;
+  int word_;  // that bits_ are of
+  uint64_t bits_;
+  uint64_t next_bits_;
+  bool begins_empty_;
+};
+
+template <class Config>
+struct SharedListProducer {
+  using Storage = typename Config::SharedStorage;
+  using Element = typename Config::Element;
+
+  const AttendKernelParams& params;
+  Storage& storage;
+
+  // One thread. Takes the next tile when the consumers have begun the one before, and loads its queries.
+  __device__ __forceinline__ void take_tiles() const {
+    const AttendParams& attend = params.order.attend;
+    int next = blockIdx.x;
+    for (uint32_t count = 0;; ++count) {
+      const int slot = count % Config::kTileSlots;
+      wait(storage.q_empty, count % 2 ^ 1);
+      wait(storage.tile_empty[slot], count / Config::kTileSlots % 2 ^ 1);
+      SharedListTile& published = storage.tiles[slot];
+      published.dense = true;
+      published.is_end = next >= params.order.tiles;
+      if (published.is_end) {
+        published.key_blocks = 0;
+        storage.tile_full[slot].arrive();
+        storage.q_full.arrive();
+        return;
+      }
+      const int4 record = *reinterpret_cast<const int4*>(&params.order.ordered[next]);
+      next = gridDim.x + atomicAdd(params.order.taken, 1);
+      const QueryTile tile = find_tile(attend, params.order.schedule, record.x, kAttendTileQ);
+      // Bytes may arrive before they are expected: the phase cannot end before the arrival below.
+      for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
+        load(params.q, storage.q_full, cute::TMA::CacheHintSm90::EVICT_FIRST,
+             storage.q + consumer * Config::kBlockElements, Config::kBoxElements,
+             query_row(tile.sequence, tile.first_query) + consumer * Config::kWarpgroupQ, tile.head,
+             batch_coordinate(attend, tile.sequence));
+      }
+      const int length = record.y;
+      const ConsumerBlock block =
+          find_listed_block(attend, tile.sequence, tile.first_query, length == kPoisoned);
+      static_cast<QueryTile&>(published) = tile;
+      published.first = published.second = block;
+      published.length = length;
+      published.key_blocks = (max(length, 0) + 1) / 2 * 2;
+      published.full = published.key_blocks;
+      Places places(attend, tile, block, length);
+#pragma unroll 1
+      for (int i = 0; i < min(published.key_blocks, SharedListTile::kFirstPlaces); ++i) {
+        published.first_blocks[i] = places.next();
+        published.full -= published.first_blocks[i] >= block.keys.full;
+      }
+      storage.tile_full[slot].arrive();
+      storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
+    }
+  }
+
+  // One thread for K and one for V. Follows the tiles that are published, as far ahead of the consumers as
+  // there are stages.
+  template <int kStages>
+  __device__ __forceinline__ void load_blocks(const CUtensorMap& map,
+                                              cutlass::arch::ClusterTransactionBarrier (&full)[kStages],
+                                              cutlass::arch::ClusterBarrier (&empty)[kStages],
+                                              Element* blocks, auto buffer_of, int box_stride) const {
+    const AttendParams& attend = params.order.attend;
+    PipelineState<kStages> state;
+    for (uint32_t count = 0;; ++count) {
+      const int slot = count % Config::kTileSlots;
+      wait(storage.tile_full[slot], count / Config::kTileSlots % 2);
+      const SharedListTile& tile = storage.tiles[slot];
+      if (tile.is_end) {
+        return;
+      }
+      const int first_key = tile.sequence.first_k;
+      const int kv_head = tile.kv_head;
+      const int batch = batch_coordinate(attend, tile.sequence);
+      Places places(attend, tile, tile.first, tile.length);
+#pragma unroll 1
+      for (int remaining = tile.key_blocks; remaining > 0; --remaining) {
+        const int key_block = places.next();
+        // An empty place lies beyond the tensor: the copy engine fills it with zeros and reads nothing.
+        const int row = key_block == place::kNoBlock ? attend.seqlen_k : first_key + key_block * kKeyBlock;
+        const int stage = state.stage();
+        wait(empty[stage], state.phase() ^ 1);
+        full[stage].arrive_and_expect_tx(Config::kBlockBytes);
+        load(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST, blocks + buffer_of(stage), box_stride,
+             row, kv_head, batch);
+        state.advance();
+      }
+      storage.tile_empty[slot].arrive();
+    }
+  }
+
+  __device__ __forceinline__ void load_keys() const {
+    const auto buffer_of = [](int stage) {
+      return stage / 2 * 2 * Config::kBlockElements + stage % 2 * Config::kBoxElements;
+    };
+    load_blocks(params.k, storage.k_full, storage.k_empty, storage.k, buffer_of, 2 * Config::kBoxElements);
+  }
+
+  __device__ __forceinline__ void load_values() const {
+    const auto buffer_of = [](int stage) { return stage * Config::kBlockElements; };
+    load_blocks(params.v, storage.v_full, storage.v_empty, storage.v, buffer_of, Config::kBoxElements);
+  }
+
+ private:
+  __device__ __forceinline__ static void load(const CUtensorMap& map,
+                                              cutlass::arch::ClusterTransactionBarrier& full,
+                                              cute::TMA::CacheHintSm90 hint, Element* to, int box_stride,
+                                              int row, int head, int batch) {
+    for (int box = 0; box < Config::kBoxes; ++box) {
+      cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(hint),
+                                   to + box * box_stride, box * Config::kBoxColumns, row, head, batch);
+    }
+  }
+};
+
+template <class Config>
+__device__ __forceinline__ void consume_shared_lists(const AttendParams& params,
+                                                     typename Config::SharedStorage& storage,
+                                                     const ConsumerThread& who) {
+  using namespace cute;
+  ConsumerPipelines<Config> pipelines;
+  if (who.warpgroup == 1) {
+    pingpong_signal(1);  // consumer 0 goes first
+  }
+#pragma unroll 1
+  while (true) {
+    wait(storage.q_full, pipelines.queries.phase());
+    const SharedListTile& tile = pipelines.published_tile(storage);
+    if (uniform(tile.is_end)) {
+      return;
+    }
+    if (uniform(tile.key_blocks > 0)) {
+      attend_dense<Config>(storage, pipelines, params, who, INT_MAX);
+    } else {
+      release(storage.q_empty, who);
+      pipelines.queries.advance();
+      const ConsumerBlock block = tile.block_of(who.warpgroup);
+      const TileContext<Config> context{storage, pipelines, params, tile, block, who};
+      auto output = partition_fragment_C(typename Config::ValuesMma{}, Shape<_64, Int<Config::kHeadDim>>{});
+      clear(output);
+      store_results<Config>(context, output, Softmax{}, 0);
+    }
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    attend_shared_kernel(const __grid_constant__ AttendKernelParams params) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(&params.q);
+    cute::prefetch_tma_descriptor(&params.k);
+    cute::prefetch_tma_descriptor(&params.v);
+    initialize_load_barriers<Config>(storage);
+    for (int slot = 0; slot < Config::kTileSlots; ++slot) {
+      storage.tile_full[slot].init(1);
+      storage.tile_empty[slot].init(2);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  ptx::wait_for_earlier_grids();
+
+  // The same in all lanes, and known to be: the roles must be uniform for setmaxnreg.
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    const SharedListProducer<Config> producer{params, storage};
+    if (threadIdx.x == 0) {
+      producer.take_tiles();
+    } else if (threadIdx.x == 32) {
+      producer.load_keys();
+    } else if (threadIdx.x == 64) {
+      producer.load_values();
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    consume_shared_lists<Config>(params.order.attend, storage,
+                                 {warp / 4 - 1, static_cast<int>(threadIdx.x % 128)});
+  }
+}
+
+}  // namespace bsfa::sm90
