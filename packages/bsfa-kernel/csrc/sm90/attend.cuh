@@ -71,6 +71,7 @@ __device__ __forceinline__ void consume_lists(const AttendParams& params,
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     attend_kernel(const __grid_constant__ AttendKernelParams params) {
+  static_assert(kRegistersFit<Config>);
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
   if (threadIdx.x == 0) {

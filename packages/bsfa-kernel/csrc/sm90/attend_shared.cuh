@@ -29,7 +29,9 @@ struct SharedListConfig : ForwardConfig<Element_, kHeadDim_> {
   static constexpr int kHeadDim = kHeadDim_;
   static_assert(Base::kTileQ == kAttendTileQ);
 
-  static constexpr int kProducerRegisters = 32;
+  // The loaders need more registers than those of the forward kernel.
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
 
   using PublishedTile = SharedListTile;
   // Asked of the first places only.
@@ -59,7 +61,7 @@ struct SharedListConfig : ForwardConfig<Element_, kHeadDim_> {
 };
 
 // A walk over the places of a list, whose number is even: an empty one where the list is odd, then its blocks
-// from the last to the first. The word that comes next is read ahead.
+// from the last to the first.
 class Places {
  public:
   __device__ __forceinline__ Places(const AttendParams& params, const QueryTile& tile,
@@ -68,7 +70,6 @@ class Places {
         visible_(length > 0 ? block.keys.visible : 0),
         word_((visible_ + kMaskBits - 1) / kMaskBits),
         bits_(0),
-        next_bits_(read(word_ - 1)),
         begins_empty_(length % 2 == 1) {}
 
   // The next place's key block, or kNoBlock where it is empty.
@@ -79,8 +80,7 @@ class Places {
     }
     while (bits_ == 0 && word_ > 0) {
       --word_;
-      bits_ = next_bits_;
-      next_bits_ = read(word_ - 1);
+      bits_ = visible_word(words_, word_, visible_);
     }
     if (bits_ == 0) {
       return place::kNoBlock;
@@ -91,15 +91,10 @@ class Places {
   }
 
  private:
-  __device__ __forceinline__ uint64_t read(int word) const {
-    return word < 0 ? 0 : visible_word(words_, word, visible_);
-  }
-
   const uint64_t* words_;
   int visible_;
   int word_;  // that bits_ are of
   uint64_t bits_;
-  uint64_t next_bits_;
   bool begins_empty_;
 };
 
@@ -250,6 +245,7 @@ __device__ __forceinline__ void consume_shared_lists(const AttendParams& params,
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     attend_shared_kernel(const __grid_constant__ AttendKernelParams params) {
+  static_assert(kRegistersFit<Config>);
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
   if (threadIdx.x == 0) {

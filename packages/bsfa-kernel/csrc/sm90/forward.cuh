@@ -83,6 +83,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, typename Con
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     forward_kernel(const __grid_constant__ KernelParams params) {
+  static_assert(kRegistersFit<Config>);
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
   if (threadIdx.x == 0) {

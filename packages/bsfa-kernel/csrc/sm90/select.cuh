@@ -272,6 +272,7 @@ __device__ __forceinline__ void consume_key_tiles(const SelectKernelParams& para
 template <class Config, Rule kRule>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     select_kernel(const __grid_constant__ SelectKernelParams params) {
+  static_assert(kRegistersFit<Config>);
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
   if (threadIdx.x == 0) {
