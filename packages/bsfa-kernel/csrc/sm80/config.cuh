@@ -49,7 +49,7 @@ struct ForwardConfig : Config<Element_, kHeadDim_> {
     // What every thread needs now and then lies here, not in registers.
     QueryTile tile;
     WarpsBlock blocks[2];  // the tile's; one of them unless the geometry is 64x64
-    const uint16_t* keys;  // of the tile's sequence and kv head
+    const uint16_t* keys;  // of the tile's sequence and kv head, by first_key_of()
     const uint16_t* values;
     float references[Base::kThreads];  // of the rows that vote: each thread of a quad has one of its four
   };

@@ -111,7 +111,7 @@ void attend_blocks(const AttendParams& params, cudaStream_t stream) {
       make_tensor_maps<Element>(params, kHeadDim, kKeyBlock, Config::kBoxColumns);
   OrderParams& order = kernel_params.order;
   order.attend = params;
-  order.schedule = make_schedule(params, kAttendTileQ, 2 * kHeadDim * sizeof(Element));
+  order.schedule = make_schedule(params, params.query_blocks(kAttendTileQ), 2 * kHeadDim * sizeof(Element));
   order.tiles = static_cast<int>(order.schedule.ctas());
   if (order.tiles != count_attend_tiles(params)) {
     fail(BSFA_INTERNAL_ERROR, "the workspace of attend_blocks was sized for ", count_attend_tiles(params),
