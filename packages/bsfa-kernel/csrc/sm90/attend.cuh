@@ -91,10 +91,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const ListProducer<Config> producer{params, storage};
     if (threadIdx.x == 0) {
       producer.take_tiles();
-    } else if (warp == 1) {
-      producer.load_blocks(params.k, storage.k, storage.keys);
-    } else if (warp == 2) {
-      producer.load_blocks(params.v, storage.v, storage.values);
+    } else if (warp == 1 || warp == 2) {
+      const CUtensorMap& map = warp == 1 ? params.k : params.v;
+      auto* const blocks = warp == 1 ? storage.k : storage.v;
+      auto& ring = warp == 1 ? storage.keys : storage.values;
+      if (params.order.attend.has_pages()) {
+        producer.template load_blocks<true>(map, blocks, ring);
+      } else {
+        producer.template load_blocks<false>(map, blocks, ring);
+      }
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();

@@ -64,7 +64,8 @@ struct ListProducer {
   }
 
   // A warp, for K or for V. Even lanes follow the list of the first consumer, odd ones that of the second;
-  // lane i looks after stage i. A block in either list is loaded once.
+  // lane i looks after stage i. A block in either list is loaded once. kPaged: keys and values lie in pages.
+  template <bool kPaged>
   __device__ __forceinline__ void load_blocks(const CUtensorMap& map, Element* blocks,
                                               typename Storage::Ring& ring) const {
     constexpr int kWords = 32 / Config::kConsumers;  // of each list, in the lanes
@@ -102,7 +103,7 @@ struct ListProducer {
             const bool both = __all_sync(0xffffffff, attends);
             const int key_block = (first_word + index) * kMaskBits + bit;
             PagedRow found{};
-            if (attend.has_pages()) {
+            if constexpr (kPaged) {
               found = loads.find(key_block * kKeyBlock);
             }
             while (free == 0) {
@@ -121,14 +122,14 @@ struct ListProducer {
                                   Config::kConsumerWarps / Config::kConsumers);
               }
               ring.full[stage].arrive_and_expect_tx(Config::kBlockBytes);
-              if (!attend.has_pages()) {
+              if constexpr (!kPaged) {
                 load(map, ring.full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
                      blocks + stage * Config::kBlockElements, key_row(tile.sequence, key_block), tile.kv_head,
                      key_batch(attend, tile.sequence));
               }
             }
             __syncwarp();
-            if (attend.has_pages()) {
+            if constexpr (kPaged) {
               loads.template load<Config::kBoxes, Config::kBoxColumns>(
                   map, ring.full[stage], found, tile.kv_head, blocks + stage * Config::kBlockElements,
                   Config::kBoxElements);
