@@ -30,7 +30,15 @@ from bsfa_kernel import (
     reference,
     select_blocks,
 )
-from compare import assert_close, assert_matches, assert_same_verdicts, budget_of, error_budget
+from bsfa_kernel.geometry import query_block_count
+from compare import (
+    assert_close,
+    assert_matches,
+    assert_same_verdicts,
+    budget_of,
+    by_query,
+    error_budget,
+)
 from conftest import SM80, SM90, Target, gpu_target
 
 INF = math.inf
@@ -157,7 +165,7 @@ def test_a_call_matches_the_reference(target, call):
         q, k, v, expected, causal=call.case.causal, scale=None, geometry=call.geometry
     )
     if clear.float().mean() >= 0.9:
-        assert_matches(found, expected, clear, budget, call.geometry)
+        assert_matches(found, expected, clear, budget, call.geometry, k.shape[1])
 
 
 @any_target
@@ -176,7 +184,7 @@ def test_exact_selection_and_attention_of_it_are_the_fused_kernel(target, call):
             q, k, v, thresholds, compute_dtype=torch.float64, **call.options
         )
         budget = error_budget(q, k, v, expected, scale=None, **call.shape_options)
-        assert_matches(found, expected, clear, budget, call.geometry)
+        assert_matches(found, expected, clear, budget, call.geometry, k.shape[1])
 
 
 @any_target
@@ -218,7 +226,7 @@ def test_attention_of_any_mask_matches_the_reference(target, call, seed):
     blocks = (
         call.case.batch,
         call.case.heads,
-        -(-q.shape[1] // call.geometry.q_block),
+        query_block_count(q.shape[1], k.shape[1], call.geometry),
         -(-k.shape[1] // call.geometry.k_block),
     )
     generator = torch.Generator().manual_seed(seed)
@@ -229,7 +237,7 @@ def test_attention_of_any_mask_matches_the_reference(target, call, seed):
     budget = error_budget(q, k, v, expected, scale=None, **options)
     found = tuple(output.view.clone() for output in outputs)
     all_clear = torch.ones_like(expected.kept, dtype=torch.bool)
-    assert_matches(found, expected, all_clear, budget, call.geometry)
+    assert_matches(found, expected, all_clear, budget, call.geometry, k.shape[1])
     for name, output in zip(("out", "lse", "kept"), outputs, strict=True):
         output.assert_written_exactly(name)
 
@@ -376,7 +384,7 @@ def test_packed_sequences_give_what_each_gives_alone(target, call, data):
         queries = slice(starts_q[index], starts_q[index + 1])
         keys = slice(starts_k[index], starts_k[index + 1])
         alone = attend(q[None, queries], k[None, keys], v[None, keys], thresholds, **call.options)
-        first = starts_q[index] // call.geometry.q_block + index
+        first = starts_q[index] // call.geometry.q_block + 2 * index
         columns = slice(first, first + alone[2].shape[2])
         unused[:, columns] = False
         found = out[None, queries], lse[None, :, queries], kept[None, :, columns]
@@ -463,7 +471,7 @@ def test_the_kernels_of_both_architectures_agree(call):
     if clear.float().mean() < 0.9:
         return
     assert_same_verdicts(kept90, kept80, clear)
-    rows = clear.repeat_interleave(call.geometry.q_block, 2)[:, :, : q.shape[1]]
+    rows = by_query(clear, q.shape[1], k.shape[1], call.geometry)
     hidden = ~rows.transpose(1, 2)[..., None]
     rounding = 2 * torch.finfo(call.dtype).eps
     out80, out90 = out80.masked_fill(hidden, 0), out90.masked_fill(hidden, 0)

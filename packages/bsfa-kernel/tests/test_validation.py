@@ -207,7 +207,8 @@ REFUSED = {
     "a longest sequence of padded tensors": (
         arguments(selection="int8", max_seqlen_k=12),
         ValueError,
-        "max_seqlen_k is for packed sequences: without cu_seqlens it must be None, got 12",
+        "max_seqlen_k is for packed sequences and block tables: without cu_seqlens_k and "
+        "block_table it must be None, got 12",
     ),
     "unknown geometry": (
         arguments(geometry=Geometry(64, 128)),
@@ -232,8 +233,8 @@ REFUSED = {
     "only cu_seqlens_q": (
         packed_arguments(cu_seqlens_k=None),
         ValueError,
-        "cu_seqlens_q and cu_seqlens_k must be given together; "
-        "got cu_seqlens_q without cu_seqlens_k",
+        "cu_seqlens_q must be given together with cu_seqlens_k, or with seqused_k; got "
+        "cu_seqlens_q without either",
     ),
     "only cu_seqlens_k": (
         packed_arguments(cu_seqlens_q=None),
@@ -248,7 +249,7 @@ REFUSED = {
     "cu_seqlens with four dimensions": (
         arguments(cu_seqlens_q=starts(0, 10), cu_seqlens_k=starts(0, 12)),
         ValueError,
-        "with cu_seqlens, q must be [total_q, heads, head_dim], got the shape [2, 10, 4, 8]",
+        "with cu_seqlens_q, q must be [total_q, heads, head_dim], got the shape [2, 10, 4, 8]",
     ),
     "cu_seqlens in int64": (
         packed_arguments(cu_seqlens_q=starts(0, 4, 10, dtype=torch.int64)),
@@ -350,7 +351,8 @@ def test_empty_and_tiny_calls_give_outputs_of_the_stated_shapes(batch, seqlen_q,
     assert out.dtype == torch.bfloat16
     assert lse.shape == (batch, 4, seqlen_q)
     assert lse.dtype == torch.float32
-    assert kept.shape == (batch, 4, math.ceil(seqlen_q / 128))
+    q_blocks = math.ceil((seqlen_q + (seqlen_k - seqlen_q) % 128) / 128) if seqlen_q else 0
+    assert kept.shape == (batch, 4, q_blocks)
     assert kept.dtype == torch.int32
     assert not out.isnan().any()
     if seqlen_k == 0:
@@ -358,7 +360,7 @@ def test_empty_and_tiny_calls_give_outputs_of_the_stated_shapes(batch, seqlen_q,
         assert (lse == -INF).all()
         assert (kept == 0).all()
     maxima = block_maxima(q, k, causal=causal)
-    assert maxima.shape == (batch, 4, math.ceil(seqlen_q / 128), math.ceil(seqlen_k / 64))
+    assert maxima.shape == (batch, 4, q_blocks, math.ceil(seqlen_k / 64))
     assert maxima.dtype == torch.float32
 
 
@@ -376,7 +378,7 @@ def test_empty_packed_calls_give_outputs_of_the_stated_shapes():
     )
     assert out.shape == (0, 4, 8)
     assert lse.shape == (4, 0)
-    assert kept.tolist() == [[0, 0]] * 4
+    assert kept.tolist() == [[0, 0, 0, 0]] * 4
     out = block_sparse_attention(
         empty, empty, empty, torch.zeros(4, 1), cu_seqlens_q=starts(0), cu_seqlens_k=starts(0)
     )
@@ -576,7 +578,7 @@ def test_native_arguments_of_packed_sequences_arrive_in_their_fields(fake_librar
     assert found["out"] == [out.data_ptr(), 0, 256, 64]
     assert found["lse"] is None
     assert lse.numel() == 0
-    assert kept.shape == (4, 300 // 128 + 2)
+    assert kept.shape == (4, 300 // 128 + 4)
     assert out.shape == q.shape
 
 
@@ -606,7 +608,7 @@ def test_native_arguments_of_select_blocks_arrive_in_their_fields(fake_library, 
     thresholds = torch.zeros(4, 6)[:, ::2]
     options = (None, None, False, 0.5, "peak_lse", 64, 64, 4, "int8", None)
     mask = _torch_op._select_blocks_cuda(q, k, thresholds, *options)
-    assert (mask.shape, mask.dtype) == ((2, 4, 5, 2), torch.int64)
+    assert (mask.shape, mask.dtype) == ((2, 4, 6, 2), torch.int64)
     (workspace,) = taken
     assert (workspace.shape, workspace.dtype) == ((768,), torch.uint8)
     found, asked = (
@@ -637,7 +639,7 @@ def test_native_arguments_of_attend_blocks_arrive_in_their_fields(fake_library, 
     k = torch.zeros(200, 2, 64, dtype=torch.float16)
     v = torch.zeros(200, 2, 128, dtype=torch.float16)[..., :64]
     starts_q, starts_k = starts(0, 100, 300), starts(0, 50, 200)
-    mask, thresholds = torch.zeros(4, 4, 3, dtype=torch.int64), torch.zeros(4, 7)
+    mask, thresholds = torch.zeros(4, 6, 3, dtype=torch.int64), torch.zeros(4, 7)
     for given in (thresholds, None):
         out, lse, kept = _torch_op._attend_blocks_cuda(
             q, k, v, mask, given, starts_q, starts_k, True, None, 128, 64, True, True
@@ -659,7 +661,7 @@ def test_native_arguments_of_attend_blocks_arrive_in_their_fields(fake_library, 
         assert {name: found[name] for name in expected} == expected
         problem = found["problem"]
         assert (problem["cu_seqlens_q"], problem["batch"]) == (starts_q.data_ptr(), 2)
-        assert (lse.shape, kept.shape) == ((4, 300), (4, 4))
+        assert (lse.shape, kept.shape) == ((4, 300), (4, 6))
 
 
 def test_native_arguments_of_both_steps_arrive_in_their_fields(fake_library, monkeypatch):
