@@ -88,7 +88,10 @@ struct Problem {
     if (packs_queries()) {
       return seqlen_q / rows + 2 * batch;
     }
-    const int32_t lead = seqused_k != nullptr ? rows - 1 : (seqlen_k - seqlen_q) & (rows - 1);
+    if (seqused_k != nullptr) {
+      return (seqlen_q + 2 * (rows - 1)) / rows;
+    }
+    const int32_t lead = (seqlen_k - seqlen_q) & (rows - 1);
     return seqlen_q == 0 ? 0 : (seqlen_q + lead + rows - 1) / rows;
   }
 };

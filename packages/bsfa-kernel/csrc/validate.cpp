@@ -47,8 +47,11 @@ void check_version(const Args* args) {
              args->struct_size);
 }
 
-// Which of the arrays that say where sequences are go together.
+// Which of the arrays that say where sequences are go together. Without sequences they may be null.
 void check_lengths(const bsfa_problem& args) {
+  if (args.batch == 0) {
+    return;
+  }
   if (args.cu_seqlens_k != nullptr) {
     BSFA_CHECK(args.cu_seqlens_q != nullptr,
                "cu_seqlens_k must come with cu_seqlens_q, got only cu_seqlens_k");
@@ -69,6 +72,9 @@ void check_lengths(const bsfa_problem& args) {
 
 void check_pages(const bsfa_problem& args) {
   if (args.block_table == nullptr) {
+    if (args.batch == 0 || args.seqlen_k == 0) {
+      return;  // a table without entries may be null
+    }
     const struct {
       const char* name;
       int64_t value;
@@ -348,10 +354,12 @@ BlockMaximaParams validate(const bsfa_block_maxima_args* pointer) {
   static_cast<Problem&>(params) = check_problem(problem);
   BSFA_CHECK_SUPPORTED(problem.cu_seqlens_q == nullptr,
                        "block maxima are not made of packed sequences: cu_seqlens_q must be null");
-  if (problem.batch == 0 || problem.seqlen_q == 0 || problem.seqlen_k == 0) {
+  if (problem.batch == 0 || params.query_blocks(params.q_block) == 0 || problem.seqlen_k == 0) {
     return params;  // no block
   }
-  check_operands(problem, params);
+  if (has_queries(problem)) {
+    check_operands(problem, params);
+  }
   check_pointer("maxima", args.maxima, sizeof(float));
   params.maxima = args.maxima;
   return params;

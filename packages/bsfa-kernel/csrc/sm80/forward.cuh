@@ -86,17 +86,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   store_results<Config>(params, mainloop, storage, block);
 }
 
-template <class Element, int kHeadDim>
-void forward(const ForwardParams& params, cudaStream_t stream) {
-  using Kernel = ForwardConfig<Element, kHeadDim>;
-  const Schedule schedule =
-      make_schedule(params, params.query_blocks(Kernel::kTileQ), 2 * kHeadDim * sizeof(Element));
+template <class Kernel>
+void launch_forward(const ForwardParams& params, cudaStream_t stream) {
+  const Schedule schedule = make_schedule(params, params.query_blocks(Kernel::kTileQ),
+                                          2 * Kernel::kHeadDim * sizeof(typename Kernel::Element));
   constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
   const auto kernel = forward_kernel<Kernel>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   kernel<<<static_cast<unsigned>(schedule.ctas()), Kernel::kThreads, kSharedBytes, stream>>>(params,
                                                                                              schedule);
   BSFA_CUDA_CHECK(cudaGetLastError());
+}
+
+template <class Element, int kHeadDim>
+void forward(const ForwardParams& params, cudaStream_t stream) {
+  if (params.has_pages()) {
+    launch_forward<ForwardConfig<Element, kHeadDim, true>>(params, stream);
+  } else {
+    launch_forward<ForwardConfig<Element, kHeadDim, false>>(params, stream);
+  }
 }
 
 }  // namespace bsfa::sm80

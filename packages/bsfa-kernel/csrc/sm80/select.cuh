@@ -38,6 +38,7 @@ struct SelectConfig : Config<Element_, kHeadDim_> {
   struct KeyRow {
     static constexpr int kHeadDim = kRounded ? Base::kHeadDim / 2 : Base::kHeadDim;
     static constexpr int kThreads = Base::kThreads;
+    static constexpr bool kMayPage = true;
   };
   static constexpr int kKeyColumns = kRounded ? 64 : Base::kHeadDim;
   using KeyTile = SharedTile<Base::kTileK, kKeyColumns>;

@@ -198,7 +198,7 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const uint16_t* matri
 template <class Config, class Tile>
 __device__ __forceinline__ void load_keys(const Problem& problem, const Sequence& sequence, uint32_t shared,
                                           const uint16_t* matrix, const Strides& strides, int first) {
-  if (!problem.has_pages()) {
+  if (!Config::kMayPage || !problem.has_pages()) {
     load_tile<Config, Tile>(shared, matrix, strides.seqlen, first, sequence.seqlen_k);
     return;
   }
