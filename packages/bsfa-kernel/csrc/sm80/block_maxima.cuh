@@ -49,12 +49,14 @@ class BlockMaxima {
         reference_(RowReference::first(params.rule)) {}
 
   __device__ __forceinline__ void run() {
-    const bool oversized = sequence_.oversized && sequence_.has_query_in(first_query_, Config::kTileQ);
-    const KeyBlocks tile_keys = oversized ? KeyBlocks{0, 0} : key_blocks(sees_, first_query_, Config::kTileQ);
+    const KeyBlocks tile_keys =
+        sequence_.oversized ? KeyBlocks{0, 0} : key_blocks(sees_, first_query_, Config::kTileQ);
     for (int key_block = tile_keys.visible + threadIdx.x; key_block < k_blocks();
          key_block += Config::kThreads) {
       for (int half = 0; half < Config::kTileQ / params_.q_block; ++half) {
-        store(half, key_block, oversized ? CUDART_NAN_F : -CUDART_INF_F);
+        const bool poisoned = sequence_.oversized &&
+                              sequence_.has_query_in(first_query_ + half * params_.q_block, params_.q_block);
+        store(half, key_block, poisoned ? CUDART_NAN_F : -CUDART_INF_F);
       }
     }
     if (tile_keys.visible == 0) {
