@@ -11,6 +11,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bsfa_kernel
 from bsfa_kernel import (
@@ -782,6 +783,31 @@ def test_native_arguments_of_paged_keys_arrive_in_their_fields(
                 assert found["v"] == [v.data_ptr(), *v.stride()[:3]]
             assert problem["seqused_k"] == kept_alive.pop(0).seqused_k.data_ptr()
         fake_library.calls.clear()
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("selection", ["exact", "int8"])
+def test_a_call_on_paged_keys_runs_nothing_but_allocations(fake_library, selection):
+    # Neither a copy nor a look at a value, for which a GPU would have to wait.
+    q = torch.zeros(300, 4, 64, dtype=torch.float16)
+    k, v, table, used = paged_on_device()
+    starts_q, used, thresholds = starts(0, 100, 300), used.contiguous(), torch.zeros(4, 3)
+    options = (True, None, "peak_lse", 64, 64, 1, True, True, selection, None)
+    with Operators() as seen:
+        _torch_op._forward_cuda(q, k, v, thresholds, starts_q, None, *options, table, used)
+    assert len(fake_library.calls) == (1 if selection == "exact" else 2)
+    assert seen.names <= {"empty", "empty_like", "new_empty"}
 
 
 def note_lengths(monkeypatch):
