@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import cases
 import guarded
 import oracle
+import paging
 from bsfa_kernel import (
     DEFAULT_GEOMETRY,
     GEOMETRIES,
@@ -286,6 +287,27 @@ def test_a_sequence_with_more_blocks_than_bits_gets_nan(target, geometry):
             assert torch.equal(out[queries], expected[queries])
             assert torch.equal(lse[:, queries], expected_lse[:, queries])
     assert not expected.isnan().any()
+
+
+@pytest.mark.parametrize("page_size", [48, 64])
+def test_a_paged_sequence_with_more_blocks_than_bits_gets_nan(target, geometry, page_size):
+    target.require("attend_blocks", torch.float16, 64)
+    case = cases.Case("long pages", "", batch=3, seqlen_q=70, seqlen_k=4200, heads=2, kv_heads=1)
+    q, k, v = case.inputs(torch.float16, target.device)
+    lengths = (4097, 4096, 0)
+    keys, values = ([x[:n] for x, n in zip(y, lengths, strict=True)] for y in (k, v))
+    cache = paging.paged(keys, values, page_size, seed=case.seed)
+    columns = -(-(70 + geometry.q_block - 1) // geometry.q_block)
+    options = {**cache.options, "geometry": geometry}
+    blocks = torch.ones((3, 2, columns, 64), dtype=torch.bool, device=target.device)
+    out, lse, _ = outputs(q, cache.k, cache.v, blocks, **options)
+    assert out[0].isnan().all()
+    assert lse[0].isnan().all()
+    two_words = torch.ones((3, 2, columns, 128), dtype=torch.bool, device=target.device)
+    expected, expected_lse, _ = outputs(q, cache.k, cache.v, two_words, **options)
+    assert not expected.isnan().any()
+    assert torch.equal(out[1:], expected[1:])
+    assert torch.equal(lse[1:], expected_lse[1:])
 
 
 def test_nothing_to_attend_to_is_zero(target, geometry):

@@ -498,6 +498,18 @@ def test_pages_and_unused_keys_give_what_each_sequence_gives_alone(
             unused[where[0], :, where[1]] = False
         assert_same(its_own, alone, target)
     assert (found[2][unused] == 0).all()
+    mask = select_blocks(q, k, thresholds, precision=selection, **given_keys, **call.options)
+    assert mask.shape[:-1] == unused.shape
+    assert (mask[unused] == 0).all()
+    attended = attend_blocks(
+        *(q, k, v, mask),
+        **{name: x for name, x in given_keys.items() if name != "max_seqlen_k"},
+        **call.shape_options,
+        return_lse=True,
+        return_kept=True,
+    )
+    if selection == "int8" or not target.arch:
+        assert_same(attended, found, target)
 
 
 @any_target
