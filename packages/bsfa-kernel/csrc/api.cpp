@@ -61,8 +61,9 @@ void launch(const std::initializer_list<Kernel<Params>>& kernels, const Request&
 
 // The columns of `kept` of sequences none of which has a query: elsewhere the kernel clears what is spare.
 void clear_kept(const ForwardParams& params, cudaStream_t stream) {
-  const int64_t columns = params.batch;
-  BSFA_CUDA_CHECK(cudaMemsetAsync(params.kept, 0, sizeof(int32_t) * columns * params.heads, stream));
+  const int64_t rows = int64_t{params.packs_queries() ? 1 : params.batch} * params.heads;
+  const int64_t columns = params.query_blocks(params.q_block);
+  BSFA_CUDA_CHECK(cudaMemsetAsync(params.kept, 0, sizeof(int32_t) * rows * columns, stream));
 }
 #endif
 
@@ -70,9 +71,9 @@ bool has_queries(const Problem& problem) {
   return problem.batch > 0 && problem.seqlen_q > 0;
 }
 
-// Whether a call of attention has nothing to write. Without queries a packed call has spare columns of kept.
+// Whether a call of attention has nothing to write. Without queries there are spare columns of kept.
 bool writes_nothing(const ForwardParams& params) {
-  return !has_queries(params) && (params.kept == nullptr || !params.is_packed() || params.batch == 0);
+  return !has_queries(params) && (params.kept == nullptr || !params.has_spare_blocks() || params.batch == 0);
 }
 
 Request make_request(const char* name, const bsfa_problem& problem) {

@@ -21,6 +21,7 @@ constexpr int64_t kAlignment = 16;                    // bytes; a thread moves n
 constexpr int64_t kRowAlignment = kAlignment / 2;     // elements; float16 and bfloat16 have two bytes
 constexpr uint64_t kWorkspaceAlignment = 256;         // bytes
 constexpr int64_t kWordKeys = kMaskBits * kKeyBlock;  // keys that a word of a block mask stands for
+constexpr int64_t kPageMultiple = 16;                 // keys; the least that the copy engine moves at once
 constexpr int64_t kMaxStride =
     (int64_t{1} << 39) - kRowAlignment;  // elements; a TMA descriptor holds 2^40 bytes
 
@@ -46,24 +47,57 @@ void check_version(const Args* args) {
              args->struct_size);
 }
 
-// Fields that this version has no use for.
-void check_reserved(const bsfa_problem& args) {
-  const struct {
-    const char* name;
-    bool absent;
-  } fields[] = {{"seqused_k", args.seqused_k == nullptr},
-                {"block_table", args.block_table == nullptr},
-                {"block_table_stride", args.block_table_stride == 0},
-                {"pages", args.pages == 0},
-                {"page_size", args.page_size == 0},
-                {"sinks", args.sinks == nullptr}};
-  for (const auto& [name, absent] : fields) {
-    BSFA_CHECK_SUPPORTED(absent, name, " is reserved: this libbsfa has no use for it, and it must be 0");
+// Which of the arrays that say where sequences are go together. Without sequences they may be null.
+void check_lengths(const bsfa_problem& args) {
+  if (args.batch == 0) {
+    return;
+  }
+  if (args.cu_seqlens_k != nullptr) {
+    BSFA_CHECK(args.cu_seqlens_q != nullptr,
+               "cu_seqlens_k must come with cu_seqlens_q, got only cu_seqlens_k");
+    BSFA_CHECK(args.seqused_k == nullptr,
+               "cu_seqlens_k and seqused_k must not both be given: keys are packed, or they are not");
+    check_pointer("cu_seqlens_k", args.cu_seqlens_k, sizeof(int32_t));
+  } else {
+    BSFA_CHECK(args.cu_seqlens_q == nullptr || args.seqused_k != nullptr,
+               "cu_seqlens_q must come with cu_seqlens_k or seqused_k, got only cu_seqlens_q");
+  }
+  if (args.cu_seqlens_q != nullptr) {
+    check_pointer("cu_seqlens_q", args.cu_seqlens_q, sizeof(int32_t));
+  }
+  if (args.seqused_k != nullptr) {
+    check_pointer("seqused_k", args.seqused_k, sizeof(int32_t));
   }
 }
 
+void check_pages(const bsfa_problem& args) {
+  if (args.block_table == nullptr) {
+    if (args.batch == 0 || args.seqlen_k == 0) {
+      return;  // a table without entries may be null
+    }
+    const struct {
+      const char* name;
+      int64_t value;
+    } fields[] = {{"block_table_stride", args.block_table_stride},
+                  {"pages", args.pages},
+                  {"page_size", args.page_size}};
+    for (const auto& [name, value] : fields) {
+      BSFA_CHECK(value == 0, name, " must be 0 where block_table is null, got ", value);
+    }
+    return;
+  }
+  BSFA_CHECK(args.seqused_k != nullptr,
+             "block_table must come with seqused_k, which says how many keys there are, got null");
+  check_pointer("block_table", args.block_table, sizeof(int32_t));
+  check_range("block_table_stride", args.block_table_stride, 0, kMaxStride);
+  check_range("pages", args.pages, 0, kMaxExtent);
+  check_range("page_size", args.page_size, kPageMultiple, kMaxSeqlen);
+  BSFA_CHECK(args.page_size % kPageMultiple == 0, "page_size must be a multiple of ", kPageMultiple, ", got ",
+             args.page_size);
+}
+
 // The kernels count tiles, of no fewer than 64 queries of a head, in int32_t, with room for as many again:
-// the selection sets more aside for packed sequences, and loops step beyond the last.
+// blocks that begin inside a tile and the selection take more, and loops step beyond the last.
 void check_grid(int64_t sequences, int64_t heads, int64_t tiles) {
   // Each factor is below 2^32 and the first two are below 2^31, so that no product that is evaluated
   // overflows.
@@ -75,7 +109,8 @@ void check_grid(int64_t sequences, int64_t heads, int64_t tiles) {
 
 // The fields of a problem but for its tensors.
 Problem check_problem(const bsfa_problem& args) {
-  check_reserved(args);
+  BSFA_CHECK_SUPPORTED(args.sinks == nullptr,
+                       "sinks is reserved: this libbsfa has no use for it, and it must be 0");
   BSFA_CHECK(args.device >= 0, "device must be a CUDA device ordinal, 0 or more, got ", args.device);
   BSFA_CHECK(args.arch == 0 || args.arch == 80 || args.arch == 90,
              "arch must be 0 (pick by device), 80 or 90, got ", args.arch);
@@ -103,17 +138,16 @@ Problem check_problem(const bsfa_problem& args) {
   check_range("seqlen_q", args.seqlen_q, 0, kMaxSeqlen);
   check_range("seqlen_k", args.seqlen_k, 0, kMaxSeqlen);
 
-  BSFA_CHECK((args.cu_seqlens_q == nullptr) == (args.cu_seqlens_k == nullptr),
-             "cu_seqlens_q and cu_seqlens_k must both be given or both be null, got ",
-             args.cu_seqlens_q == nullptr ? "only cu_seqlens_k" : "only cu_seqlens_q");
+  check_lengths(args);
+  check_pages(args);
   if (args.cu_seqlens_q != nullptr) {
-    BSFA_CHECK(args.batch >= 1 || (args.seqlen_q == 0 && args.seqlen_k == 0),
+    const bool has_keys = args.cu_seqlens_k != nullptr && args.seqlen_k > 0;
+    BSFA_CHECK(args.batch >= 1 || (args.seqlen_q == 0 && !has_keys),
                "batch must be at least 1 where cu_seqlens are given and there are queries or keys, got 0");
-    check_pointer("cu_seqlens_q", args.cu_seqlens_q, sizeof(int32_t));
-    check_pointer("cu_seqlens_k", args.cu_seqlens_k, sizeof(int32_t));
-    check_grid(1, args.heads, args.seqlen_q / 64 + args.batch);
+    check_grid(1, args.heads, args.seqlen_q / 64 + 2 * args.batch);
   } else {
-    check_grid(args.batch, args.heads, (args.seqlen_q + 63) / 64);
+    const int64_t spare = args.seqused_k != nullptr && args.seqlen_q > 0 ? 2 : 0;
+    check_grid(args.batch, args.heads, (args.seqlen_q + 63) / 64 + spare);
   }
 
   Problem problem{};
@@ -129,6 +163,16 @@ Problem check_problem(const bsfa_problem& args) {
   problem.q_block = args.q_block;
   problem.cu_seqlens_q = args.cu_seqlens_q;
   problem.cu_seqlens_k = args.cu_seqlens_k;
+  problem.seqused_k = args.seqused_k;
+  if (args.block_table != nullptr) {
+    problem.block_table = args.block_table;
+    problem.block_table_stride = args.block_table_stride;
+    problem.pages = static_cast<int32_t>(args.pages);
+    problem.page_size = Divisor::of(args.page_size);
+    if (args.pages == 0) {
+      problem.seqlen_k = 0;  // there is no room for keys
+    }
+  }
   return problem;
 }
 
@@ -137,20 +181,25 @@ struct Tensor {
   const char* name;
   const void* data;
   bsfa_strides strides;
-  int64_t batch;  // 1 where packed
+  int64_t batch;  // 1 where packed; of keys in pages, their number
   int64_t seqlen;
   int64_t heads;
   int64_t head_dim;
+  const char* first;  // dimension's name, for messages
 };
 
 Tensor like_queries(const char* name, const bsfa_tensor& tensor, const bsfa_problem& args) {
   const int64_t batch = args.cu_seqlens_q != nullptr ? 1 : args.batch;
-  return {name, tensor.data, tensor.strides, batch, args.seqlen_q, args.heads, args.head_dim};
+  return {name, tensor.data, tensor.strides, batch, args.seqlen_q, args.heads, args.head_dim, "batch"};
 }
 
 Tensor like_keys(const char* name, const bsfa_tensor& tensor, const bsfa_problem& args) {
-  const int64_t batch = args.cu_seqlens_q != nullptr ? 1 : args.batch;
-  return {name, tensor.data, tensor.strides, batch, args.seqlen_k, args.kv_heads, args.head_dim};
+  if (args.block_table != nullptr) {
+    return {name,           tensor.data,   tensor.strides, args.pages,
+            args.page_size, args.kv_heads, args.head_dim,  "pages"};
+  }
+  const int64_t batch = args.cu_seqlens_k != nullptr ? 1 : args.batch;
+  return {name, tensor.data, tensor.strides, batch, args.seqlen_k, args.kv_heads, args.head_dim, "batch"};
 }
 
 // Checks one tensor and returns its strides; those of dimensions that have one entry, which mean nothing, as
@@ -161,7 +210,7 @@ Strides check_tensor(const Tensor& tensor) {
     const char* name;
     int64_t extent;
     int64_t stride;
-  } dimensions[] = {{"batch", tensor.batch, tensor.strides.batch},
+  } dimensions[] = {{tensor.first, tensor.batch, tensor.strides.batch},
                     {"seqlen", tensor.seqlen, tensor.strides.seqlen},
                     {"heads", tensor.heads, tensor.strides.heads}};
   for (const auto& [name, extent, stride] : dimensions) {
@@ -206,7 +255,7 @@ void check_distinct(const Tensor& tensor) {
 void check_operands(const bsfa_problem& args, Problem& problem) {
   problem.q = args.q.data;
   problem.q_strides = check_tensor(like_queries("q", args.q, args));
-  if (args.seqlen_k > 0) {
+  if (problem.seqlen_k > 0) {
     problem.k = args.k.data;
     problem.k_strides = check_tensor(like_keys("k", args.k, args));
   }
@@ -218,21 +267,18 @@ int32_t check_threshold_rows(int64_t rows, int64_t least) {
   return static_cast<int32_t>(rows);
 }
 
-// The number of words in a row of a block mask. Only the device knows the longest of packed sequences.
+// The number of words in a row of a block mask. Only the device knows the longest of packed sequences. Where
+// keys lie in pages, a mask may be for more of them than there are.
 int32_t check_mask_words(const bsfa_problem& args, int64_t words) {
   const int64_t most = (args.seqlen_k + kWordKeys - 1) / kWordKeys;
-  if (args.cu_seqlens_q == nullptr) {
-    BSFA_CHECK(words == most, "mask_words must be ceil(seqlen_k / ", kWordKeys, "), ", most, ", got ", words);
-  } else {
+  if (args.cu_seqlens_k != nullptr) {
     check_range("mask_words", words, std::min<int64_t>(most, 1), kMaxSeqlen / kWordKeys);
+  } else if (args.block_table != nullptr) {
+    check_range("mask_words", words, most, kMaxSeqlen / kWordKeys);
+  } else {
+    BSFA_CHECK(words == most, "mask_words must be ceil(seqlen_k / ", kWordKeys, "), ", most, ", got ", words);
   }
   return static_cast<int32_t>(words);
-}
-
-// Of padded tensors the query blocks of a sequence, of packed ones as many as its sequences may have.
-int64_t count_query_blocks(const Problem& problem) {
-  return problem.is_packed() ? int64_t{problem.seqlen_q} / problem.q_block + problem.batch
-                             : (int64_t{problem.seqlen_q} + problem.q_block - 1) / problem.q_block;
 }
 
 bool has_queries(const bsfa_problem& args) {
@@ -247,7 +293,7 @@ void check_outputs(const bsfa_problem& problem, const bsfa_tensor& v, const bsfa
   params.out = out.data;
   params.out_strides = check_tensor(written);
   check_distinct(written);
-  if (problem.seqlen_k > 0) {
+  if (params.seqlen_k > 0) {
     params.v = v.data;
     params.v_strides = check_tensor(like_keys("v", v, problem));
     BSFA_CHECK(params.out != params.q && params.out != params.k && params.out != params.v,
@@ -308,10 +354,12 @@ BlockMaximaParams validate(const bsfa_block_maxima_args* pointer) {
   static_cast<Problem&>(params) = check_problem(problem);
   BSFA_CHECK_SUPPORTED(problem.cu_seqlens_q == nullptr,
                        "block maxima are not made of packed sequences: cu_seqlens_q must be null");
-  if (problem.batch == 0 || problem.seqlen_q == 0 || problem.seqlen_k == 0) {
+  if (problem.batch == 0 || params.query_blocks(params.q_block) == 0 || problem.seqlen_k == 0) {
     return params;  // no block
   }
-  check_operands(problem, params);
+  if (has_queries(problem)) {
+    check_operands(problem, params);
+  }
   check_pointer("maxima", args.maxima, sizeof(float));
   params.maxima = args.maxima;
   return params;
@@ -337,7 +385,7 @@ SelectParams validate_shape(const bsfa_select_blocks_args* pointer) {
 SelectParams validate(const bsfa_select_blocks_args* pointer) {
   SelectParams params = validate_shape(pointer);
   const bsfa_select_blocks_args& args = *pointer;
-  if (args.problem.batch > 0 && count_query_blocks(params) > 0 && params.mask_words > 0) {
+  if (args.problem.batch > 0 && params.query_blocks(params.q_block) > 0 && params.mask_words > 0) {
     check_pointer("block_mask", args.block_mask, sizeof(uint64_t));
     params.block_mask = args.block_mask;
   }

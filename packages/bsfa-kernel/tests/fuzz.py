@@ -20,7 +20,10 @@ import torch
 
 import bsfa_kernel
 import cases
+import paging
 from bsfa_kernel import GEOMETRIES, RULES, VOTERS, Geometry, _native, reference
+from bsfa_kernel.geometry import query_block_count
+from compare import by_query
 
 INF = float("inf")
 MARGIN = 1e-3
@@ -53,6 +56,7 @@ class Call:
     layout: str
     special: float | None  # NaN or ±inf: an element of q and one of k
     voters: int
+    page_size: int | None  # keys are in pages of so many
 
     @classmethod
     def random(cls, seed: int, dtypes: list[torch.dtype], head_dims: list[int]) -> Call:
@@ -92,6 +96,7 @@ class Call:
             layout=rng.choice(["plain", "plain", "heads first", "padded", "interleaved"]),
             special=rng.choice([None] * 7 + [float("nan"), INF, -INF]),
             voters=rng.choice(VOTERS),
+            page_size=rng.choice([None, None, 16, 48, 64, 128, 256]),
         )
         if rng.random() > 0.03:
             return call
@@ -167,15 +172,33 @@ def arguments(call: Call, device: str) -> tuple[list[torch.Tensor], dict[str, ob
 def rows_of_blocks(call: Call, blocks: torch.Tensor) -> torch.Tensor:
     """[..., q_blocks] -> [..., queries]: each query has what its block has."""
     if not call.packed:
-        return blocks.repeat_interleave(call.geometry.q_block, -1)[..., : call.lengths[0][0]]
+        return by_query(blocks, *call.lengths[0], call.geometry, -1)
     parts, start = [], 0
-    for index, (length, _) in enumerate(call.lengths):
-        first = start // call.geometry.q_block + index
-        count = -(-length // call.geometry.q_block)
+    for index, (seqlen_q, seqlen_k) in enumerate(call.lengths):
+        first = start // call.geometry.q_block + 2 * index
+        count = query_block_count(seqlen_q, seqlen_k, call.geometry)
         part = blocks[..., first : first + count]
-        parts.append(part.repeat_interleave(call.geometry.q_block, -1)[..., :length])
-        start += length
+        parts.append(by_query(part, seqlen_q, seqlen_k, call.geometry, -1))
+        start += seqlen_q
     return torch.cat(parts, -1)
+
+
+def in_pages(
+    call: Call, tensors: list[torch.Tensor], options: dict[str, object]
+) -> tuple[list[torch.Tensor], dict[str, object]]:
+    """The same call with its keys in pages, and NaN wherever nothing may be read."""
+    if call.page_size is None:
+        return tensors, options
+    q, k, v, thresholds = tensors
+    if call.packed:
+        lengths = [seqlen_k for _, seqlen_k in call.lengths]
+        keys, values = (list(x.split(lengths)) for x in (k, v))
+    else:
+        keys, values = list(k), list(v)
+    layout = paging.LAYOUTS[call.seed % len(paging.LAYOUTS)]
+    cache = paging.paged(keys, values, call.page_size, layout=layout, seed=call.seed)
+    paged = {name: value for name, value in options.items() if name != "cu_seqlens_k"}
+    return [q, cache.k, cache.v, thresholds], {**paged, **cache.options}
 
 
 def differences(
@@ -186,6 +209,7 @@ def differences(
 ) -> torch.Tensor:
     """What differs, on the device, so that nothing waits: bool [4]: kept, out, rms of out, lse."""
     out, lse, kept = found
+    kept = kept[..., : expected.kept.shape[-1]]
     clear = expected.margin > MARGIN
     rows = rows_of_blocks(call, clear)
     wrong_kept = ((kept != expected.kept) & clear).any()
@@ -236,8 +260,11 @@ def other_verdicts(
     expected = reference.select_blocks(
         q, k, thresholds, precision="int8", compute_dtype=torch.float64, **options
     )
+    blocks = bsfa_kernel.pack_blocks(expected.mask)
+    (q, k, *_), options = in_pages(call, tensors, options)
     found = bsfa_kernel.select_blocks(q, k, thresholds, precision="int8", **options)
-    wrong = (found != bsfa_kernel.pack_blocks(expected.mask)).any(-1)
+    columns, words = blocks.shape[-2:]
+    wrong = (found[..., :columns, :words] != blocks).any(-1)
     scale = call.head_dim**-0.5 if call.scale is None else call.scale
     step = scale * 8 * 8 / 127  # standard normal queries and keys are below 8 and the offset small
     return (wrong & (expected.margin > 2 * step)).any()
@@ -326,12 +353,13 @@ def main() -> int:
         shares.append(
             torch.stack((clear.sum(), clear.new_tensor(clear.numel(), dtype=torch.int64)))
         )
+        paged, paged_keywords = in_pages(call, tensors, keywords)
         for arch in archs:
             with _native.force_arch(arch):
-                found = attend(call, tensors, keywords)
+                found = attend(call, paged, paged_keywords)
                 wrong = differences(call, found, expected, largest)
                 if (arch, call.dtype, call.head_dim) in steps:
-                    found = kept_by_mask(call, tensors, keywords)
+                    found = kept_by_mask(call, paged, paged_keywords)
                     by_mask = differences(call, found, expected, largest)
                     rounded = other_verdicts(call, tensors, keywords)
                     wrong = torch.cat((wrong, by_mask, rounded[None]))

@@ -11,6 +11,7 @@ import sys
 import torch
 
 import cases
+import paging
 from bsfa_kernel import (
     GEOMETRIES,
     PRECISIONS,
@@ -24,13 +25,47 @@ from bsfa_kernel import (
     build_info,
     select_blocks,
 )
+from bsfa_kernel.geometry import query_block_count
 
 
 def masks(case: cases.Case, geometry: Geometry) -> list[torch.Tensor]:
     """No block, every other one and all, invisible ones among them."""
-    q_blocks, words = -(-case.seqlen_q // geometry.q_block), -(-case.seqlen_k // 4096)
+    q_blocks = query_block_count(case.seqlen_q, case.seqlen_k, geometry)
+    words = -(-case.seqlen_k // 4096)
     shape = (case.batch, case.heads, q_blocks, words)
     return [torch.full(shape, bits, device="cuda") for bits in (0, 0x5555555555555555, -1)]
+
+
+def call_on_pages(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> None:
+    """Call a kernel on keys in pages: none, one, a cut page, a missing page, too many keys."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = (100, 0, 1, 333, 150)
+
+    def draw(length: int, heads: int) -> torch.Tensor:
+        return torch.randn((length, heads, head_dim), generator=generator).to("cuda", dtype)
+
+    keys, values = ([draw(length, 2) for length in lengths] for _ in range(2))
+    q = torch.stack([draw(140, 4) for _ in lengths])
+    thresholds = torch.zeros((4, 1), device="cuda")
+    for page_size in (16, 48, 64):
+        cache = paging.paged(keys, values, page_size, seed=page_size)
+        cache.seqused_k[4] = 2**31 - 1
+        cache.block_table[3, 1] = 2**30
+        options = {**cache.options, "rule": "peak_lse"}
+        with _native.force_arch(arch):
+            if kernel == "block_maxima":
+                block_maxima(q, cache.k, **options)
+            elif kernel == "select_blocks":
+                for precision in PRECISIONS:
+                    select_blocks(q, cache.k, thresholds, precision=precision, **options)
+            elif kernel == "attend_blocks":
+                mask = torch.full((len(q), 4, 3, 1), -1, device="cuda")
+                attend_blocks(q, cache.k, cache.v, mask, return_kept=True, **cache.options)
+            else:
+                for level in (-math.inf, 0.0):
+                    block_sparse_attention(
+                        q, cache.k, cache.v, thresholds + level, return_kept=True, **options
+                    )
 
 
 def main(arch: int) -> None:
@@ -85,9 +120,10 @@ def main(arch: int) -> None:
                     for precision in PRECISIONS:
                         select_blocks(q, k, thresholds, precision=precision, **starts)
                 else:
-                    columns = len(q) // GEOMETRIES[0].q_block + len(packed.lengths)
+                    columns = len(q) // GEOMETRIES[0].q_block + 2 * len(packed.lengths)
                     mask = torch.full((packed.heads, columns, 1), 5, device="cuda")
                     attend_blocks(q, k, v, mask, **starts, **outputs)
+        call_on_pages(kernel.name, dtype, kernel.head_dim, arch)
     torch.cuda.synchronize()
     if calls == 0:
         raise SystemExit(f"the library has no kernels for sm_{arch}")

@@ -11,14 +11,14 @@
 namespace bsfa {
 
 // Whether the outputs of the block of queries that begins at `first_query` are NaN: where the threshold of
-// the selection is, and where the mask has too few words for the sequence.
+// the selection is, and where the call or the mask has no room for all keys of the sequence.
 __device__ __forceinline__ bool is_poisoned(const AttendParams& params, const QueryTile& tile,
                                             int first_query) {
   const Sequence& sequence = tile.sequence;
-  if (first_query >= sequence.seqlen_q) {
+  if (!sequence.has_query_in(first_query, params.q_block)) {
     return false;
   }
-  if (sequence.seqlen_k > int64_t{params.mask_words} * kMaskBits * kKeyBlock) {
+  if (sequence.oversized || sequence.seqlen_k > int64_t{params.mask_words} * kMaskBits * kKeyBlock) {
     return true;
   }
   if (params.thresholds == nullptr) {
@@ -36,7 +36,7 @@ __device__ __forceinline__ QueryBlock find_attended_block(const AttendParams& pa
                                                           bool poisoned) {
   const Visibility sees{sequence.seqlen_q, sequence.seqlen_k, params.causal};
   QueryBlock block;
-  block.index = first_query / params.q_block;
+  block.index = sequence.block_at(first_query, params.q_block);
   block.threshold = poisoned ? CUDART_NAN_F : -CUDART_INF_F;
   block.keys = poisoned ? KeyBlocks{0, 0} : key_blocks(sees, first_query, params.q_block);
   block.undecided = 0;

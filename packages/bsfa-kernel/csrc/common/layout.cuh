@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// Where sequences, tiles of queries, key blocks and results lie, in padded and in packed tensors. Nothing
-// else knows of cu_seqlens.
+// Where sequences, tiles of queries, key blocks and results lie: in padded and in packed tensors and in
+// pages. Nothing else knows of cu_seqlens, seqused_k and block_table.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,25 @@ struct Sequence {
   int first_k;
   int seqlen_q;
   int seqlen_k;
+  bool oversized;  // more keys than the call has room for: its outputs are NaN, and seqlen_k says only where
+                   // query blocks begin
+
+  // Blocks of `rows` queries, a power of two up to 128, begin at absolute multiples of it: this many rows of
+  // the first one come before query 0.
+  __device__ __forceinline__ int lead(int rows) const { return (seqlen_k - seqlen_q) & (rows - 1); }
+  // How many such blocks there are.
+  __device__ __forceinline__ int blocks(int rows) const {
+    return seqlen_q == 0 ? 0 : (seqlen_q + lead(rows) + rows - 1) / rows;
+  }
+  // The number of the one that begins at query `first`, which is below 0 where the block is cut.
+  __device__ __forceinline__ int block_at(int first, int rows) const { return (first + lead(rows)) / rows; }
+  __device__ __forceinline__ bool has_query(int query) const {
+    return static_cast<unsigned>(query) < static_cast<unsigned>(seqlen_q);
+  }
+  // Whether there is some query of `rows` from `first`.
+  __device__ __forceinline__ bool has_query_in(int first, int rows) const {
+    return max(first, 0) < min(first + rows, seqlen_q);
+  }
 };
 
 // A tile of queries of one head.
@@ -26,21 +45,24 @@ struct QueryTile {
   Sequence sequence;
   int head;
   int kv_head;
-  int first_query;  // in its sequence
+  int first_query;  // in its sequence; below 0 where the first tile is cut
 
-  __device__ __forceinline__ bool exists() const { return first_query < sequence.seqlen_q; }
+  __device__ __forceinline__ bool exists() const { return max(first_query, 0) < sequence.seqlen_q; }
 };
 
-// Where the tiles (or the blocks of queries) of sequence `index` begin among those of all packed sequences,
-// when each holds `rows` queries. `spare` more than its length over `rows` are set aside for a sequence, one
-// for its ragged end.
-__device__ __forceinline__ int packed_tile(const int32_t* cu_seqlens, int index, int rows, int spare = 1) {
+// How many blocks or tiles of queries are set aside for a packed sequence beyond its length over their rows:
+// one for each end, as in Problem::query_blocks().
+inline constexpr int kSpareBlocks = 2;
+
+// Where the tiles (or blocks) of sequence `index` begin among those of all packed sequences, when each holds
+// `rows` rows. `spare` more than its length over `rows` are set aside for a sequence.
+__device__ __forceinline__ int packed_tile(const int32_t* cu_seqlens, int index, int rows, int spare) {
   return cu_seqlens[index] / rows + spare * index;
 }
 
 // The index of the packed sequence that a tile belongs to.
 __device__ __forceinline__ int find_packed(const int32_t* cu_seqlens, int batch, int tile, int tile_rows,
-                                           int spare = 1) {
+                                           int spare) {
   int low = 0;
   int high = batch;  // packed_tile(low) <= tile < packed_tile(high)
   while (high - low > 1) {
@@ -54,65 +76,90 @@ __device__ __forceinline__ int find_packed(const int32_t* cu_seqlens, int batch,
   return low;
 }
 
-__device__ __forceinline__ Sequence packed_sequence(const Problem& problem, int index) {
-  const int first_q = problem.cu_seqlens_q[index];
-  const int first_k = problem.cu_seqlens_k[index];
-  return {index, first_q, first_k, problem.cu_seqlens_q[index + 1] - first_q,
-          problem.cu_seqlens_k[index + 1] - first_k};
+// The sequence number `index`.
+__device__ __forceinline__ Sequence find_sequence(const Problem& problem, int index) {
+  Sequence sequence{index, 0, 0, problem.seqlen_q, problem.seqlen_k, false};
+  if (problem.packs_queries()) {
+    sequence.first_q = problem.cu_seqlens_q[index];
+    sequence.seqlen_q = problem.cu_seqlens_q[index + 1] - sequence.first_q;
+  }
+  if (problem.packs_keys()) {
+    sequence.first_k = problem.cu_seqlens_k[index];
+    sequence.seqlen_k = problem.cu_seqlens_k[index + 1] - sequence.first_k;
+  } else if (problem.seqused_k != nullptr) {
+    const int used = max(problem.seqused_k[index], 0);
+    sequence.oversized = used > problem.seqlen_k;
+    sequence.seqlen_k = sequence.oversized ? used % 128 : used;
+  }
+  return sequence;
 }
 
-// The packed sequence that a tile of queries belongs to.
-__device__ __forceinline__ Sequence find_sequence(const Problem& problem, int tile, int tile_rows,
-                                                  int spare = 1) {
-  return packed_sequence(problem, find_packed(problem.cu_seqlens_q, problem.batch, tile, tile_rows, spare));
+// The sequence that tile `tile` of packed queries belongs to.
+__device__ __forceinline__ Sequence find_packed_sequence(const Problem& problem, int tile, int tile_rows,
+                                                         int spare) {
+  return find_sequence(problem, find_packed(problem.cu_seqlens_q, problem.batch, tile, tile_rows, spare));
 }
 
-// The tile of padded tensors that a piece of work of the schedule is on.
-__device__ __forceinline__ QueryTile find_padded_tile(const Problem& problem, const Schedule& schedule,
-                                                      const Work& work, int tile_rows) {
-  QueryTile tile;
-  tile.sequence = {work.kv_head / problem.kv_heads, 0, 0, problem.seqlen_q, problem.seqlen_k};
-  tile.kv_head = work.kv_head % problem.kv_heads;
-  tile.first_query = work.tile * tile_rows;
-  tile.head = tile.kv_head * schedule.group + work.member;
-  return tile;
-}
-
-// The tile at `index` of the schedule. No memory is read unless sequences are packed.
+// The tile at `index` of the schedule. No memory is read unless queries are packed or seqused_k is there.
 __device__ __forceinline__ QueryTile find_tile(const Problem& problem, const Schedule& schedule, int index,
                                                int tile_rows) {
   const Work work = find_work(schedule, index);
-  if (!problem.is_packed()) {
-    return find_padded_tile(problem, schedule, work, tile_rows);
-  }
   QueryTile tile;
-  tile.sequence = find_sequence(problem, work.tile, tile_rows);
-  tile.kv_head = work.kv_head;
-  tile.first_query =
-      (work.tile - packed_tile(problem.cu_seqlens_q, tile.sequence.index, tile_rows)) * tile_rows;
+  int tile_of_sequence = work.tile;
+  if (problem.packs_queries()) {
+    tile.sequence = find_packed_sequence(problem, work.tile, tile_rows, kSpareBlocks);
+    tile.kv_head = work.kv_head;
+    tile_of_sequence -= packed_tile(problem.cu_seqlens_q, tile.sequence.index, tile_rows, kSpareBlocks);
+  } else {
+    tile.sequence = find_sequence(problem, work.kv_head / problem.kv_heads);
+    tile.kv_head = work.kv_head % problem.kv_heads;
+  }
+  tile.first_query = tile_of_sequence * tile_rows - tile.sequence.lead(tile_rows);
   tile.head = tile.kv_head * schedule.group + work.member;
   return tile;
 }
 
-// The schedule of a call; `key_bytes` of each key and kv head are read.
-inline Schedule make_schedule(const Problem& problem, int tile_rows, int64_t key_bytes) {
-  const int group = problem.heads / problem.kv_heads;
-  if (problem.is_packed()) {
-    const int tiles = problem.seqlen_q / tile_rows + problem.batch;
-    return make_schedule(tiles, problem.kv_heads, group, problem.seqlen_k / problem.batch * key_bytes);
-  }
-  const int tiles = (problem.seqlen_q + tile_rows - 1) / tile_rows;
-  return make_schedule(tiles, problem.batch * problem.kv_heads, group, problem.seqlen_k * key_bytes);
+// The schedule of a call with `tiles` query tiles set aside; `key_bytes` of each key and kv head are read.
+inline Schedule make_schedule(const Problem& problem, int tiles, int64_t key_bytes) {
+  const int sequences = problem.packs_queries() ? 1 : problem.batch;
+  const int keys = problem.packs_keys() ? problem.seqlen_k / problem.batch : problem.seqlen_k;
+  return make_schedule(tiles, sequences * problem.kv_heads, problem.heads / problem.kv_heads,
+                       keys * key_bytes);
 }
 
-// Index of the first dimension of q, k, v and out.
-__device__ __forceinline__ int batch_coordinate(const Problem& problem, const Sequence& sequence) {
-  return problem.is_packed() ? 0 : sequence.index;
+// Index of the first dimension of q and out, and of k and v where they are not in pages.
+__device__ __forceinline__ int query_batch(const Problem& problem, const Sequence& sequence) {
+  return problem.packs_queries() ? 0 : sequence.index;
+}
+__device__ __forceinline__ int key_batch(const Problem& problem, const Sequence& sequence) {
+  return problem.packs_keys() ? 0 : sequence.index;
 }
 
-// Row of the first key of a block in k and v.
+// Row of the first key of a block in k and v where they are not in pages.
 __device__ __forceinline__ int key_row(const Sequence& sequence, int key_block) {
   return sequence.first_k + key_block * kKeyBlock;
+}
+
+// Where a key lies in pages.
+struct PagedRow {
+  int page;  // any number, where the table is wrong
+  int row;
+};
+
+// The pages of a sequence's keys.
+struct PageTable {
+  const int32_t* entries;
+  Divisor page_size;
+
+  // Of a key that there is: other entries mean nothing.
+  __device__ __forceinline__ PagedRow find(int key) const {
+    const int number = page_size.quotient(key);
+    return {entries[number], key - number * page_size.value};
+  }
+};
+
+__device__ __forceinline__ PageTable page_table(const Problem& problem, const Sequence& sequence) {
+  return {problem.block_table + sequence.index * problem.block_table_stride, problem.page_size};
 }
 
 // Row of a query in q and out.
@@ -120,64 +167,75 @@ __device__ __forceinline__ int query_row(const Sequence& sequence, int query) {
   return sequence.first_q + query;
 }
 
-// Row `row` of a head in q, k, v or out, which begin at `data`.
+// Row `row` of a head in q or out, or in k or v where they are not in pages; the tensor begins at `data`.
+// The batch stride of packed tensors is 0.
 template <class Element>
-__device__ __forceinline__ Element* find_row(const Problem& problem, Element* data, const Strides& strides,
-                                             const Sequence& sequence, int row, int head) {
-  return data + batch_coordinate(problem, sequence) * strides.batch + row * strides.seqlen +
-         head * strides.heads;
+__device__ __forceinline__ Element* find_row(Element* data, const Strides& strides, const Sequence& sequence,
+                                             int row, int head) {
+  return data + sequence.index * strides.batch + row * strides.seqlen + head * strides.heads;
+}
+
+// Key `key` of a kv head in k or v, or null where its page does not exist, whose keys count as zeros.
+template <class Element>
+__device__ __forceinline__ Element* find_key(const Problem& problem, Element* data, const Strides& strides,
+                                             const Sequence& sequence, int key, int kv_head) {
+  if (!problem.has_pages()) {
+    return find_row(data, strides, sequence, sequence.first_k + key, kv_head);
+  }
+  const PagedRow place = page_table(problem, sequence).find(key);
+  const bool exists = static_cast<unsigned>(place.page) < static_cast<unsigned>(problem.pages);
+  return exists ? data + place.page * strides.batch + place.row * strides.seqlen + kv_head * strides.heads
+                : nullptr;
 }
 
 // The line of `lse`, of seqlen_q elements, that holds a tile's sequence and head; a query's element of it is
 // its row in q.
 __device__ __forceinline__ int64_t lse_line(const ForwardParams& params, const QueryTile& tile) {
-  return params.is_packed() ? tile.head : int64_t{tile.sequence.index} * params.heads + tile.head;
+  return params.packs_queries() ? tile.head : int64_t{tile.sequence.index} * params.heads + tile.head;
+}
+
+// The place of query block `index` of a sequence and head, in `kept` and in block masks.
+__device__ __forceinline__ int64_t place_of_block(const Problem& problem, const Sequence& sequence, int head,
+                                                  int index) {
+  const int64_t columns = problem.query_blocks(problem.q_block);
+  if (problem.packs_queries()) {
+    return head * columns + packed_tile(problem.cu_seqlens_q, sequence.index, problem.q_block, kSpareBlocks) +
+           index;
+  }
+  return (int64_t{sequence.index} * problem.heads + head) * columns + index;
 }
 
 // Number of key blocks that query block `index` of a tile's sequence kept.
 __device__ __forceinline__ int32_t* kept_of_block(const ForwardParams& params, const QueryTile& tile,
                                                   int index) {
-  if (params.is_packed()) {
-    const int columns = params.seqlen_q / params.q_block + params.batch;
-    return params.kept + int64_t{tile.head} * columns +
-           packed_tile(params.cu_seqlens_q, tile.sequence.index, params.q_block) + index;
-  }
-  const int blocks = (params.seqlen_q + params.q_block - 1) / params.q_block;
-  return params.kept + (int64_t{tile.sequence.index} * params.heads + tile.head) * blocks + index;
+  return params.kept + place_of_block(params, tile.sequence, tile.head, index);
 }
 
-// The words of a block mask that belong to query block `index` of a sequence: as in `kept`, whose code is not
-// shared because other code there makes ptxas lay out the whole forward kernel anew. Word: uint64_t, const or
-// not.
+// The words of a block mask that belong to query block `index` of a sequence. Word: uint64_t, const or not.
 template <class Word>
 __device__ __forceinline__ Word* words_of_block(const Problem& problem, Word* block_mask, int mask_words,
                                                 const Sequence& sequence, int head, int index) {
-  int64_t block;
-  if (problem.is_packed()) {
-    const int columns = problem.seqlen_q / problem.q_block + problem.batch;
-    block =
-        int64_t{head} * columns + packed_tile(problem.cu_seqlens_q, sequence.index, problem.q_block) + index;
-  } else {
-    const int blocks = (problem.seqlen_q + problem.q_block - 1) / problem.q_block;
-    block = (int64_t{sequence.index} * problem.heads + head) * blocks + index;
-  }
-  return block_mask + block * mask_words;
+  return block_mask + place_of_block(problem, sequence, head, index) * mask_words;
 }
 
-// In packed tensors a sequence can have more columns of `kept` than blocks of queries: the tile at its last
-// place, which may hold no query, sets the others to 0, with `threads` threads of which this is number
-// `thread`.
+// Where Problem::has_spare_blocks(), a sequence can have more columns of `kept` than blocks of queries: the
+// tile at its last place, which may hold no query, sets the others to 0, with `threads` threads of which this
+// is number `thread`.
 __device__ __forceinline__ void clear_spare_kept(const ForwardParams& params, const QueryTile& tile,
                                                  int tile_rows, int thread, int threads) {
-  const int32_t* starts = params.cu_seqlens_q;
-  const int next = tile.sequence.index + 1;
-  const int last_tile = starts[next] / tile_rows - starts[next - 1] / tile_rows;
-  if (tile.first_query != last_tile * tile_rows) {
+  const Sequence& sequence = tile.sequence;
+  const auto set_aside = [&](int rows) {
+    if (!params.packs_queries()) {
+      return params.query_blocks(rows);
+    }
+    const int32_t* starts = params.cu_seqlens_q + sequence.index;
+    return starts[1] / rows - starts[0] / rows + kSpareBlocks;
+  };
+  if (sequence.block_at(tile.first_query, tile_rows) != set_aside(tile_rows) - 1) {
     return;
   }
-  const int columns = starts[next] / params.q_block - starts[next - 1] / params.q_block + 1;
-  const int blocks = (tile.sequence.seqlen_q + params.q_block - 1) / params.q_block;
-  for (int index = blocks + thread; index < columns; index += threads) {
+  const int columns = set_aside(params.q_block);
+  for (int index = sequence.blocks(params.q_block) + thread; index < columns; index += threads) {
     *kept_of_block(params, tile, index) = 0;
   }
 }

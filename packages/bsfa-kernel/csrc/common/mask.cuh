@@ -27,13 +27,14 @@ struct KeyBlocks {
   int full;
 };
 
-// Key blocks of the queries [first, first + rows) of a sequence; those beyond its end do not count.
+// Key blocks of the queries [first, first + rows) of a sequence; those that do not exist do not count.
 __device__ __forceinline__ KeyBlocks key_blocks(const Visibility& sees, int first, int rows) {
+  const int begin = max(first, 0);
   const int last = min(first + rows, sees.seqlen_q) - 1;
-  if (last < first) {
+  if (last < begin) {
     return {0, 0};
   }
-  return {(sees.keys(last) + kKeyBlock - 1) / kKeyBlock, sees.keys(first) / kKeyBlock};
+  return {(sees.keys(last) + kKeyBlock - 1) / kKeyBlock, sees.keys(begin) / kKeyBlock};
 }
 
 }  // namespace bsfa

@@ -39,9 +39,14 @@ struct RoundedKeys {
   __device__ __forceinline__ float4* scales_of(const Problem& problem, const Sequence& sequence,
                                                int kv_head) const {
     const int first =
-        problem.is_packed() ? packed_tile(problem.cu_seqlens_k, sequence.index, 2 * kKeyBlock) : 0;
-    return scales + (int64_t{batch_coordinate(problem, sequence)} * problem.kv_heads + kv_head) * key_tiles +
-           first;
+        problem.packs_keys() ? packed_tile(problem.cu_seqlens_k, sequence.index, 2 * kKeyBlock, 1) : 0;
+    return scales + (int64_t{key_batch(problem, sequence)} * problem.kv_heads + kv_head) * key_tiles + first;
+  }
+  // The rounded key `key`.
+  __device__ __forceinline__ int8_t* key_of(const Problem& problem, const Sequence& sequence, int kv_head,
+                                            int head_dim, int key) const {
+    const int64_t head = int64_t{key_batch(problem, sequence)} * problem.kv_heads + kv_head;
+    return keys + (head * problem.seqlen_k + sequence.first_k + key) * head_dim;
   }
   // Of a slice of the sampled keys.
   __device__ __forceinline__ float2* sums_of(const Problem& problem, const Sequence& sequence, int kv_head,
@@ -152,9 +157,7 @@ __global__ void __launch_bounds__(kOffsetThreads)
 
   const int kv_head = blockIdx.y;
   const int slice = blockIdx.z;
-  const Sequence sequence =
-      problem.is_packed() ? packed_sequence(problem, blockIdx.x)
-                          : Sequence{static_cast<int>(blockIdx.x), 0, 0, problem.seqlen_q, problem.seqlen_k};
+  const Sequence sequence = find_sequence(problem, blockIdx.x);
   const int step = (sequence.seqlen_k + kMaxSamples - 1) / kMaxSamples;
   const int chunk = threadIdx.x % kChunks;
   const int row = threadIdx.x / kChunks;
@@ -163,10 +166,10 @@ __global__ void __launch_bounds__(kOffsetThreads)
 #pragma unroll
   for (int i = 0; i < kSamples / kRows; ++i) {
     const int64_t key = int64_t{slice * kSamples + i * kRows + row} * step;
-    if (key < sequence.seqlen_k) {
-      const auto* from = find_row(problem, static_cast<const Element*>(problem.k), problem.k_strides,
-                                  sequence, sequence.first_k + static_cast<int>(key), kv_head);
-      const uint4 raw = reinterpret_cast<const uint4*>(from)[chunk];
+    if (key < sequence.seqlen_k && !sequence.oversized) {
+      const auto* from = find_key(problem, static_cast<const Element*>(problem.k), problem.k_strides,
+                                  sequence, static_cast<int>(key), kv_head);
+      const uint4 raw = from != nullptr ? reinterpret_cast<const uint4*>(from)[chunk] : uint4{0, 0, 0, 0};
       const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
       for (int channel = 0; channel < 8; ++channel) {
@@ -209,15 +212,14 @@ __global__ void __launch_bounds__(kRoundThreads)
   begin<kArch>();
 
   const int kv_head = blockIdx.y;
-  Sequence sequence{static_cast<int>(blockIdx.x) / rounded.key_tiles, 0, 0, problem.seqlen_q,
-                    problem.seqlen_k};
+  int index = blockIdx.x / rounded.key_tiles;
   int tile = blockIdx.x % rounded.key_tiles;
-  if (problem.is_packed()) {
-    const int index = find_packed(problem.cu_seqlens_k, problem.batch, tile, 2 * kKeyBlock);
-    sequence = packed_sequence(problem, index);
-    tile -= packed_tile(problem.cu_seqlens_k, index, 2 * kKeyBlock);
+  if (problem.packs_keys()) {
+    index = find_packed(problem.cu_seqlens_k, problem.batch, tile, 2 * kKeyBlock, 1);
+    tile -= packed_tile(problem.cu_seqlens_k, index, 2 * kKeyBlock, 1);
   }
-  if (tile * 2 * kKeyBlock >= sequence.seqlen_k) {
+  const Sequence sequence = find_sequence(problem, index);
+  if (tile * 2 * kKeyBlock >= sequence.seqlen_k || sequence.oversized) {
     return;
   }
   const int half = threadIdx.x / (kRoundThreads / 2);
@@ -230,9 +232,11 @@ __global__ void __launch_bounds__(kRoundThreads)
     const int key = first_key + pass * kRows;
     raw[pass] = uint4{0, 0, 0, 0};
     if (key < sequence.seqlen_k) {
-      const auto* from = find_row(problem, static_cast<const Element*>(problem.k), problem.k_strides,
-                                  sequence, sequence.first_k + key, kv_head);
-      raw[pass] = reinterpret_cast<const uint4*>(from)[chunk];
+      const auto* from = find_key(problem, static_cast<const Element*>(problem.k), problem.k_strides,
+                                  sequence, key, kv_head);
+      if (from != nullptr) {
+        raw[pass] = reinterpret_cast<const uint4*>(from)[chunk];
+      }
     }
   }
   if (threadIdx.x < kHeadDim) {
@@ -286,8 +290,7 @@ __global__ void __launch_bounds__(kRoundThreads)
   for (int pass = 0; pass < kPasses; ++pass) {
     const int key = first_key + pass * kRows;
     if (key < sequence.seqlen_k) {
-      const int64_t head_row = int64_t{batch_coordinate(problem, sequence)} * problem.kv_heads + kv_head;
-      int8_t* to = rounded.keys + (head_row * problem.seqlen_k + sequence.first_k + key) * kHeadDim;
+      int8_t* to = rounded.key_of(problem, sequence, kv_head, kHeadDim, key);
       reinterpret_cast<uint2*>(to)[chunk] = {
           round_to_bytes(centred(raw[pass].x, offset0.x, offset0.y),
                          centred(raw[pass].y, offset0.z, offset0.w), scale.inverse),
@@ -306,7 +309,7 @@ void round_keys(const Problem& problem, const RoundedKeys& rounded, cudaStream_t
                 dim3(batch, kv_heads, SelectWorkspace::kOffsetSlices), kOffsetThreads, 0, stream, problem,
                 rounded);
   launch<kArch>(round_keys_kernel<kArch, Element, kHeadDim>,
-                dim3(rounded.key_tiles * (problem.is_packed() ? 1 : batch), kv_heads), kRoundThreads, 0,
+                dim3(rounded.key_tiles * (problem.packs_keys() ? 1 : batch), kv_heads), kRoundThreads, 0,
                 stream, problem, rounded);
 }
 

@@ -18,42 +18,43 @@ namespace bsfa {
 // A slot: 16 voting rows of one query block, the rows of one warp in one operand.
 inline constexpr int kSlotRows = 16;
 
-// The slots of a sequence, one query block after another. In the last query block every row votes.
+// The slots of a sequence, one query block after another. In the last query block every row votes. `rows`: of
+// a sequence, its queries and those before them that the first query block lacks.
 struct SlotList {
   int q_block;
   int voters;
   int slots_of_tile;  // what a CTA takes at a time
 
   __host__ __device__ int slots_of_block() const { return q_block / voters / kSlotRows; }
-  __host__ __device__ int slots(int seqlen_q) const {
-    const int last_block = (seqlen_q - 1) / q_block;  // 0 where there is none: -1 / q_block
-    const int rows = seqlen_q - last_block * q_block;
-    return last_block * slots_of_block() + (rows + kSlotRows - 1) / kSlotRows;
+  __host__ __device__ int slots(int rows) const {
+    const int last_block = (rows - 1) / q_block;  // 0 where there is none: -1 / q_block
+    const int last_rows = rows - last_block * q_block;
+    return last_block * slots_of_block() + (last_rows + kSlotRows - 1) / kSlotRows;
   }
-  __host__ __device__ int tiles(int seqlen_q) const {
-    return (slots(seqlen_q) + slots_of_tile - 1) / slots_of_tile;
-  }
+  __host__ __device__ int tiles(int rows) const { return (slots(rows) + slots_of_tile - 1) / slots_of_tile; }
   // Queries of a full tile.
   __host__ __device__ int tile_queries() const { return slots_of_tile * kSlotRows * voters; }
-  // Tiles that a sequence can need beyond its length over tile_queries(): one for the ragged end, one for the
+  // Tiles that a sequence can need beyond its length over tile_queries(): one for either end, one for the
   // last query block.
-  __host__ __device__ int spare() const { return voters == 1 ? 1 : 2; }
+  __host__ __device__ int spare() const { return voters == 1 ? 2 : 3; }
 };
 
-// How many tiles there are of each head: of one sequence, or (varlen) of all.
+__device__ __forceinline__ int slot_rows(const Sequence& sequence, int q_block) {
+  return sequence.seqlen_q == 0 ? 0 : sequence.seqlen_q + sequence.lead(q_block);
+}
+
+// How many tiles are set aside for each head: of one sequence, or (packed) of all.
 inline int count_select_tiles(const SelectParams& params, int slots_of_tile) {
   const SlotList list{params.q_block, params.voters, slots_of_tile};
-  return params.is_packed() ? params.seqlen_q / list.tile_queries() + list.spare() * params.batch
-                            : list.tiles(params.seqlen_q);
+  if (params.has_spare_blocks()) {
+    return params.seqlen_q / list.tile_queries() + list.spare() * (params.packs_queries() ? params.batch : 1);
+  }
+  return list.tiles(params.seqlen_q + ((params.seqlen_k - params.seqlen_q) & (params.q_block - 1)));
 }
 
 // The schedule of a call; `key_bytes` of each key and kv head are read.
 inline Schedule make_select_schedule(const SelectParams& params, int slots_of_tile, int64_t key_bytes) {
-  const int tiles = count_select_tiles(params, slots_of_tile);
-  const int group = params.heads / params.kv_heads;
-  return params.is_packed()
-             ? make_schedule(tiles, params.kv_heads, group, params.seqlen_k / params.batch * key_bytes)
-             : make_schedule(tiles, params.batch * params.kv_heads, group, params.seqlen_k * key_bytes);
+  return make_schedule(params, count_select_tiles(params, slots_of_tile), key_bytes);
 }
 
 struct SelectTile {
@@ -71,26 +72,27 @@ __device__ __forceinline__ SelectTile find_select_tile(const SelectParams& param
   const SlotList list{params.q_block, params.voters, slots_of_tile};
   SelectTile tile;
   int tile_of_sequence = work.tile;
-  if (params.is_packed()) {
-    tile.sequence = find_sequence(params, work.tile, list.tile_queries(), list.spare());
+  if (params.packs_queries()) {
+    tile.sequence = find_packed_sequence(params, work.tile, list.tile_queries(), list.spare());
     tile.kv_head = work.kv_head;
     tile_of_sequence -=
         packed_tile(params.cu_seqlens_q, tile.sequence.index, list.tile_queries(), list.spare());
   } else {
-    tile.sequence = {work.kv_head / params.kv_heads, 0, 0, params.seqlen_q, params.seqlen_k};
+    tile.sequence = find_sequence(params, work.kv_head / params.kv_heads);
     tile.kv_head = work.kv_head % params.kv_heads;
   }
   tile.head = tile.kv_head * schedule.group + work.member;
   // The last tile is full; where causal, it is the longest.
-  const int tiles = list.tiles(tile.sequence.seqlen_q);
-  tile.first_slot = list.slots(tile.sequence.seqlen_q) - (tiles - tile_of_sequence) * slots_of_tile;
+  const int rows = slot_rows(tile.sequence, params.q_block);
+  const int tiles = list.tiles(rows);
+  tile.first_slot = list.slots(rows) - (tiles - tile_of_sequence) * slots_of_tile;
   tile.exists = tile_of_sequence < tiles;
   return tile;
 }
 
 struct Slot {
   int block;        // the query block, in its sequence
-  int first_query;  // of row 0; row i is first_query + i * step
+  int first_query;  // of row 0; row i is first_query + i * step, and need not exist
   int step;
   float threshold;
   KeyBlocks keys;  // of the query block
@@ -107,13 +109,13 @@ __device__ __forceinline__ Slot find_slot(const SelectParams& params, const Sele
   const int slots_of_block = params.q_block / params.voters / kSlotRows;
   const Sequence& sequence = tile.sequence;
   const int slot = max(tile.first_slot + index, 0);
-  const int last_block = (sequence.seqlen_q - 1) / params.q_block;
+  const int last_block = sequence.blocks(params.q_block) - 1;
   Slot result;
   result.exists = tile.first_slot + index >= 0;
   result.block = min(slot / slots_of_block, last_block);
   const int in_block = slot - result.block * slots_of_block;
   result.step = result.block == last_block ? 1 : params.voters;
-  const int first_query = result.block * params.q_block;
+  const int first_query = result.block * params.q_block - sequence.lead(params.q_block);
   result.first_query = first_query + in_block * kSlotRows * result.step + result.step - 1;
   const int row =
       threshold_row(first_query, sequence.seqlen_q, sequence.seqlen_k, params.q_block, params.threshold_rows);
@@ -127,7 +129,7 @@ __device__ __forceinline__ Slot find_slot(const SelectParams& params, const Sele
 // What is to be done for a tile. The same in all lanes of a warp, all of which must come.
 struct SelectWork {
   bool votes;      // some query block has something to vote on
-  bool oversized;  // the sequence has more key blocks than the mask has bits
+  bool oversized;  // the call or the mask has no room for all keys of the sequence
   int key_tiles;   // visited, of two key blocks each, from the last to the first
   int full;        // the key blocks [0, full) hold no score that is masked in the tile
 };
@@ -136,7 +138,8 @@ __device__ __forceinline__ SelectWork find_select_work(const SelectParams& param
                                                        int slots_of_tile, int lane) {
   const Slot slot = find_slot(params, tile, lane % slots_of_tile);
   SelectWork work;
-  work.oversized = (tile.sequence.seqlen_k + kKeyBlock - 1) / kKeyBlock > params.mask_words * kMaskBits;
+  work.oversized = tile.sequence.oversized ||
+                   (tile.sequence.seqlen_k + kKeyBlock - 1) / kKeyBlock > params.mask_words * kMaskBits;
   work.votes = __any_sync(0xffffffff, slot.has_finite_threshold() && slot.keys.full > 0) && !work.oversized;
   work.key_tiles = (__shfl_sync(0xffffffff, slot.keys.visible, slots_of_tile - 1) + 1) / 2;
   work.full =
@@ -170,11 +173,8 @@ __device__ __forceinline__ void fill_slot(const SelectParams& params, const Sele
 
 // Clears the whole mask. Returns whether there is something to select.
 inline bool clear_block_mask(const SelectParams& params, cudaStream_t stream) {
-  const int64_t query_blocks =
-      params.is_packed()
-          ? int64_t{params.heads} * (params.seqlen_q / params.q_block + params.batch)
-          : int64_t{params.batch} * params.heads * ((params.seqlen_q + params.q_block - 1) / params.q_block);
-  const int64_t words = query_blocks * params.mask_words;
+  const int64_t rows = int64_t{params.packs_queries() ? 1 : params.batch} * params.heads;
+  const int64_t words = rows * params.query_blocks(params.q_block) * params.mask_words;
   if (words == 0) {
     return false;
   }

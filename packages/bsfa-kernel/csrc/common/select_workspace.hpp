@@ -15,8 +15,8 @@ struct SelectWorkspace {
   static constexpr uint64_t kAlignment = 256;
   static constexpr int kOffsetSlices = 8;  // CTAs that sample the keys of a head
 
-  uint64_t keys;     // int8 [batch, kv_heads, seqlen_k, head_dim], varlen: [kv_heads, total_k, head_dim]
-  uint64_t scales;   // float [batch, kv_heads, key_tiles, 4], varlen: [kv_heads, key_tiles, 4]
+  uint64_t keys;     // int8 [batch, kv_heads, seqlen_k, head_dim], packed: [kv_heads, total_k, head_dim]
+  uint64_t scales;   // float [batch, kv_heads, key_tiles, 4], packed: [kv_heads, key_tiles, 4]
   uint64_t sums;     // float [batch, kv_heads, kOffsetSlices, head_dim, 2]: of sampled keys, and how many
   uint64_t offsets;  // float [batch, kv_heads, head_dim]
   uint64_t bytes;
@@ -29,11 +29,11 @@ inline SelectWorkspace make_select_workspace(const SelectParams& params, int hea
            SelectWorkspace::kAlignment;
   };
   constexpr int kTileKeys = 2 * kKeyBlock;
-  const uint64_t heads = static_cast<uint64_t>(params.is_packed() ? 1 : params.batch) * params.kv_heads;
+  const uint64_t heads = static_cast<uint64_t>(params.packs_keys() ? 1 : params.batch) * params.kv_heads;
   const uint64_t offset_rows = static_cast<uint64_t>(params.batch) * params.kv_heads;
   SelectWorkspace workspace{};
-  workspace.key_tiles = params.is_packed() ? params.seqlen_k / kTileKeys + params.batch
-                                           : (params.seqlen_k + kTileKeys - 1) / kTileKeys;
+  workspace.key_tiles = params.packs_keys() ? params.seqlen_k / kTileKeys + params.batch
+                                            : (params.seqlen_k + kTileKeys - 1) / kTileKeys;
   workspace.keys = 0;
   workspace.scales = padded(heads * params.seqlen_k * head_dim);
   workspace.sums = workspace.scales + padded(heads * workspace.key_tiles * 4 * sizeof(float));
@@ -43,7 +43,7 @@ inline SelectWorkspace make_select_workspace(const SelectParams& params, int hea
   return workspace;
 }
 
-// How many bytes of workspace a call needs. Of the pointers in `params`, only whether cu_seqlens_q is null is
+// How many bytes of workspace a call needs. Of the pointers in `params`, only whether cu_seqlens_k is null is
 // looked at.
 inline uint64_t select_blocks_workspace(const SelectParams& params, int head_dim) {
   return params.precision == Precision::kInt8 ? make_select_workspace(params, head_dim).bytes : 0;

@@ -11,8 +11,8 @@
 
 namespace bsfa {
 
-// The row of the thresholds that the block of queries beginning at `first_query` reads: its absolute
-// position.
+// The row of the thresholds that the block of queries beginning at `first_query`, which is below 0 where the
+// block is cut, reads: its absolute position.
 __device__ __forceinline__ int threshold_row(int first_query, int seqlen_q, int seqlen_k, int q_block,
                                              int rows) {
   return min(max(first_query + seqlen_k - seqlen_q, 0) / q_block, rows - 1);

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
 
   const QueryTile tile = find_tile(params, schedule, blockIdx.x, Config::kTileQ);
-  if (params.is_packed() && params.kept != nullptr) {
+  if (params.has_spare_blocks() && params.kept != nullptr) {
     clear_spare_kept(params, tile, Config::kTileQ, threadIdx.x, Config::kThreads);
   }
   if (!tile.exists()) {
@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 template <class Element, int kHeadDim>
 void attend_blocks(const AttendParams& params, cudaStream_t stream) {
   using Kernel = AttendConfig<Element, kHeadDim>;
-  const Schedule schedule = make_schedule(params, Kernel::kTileQ, 2 * kHeadDim * sizeof(Element));
+  const Schedule schedule =
+      make_schedule(params, params.query_blocks(Kernel::kTileQ), 2 * kHeadDim * sizeof(Element));
   constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
   const auto kernel = attend_kernel<Kernel>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));

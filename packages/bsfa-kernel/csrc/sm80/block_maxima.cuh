@@ -39,27 +39,31 @@ class BlockMaxima {
                                          typename Config::SharedStorage& storage)
       : params_(params),
         storage_(storage),
-        sees_{params.seqlen_q, params.seqlen_k, params.causal},
+        sequence_(tile.sequence),
+        sees_{tile.sequence.seqlen_q, tile.sequence.seqlen_k, params.causal},
         first_query_(tile.first_query),
         maxima_(params.maxima +
                 (int64_t{tile.sequence.index} * params.heads + tile.head) * q_blocks() * k_blocks()),
-        keys_(first_element(params, params.k, params.k_strides, tile.sequence, 0, tile.kv_head)),
-        queries_(first_element(params, params.q, params.q_strides, tile.sequence, 0, tile.head)),
+        keys_(first_key_of(params, params.k, params.k_strides, tile)),
+        queries_(first_query_of(params, tile)),
         reference_(RowReference::first(params.rule)) {}
 
   __device__ __forceinline__ void run() {
-    const KeyBlocks tile_keys = key_blocks(sees_, first_query_, Config::kTileQ);
+    const KeyBlocks tile_keys =
+        sequence_.oversized ? KeyBlocks{0, 0} : key_blocks(sees_, first_query_, Config::kTileQ);
     for (int key_block = tile_keys.visible + threadIdx.x; key_block < k_blocks();
          key_block += Config::kThreads) {
       for (int half = 0; half < Config::kTileQ / params_.q_block; ++half) {
-        store(half, key_block, -CUDART_INF_F);
+        const bool poisoned = sequence_.oversized &&
+                              sequence_.has_query_in(first_query_ + half * params_.q_block, params_.q_block);
+        store(half, key_block, poisoned ? CUDART_NAN_F : -CUDART_INF_F);
       }
     }
     if (tile_keys.visible == 0) {
       return;
     }
     load_tile<Config, SharedQueries<Config>>(ptx::shared_address(storage_.q), queries_,
-                                             params_.q_strides.seqlen, first_query_, params_.seqlen_q);
+                                             params_.q_strides.seqlen, first_query_, sequence_.seqlen_q);
     request_keys(tile_keys.visible - 1);
     for (int key_block = tile_keys.visible - 1; key_block >= 0; --key_block) {
       ptx::wait_for_copies<0>();
@@ -85,9 +89,7 @@ class BlockMaxima {
   }
 
  private:
-  __device__ __forceinline__ int q_blocks() const {
-    return (params_.seqlen_q + params_.q_block - 1) / params_.q_block;
-  }
+  __device__ __forceinline__ int q_blocks() const { return params_.query_blocks(params_.q_block); }
   __device__ __forceinline__ int k_blocks() const { return (params_.seqlen_k + kKeyBlock - 1) / kKeyBlock; }
 
   __device__ __forceinline__ uint32_t keys_address(int key_block) const {
@@ -96,13 +98,13 @@ class BlockMaxima {
 
   __device__ __forceinline__ void request_keys(int key_block) const {
     if (key_block >= 0) {
-      load_tile<Config, SharedKeys<Config>>(keys_address(key_block), keys_, params_.k_strides.seqlen,
-                                            key_block * Config::kTileK, params_.seqlen_k);
+      load_keys<Config, SharedKeys<Config>>(params_, sequence_, keys_address(key_block), keys_,
+                                            params_.k_strides, key_block * Config::kTileK);
     }
     ptx::commit_copies();
   }
 
-  // -inf for keys that a query does not see, and for rows beyond the end of the queries.
+  // -inf for keys that a query does not see.
   __device__ __forceinline__ void mask(Scores& scores, int key_block) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -125,7 +127,7 @@ class BlockMaxima {
     const float peak = params_.scale * quad_row_max(maxima);
     const int query =
         first_query_ + threadIdx.x / 32 * Config::kWarpRows + scores.row_of_warp(threadIdx.x % kRows);
-    const bool counts = peak != -CUDART_INF_F && query < params_.seqlen_q;
+    const bool counts = peak != -CUDART_INF_F && sequence_.has_query(query);
     const float excess = counts ? reference_.excess(peak) : -CUDART_INF_F;
     if (params_.rule != Rule::kAbsolute) {
       reference_.take(params_.rule, peak);
@@ -148,18 +150,19 @@ class BlockMaxima {
   }
 
   __device__ __forceinline__ void store(int half, int key_block, float excess) const {
-    const int q_block = first_query_ / params_.q_block + half;
-    if (q_block < q_blocks()) {
+    const int q_block = sequence_.block_at(first_query_ + half * params_.q_block, params_.q_block);
+    if (q_block >= 0 && q_block < q_blocks()) {
       maxima_[int64_t{q_block} * k_blocks() + key_block] = excess;
     }
   }
 
   const BlockMaximaParams& params_;
   typename Config::SharedStorage& storage_;
+  const Sequence sequence_;
   const Visibility sees_;
   const int first_query_;
   float* const maxima_;            // of the head, [q_blocks, k_blocks]
-  const uint16_t* const keys_;     // [seqlen_k, head_dim] of the kv head
+  const uint16_t* const keys_;     // of the sequence and kv head, by first_key_of()
   const uint16_t* const queries_;  // [seqlen_q, head_dim] of the head
   RowReference reference_;         // of the thread's row
 };
@@ -170,14 +173,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
                         const __grid_constant__ Schedule schedule) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
-  const Work work = find_work(schedule, blockIdx.x);
-  BlockMaxima<Config>(params, find_padded_tile(params, schedule, work, Config::kTileQ), storage).run();
+  BlockMaxima<Config>(params, find_tile(params, schedule, blockIdx.x, Config::kTileQ), storage).run();
 }
 
 template <class Element, int kHeadDim>
 void block_maxima(const BlockMaximaParams& params, cudaStream_t stream) {
   using Kernel = BlockMaximaConfig<Element, kHeadDim>;
-  const Schedule schedule = make_schedule(params, Kernel::kTileQ, kHeadDim * sizeof(Element));
+  const Schedule schedule =
+      make_schedule(params, params.query_blocks(Kernel::kTileQ), kHeadDim * sizeof(Element));
   constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
   const auto kernel = block_maxima_kernel<Kernel>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));

@@ -34,11 +34,16 @@ struct Config {
   // The next block's keys arrive while this one's scores are computed. A third stage would leave room for one
   // CTA on an A100.
   static constexpr int kKeyStages = 2;
+
+  // Whether keys and values may lie in pages.
+  static constexpr bool kMayPage = true;
 };
 
-template <class Element_, int kHeadDim_>
+// Without kMayPage_, a few registers less are spilled at head_dim 64.
+template <class Element_, int kHeadDim_, bool kMayPage_ = true>
 struct ForwardConfig : Config<Element_, kHeadDim_> {
   using Base = Config<Element_, kHeadDim_>;
+  static constexpr bool kMayPage = kMayPage_;
 
   // 16 KB x (2 Q + 2 K + 1 V) at head dimension 128: two CTAs of an A100's 164 KB, of which each takes 1 KB
   // more.
@@ -49,7 +54,7 @@ struct ForwardConfig : Config<Element_, kHeadDim_> {
     // What every thread needs now and then lies here, not in registers.
     QueryTile tile;
     WarpsBlock blocks[2];  // the tile's; one of them unless the geometry is 64x64
-    const uint16_t* keys;  // of the tile's sequence and kv head
+    const uint16_t* keys;  // of the tile's sequence and kv head, by first_key_of()
     const uint16_t* values;
     float references[Base::kThreads];  // of the rows that vote: each thread of a quad has one of its four
   };

@@ -48,13 +48,13 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
   const int chunk = lane % kThreadsOfRow;
   const int first_row = threadIdx.x / 32 * Config::kWarpRows + lane / kThreadsOfRow;
   const int first_query = tile.first_query + first_row;
-  uint16_t* out = find_row(params, static_cast<uint16_t*>(params.out), params.out_strides, sequence,
+  uint16_t* out = find_row(static_cast<uint16_t*>(params.out), params.out_strides, sequence,
                            query_row(sequence, first_query), tile.head) +
                   chunk * 8;
 #pragma unroll
   for (int step = 0; step < Config::kWarpRows; step += kRowsOfStep) {
     const int row = first_row + step;
-    if (tile.first_query + row < sequence.seqlen_q) {
+    if (sequence.has_query(tile.first_query + row)) {
       *reinterpret_cast<uint4*>(out) =
           *reinterpret_cast<const uint4*>(staging + StagingTile::offset(row, chunk));
     }
@@ -71,7 +71,7 @@ __device__ __forceinline__ void store_lse(const ForwardParams& params, const Que
   for (int row = 0; row < kRows; ++row) {
     const int query = tile.first_query + threadIdx.x / 32 * Config::kWarpRows + Output::row_of_warp(row);
     const float sum = quad_sum(softmax.sum[row]) + poison;
-    if (threadIdx.x % 4 == 0 && query < tile.sequence.seqlen_q) {
+    if (threadIdx.x % 4 == 0 && tile.sequence.has_query(query)) {
       lse[query] = sum == 0.0f ? -CUDART_INF_F : params.scale * softmax.maximum[row] + logf(sum);
     }
   }

@@ -27,9 +27,8 @@ __device__ __forceinline__ void publish_tile(const ForwardParams& params, const 
   }
   if (threadIdx.x == 0) {
     storage.tile = tile;
-    const int row = key_row(tile.sequence, 0);
-    storage.keys = first_element(params, params.k, params.k_strides, tile.sequence, row, tile.kv_head);
-    storage.values = first_element(params, params.v, params.v_strides, tile.sequence, row, tile.kv_head);
+    storage.keys = first_key_of(params, params.k, params.k_strides, tile);
+    storage.values = first_key_of(params, params.v, params.v_strides, tile);
   }
   __syncthreads();
 }
@@ -46,8 +45,8 @@ __device__ __forceinline__ void store_results(const ForwardParams& params, Loop&
   if (params.lse != nullptr) {
     store_lse<Config>(params, storage.tile, mainloop.softmax, poison);
   }
-  const bool exists = block.index * params.q_block < storage.tile.sequence.seqlen_q;
-  if (params.kept != nullptr && exists && threadIdx.x == block.first_thread) {
+  if (params.kept != nullptr && threadIdx.x == block.first_thread && block.index >= 0 &&
+      block.index < storage.tile.sequence.blocks(params.q_block)) {
     *kept_of_block(params, storage.tile, block.index) = block.kept;
   }
 }
@@ -59,7 +58,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
 
   const QueryTile tile = find_tile(params, schedule, blockIdx.x, Config::kTileQ);
-  if (params.is_packed() && params.kept != nullptr) {
+  if (params.has_spare_blocks() && params.kept != nullptr) {
     clear_spare_kept(params, tile, Config::kTileQ, threadIdx.x, Config::kThreads);
   }
   if (!tile.exists()) {
@@ -87,16 +86,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   store_results<Config>(params, mainloop, storage, block);
 }
 
-template <class Element, int kHeadDim>
-void forward(const ForwardParams& params, cudaStream_t stream) {
-  using Kernel = ForwardConfig<Element, kHeadDim>;
-  const Schedule schedule = make_schedule(params, Kernel::kTileQ, 2 * kHeadDim * sizeof(Element));
+template <class Kernel>
+void launch_forward(const ForwardParams& params, cudaStream_t stream) {
+  const Schedule schedule = make_schedule(params, params.query_blocks(Kernel::kTileQ),
+                                          2 * Kernel::kHeadDim * sizeof(typename Kernel::Element));
   constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
   const auto kernel = forward_kernel<Kernel>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   kernel<<<static_cast<unsigned>(schedule.ctas()), Kernel::kThreads, kSharedBytes, stream>>>(params,
                                                                                              schedule);
   BSFA_CUDA_CHECK(cudaGetLastError());
+}
+
+template <class Element, int kHeadDim>
+void forward(const ForwardParams& params, cudaStream_t stream) {
+  if (params.has_pages()) {
+    launch_forward<ForwardConfig<Element, kHeadDim, true>>(params, stream);
+  } else {
+    launch_forward<ForwardConfig<Element, kHeadDim, false>>(params, stream);
+  }
 }
 
 }  // namespace bsfa::sm80

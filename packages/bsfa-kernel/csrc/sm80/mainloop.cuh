@@ -35,11 +35,9 @@ class Mainloop {
   }
 
   __device__ __forceinline__ void request_queries() {
-    const Sequence& sequence = tile_.sequence;
-    load_tile<Config, SharedQueries<Config>>(
-        ptx::shared_address(storage_.q),
-        first_element(params_, params_.q, params_.q_strides, sequence, query_row(sequence, 0), tile_.head),
-        params_.q_strides.seqlen, tile_.first_query, sequence.seqlen_q);
+    load_tile<Config, SharedQueries<Config>>(ptx::shared_address(storage_.q), first_query_of(params_, tile_),
+                                             params_.q_strides.seqlen, tile_.first_query,
+                                             tile_.sequence.seqlen_q);
   }
 
   // Takes in the tile's key blocks [0, visible), from the last to the first: all of them, or (kVotes) those
@@ -109,15 +107,14 @@ class Mainloop {
   __device__ __forceinline__ void request_keys(int key_block) { request_keys(key_block, key_block); }
   __device__ __forceinline__ void request_keys(int key_block, int stage) {
     if (key_block >= 0) {
-      load_tile<Config, SharedKeys<Config>>(keys_address(stage), storage_.keys, params_.k_strides.seqlen,
-                                            key_block * Config::kTileK, tile_.sequence.seqlen_k);
+      load_keys<Config, SharedKeys<Config>>(params_, tile_.sequence, keys_address(stage), storage_.keys,
+                                            params_.k_strides, key_block * Config::kTileK);
     }
     ptx::commit_copies();
   }
   __device__ __forceinline__ void request_values(int key_block) {
-    load_tile<Config, SharedKeys<Config>>(ptx::shared_address(storage_.v), storage_.values,
-                                          params_.v_strides.seqlen, key_block * Config::kTileK,
-                                          tile_.sequence.seqlen_k);
+    load_keys<Config, SharedKeys<Config>>(params_, tile_.sequence, ptx::shared_address(storage_.v),
+                                          storage_.values, params_.v_strides, key_block * Config::kTileK);
     ptx::commit_copies();
   }
 
@@ -169,7 +166,7 @@ class Mainloop {
 
   __device__ __forceinline__ void prepare_votes() const {
     static_assert(kRows == 4);
-    const bool votes = is_voter(params_, block_, tile_.sequence.seqlen_q, query(threadIdx.x % 4));
+    const bool votes = is_voter(params_, block_, tile_.sequence, query(threadIdx.x % 4));
     reference() = votes ? RowReference::first(params_.rule).value : CUDART_INF_F;
   }
 

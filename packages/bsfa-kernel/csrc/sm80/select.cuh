@@ -38,6 +38,7 @@ struct SelectConfig : Config<Element_, kHeadDim_> {
   struct KeyRow {
     static constexpr int kHeadDim = kRounded ? Base::kHeadDim / 2 : Base::kHeadDim;
     static constexpr int kThreads = Base::kThreads;
+    static constexpr bool kMayPage = true;
   };
   static constexpr int kKeyColumns = kRounded ? 64 : Base::kHeadDim;
   using KeyTile = SharedTile<Base::kTileK, kKeyColumns>;
@@ -90,7 +91,7 @@ class WarpVoters {
         reference_(RowReference::first(params.rule)) {
     const Slot slot = find_slot(params, tile, threadIdx.x / 32 * 2 + lane_slot());
     const int query = slot.query(lane_row());
-    const bool exists = slot.exists && query < tile.sequence.seqlen_q;
+    const bool exists = slot.exists && tile.sequence.has_query(query);
     // attend_blocks poisons what a block with a threshold of NaN gives: here it keeps everything.
     threshold_ = isnan(slot.threshold) ? -CUDART_INF_F : slot.threshold;
     votes_ = exists && threshold_ < CUDART_INF_F;
@@ -98,16 +99,11 @@ class WarpVoters {
     full_ = slot.keys.full;
     if constexpr (Config::kRounded) {
       load_rounded_queries(rounded);
-      const int64_t head = int64_t{batch_coordinate(params, tile.sequence)} * params.kv_heads + tile.kv_head;
       keys_ = reinterpret_cast<const uint16_t*>(
-          rounded.keys + (head * params.seqlen_k + tile.sequence.first_k) * Config::kHeadDim);
-      key_stride_ = Config::kHeadDim / 2;
+          rounded.key_of(params, tile.sequence, tile.kv_head, Config::kHeadDim, 0));
       key_scales_ = reinterpret_cast<const float*>(rounded.scales_of(params, tile.sequence, tile.kv_head));
     } else {
-      keys_ = reinterpret_cast<const uint16_t*>(find_row(params, static_cast<const Element*>(params.k),
-                                                         params.k_strides, tile.sequence,
-                                                         key_row(tile.sequence, 0), tile.kv_head));
-      key_stride_ = params.k_strides.seqlen;
+      keys_ = first_key_of(params, params.k, params.k_strides, {tile.sequence, tile.head, tile.kv_head, 0});
       request_queries();
     }
   }
@@ -162,10 +158,10 @@ class WarpVoters {
     return slots_[row / 2].query(threadIdx.x % 32 / 4 + row % 2 * 8);
   }
   __device__ __forceinline__ bool exists(int row) const {
-    return slots_[row / 2].exists && query(row) < tile_.sequence.seqlen_q;
+    return slots_[row / 2].exists && tile_.sequence.has_query(query(row));
   }
   const __device__ __forceinline__ Element* query_data(int row) const {
-    return find_row(params_, static_cast<const Element*>(params_.q), params_.q_strides, tile_.sequence,
+    return find_row(static_cast<const Element*>(params_.q), params_.q_strides, tile_.sequence,
                     query_row(tile_.sequence, exists(row) ? query(row) : 0), tile_.head);
   }
 
@@ -201,9 +197,9 @@ class WarpVoters {
       const int row = step + lane / kThreadsOfRow;
       const Slot& slot = slots_[step / kSlotRows];
       const int query = slot.query(step % kSlotRows + lane / kThreadsOfRow);
-      const bool exists = slot.exists && query < tile_.sequence.seqlen_q;
+      const bool exists = slot.exists && tile_.sequence.has_query(query);
       const Element* from =
-          find_row(params_, static_cast<const Element*>(params_.q), params_.q_strides, tile_.sequence,
+          find_row(static_cast<const Element*>(params_.q), params_.q_strides, tile_.sequence,
                    query_row(tile_.sequence, exists ? query : 0), tile_.head);
       ptx::copy_async_or_zero(
           ptx::shared_address(storage_.q) +
@@ -219,8 +215,15 @@ class WarpVoters {
   // A group of copies is closed even where there is nothing to copy, so that the waits count the same.
   __device__ __forceinline__ void request_keys(int key_block) {
     if (key_block >= 0) {
-      load_tile<typename Config::KeyRow, typename Config::KeyTile>(
-          keys_address(key_block), keys_, key_stride_, key_block * Config::kTileK, tile_.sequence.seqlen_k);
+      if constexpr (Config::kRounded) {
+        load_tile<typename Config::KeyRow, typename Config::KeyTile>(
+            keys_address(key_block), keys_, Config::KeyRow::kHeadDim, key_block * Config::kTileK,
+            tile_.sequence.seqlen_k);
+      } else {
+        load_keys<typename Config::KeyRow, typename Config::KeyTile>(
+            params_, tile_.sequence, keys_address(key_block), keys_, params_.k_strides,
+            key_block * Config::kTileK);
+      }
     }
     ptx::commit_copies();
   }
@@ -295,8 +298,7 @@ class WarpVoters {
   typename Config::SharedStorage& storage_;
   const Visibility sees_;
   const Slot slots_[Config::kWarpSlots];
-  const uint16_t* keys_;  // of the sequence and kv head
-  int64_t key_stride_;    // in units of 16 bits
+  const uint16_t* keys_;  // of the sequence and kv head: the rounded ones, or by first_key_of()
   const float* key_scales_;
   RoundedRows<Config::kHeadDim> queries_[Config::kRounded ? Config::kWarpSlots : 1];
 

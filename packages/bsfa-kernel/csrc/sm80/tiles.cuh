@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../common/layout.cuh"
 #include "../common/ptx.cuh"
 
 namespace bsfa::sm80 {
@@ -165,8 +166,8 @@ __device__ __forceinline__ void multiply_values(Output& output, const Weights& w
 }
 
 // Starts the copy of the rows [first, first + rows of Tile) of a [seqlen, head_dim] matrix in global memory
-// to the tile at `shared`, with all threads of the CTA; rows from `end` on become 0. The stride is that of a
-// row, in elements.
+// to the tile at `shared`, with all threads of the CTA; rows outside [0, end) become 0. The stride is that of
+// a row, in elements.
 template <class Config, class Tile>
 __device__ __forceinline__ void load_tile(uint32_t shared, const uint16_t* matrix, const int64_t& stride,
                                           int first, int end) {
@@ -178,7 +179,7 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const uint16_t* matri
   const int chunk = thread % kThreadsOfRow;
   const uint32_t target = shared + Tile::offset(row, chunk);
   const uint16_t* source = matrix + (first + row) * stride + chunk * 8;
-  if (first + Tile::kRows <= end) {
+  if (first >= 0 && first + Tile::kRows <= end) {
     ptx::keep_branch();
 #pragma unroll
     for (int step = 0; step < Tile::kRows; step += kRowsOfStep) {
@@ -188,8 +189,38 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const uint16_t* matri
 #pragma unroll
     for (int step = 0; step < Tile::kRows; step += kRowsOfStep) {
       ptx::copy_async_or_zero(target + step * Tile::kRowBytes, source + step * stride,
-                              first + row + step < end);
+                              static_cast<unsigned>(first + row + step) < static_cast<unsigned>(end));
     }
+  }
+}
+
+// The same for the keys of a sequence, which may lie in pages. `matrix`: as first_key_of() finds it.
+template <class Config, class Tile>
+__device__ __forceinline__ void load_keys(const Problem& problem, const Sequence& sequence, uint32_t shared,
+                                          const uint16_t* matrix, const Strides& strides, int first) {
+  if (!Config::kMayPage || !problem.has_pages()) {
+    load_tile<Config, Tile>(shared, matrix, strides.seqlen, first, sequence.seqlen_k);
+    return;
+  }
+  ptx::keep_branch();
+  constexpr int kThreadsOfRow = Config::kHeadDim / 8;
+  constexpr int kRowsOfStep = Config::kThreads / kThreadsOfRow;
+  const PageTable pages = page_table(problem, sequence);
+  const int thread = ptx::forget(threadIdx.x);
+  const int row = thread / kThreadsOfRow;
+  const int chunk = thread % kThreadsOfRow;
+  const uint32_t target = shared + Tile::offset(row, chunk);
+#pragma unroll 1
+  for (int step = 0; step < Tile::kRows; step += kRowsOfStep) {
+    const int key = first + row + step;
+    const uint16_t* source = matrix;
+    bool exists = key < sequence.seqlen_k;
+    if (exists) {
+      const PagedRow place = pages.find(key);
+      exists = static_cast<unsigned>(place.page) < static_cast<unsigned>(problem.pages);
+      source += place.page * strides.batch + place.row * strides.seqlen + chunk * 8;
+    }
+    ptx::copy_async_or_zero(target + step * Tile::kRowBytes, source, exists);
   }
 }
 

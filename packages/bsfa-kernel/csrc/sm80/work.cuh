@@ -15,11 +15,19 @@ struct WarpsBlock : QueryBlock {
   int last_kept;     // geometry 64x64: the last key block that a thread voted to keep
 };
 
-// The element (row, 0) of a sequence's rows of a head.
-const __device__ __forceinline__ uint16_t* first_element(const Problem& problem, const void* tensor,
-                                                         const Strides& strides, const Sequence& sequence,
-                                                         int row, int head) {
-  return find_row(problem, static_cast<const uint16_t*>(tensor), strides, sequence, row, head);
+// The element (0, 0) of a sequence's queries of a head.
+const __device__ __forceinline__ uint16_t* first_query_of(const Problem& problem, const QueryTile& tile) {
+  return find_row(static_cast<const uint16_t*>(problem.q), problem.q_strides, tile.sequence,
+                  query_row(tile.sequence, 0), tile.head);
+}
+
+// Where a sequence's rows of a kv head begin in k or v: at key 0, or in page 0.
+const __device__ __forceinline__ uint16_t* first_key_of(const Problem& problem, const void* tensor,
+                                                        const Strides& strides, const QueryTile& tile) {
+  const auto* data = static_cast<const uint16_t*>(tensor);
+  return problem.has_pages()
+             ? data + tile.kv_head * strides.heads
+             : find_row(data, strides, tile.sequence, key_row(tile.sequence, 0), tile.kv_head);
 }
 
 }  // namespace bsfa::sm80

@@ -90,10 +90,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const ListProducer<Config> producer{params, storage};
     if (threadIdx.x == 0) {
       producer.take_tiles();
-    } else if (warp == 1) {
-      producer.load_blocks(params.k, storage.k, storage.keys);
-    } else if (warp == 2) {
-      producer.load_blocks(params.v, storage.v, storage.values);
+    } else if (warp == 1 || warp == 2) {
+      const CUtensorMap& map = warp == 1 ? params.k : params.v;
+      auto* const blocks = warp == 1 ? storage.k : storage.v;
+      auto& ring = warp == 1 ? storage.keys : storage.values;
+      if (params.order.attend.has_pages()) {
+        producer.template load_blocks<true>(map, blocks, ring);
+      } else {
+        producer.template load_blocks<false>(map, blocks, ring);
+      }
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
@@ -110,7 +115,7 @@ void attend_blocks(const AttendParams& params, cudaStream_t stream) {
       make_tensor_maps<Element>(params, kHeadDim, kKeyBlock, Config::kBoxColumns);
   OrderParams& order = kernel_params.order;
   order.attend = params;
-  order.schedule = make_schedule(params, kAttendTileQ, 2 * kHeadDim * sizeof(Element));
+  order.schedule = make_schedule(params, params.query_blocks(kAttendTileQ), 2 * kHeadDim * sizeof(Element));
   order.tiles = static_cast<int>(order.schedule.ctas());
   if (order.tiles != count_attend_tiles(params)) {
     fail(BSFA_INTERNAL_ERROR, "the workspace of attend_blocks was sized for ", count_attend_tiles(params),

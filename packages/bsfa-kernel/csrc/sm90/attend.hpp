@@ -28,10 +28,8 @@ inline constexpr uint64_t kAttendHeaderBytes = 256;  // the number of tiles take
 
 // Work tiles of a call.
 inline int64_t count_attend_tiles(const AttendParams& params) {
-  const int64_t tiles = params.is_packed()
-                            ? params.seqlen_q / kAttendTileQ + params.batch
-                            : int64_t{params.batch} * ((params.seqlen_q + kAttendTileQ - 1) / kAttendTileQ);
-  return tiles * params.heads;
+  const int64_t rows = int64_t{params.packs_queries() ? 1 : params.batch} * params.heads;
+  return rows * params.query_blocks(kAttendTileQ);
 }
 
 // Bytes of AttendParams::workspace, which must be aligned to 16. Its contents mean nothing between calls.

@@ -30,7 +30,8 @@ __device__ __forceinline__ int first_query_of(const AttendParams& params, const 
 __device__ __forceinline__ ConsumerBlock find_listed_block(const AttendParams& params,
                                                            const Sequence& sequence, int first_query,
                                                            bool is_poisoned) {
-  return {find_attended_block(params, sequence, first_query, is_poisoned), first_query < sequence.seqlen_q};
+  return {find_attended_block(params, sequence, first_query, is_poisoned),
+          sequence.has_query_in(first_query, params.q_block)};
 }
 
 // Finds how many key blocks each consumer attends to, a warp for each tile: even lanes for the first

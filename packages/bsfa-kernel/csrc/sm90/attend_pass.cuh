@@ -246,7 +246,7 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
     exponentiate(scores1);
     round_to(probabilities1, scores1);
     await_unless(false, storage.values, pipelines.pairs - 1, values);
-    if (params.is_packed()) {
+    if (params.has_foreign_keys()) {
       // The one block that can reach beyond the keys is the first.
       const int key_block = static_cast<int>(read_places(storage.values, pipelines.pairs - 1).y);
       clear_foreign_values<Config>(params, tile.sequence, who,

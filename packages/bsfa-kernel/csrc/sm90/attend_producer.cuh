@@ -10,6 +10,7 @@
 
 #include "attend_order.cuh"
 #include "barriers.cuh"
+#include "key_pages.cuh"
 
 namespace bsfa::sm90 {
 
@@ -57,13 +58,14 @@ struct ListProducer {
         load(params.q, storage.q_full, cute::TMA::CacheHintSm90::EVICT_FIRST,
              storage.q + consumer * Config::kBlockElements,
              query_row(tile.sequence, tile.first_query) + consumer * Config::kWarpgroupQ, tile.head,
-             batch_coordinate(attend, tile.sequence));
+             query_batch(attend, tile.sequence));
       }
     }
   }
 
   // A warp, for K or for V. Even lanes follow the list of the first consumer, odd ones that of the second;
-  // lane i looks after stage i. A block in either list is loaded once.
+  // lane i looks after stage i. A block in either list is loaded once. kPaged: keys and values lie in pages.
+  template <bool kPaged>
   __device__ __forceinline__ void load_blocks(const CUtensorMap& map, Element* blocks,
                                               typename Storage::Ring& ring) const {
     constexpr int kWords = 32 / Config::kConsumers;  // of each list, in the lanes
@@ -80,6 +82,7 @@ struct ListProducer {
       if (tile.is_end) {
         return;
       }
+      const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
       int remaining = max(tile.lengths[consumer], 0);
       const int visible = remaining > 0 ? tile.blocks[consumer].keys.visible : 0;
       const int full = tile.blocks[consumer].keys.full;
@@ -99,6 +102,10 @@ struct ListProducer {
             const bool attends = own >> bit & 1;
             const bool both = __all_sync(0xffffffff, attends);
             const int key_block = (first_word + index) * kMaskBits + bit;
+            PagedRow found{};
+            if constexpr (kPaged) {
+              found = loads.find(key_block * kKeyBlock);
+            }
             while (free == 0) {
               const int stage = min(lane, Config::kStages - 1);
               const bool is_free = ring.empty[stage].test_wait((rounds >> stage & 1) ^ 1);
@@ -115,11 +122,18 @@ struct ListProducer {
                                   Config::kConsumerWarps / Config::kConsumers);
               }
               ring.full[stage].arrive_and_expect_tx(Config::kBlockBytes);
-              load(map, ring.full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
-                   blocks + stage * Config::kBlockElements, key_row(tile.sequence, key_block), tile.kv_head,
-                   batch_coordinate(attend, tile.sequence));
+              if constexpr (!kPaged) {
+                load(map, ring.full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+                     blocks + stage * Config::kBlockElements, key_row(tile.sequence, key_block), tile.kv_head,
+                     key_batch(attend, tile.sequence));
+              }
             }
             __syncwarp();
+            if constexpr (kPaged) {
+              loads.template load<Config::kBoxes, Config::kBoxColumns>(
+                  map, ring.full[stage], found, tile.kv_head, blocks + stage * Config::kBlockElements,
+                  Config::kBoxElements);
+            }
             if (attends) {
               --remaining;
               where |= (key_block >= full ? place::kMasked : 0) | (remaining == 0 ? place::kLast : 0);

@@ -128,10 +128,12 @@ struct SharedListProducer {
       const QueryTile tile = find_tile(attend, params.order.schedule, record.x, kAttendTileQ);
       // Bytes may arrive before they are expected: the phase cannot end before the arrival below.
       for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
-        load(params.q, storage.q_full, cute::TMA::CacheHintSm90::EVICT_FIRST,
-             storage.q + consumer * Config::kBlockElements, Config::kBoxElements,
-             query_row(tile.sequence, tile.first_query) + consumer * Config::kWarpgroupQ, tile.head,
-             batch_coordinate(attend, tile.sequence));
+        for (int box = 0; box < Config::kBoxes; ++box) {
+          load_box<Config>(params.q, storage.q_full, cute::TMA::CacheHintSm90::EVICT_FIRST,
+                           storage.q + (consumer * Config::kBoxes + box) * Config::kBoxElements, box,
+                           query_row(tile.sequence, tile.first_query) + consumer * Config::kWarpgroupQ,
+                           tile.head, query_batch(attend, tile.sequence));
+        }
       }
       const int length = record.y;
       const ConsumerBlock block =
@@ -152,13 +154,13 @@ struct SharedListProducer {
     }
   }
 
-  // One thread for K and one for V. Follows the tiles that are published, as far ahead of the consumers as
-  // there are stages.
-  template <int kStages>
+  // A warp for K and one for V. Follows the tiles that are published, as far ahead of the consumers as there
+  // are stages. buffer_of: where a stage begins. kPaged: keys and values lie in pages.
+  template <bool kPaged, int kStages>
   __device__ __forceinline__ void load_blocks(const CUtensorMap& map,
                                               cutlass::arch::ClusterTransactionBarrier (&full)[kStages],
                                               cutlass::arch::ClusterBarrier (&empty)[kStages],
-                                              Element* blocks, auto buffer_of, int box_stride) const {
+                                              Element* blocks, auto buffer_of, int column_elements) const {
     const AttendParams& attend = params.order.attend;
     PipelineState<kStages> state;
     for (uint32_t count = 0;; ++count) {
@@ -168,47 +170,57 @@ struct SharedListProducer {
       if (tile.is_end) {
         return;
       }
-      const int first_key = tile.sequence.first_k;
+      const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
       const int kv_head = tile.kv_head;
-      const int batch = batch_coordinate(attend, tile.sequence);
       Places places(attend, tile, tile.first, tile.length);
 #pragma unroll 1
       for (int remaining = tile.key_blocks; remaining > 0; --remaining) {
         const int key_block = places.next();
-        // An empty place lies beyond the tensor: the copy engine fills it with zeros and reads nothing.
-        const int row = key_block == place::kNoBlock ? attend.seqlen_k : first_key + key_block * kKeyBlock;
+        PagedRow found{};
+        if constexpr (kPaged) {
+          found = loads.find(key_block * kKeyBlock);
+        }
         const int stage = state.stage();
         wait(empty[stage], state.phase() ^ 1);
-        full[stage].arrive_and_expect_tx(Config::kBlockBytes);
-        load(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST, blocks + buffer_of(stage), box_stride,
-             row, kv_head, batch);
+        Element* to = blocks + buffer_of(stage);
+        if (threadIdx.x % 32 == 0) {
+          full[stage].arrive_and_expect_tx(Config::kBlockBytes);
+          if constexpr (!kPaged) {
+            // An empty place lies beyond the tensor: the copy engine fills it with zeros and reads nothing.
+            const int row = key_block == place::kNoBlock ? attend.seqlen_k : key_row(tile.sequence, key_block);
+            for (int box = 0; box < Config::kBoxes; ++box) {
+              load_box<Config>(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+                               to + box * column_elements, box, row, kv_head,
+                               key_batch(attend, tile.sequence));
+            }
+          }
+        }
+        if constexpr (kPaged) {
+          loads.template load<Config::kBoxes, Config::kBoxColumns>(map, full[stage], found, kv_head, to,
+                                                                   column_elements);
+        }
         state.advance();
       }
-      storage.tile_empty[slot].arrive();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) {
+        storage.tile_empty[slot].arrive();
+      }
     }
   }
 
+  template <bool kPaged>
   __device__ __forceinline__ void load_keys() const {
     const auto buffer_of = [](int stage) {
       return stage / 2 * 2 * Config::kBlockElements + stage % 2 * Config::kBoxElements;
     };
-    load_blocks(params.k, storage.k_full, storage.k_empty, storage.k, buffer_of, 2 * Config::kBoxElements);
+    load_blocks<kPaged>(params.k, storage.k_full, storage.k_empty, storage.k, buffer_of,
+                        2 * Config::kBoxElements);
   }
 
+  template <bool kPaged>
   __device__ __forceinline__ void load_values() const {
     const auto buffer_of = [](int stage) { return stage * Config::kBlockElements; };
-    load_blocks(params.v, storage.v_full, storage.v_empty, storage.v, buffer_of, Config::kBoxElements);
-  }
-
- private:
-  __device__ __forceinline__ static void load(const CUtensorMap& map,
-                                              cutlass::arch::ClusterTransactionBarrier& full,
-                                              cute::TMA::CacheHintSm90 hint, Element* to, int box_stride,
-                                              int row, int head, int batch) {
-    for (int box = 0; box < Config::kBoxes; ++box) {
-      cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(hint),
-                                   to + box * box_stride, box * Config::kBoxColumns, row, head, batch);
-    }
+    load_blocks<kPaged>(params.v, storage.v_full, storage.v_empty, storage.v, buffer_of, Config::kBoxElements);
   }
 };
 
@@ -269,10 +281,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const SharedListProducer<Config> producer{params, storage};
     if (threadIdx.x == 0) {
       producer.take_tiles();
-    } else if (threadIdx.x == 32) {
-      producer.load_keys();
-    } else if (threadIdx.x == 64) {
-      producer.load_values();
+    } else if (params.order.attend.has_pages()) {
+      if (warp == 1) {
+        producer.template load_keys<true>();
+      } else if (warp == 2) {
+        producer.template load_values<true>();
+      }
+    } else if (warp == 1) {
+      producer.template load_keys<false>();
+    } else if (warp == 2) {
+      producer.template load_values<false>();
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();

@@ -118,14 +118,15 @@ __device__ __forceinline__ bool sees_all(const int (&keys)[kThreadRows], int fir
   return !__any_sync(0xffffffff, min(keys[0], keys[1]) < first_key + kKeyBlock);
 }
 
-// In packed tensors a block of V can reach into the next sequence, whose values may be anything, NaN too, and
-// weights of 0 do not hide those. Needs a full stage, `values`, and all threads of the warpgroup.
+// Behind a sequence's last key a block of V can hold what is not the sequence's: the next one's values, or
+// what happens to be in a page. That may be NaN, which weights of 0 do not hide. Needs a full stage,
+// `values`, and all threads of the warpgroup.
 template <class Config>
 __device__ __forceinline__ void clear_foreign_values(const ForwardParams& params, const Sequence& sequence,
                                                      const ConsumerThread& who,
                                                      typename Config::Element* values, int key_block) {
   const int first_row = sequence.seqlen_k - key_block * kKeyBlock;
-  if (!params.is_packed() || first_row >= kKeyBlock) {
+  if (!params.has_foreign_keys() || first_row >= kKeyBlock) {
     return;
   }
   using Chunk = uint4;

@@ -42,7 +42,7 @@ __device__ __forceinline__ void store_output(const Context& context, Output& out
   const ForwardParams& params = context.params;
   const Sequence& sequence = context.tile.sequence;
   const ConsumerThread who = context.who;
-  const int rows = sequence.seqlen_q - context.first_query();
+  const auto exists = [&](int row) { return sequence.has_query(context.first_query() + who.row(row)); };
 
   float factors[kThreadRows];
   CUTE_UNROLL
@@ -50,7 +50,7 @@ __device__ __forceinline__ void store_output(const Context& context, Output& out
     const float sum = is_poisoned(context.block) ? CUDART_NAN_F : quad_sum(softmax.sum[row]);
     // Not by a call, as 1 / sum would: ptxas serialises wgmma under way across calls.
     factors[row] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
-    if (params.lse != nullptr && who.thread % 4 == 0 && who.row(row) < rows) {
+    if (params.lse != nullptr && who.thread % 4 == 0 && exists(row)) {
       const int64_t line = lse_line(params, context.tile);
       params.lse[line * params.seqlen_q + sequence.first_q + context.first_query() + who.row(row)] =
           sum == 0.0f ? -CUDART_INF_F : params.scale * softmax.maximum[row] + logf(sum);
@@ -62,7 +62,7 @@ __device__ __forceinline__ void store_output(const Context& context, Output& out
 
   const auto words = recast<uint32_t>(rounded);  // (row of the thread, pair of columns), the row first
   const Strides& strides = params.out_strides;
-  Element* out = find_row(params, static_cast<Element*>(params.out), params.out_strides, sequence,
+  Element* out = find_row(static_cast<Element*>(params.out), params.out_strides, sequence,
                           query_row(sequence, context.first_query()), context.tile.head);
   // The threads of a quad have two of each eight columns, a group.
   constexpr int kGroup = 8;
@@ -71,13 +71,13 @@ __device__ __forceinline__ void store_output(const Context& context, Output& out
     if constexpr (Config::kShortEnds) {
       // Pairs swap, so that a quad writes 32 bytes of a row at a time, a sector where rows are aligned to
       // one.
-      const bool exists = who.row(row) < rows;
+      const bool is_stored = exists(row);
       Element* line = out + who.row(row) * strides.seqlen + who.thread % 2 * kGroup + who.thread % 4 / 2 * 4;
       CUTE_UNROLL
       for (int group = 0; group < Config::kHeadDim / kGroup; group += 2) {
         const uint2 swapped =
             swap_in_pair(words(row + kThreadRows * group), words(row + kThreadRows * (group + 1)));
-        if (exists) {
+        if (is_stored) {
           *reinterpret_cast<uint2*>(line + group * kGroup) = swapped;
         }
       }
@@ -91,7 +91,7 @@ __device__ __forceinline__ void store_output(const Context& context, Output& out
           swapped[i] = words(row + kThreadRows * (group + i));
         }
         transpose_in_quad(swapped);
-        if (who.row(row) < rows) {
+        if (exists(row)) {
           *reinterpret_cast<uint4*>(out + who.row(row) * strides.seqlen + (group + who.thread % 4) * kGroup) =
               uint4{swapped[0], swapped[1], swapped[2], swapped[3]};
         }
@@ -107,7 +107,7 @@ __device__ __forceinline__ void store_results(const Context& context, Output& ou
   const ForwardParams& params = context.params;
   const ConsumerThread who = context.who;
   const bool reports = params.kept != nullptr && who.thread == 0;
-  if (reports && params.is_packed() && who.warpgroup == 0) {
+  if (reports && params.has_spare_blocks() && who.warpgroup == 0) {
     clear_spare_kept(params, context.tile, Config::kTileQ, 0, 1);
   }
   if (!context.tile.exists()) {

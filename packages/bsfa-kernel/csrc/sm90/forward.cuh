@@ -100,10 +100,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     const Producer<Config> producer{params, storage};
-    if (threadIdx.x == 0) {
-      producer.load_queries_and_keys();
+    if (params.forward.has_pages()) {
+      if (warp == 0) {
+        producer.template load_queries_and_keys<true>();
+      } else if (warp == 1) {
+        producer.template load_values<true>();
+      }
+    } else if (threadIdx.x == 0) {
+      producer.template load_queries_and_keys<false>();
     } else if (threadIdx.x == 32) {
-      producer.load_values();
+      producer.template load_values<false>();
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
@@ -116,7 +122,8 @@ KernelParams make_kernel_params(const ForwardParams& params) {
   using Element = typename Config::Element;
   KernelParams kernel_params;
   kernel_params.forward = params;
-  kernel_params.schedule = make_schedule(params, Config::kTileQ, 2 * Config::kHeadDim * sizeof(Element));
+  kernel_params.schedule =
+      make_schedule(params, params.query_blocks(Config::kTileQ), 2 * Config::kHeadDim * sizeof(Element));
   kernel_params.tiles = static_cast<int>(kernel_params.schedule.ctas());
   static_cast<TensorMaps&>(kernel_params) =
       make_tensor_maps<Element>(params, Config::kHeadDim, kKeyBlock, Config::kBoxColumns);

@@ -13,6 +13,7 @@
 
 #include "../common/launch.cuh"
 #include "consumer.cuh"
+#include "key_pages.cuh"
 #include "select_rows.cuh"
 #include "tensor_map.hpp"
 
@@ -22,7 +23,7 @@ namespace bsfa::sm90 {
 inline constexpr int kSlots = 16;
 
 struct SelectKernelParams {
-  CUtensorMap k;  // (column, row, head, batch)
+  CUtensorMap k;  // (column, row, head, batch); of 16-bit keys in pages (column, row, head, page)
   SelectParams select;
   RoundedKeys rounded;
   Schedule schedule;
@@ -43,17 +44,27 @@ __device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
     if (!work.votes) {
       return;
     }
-    const int batch = batch_coordinate(params.select, tile.sequence);
+    const int batch = key_batch(params.select, tile.sequence);
+    const bool in_pages = !Config::kRounded && params.select.has_pages();
+    const PagedLoads<Config::kTileKeys> loads(params.select, tile.sequence);
+    PagedRow next{};  // of the next key tile
+    if (in_pages) {
+      next = loads.find((work.key_tiles - 1) * Config::kTileKeys);
+    }
     const float4* scales =
         Config::kRounded ? params.rounded.scales_of(params.select, tile.sequence, tile.kv_head) : nullptr;
 #pragma unroll 1
     for (int key_tile = work.key_tiles - 1; key_tile >= 0; --key_tile) {
       const int stage = keys.stage();
+      const PagedRow found = next;
+      if (in_pages && key_tile > 0) {
+        next = loads.find((key_tile - 1) * Config::kTileKeys);
+      }
       wait(storage.k_empty[stage], keys.phase() ^ 1);
       if (lane == 0) {
         auto* full = reinterpret_cast<uint64_t*>(&storage.k_full[stage]);
         storage.k_full[stage].arrive_and_expect_tx(Config::kStageBytes);
-        for (int box = 0; box < Config::kBoxes; ++box) {
+        for (int box = 0; box < (in_pages ? 0 : Config::kBoxes); ++box) {
           cute::SM90_TMA_LOAD_4D::copy(
               &params.k, full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
               storage.k + stage * Config::kTileElements + box * Config::kBoxElements,
@@ -64,6 +75,11 @@ __device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
         }
       }
       __syncwarp();
+      if (in_pages) {
+        loads.template load<Config::kBoxes, Config::kBoxColumns>(
+            params.k, storage.k_full[stage], found, tile.kv_head, storage.k + stage * Config::kTileElements,
+            Config::kBoxElements);
+      }
       keys.advance();
     }
   });
@@ -302,12 +318,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 template <class Config>
 SelectKernelParams make_select_kernel_params(const SelectParams& params) {
   using Element = typename Config::Element;
-  const int64_t batch = params.is_packed() ? 1 : params.batch;
-  const TensorShape keys{batch, params.seqlen_k, params.kv_heads, Config::kHeadDim};
-  const auto map = [&](const char* name, CUtensorMapDataType type, const void* data, const Strides& strides) {
-    return make_tensor_map(name, type, data, keys, strides, Config::kTileKeys, Config::kBoxColumns);
-  };
-
   SelectKernelParams kernel_params{};
   kernel_params.select = params;
   kernel_params.schedule =
@@ -316,12 +326,16 @@ SelectKernelParams make_select_kernel_params(const SelectParams& params) {
   if constexpr (Config::kRounded) {
     kernel_params.rounded = {make_select_workspace(params, Config::kHeadDim), params.workspace};
     const int64_t head_elements = int64_t{params.seqlen_k} * Config::kHeadDim;
-    kernel_params.k = map("rounded k", CU_TENSOR_MAP_DATA_TYPE_UINT8, kernel_params.rounded.keys,
-                          {params.kv_heads * head_elements, Config::kHeadDim, head_elements});
+    const int64_t batch = params.packs_keys() ? 1 : params.batch;
+    kernel_params.k = make_tensor_map("rounded k", CU_TENSOR_MAP_DATA_TYPE_UINT8, kernel_params.rounded.keys,
+                                      {batch, params.seqlen_k, params.kv_heads, Config::kHeadDim},
+                                      {params.kv_heads * head_elements, Config::kHeadDim, head_elements},
+                                      Config::kTileKeys, Config::kBoxColumns);
   } else {
     constexpr auto kType = std::is_same_v<Element, cutlass::half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    kernel_params.k = map("k", kType, params.k, params.k_strides);
+    kernel_params.k = make_key_map(params, "k", kType, params.k, params.k_strides, Config::kHeadDim,
+                                   Config::kTileKeys, Config::kBoxColumns);
   }
   return kernel_params;
 }

@@ -238,8 +238,8 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
   CUTE_UNROLL
   for (int row = 0; row < kQuadRows; ++row) {
     const int query = slot.query(voter.row(row));
-    exists[row] = slot.exists && query < tile.sequence.seqlen_q;
-    from[row] = find_row(params, static_cast<const Element*>(params.q), params.q_strides, tile.sequence,
+    exists[row] = slot.exists && tile.sequence.has_query(query);
+    from[row] = find_row(static_cast<const Element*>(params.q), params.q_strides, tile.sequence,
                          query_row(tile.sequence, exists[row] ? query : 0), tile.head);
   }
   voting_row.votes = (voter.row_of_quad() == 0 ? exists[0] : exists[1]) && slot.threshold != CUDART_INF_F;

@@ -57,7 +57,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   CUTE_UNROLL
   for (int i = 0; i < kVotingRows; ++i) {
     const int row = who.row(kRelative ? who.thread % kThreadRows : i);
-    votes[i] = is_voter(params, block, tile.sequence.seqlen_q, context.first_query() + row);
+    votes[i] = is_voter(params, block, tile.sequence, context.first_query() + row);
   }
   RowReference reference = RowReference::first(params.rule);
   // The row's peak in the block voted on last, from either half of the quad. The reference takes it in with

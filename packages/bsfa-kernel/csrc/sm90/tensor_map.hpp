@@ -13,7 +13,7 @@
 #include <type_traits>
 
 #include "../check.hpp"
-#include "../params.hpp"
+#include "../common/layout.cuh"
 
 namespace bsfa::sm90 {
 
@@ -71,8 +71,32 @@ inline CUtensorMap make_tensor_map(const char* name, CUtensorMapDataType type, c
   return map;
 }
 
+// Keys of a box where they lie in pages: as many as divide a page and, up to a sparsity block, a load.
+constexpr int page_box_rows(int page_size) {
+  const int power = page_size & -page_size;  // the largest power of two that divides it
+  return power < kKeyBlock ? power : kKeyBlock;
+}
+
+// A box of k and v; `box_rows`, unless they lie in pages.
+inline CUtensorMap make_key_map(const Problem& problem, const char* name, CUtensorMapDataType type,
+                                const void* data, const Strides& strides, int head_dim, uint32_t box_rows,
+                                uint32_t box_columns) {
+  // The copy engine knows no empty tensors. What stands in for one is never loaded.
+  if (problem.seqlen_k == 0) {
+    return make_tensor_map(name, type, problem.q, {1, 1, 1, head_dim}, {}, box_rows, box_columns);
+  }
+  if (problem.has_pages()) {
+    const int page_size = problem.page_size.value;
+    return make_tensor_map(name, type, data, {problem.pages, page_size, problem.kv_heads, head_dim}, strides,
+                           page_box_rows(page_size), box_columns);
+  }
+  const int64_t batch = problem.packs_keys() ? 1 : problem.batch;
+  return make_tensor_map(name, type, data, {batch, problem.seqlen_k, problem.kv_heads, head_dim}, strides,
+                         box_rows, box_columns);
+}
+
 struct TensorMaps {
-  CUtensorMap q, k, v;  // (column, row, head, batch)
+  CUtensorMap q, k, v;  // (column, row, head, batch); of k and v in pages (column, row, head, page)
 };
 
 template <class Element>
@@ -80,17 +104,11 @@ TensorMaps make_tensor_maps(const ForwardParams& params, int head_dim, uint32_t 
                             uint32_t box_columns) {
   constexpr auto kType = std::is_same_v<Element, cutlass::half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const int64_t batch = params.is_packed() ? 1 : params.batch;
-  // The copy engine knows no empty tensors. What stands in for one is never loaded.
-  const bool no_keys = params.seqlen_k == 0;
-  const TensorShape queries{batch, params.seqlen_q, params.heads, head_dim};
-  const TensorShape keys{batch, no_keys ? 1 : params.seqlen_k, params.kv_heads, head_dim};
-  const auto map = [&](const char* name, const void* data, const TensorShape& shape, const Strides& strides) {
-    return make_tensor_map(name, kType, data, shape, strides, box_rows, box_columns);
-  };
-  return {map("q", params.q, queries, params.q_strides),
-          map("k", no_keys ? params.q : params.k, keys, params.k_strides),
-          map("v", no_keys ? params.q : params.v, keys, params.v_strides)};
+  const int64_t batch = params.packs_queries() ? 1 : params.batch;
+  return {make_tensor_map("q", kType, params.q, {batch, params.seqlen_q, params.heads, head_dim},
+                          params.q_strides, box_rows, box_columns),
+          make_key_map(params, "k", kType, params.k, params.k_strides, head_dim, box_rows, box_columns),
+          make_key_map(params, "v", kType, params.v, params.v_strides, head_dim, box_rows, box_columns)};
 }
 
 }  // namespace bsfa::sm90

@@ -23,7 +23,8 @@ struct ConsumerBlock : QueryBlock {
 __device__ __forceinline__ ConsumerBlock find_consumer_block(const ForwardParams& params,
                                                              const Sequence& sequence, int head,
                                                              int first_query) {
-  return {find_query_block(params, sequence, head, first_query), first_query < sequence.seqlen_q};
+  return {find_query_block(params, sequence, head, first_query),
+          sequence.has_query_in(first_query, params.q_block)};
 }
 
 struct Tile : QueryTile {
@@ -59,10 +60,10 @@ __device__ __forceinline__ void find_blocks(const ForwardParams& params, int til
                     : tile.first;
   const int visible = max(tile.first.keys.visible, tile.second.keys.visible);
   tile.key_blocks = (visible + 1) / 2 * 2;
-  const bool second_counts = tile.second.exists && !is_poisoned(tile.second);
-  tile.full = is_poisoned(tile.first) ? tile.second.keys.full
-              : second_counts         ? min(tile.first.keys.full, tile.second.keys.full)
-                                      : tile.first.keys.full;
+  const auto counts = [](const ConsumerBlock& block) { return block.exists && !is_poisoned(block); };
+  tile.full = !counts(tile.first)   ? tile.second.keys.full
+              : counts(tile.second) ? min(tile.first.keys.full, tile.second.keys.full)
+                                    : tile.first.keys.full;
   tile.dense = max(tile.first.undecided, tile.second.undecided) == 0;
 }
 

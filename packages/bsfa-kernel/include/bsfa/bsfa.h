@@ -53,7 +53,7 @@ typedef enum bsfa_precision {
 } bsfa_precision;
 
 /* Strides of a [batch, seqlen, heads, head_dim] tensor, in elements. For packed (varlen) tensors, batch
- * is ignored. */
+ * is ignored. Of keys and values in pages, batch is the stride of pages and seqlen that of tokens. */
 typedef struct bsfa_strides {
   int64_t batch;
   int64_t seqlen;
@@ -84,24 +84,28 @@ typedef struct bsfa_problem {
   int64_t heads;
   int64_t kv_heads; /* divides heads */
   int64_t head_dim;
-  int64_t seqlen_q; /* varlen: total_q, the number of packed queries */
-  int64_t seqlen_k; /* varlen: total_k, the number of packed keys */
+  int64_t seqlen_q; /* packed: total_q, the number of packed queries */
+  int64_t seqlen_k; /* packed: total_k, the number of packed keys; in pages: the most keys that a sequence
+                     * may have, no more than its row of the block table has room for */
 
-  bsfa_tensor q; /* [batch, seqlen_q, heads, head_dim], varlen: [total_q, heads, head_dim] */
-  bsfa_tensor k; /* [batch, seqlen_k, kv_heads, head_dim], varlen: [total_k, kv_heads, head_dim] */
+  bsfa_tensor q; /* [batch, seqlen_q, heads, head_dim], packed: [total_q, heads, head_dim] */
+  bsfa_tensor k; /* [batch, seqlen_k, kv_heads, head_dim], packed: [total_k, kv_heads, head_dim], in pages:
+                  * [pages, page_size, kv_heads, head_dim] */
 
-  const int32_t* cu_seqlens_q; /* [batch + 1], or NULL where not varlen */
-  const int32_t* cu_seqlens_k; /* [batch + 1], or NULL where not varlen */
+  const int32_t* cu_seqlens_q; /* [batch + 1], or NULL where queries are not packed */
+  const int32_t* cu_seqlens_k; /* [batch + 1], or NULL where keys are not packed; only with cu_seqlens_q */
+  const int32_t* seqused_k;    /* [batch]: how many keys of each sequence there are, or NULL; not with
+                                * cu_seqlens_k. Without it, cu_seqlens_q needs cu_seqlens_k */
+
+  /* Keys in pages. All are 0 where they are not. */
+  const int32_t* block_table; /* [batch, ...]: the page of each page_size keys of a sequence, as far as its
+                               * seqused_k goes, which must be given */
+  int64_t block_table_stride; /* of its rows, in elements */
+  int64_t pages;              /* that k and v hold */
+  int32_t page_size;          /* keys of a page, a multiple of 16 */
 
   /* Reserved: anything but 0 is refused with BSFA_UNSUPPORTED. */
-  const int32_t* seqused_k; /* [batch]: how many keys of each sequence there are */
-  const int32_t*
-      block_table; /* [batch, max_pages]: the page of each page_size keys of a sequence; k and v are
-                    * then [pages, page_size, kv_heads, head_dim], and batch is the stride of pages */
-  int64_t block_table_stride; /* of its rows, in elements */
-  int64_t pages;              /* pages that k and v hold */
-  int32_t page_size;          /* keys of a page */
-  const float* sinks;         /* [heads]: a score a head that takes part in the softmax and has no value */
+  const float* sinks; /* [heads]: a score a head that takes part in the softmax and has no value */
 } bsfa_problem;
 
 /* Arguments of bsfa_forward. Set abi_version and struct_size first; zero means "absent" everywhere else. */
@@ -116,22 +120,22 @@ typedef struct bsfa_forward_args {
   const float* thresholds; /* [heads, threshold_rows], contiguous */
   int64_t threshold_rows;  /* >= 1 */
 
-  float* lse;    /* [batch, heads, seqlen_q], varlen: [heads, total_q]; or NULL */
-  int32_t* kept; /* [batch, heads, q_blocks], varlen: [heads, total_q / q_block + batch], all of which is
-                  * written, 0 where a column belongs to no query block; or NULL */
+  float* lse;    /* [batch, heads, seqlen_q], packed: [heads, total_q]; or NULL */
+  int32_t* kept; /* [batch, heads, columns], packed: [heads, columns], all of which is written, 0 where a
+                  * column belongs to no query block; or NULL. How many columns: docs/semantics.md */
 } bsfa_forward_args;
 
-/* Arguments of bsfa_block_maxima, which takes no packed sequences. */
+/* Arguments of bsfa_block_maxima, which takes no packed queries. */
 typedef struct bsfa_block_maxima_args {
   uint32_t abi_version; /* BSFA_ABI_VERSION */
   uint32_t struct_size; /* sizeof(bsfa_block_maxima_args) */
   bsfa_problem problem;
 
-  float* maxima; /* [batch, heads, q_blocks, k_blocks], contiguous; every element is written */
+  float* maxima; /* [batch, heads, columns, k_blocks], contiguous; every element is written */
 } bsfa_block_maxima_args;
 
-/* A block mask: uint64 [batch, heads, q_blocks, words], varlen [heads, total_q / q_block + batch, words],
- * contiguous. Bit j of word i stands for key block 64 * i + j. */
+/* A block mask: uint64 [batch, heads, columns, words], packed [heads, columns, words], with the columns of
+ * kept, contiguous. Bit j of word i stands for key block 64 * i + j. */
 
 /* Arguments of bsfa_select_blocks. */
 typedef struct bsfa_select_blocks_args {
@@ -144,7 +148,7 @@ typedef struct bsfa_select_blocks_args {
 
   int32_t precision;    /* bsfa_precision */
   uint64_t* block_mask; /* all of it is written */
-  int64_t mask_words;   /* ceil(seqlen_k / 4096); varlen: of the longest sequence */
+  int64_t mask_words;   /* ceil(seqlen_k / 4096); packed keys: of the longest sequence */
 
   void* workspace;          /* device memory, aligned to 256 bytes; its contents mean nothing between calls */
   uint64_t workspace_bytes; /* at least what bsfa_select_blocks_workspace() says */
@@ -160,7 +164,7 @@ typedef struct bsfa_attend_blocks_args {
   bsfa_tensor out; /* as q */
 
   const uint64_t* block_mask; /* which of the visible key blocks count; other bits are ignored */
-  int64_t mask_words;         /* ceil(seqlen_k / 4096); varlen: of the longest sequence */
+  int64_t mask_words;         /* ceil(seqlen_k / 4096); packed keys: of the longest sequence */
 
   const float* thresholds; /* [heads, threshold_rows] that the mask was made with, or NULL: query blocks
                             * whose threshold is NaN get NaN */

@@ -67,8 +67,8 @@ def resolve_selection(
     Args:
         selection: one of ``SELECTIONS``.
         q: the queries, or any tensor of their device, dtype and last dimension.
-        seqlen_k: keys of the call; of packed sequences ``max_seqlen_k`` or, where that is not
-            given, total_k.
+        seqlen_k: keys of the call; of packed and paged ones ``max_seqlen_k`` or, where that is not
+            given, total_k or max_pages * page_size.
         voters: one of ``VOTERS``.
         expected_skipped: for "auto": the share of blocks that is expected to be skipped; "exact"
             where it is not known.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from bsfa_kernel.geometry import Geometry, block_count
+from bsfa_kernel.geometry import Geometry, block_count, query_block_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,8 @@ class ForwardCall(NamedTuple):
     return_kept: bool
     selection: str = "exact"  # "auto" where nothing but the number of keys is left to decide it
     max_seqlen_k: int | None = None
+    block_table: Tensor | None = None
+    seqused_k: Tensor | None = None
 
 
 class BlockMaximaCall(NamedTuple):
@@ -46,6 +48,8 @@ class BlockMaximaCall(NamedTuple):
     rule: str
     q_block: int
     k_block: int
+    block_table: Tensor | None = None
+    seqused_k: Tensor | None = None
 
 
 class SelectCall(NamedTuple):
@@ -64,6 +68,8 @@ class SelectCall(NamedTuple):
     voters: int
     precision: str
     max_seqlen_k: int | None
+    block_table: Tensor | None = None
+    seqused_k: Tensor | None = None
 
 
 class AttendCall(NamedTuple):
@@ -82,21 +88,72 @@ class AttendCall(NamedTuple):
     k_block: int
     return_lse: bool
     return_kept: bool
+    block_table: Tensor | None = None
+    seqused_k: Tensor | None = None
 
 
 AnyCall: TypeAlias = ForwardCall | BlockMaximaCall | SelectCall | AttendCall
 
 
-def most_keys(call: ForwardCall | SelectCall | AttendCall) -> int:
-    """Keys of the longest sequence, or of packed ones what is known of it from their shape."""
-    if not isinstance(call, AttendCall) and call.max_seqlen_k is not None:
-        return call.max_seqlen_k
+def starts_of_queries(call: AnyCall) -> Tensor | None:
+    """``cu_seqlens_q`` of a call with packed queries."""
+    return None if isinstance(call, BlockMaximaCall) else call.cu_seqlens_q
+
+
+def starts_of_keys(call: AnyCall) -> Tensor | None:
+    """``cu_seqlens_k`` of a call with packed keys."""
+    return None if isinstance(call, BlockMaximaCall) else call.cu_seqlens_k
+
+
+def sequence_count(call: AnyCall) -> int:
+    """Sequences of a call."""
+    starts = starts_of_queries(call)
+    return call.q.shape[0] if starts is None else starts.shape[0] - 1
+
+
+def key_capacity(call: AnyCall) -> int:
+    """Keys that a sequence can have by the shape of k, or of the block table."""
+    if call.block_table is not None:
+        return call.block_table.shape[1] * call.k.shape[1]
     return call.k.shape[-3]
+
+
+def most_keys(call: AnyCall) -> int:
+    """Keys of the longest sequence, or what is known of it without reading a tensor's values."""
+    capacity = key_capacity(call)
+    if isinstance(call, (ForwardCall, SelectCall)):
+        return capacity if call.max_seqlen_k is None else call.max_seqlen_k
+    if isinstance(call, AttendCall) and call.block_table is not None:
+        return min(capacity, call.block_mask.shape[-1] * MASK_BITS * call.k_block)
+    return capacity
 
 
 def mask_words(call: SelectCall | AttendCall) -> int:
     """Words that each query block has in the mask that a call makes, or takes of padded tensors."""
     return block_count(block_count(most_keys(call), call.k_block), MASK_BITS)
+
+
+def columns_shape(call: AnyCall) -> tuple[int, ...]:
+    """The shape of what has a column for each query block: of kept, and of a block mask's rows.
+
+    Where lengths are in device memory, there are columns for any lengths that they may be.
+    """
+    starts = starts_of_queries(call)
+    if starts is not None:
+        total_q, heads, _ = call.q.shape
+        return heads, total_q // call.q_block + 2 * (starts.shape[0] - 1)
+    batch, seqlen_q, heads, _ = call.q.shape
+    if call.seqused_k is not None:
+        return batch, heads, block_count(seqlen_q + call.q_block - 1, call.q_block)
+    return batch, heads, query_block_count(seqlen_q, call.k.shape[1], geometry_of(call))
+
+
+def first_column(start: int, index: int, q_block: int) -> int:
+    """Where the columns of a packed sequence begin, the ``index``-th, whose first query is start.
+
+    A sequence of n queries has at most n // q_block + 2 query blocks.
+    """
+    return start // q_block + 2 * index
 
 
 def select_step(call: ForwardCall) -> SelectCall:
@@ -115,6 +172,8 @@ def select_step(call: ForwardCall) -> SelectCall:
         call.voters,
         "int8",
         call.max_seqlen_k,
+        call.block_table,
+        call.seqused_k,
     )
 
 
@@ -134,6 +193,8 @@ def attend_step(call: ForwardCall, block_mask: Tensor) -> AttendCall:
         call.k_block,
         call.return_lse,
         call.return_kept,
+        call.block_table,
+        call.seqused_k,
     )
 
 

@@ -16,14 +16,22 @@ from bsfa_kernel._calls import (
     BlockMaximaCall,
     ForwardCall,
     SelectCall,
+    columns_shape,
     geometry_of,
+    key_capacity,
     mask_words,
+    sequence_count,
+    starts_of_keys,
+    starts_of_queries,
 )
-from bsfa_kernel.geometry import GEOMETRIES, block_count
+from bsfa_kernel.geometry import GEOMETRIES
 from bsfa_kernel.rules import PRECISIONS, RULES, SELECTIONS, VOTERS
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _KERNEL_FLOATS = (torch.float16, torch.bfloat16)
+
+PAGE_MULTIPLE = 16
+"""Keys of a page are a multiple of this."""
 
 
 def check_tensor(value: object, name: str) -> None:
@@ -66,18 +74,19 @@ def check_selection(selection: object) -> None:
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}; got {selection!r}")
 
 
-def check_max_seqlen_k(max_seqlen_k: object, varlen: bool) -> None:
-    """Refuse what is no number of keys, and any for padded tensors, whose shape says it."""
+def _check_max_seqlen_k(call: ForwardCall | SelectCall) -> None:
+    """Refuse what is no number of keys, and any for padded keys, whose shape says it."""
+    max_seqlen_k: object = call.max_seqlen_k
     if max_seqlen_k is None:
         return
     if isinstance(max_seqlen_k, bool) or not isinstance(max_seqlen_k, (int, torch.SymInt)):
         raise TypeError(
             f"max_seqlen_k must be a whole number or None, got {type(max_seqlen_k).__name__}"
         )
-    if not varlen:
+    if call.cu_seqlens_k is None and call.block_table is None:
         raise ValueError(
-            f"max_seqlen_k is for packed sequences: without cu_seqlens it must be None, got "
-            f"{max_seqlen_k}"
+            "max_seqlen_k is for packed sequences and block tables: without cu_seqlens_k and "
+            f"block_table it must be None, got {max_seqlen_k}"
         )
     if max_seqlen_k < 1:
         raise ValueError(f"max_seqlen_k must be at least 1, got {max_seqlen_k}")
@@ -109,14 +118,14 @@ def check_types(call: AnyCall) -> None:
         check_rule(call.rule)
     if isinstance(call, (ForwardCall, SelectCall)):
         check_voters(call.voters, call.q_block)
-        check_max_seqlen_k(call.max_seqlen_k, call.cu_seqlens_q is not None)
+        _check_max_seqlen_k(call)
     if isinstance(call, ForwardCall):
         check_selection(call.selection)
     if isinstance(call, SelectCall):
         check_precision(call.precision)
 
 
-_OPTIONAL = ("cu_seqlens_q", "cu_seqlens_k")
+_OPTIONAL = ("cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k")
 _TENSORS = ("q", "k", "v", "thresholds", "block_mask", *_OPTIONAL)
 
 
@@ -176,24 +185,79 @@ def check_attend(call: AttendCall, *, any_geometry: bool = False) -> None:
     _check_block_mask(call)
 
 
-def _check_lengths(call: ForwardCall | SelectCall | AttendCall) -> None:
-    """Check q, k and cu_seqlens."""
-    q, k, cu_seqlens_q, cu_seqlens_k = call.q, call.k, call.cu_seqlens_q, call.cu_seqlens_k
-    varlen = cu_seqlens_q is not None
-    if varlen != (cu_seqlens_k is not None):
-        given, absent = ("q", "k") if varlen else ("k", "q")
+def _check_lengths(call: AnyCall) -> None:
+    """Check q, k and all that says how many queries and keys a sequence has."""
+    q, k, table, seqused_k = call.q, call.k, call.block_table, call.seqused_k
+    starts_q, starts_k = starts_of_queries(call), starts_of_keys(call)
+    if starts_k is not None and seqused_k is not None:
         raise ValueError(
-            "cu_seqlens_q and cu_seqlens_k must be given together; "
-            f"got cu_seqlens_{given} without cu_seqlens_{absent}"
+            "seqused_k says how many keys there are of padded or paged ones; got both seqused_k "
+            "and cu_seqlens_k"
         )
-    _check_queries_and_keys(q, k, varlen)
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        _check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q)
-        _check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", q)
-        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+    if table is not None and seqused_k is None:
+        raise ValueError("block_table needs seqused_k, got block_table without seqused_k")
+    if starts_q is None and starts_k is not None:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must be given together; got cu_seqlens_k without "
+            "cu_seqlens_q"
+        )
+    if starts_q is not None and starts_k is None and seqused_k is None:
+        raise ValueError(
+            "cu_seqlens_q must be given together with cu_seqlens_k, or with seqused_k; got "
+            "cu_seqlens_q without either"
+        )
+    _check_queries_and_keys(call)
+    if starts_q is not None:
+        _check_integers(starts_q, "cu_seqlens_q", "batch + 1", q)
+        if starts_q.shape[0] < 1:
+            raise ValueError(f"cu_seqlens_q must be [batch + 1], got the shape {_shape(starts_q)}")
+    if starts_q is not None and starts_k is not None:
+        _check_integers(starts_k, "cu_seqlens_k", "batch + 1", q)
+        if starts_q.shape != starts_k.shape:
             raise ValueError(
                 "cu_seqlens_q and cu_seqlens_k must have the same length (batch + 1), "
-                f"got {cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+                f"got {starts_q.shape[0]} and {starts_k.shape[0]}"
+            )
+    batch = sequence_count(call)
+    if seqused_k is not None:
+        _check_integers(seqused_k, "seqused_k", "batch", q)
+        if seqused_k.shape[0] != batch:
+            raise ValueError(
+                f"seqused_k must have one number for each of {batch} sequences, got "
+                f"{seqused_k.shape[0]}"
+            )
+    if table is not None:
+        _check_block_table(call, table, batch)
+    elif starts_k is None and k.shape[0] != batch:
+        whose = "q" if starts_q is None else "cu_seqlens_q"
+        raise ValueError(f"{whose} and k must have the same batch, got {batch} and {k.shape[0]}")
+
+
+def _check_block_table(call: AnyCall, table: Tensor, batch: int) -> None:
+    """Check a block table, and the pages that it is for."""
+    if table.dim() != 2 or table.shape[0] != batch:
+        raise ValueError(
+            f"block_table must be [batch, max_pages], here [{batch}, max_pages]; got the shape "
+            f"{_shape(table)}"
+        )
+    if table.dtype != torch.int32:
+        raise TypeError(f"block_table must be int32, got {_dtype(table)}")
+    _check_device(table, "block_table", call.q)
+    if table.shape[1] > 1 and table.stride(1) != 1:
+        raise ValueError(
+            f"the last stride of block_table must be 1, got the strides {table.stride()}"
+        )
+    page_size = call.k.shape[1]
+    if page_size < 1 or page_size % PAGE_MULTIPLE:
+        raise ValueError(
+            f"the keys of a page must be a positive multiple of {PAGE_MULTIPLE}, got {page_size}"
+        )
+    if isinstance(call, (ForwardCall, SelectCall)) and call.max_seqlen_k is not None:
+        capacity = key_capacity(call)
+        if call.max_seqlen_k > capacity:
+            raise ValueError(
+                f"max_seqlen_k must be at most max_pages * page_size, {capacity}; got "
+                f"{call.max_seqlen_k}"
             )
 
 
@@ -221,28 +285,30 @@ def _check_thresholds(thresholds: Tensor, q: Tensor, any_geometry: bool) -> None
 
 
 def _check_block_mask(call: AttendCall) -> None:
-    q, k, mask = call.q, call.k, call.block_mask
+    mask = call.block_mask
     if mask.dtype != torch.int64:
         raise TypeError(f"block_mask must be int64, got {_dtype(mask)}")
-    _check_device(mask, "block_mask", q)
-    if call.cu_seqlens_q is None:
-        q_blocks = block_count(q.shape[1], call.q_block)
-        words = mask_words(call)
-        expected = (q.shape[0], q.shape[2], q_blocks, words)
+    _check_device(mask, "block_mask", call.q)
+    columns = columns_shape(call)
+    layout = "[batch, heads, q_blocks, words]" if len(columns) == 3 else _PACKED_MASK
+    if call.cu_seqlens_k is None and call.block_table is None:
+        expected = (*columns, mask_words(call))
         if mask.shape != expected:
             raise ValueError(
-                "block_mask must be [batch, heads, q_blocks, ceil(k_blocks / 64)], here "
+                f"block_mask must be {layout} with ceil(k_blocks / 64) words, here "
                 f"{list(expected)}; got the shape {_shape(mask)}"
             )
         return
-    columns = q.shape[0] // call.q_block + call.cu_seqlens_q.shape[0] - 1
-    if mask.dim() != 3 or mask.shape[:2] != (q.shape[1], columns):
+    if mask.dim() != len(columns) + 1 or mask.shape[:-1] != columns:
+        here = ", ".join(map(str, columns))
         raise ValueError(
-            "with cu_seqlens, block_mask must be [heads, total_q // q_block + batch, words], here "
-            f"[{q.shape[1]}, {columns}, words]; got the shape {_shape(mask)}"
+            f"block_mask must be {layout}, here [{here}, words]; got the shape {_shape(mask)}"
         )
-    if mask.shape[2] < 1 and k.shape[0] > 0:
-        raise ValueError("with cu_seqlens and keys, block_mask must have at least one word, got 0")
+    if mask.shape[-1] < 1 and key_capacity(call) > 0:
+        raise ValueError("with packed or paged keys, block_mask must have at least one word, got 0")
+
+
+_PACKED_MASK = "[heads, total_q // q_block + 2 * batch, words]"
 
 
 def passes_fast_check(call: ForwardCall) -> bool:
@@ -261,6 +327,8 @@ def passes_fast_check(call: ForwardCall) -> bool:
     return (
         cu_seqlens_q is None
         and cu_seqlens_k is None
+        and call.block_table is None
+        and call.seqused_k is None
         and v.shape == key_shape
         and batch == key_batch
         and head_dim == key_head_dim > 0
@@ -297,31 +365,35 @@ def check_block_maxima(call: BlockMaximaCall, *, any_geometry: bool = False) -> 
     """
     check_types(call)
     _check_options(call, any_geometry)
-    _check_queries_and_keys(call.q, call.k, varlen=False)
+    _check_lengths(call)
 
 
-def _check_queries_and_keys(q: Tensor, k: Tensor, varlen: bool) -> None:
-    if varlen:
+def _check_queries_and_keys(call: AnyCall) -> None:
+    q, k = call.q, call.k
+    if starts_of_queries(call) is not None:
         if q.dim() != 3:
             raise ValueError(
-                f"with cu_seqlens, q must be [total_q, heads, head_dim], got the shape {_shape(q)}"
+                f"with cu_seqlens_q, q must be [total_q, heads, head_dim], got the shape "
+                f"{_shape(q)}"
             )
-        if k.dim() != 3:
-            raise ValueError(
-                "with cu_seqlens, k must be [total_k, kv_heads, head_dim], "
-                f"got the shape {_shape(k)}"
-            )
-    else:
-        if q.dim() != 4:
-            raise ValueError(
-                f"q must be [batch, seqlen_q, heads, head_dim], got the shape {_shape(q)}"
-            )
+    elif q.dim() != 4:
+        raise ValueError(f"q must be [batch, seqlen_q, heads, head_dim], got the shape {_shape(q)}")
+    if call.block_table is not None:
         if k.dim() != 4:
             raise ValueError(
-                f"k must be [batch, seqlen_k, kv_heads, head_dim], got the shape {_shape(k)}"
+                "with block_table, k must be [pages, page_size, kv_heads, head_dim], "
+                f"got the shape {_shape(k)}"
             )
-        if q.shape[0] != k.shape[0]:
-            raise ValueError(f"q and k must have the same batch, got {q.shape[0]} and {k.shape[0]}")
+    elif starts_of_keys(call) is not None:
+        if k.dim() != 3:
+            raise ValueError(
+                "with cu_seqlens_k, k must be [total_k, kv_heads, head_dim], "
+                f"got the shape {_shape(k)}"
+            )
+    elif k.dim() != 4:
+        raise ValueError(
+            f"k must be [batch, seqlen_k, kv_heads, head_dim], got the shape {_shape(k)}"
+        )
     if q.dtype not in _FLOATS:
         raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {_dtype(q)}")
     if q.shape[-1] < 1:
@@ -349,13 +421,12 @@ def _check_device(x: Tensor, name: str, q: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of q ({q.device}), got {x.device}")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, name: str, q: Tensor) -> None:
-    check_tensor(cu_seqlens, name)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{name} must be [batch + 1], got the shape {_shape(cu_seqlens)}")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {_dtype(cu_seqlens)}")
-    _check_device(cu_seqlens, name, q)
+def _check_integers(x: Tensor, name: str, length: str, q: Tensor) -> None:
+    if x.dim() != 1:
+        raise ValueError(f"{name} must be [{length}], got the shape {_shape(x)}")
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {_dtype(x)}")
+    _check_device(x, name, q)
 
 
 def check_thresholds_values(thresholds: Tensor) -> None:
@@ -388,16 +459,6 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, name: str, total_name: str, tota
             )
 
 
-def check_packed_values(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
-    """Check where packed sequences begin and end.
-
-    Raises:
-        ValueError: not from 0 to the total, or decreasing.
-    """
-    check_cu_seqlens_values(cu_seqlens_q, "cu_seqlens_q", "total_q", q.shape[0])
-    check_cu_seqlens_values(cu_seqlens_k, "cu_seqlens_k", "total_k", k.shape[0])
-
-
 def check_longest(max_seqlen_k: int, longest: int) -> None:
     """Refuse a max_seqlen_k that a sequence exceeds.
 
@@ -409,6 +470,34 @@ def check_longest(max_seqlen_k: int, longest: int) -> None:
             f"max_seqlen_k must be at least the keys of the longest sequence, {longest}; "
             f"got {max_seqlen_k}"
         )
+
+
+def check_seqused_values(lengths: list[int], capacity: int) -> None:
+    """Check how many keys sequences have.
+
+    Raises:
+        ValueError: less than none, or more than there is room for.
+    """
+    for index, length in enumerate(lengths):
+        if not 0 <= length <= capacity:
+            raise ValueError(
+                f"seqused_k must be between 0 and the keys that there is room for ({capacity}), "
+                f"got {length} for sequence {index}"
+            )
+
+
+def check_pages(entries: list[int], sequence: int, pages: int) -> None:
+    """Check the entries of a block table that a sequence uses.
+
+    Raises:
+        ValueError: one is no page.
+    """
+    for index, entry in enumerate(entries):
+        if not 0 <= entry < pages:
+            raise ValueError(
+                f"entries of block_table must be pages of k, 0 to {pages - 1}; got {entry} for "
+                f"sequence {sequence}, page {index}"
+            )
 
 
 def check_kernel_tensor(x: Tensor, name: str) -> None:

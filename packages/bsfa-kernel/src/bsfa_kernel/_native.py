@@ -27,7 +27,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bsfa_kernel._calls import AnyCall, AttendCall, BlockMaximaCall, ForwardCall, SelectCall
+from bsfa_kernel._calls import (
+    AnyCall,
+    AttendCall,
+    BlockMaximaCall,
+    ForwardCall,
+    SelectCall,
+    most_keys,
+    sequence_count,
+    starts_of_keys,
+    starts_of_queries,
+)
 from bsfa_kernel.rules import PRECISION_CODES, RULE_CODES
 
 ABI_VERSION = 1
@@ -89,14 +99,7 @@ class Problem(Structure):
     )
 
 
-RESERVED = (
-    "seqused_k",
-    "block_table",
-    "block_table_stride",
-    "pages",
-    "page_size",
-    "sinks",
-)
+RESERVED = ("sinks",)
 """Members of bsfa_problem that must be 0 in this version."""
 
 
@@ -292,12 +295,12 @@ def forward(call: ForwardCall, out: Tensor, lse: Tensor | None, kept: Tensor | N
         RuntimeError: a CUDA call failed, or a defect of the library.
     """
     thresholds = _contiguous(call.thresholds)
-    cu_seqlens = _cu_seqlens(call)
+    lengths = _Lengths(call)
     status = library().bsfa_forward(
         _forward_packer.pack(
             ABI_VERSION,
             _FORWARD_SIZE,
-            *_problem(call, cu_seqlens),
+            *_problem(call, lengths),
             *_tensor(call.v),
             *_tensor(out),
             thresholds.data_ptr(),
@@ -322,11 +325,12 @@ def block_maxima(call: BlockMaximaCall, maxima: Tensor) -> None:
         NotImplementedError: no native library, or valid but unsupported by it or by the GPU.
         RuntimeError: a CUDA call failed, or a defect of the library.
     """
+    lengths = _Lengths(call)
     status = library().bsfa_block_maxima(
         _block_maxima_packer.pack(
             ABI_VERSION,
             _BLOCK_MAXIMA_SIZE,
-            *_problem(call, None),
+            *_problem(call, lengths),
             maxima.data_ptr(),
         )
     )
@@ -344,11 +348,11 @@ def select_blocks(call: SelectCall, block_mask: Tensor) -> None:
     Raises: as ``forward``.
     """
     thresholds = _contiguous(call.thresholds)
-    cu_seqlens = _cu_seqlens(call)
+    lengths = _Lengths(call)
     arguments = _select_blocks_packer.pack(
         ABI_VERSION,
         _SELECT_BLOCKS_SIZE,
-        *_problem(call, cu_seqlens),
+        *_problem(call, lengths),
         thresholds.data_ptr(),
         thresholds.shape[1],
         PRECISION_CODES[call.precision],
@@ -376,11 +380,11 @@ def attend_blocks(call: AttendCall, out: Tensor, lse: Tensor | None, kept: Tenso
     """
     block_mask = _contiguous(call.block_mask)
     thresholds = None if call.thresholds is None else _contiguous(call.thresholds)
-    cu_seqlens = _cu_seqlens(call)
+    lengths = _Lengths(call)
     arguments = _attend_blocks_packer.pack(
         ABI_VERSION,
         _ATTEND_BLOCKS_SIZE,
-        *_problem(call, cu_seqlens),
+        *_problem(call, lengths),
         *_tensor(call.v),
         *_tensor(out),
         block_mask.data_ptr(),
@@ -416,11 +420,23 @@ def _contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
-def _cu_seqlens(call: ForwardCall | SelectCall | AttendCall) -> tuple[Tensor, Tensor] | None:
-    """Contiguous ones, which must live until the call is made."""
-    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
-        return None
-    return call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous()
+class _Lengths:
+    """What the device knows of a call's lengths, contiguous; must live until the call is made."""
+
+    __slots__ = ("cu_seqlens_k", "cu_seqlens_q", "seqused_k")
+
+    def __init__(self, call: AnyCall) -> None:
+        self.cu_seqlens_q = _contiguous_or_none(starts_of_queries(call))
+        self.cu_seqlens_k = _contiguous_or_none(starts_of_keys(call))
+        self.seqused_k = _contiguous_or_none(call.seqused_k)
+
+
+def _contiguous_or_none(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _contiguous(x)
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _tensor(x: Tensor) -> tuple[int, ...]:
@@ -431,18 +447,11 @@ def _tensor(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), 0, strides[0], strides[1]
 
 
-def _problem(call: AnyCall, cu_seqlens: tuple[Tensor, Tensor] | None) -> tuple[float, ...]:
-    """The fields of Problem that are not reserved; ``cu_seqlens`` are contiguous."""
-    q, k, scale = call.q, call.k, call.scale
-    if cu_seqlens is None:
-        batch, seqlen_q, heads, head_dim = q.shape
-        _, seqlen_k, kv_heads, _ = k.shape
-        starts_q = starts_k = 0
-    else:
-        batch = cu_seqlens[0].shape[0] - 1
-        seqlen_q, heads, head_dim = q.shape
-        seqlen_k, kv_heads, _ = k.shape
-        starts_q, starts_k = cu_seqlens[0].data_ptr(), cu_seqlens[1].data_ptr()
+def _problem(call: AnyCall, lengths: _Lengths) -> tuple[float, ...]:
+    """The fields of Problem that are not reserved."""
+    q, k, scale, table = call.q, call.k, call.scale, call.block_table
+    seqlen_q, heads, head_dim = q.shape[-3:]
+    batch = sequence_count(call)
     device = _device(q)
     return (
         device,
@@ -457,14 +466,19 @@ def _problem(call: AnyCall, cu_seqlens: tuple[Tensor, Tensor] | None) -> tuple[f
         call.voters if isinstance(call, (ForwardCall, SelectCall)) else 1,
         batch,
         heads,
-        kv_heads,
+        k.shape[-2],
         head_dim,
         seqlen_q,
-        seqlen_k,
+        k.shape[-3] if table is None else most_keys(call),
         *_tensor(q),
         *_tensor(k),
-        starts_q,
-        starts_k,
+        _pointer(lengths.cu_seqlens_q),
+        _pointer(lengths.cu_seqlens_k),
+        _pointer(lengths.seqused_k),
+        _pointer(table),
+        0 if table is None else table.stride(0),
+        0 if table is None else k.shape[0],
+        0 if table is None else k.shape[1],
     )
 
 

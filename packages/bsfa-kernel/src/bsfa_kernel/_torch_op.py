@@ -21,6 +21,7 @@ from bsfa_kernel._calls import (
     ForwardCall,
     SelectCall,
     attend_step,
+    columns_shape,
     mask_words,
     most_keys,
     select_step,
@@ -43,38 +44,32 @@ _library.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor thresholds, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, bool causal, float? scale, str rule, int q_block, int k_block, "
     "int voters, bool return_lse, bool return_kept, str selection='exact', "
-    "SymInt? max_seqlen_k=None) -> (Tensor out, Tensor lse, Tensor kept)",
+    "SymInt? max_seqlen_k=None, Tensor? block_table=None, Tensor? seqused_k=None) "
+    "-> (Tensor out, Tensor lse, Tensor kept)",
     tags=_tags,
 )
 _library.define(
     "select_blocks(Tensor q, Tensor k, Tensor thresholds, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, bool causal, float? scale, str rule, int q_block, int k_block, "
-    "int voters, str precision, SymInt? max_seqlen_k) -> Tensor",
+    "int voters, str precision, SymInt? max_seqlen_k, Tensor? block_table=None, "
+    "Tensor? seqused_k=None) -> Tensor",
     tags=_tags,
 )
 _library.define(
     "attend_blocks(Tensor q, Tensor k, Tensor v, Tensor block_mask, Tensor? thresholds, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float? scale, int q_block, "
-    "int k_block, bool return_lse, bool return_kept) -> (Tensor out, Tensor lse, Tensor kept)",
+    "int k_block, bool return_lse, bool return_kept, Tensor? block_table=None, "
+    "Tensor? seqused_k=None) -> (Tensor out, Tensor lse, Tensor kept)",
     tags=_tags,
 )
 _library.define(
     "block_maxima(Tensor q, Tensor k, bool causal, float? scale, str rule, int q_block, "
-    "int k_block) -> Tensor",
+    "int k_block, Tensor? block_table=None, Tensor? seqused_k=None) -> Tensor",
     tags=_tags,
 )
 
 _Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 """out, lse and kept; None where not asked for."""
-
-
-def _query_blocks(call: ForwardCall | SelectCall | AttendCall) -> tuple[int, ...]:
-    """The shape of what there is one of for each query block: kept, and rows of a block mask."""
-    if call.cu_seqlens_q is None:
-        batch, seqlen_q, heads, _ = call.q.shape
-        return batch, heads, block_count(seqlen_q, call.q_block)
-    total_q, heads, _ = call.q.shape
-    return heads, total_q // call.q_block + call.cu_seqlens_q.shape[0] - 1
 
 
 def _allocate(call: ForwardCall | AttendCall, lse_dtype: torch.dtype) -> _Outputs:
@@ -86,7 +81,7 @@ def _allocate(call: ForwardCall | AttendCall, lse_dtype: torch.dtype) -> _Output
         *batch, seqlen_q, heads, _ = q.shape
         lse = q.new_empty((*batch, heads, seqlen_q), dtype=lse_dtype)
     if call.return_kept:
-        kept = q.new_empty(_query_blocks(call), dtype=torch.int32)
+        kept = q.new_empty(columns_shape(call), dtype=torch.int32)
     return out, lse, kept
 
 
@@ -188,7 +183,7 @@ def _select_blocks_fake(*arguments: Any, **named: Any) -> Tensor:
 
 def _empty_mask(call: SelectCall) -> Tensor:
     """The block mask, unwritten."""
-    return call.q.new_empty((*_query_blocks(call), mask_words(call)), dtype=torch.int64)
+    return call.q.new_empty((*columns_shape(call), mask_words(call)), dtype=torch.int64)
 
 
 @torch.library.impl(_library, "attend_blocks", "CPU")
@@ -251,12 +246,8 @@ def _block_maxima_fake(*arguments: Any, **named: Any) -> Tensor:
 
 
 def _empty_maxima(call: BlockMaximaCall) -> Tensor:
-    batch, seqlen_q, heads, _ = call.q.shape
-    q_blocks = block_count(seqlen_q, call.q_block)
-    k_blocks = block_count(call.k.shape[1], call.k_block)
-    return torch.empty(
-        (batch, heads, q_blocks, k_blocks), dtype=torch.float32, device=call.q.device
-    )
+    shape = (*columns_shape(call), block_count(most_keys(call), call.k_block))
+    return call.q.new_empty(shape, dtype=torch.float32)
 
 
 def _no_backward(ctx: Any, *gradients: Tensor | None) -> None:

@@ -34,6 +34,8 @@ def block_sparse_attention(
     expected_skipped: float | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
     max_seqlen_k: int | None = ...,
     return_lse: Literal[False] = ...,
     return_kept: Literal[False] = ...,
@@ -56,6 +58,8 @@ def block_sparse_attention(
     expected_skipped: float | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
     max_seqlen_k: int | None = ...,
     return_lse: Literal[True],
     return_kept: Literal[False] = ...,
@@ -78,6 +82,8 @@ def block_sparse_attention(
     expected_skipped: float | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
     max_seqlen_k: int | None = ...,
     return_lse: Literal[False] = ...,
     return_kept: Literal[True],
@@ -100,6 +106,8 @@ def block_sparse_attention(
     expected_skipped: float | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
     max_seqlen_k: int | None = ...,
     return_lse: Literal[True],
     return_kept: Literal[True],
@@ -121,6 +129,8 @@ def block_sparse_attention(
     expected_skipped: float | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
     return_kept: bool = False,
@@ -135,15 +145,18 @@ def block_sparse_attention(
 
     Args:
         q: [batch, seqlen_q, heads, head_dim]; float16 or bfloat16, on a CPU also float32 or
-            float64; any strides, whose last is 1 on a GPU. With ``cu_seqlens_*``:
+            float64; any strides, whose last is 1 on a GPU. With ``cu_seqlens_q``:
             [total_q, heads, head_dim].
-        k: [batch, seqlen_k, kv_heads, head_dim], or [total_k, kv_heads, head_dim]; heads is a
-            multiple of kv_heads, and query head h reads kv head h // (heads / kv_heads).
-        v: as k.
-        thresholds: float32 [heads, rows], in units of scaled scores. Row i serves the query block
-            at absolute position i; the last row serves every later one. -inf keeps everything,
-            +inf only the forced blocks.
-        causal: query i sees keys j <= i + seqlen_k - seqlen_q; else all keys.
+        k: [batch, seqlen_k, kv_heads, head_dim], with ``cu_seqlens_k`` [total_k, kv_heads,
+            head_dim], with ``block_table`` [pages, page_size, kv_heads, head_dim], page_size a
+            multiple of 16; heads is a multiple of kv_heads, and query head h reads kv head
+            h // (heads / kv_heads).
+        v: as k, with strides of its own.
+        thresholds: float32 [heads, rows], in units of scaled scores. Query blocks start at absolute
+            positions that are multiples of q_block; row i serves the one from i * q_block on, and
+            the last row every later one. -inf keeps everything, +inf only the forced blocks.
+        causal: query i, whose absolute position is i + seqlen_k - seqlen_q, sees the keys up to
+            that position; else all keys.
         scale: factor of the scores, positive; head_dim ** -0.5 by default.
         rule: one of ``RULES``: what a block's scores are compared with.
         geometry: the sparsity block that the thresholds were made for, one of ``GEOMETRIES``.
@@ -157,19 +170,28 @@ def block_sparse_attention(
             skip, between 0 and 1; "exact" where it is not known.
         cu_seqlens_q: int32 [batch + 1], from 0 to total_q: where packed sequences begin and end.
         cu_seqlens_k: int32 [batch + 1], from 0 to total_k.
-        max_seqlen_k: for packed sequences: keys of the longest, or more; total_k by default. With
+        block_table: int32 [batch, max_pages], last stride 1: which pages hold a sequence's keys.
+            Key j of sequence b is ``k[block_table[b, j // page_size], j % page_size]``; entries
+            past the sequence's last page are not read. Needs ``seqused_k``.
+        seqused_k: int32 [batch]: how many keys each sequence has, where k is padded or paged;
+            others are never read. With it, packed queries have ``cu_seqlens_q`` alone. At most as
+            many as there is room for: on a GPU, where it cannot be checked, a sequence with more
+            gets NaN.
+        max_seqlen_k: keys of the longest sequence, or more: of packed keys, total_k by default and
+            not for "exact"; of paged keys, max_pages * page_size by default and at most. With
             "int8" and "auto" it sets the size of the block mask, and is what "auto" takes for the
-            call's length; not for "exact". On a GPU, where it cannot be checked, a sequence with
-            more key blocks than the mask has bits gets NaN.
+            call's length. On a GPU, where it cannot be checked, a longer sequence that does not fit
+            gets NaN.
         return_lse: also return the log-sum-exp of the scores kept.
         return_kept: also return how many key blocks each query block kept. Graphs that are exported
             with a dynamic seqlen_q then need two query blocks, as torch makes a case of its own of
             a dimension of 1; without it they take any lengths.
 
     Returns:
-        The output, as q; then, where asked for, lse: float32 [batch, heads, seqlen_q] (varlen
+        The output, as q; then, where asked for, lse: float32 [batch, heads, seqlen_q] (packed
         [heads, total_q]; float64 from float64 inputs), and kept: int32 [batch, heads, q_blocks]
-        (varlen [heads, total_q // q_block + batch]). A query that keeps nothing has output 0 and
+        (packed [heads, total_q // q_block + 2 * batch]), whose columns that belong to no query
+        block hold 0. A query that keeps nothing has output 0 and
         lse -inf.
 
     Raises:
@@ -197,18 +219,21 @@ def block_sparse_attention(
         bool(return_kept),
         selection,
         max_seqlen_k,
+        block_table,
+        seqused_k,
     )
     direct = can_bypass_dispatcher(call) and passes_fast_check(call)
     if not direct:
         check_types(call)
     check_expected_skipped(expected_skipped, selection)
-    if selection == "exact" and max_seqlen_k is not None:
+    if selection == "exact" and max_seqlen_k is not None and block_table is None:
         raise ValueError(
-            f"max_seqlen_k is for selection='int8' and 'auto'; got {max_seqlen_k} with 'exact'"
+            "max_seqlen_k is for selection='int8' and 'auto', or a block table; got "
+            f"{max_seqlen_k} with 'exact' and none"
         )
     if selection == "auto":
         resolved = resolve_but_for_length(expected_skipped, voters, q)
-        call = ForwardCall(*call[:-2], resolved, max_seqlen_k)
+        call = ForwardCall(*call[:14], resolved, *call[15:])
     outputs: Any = _torch_op.launch_forward(call) if direct else dispatch(_forward, call)
     out, lse, kept = outputs
     if return_lse:
@@ -226,21 +251,25 @@ def block_maxima(
     scale: float | None = None,
     rule: str = "absolute",
     geometry: Geometry = DEFAULT_GEOMETRY,
+    block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> Tensor:
     """The quantity that is compared with the thresholds, for every block.
 
     The maximum over the visible scores of a block of score - reference, the references of the
     relative rules being those of a run that keeps every block. Calibration is made of it.
 
-    Args: as of padded tensors in ``block_sparse_attention``, and so are the errors.
+    Args: as of padded queries in ``block_sparse_attention``, and so are the errors.
 
     Returns:
-        float32 [batch, heads, q_blocks, k_blocks]; -inf where no score is visible, +inf where a
-        relative rule meets a row that has seen nothing yet, NaN where a score or a row's reference
-        is NaN.
+        float32 [batch, heads, q_blocks, k_blocks], k_blocks those of seqlen_k or of
+        max_pages * page_size keys; -inf where no score is visible, +inf where a relative rule meets
+        a row that has seen nothing yet, NaN where a score or a row's reference is NaN.
     """
     check_geometry(geometry)
-    call = BlockMaximaCall(q, k, bool(causal), scale, rule, geometry[0], geometry[1])
+    call = BlockMaximaCall(
+        q, k, bool(causal), scale, rule, geometry[0], geometry[1], block_table, seqused_k
+    )
     check_types(call)
     maxima: Tensor = dispatch(_block_maxima, call)
     return maxima

@@ -61,6 +61,39 @@ def block_count(length: int, block: int) -> int:
     return (length + block - 1) // block
 
 
+def query_lead(seqlen_q: int, seqlen_k: int, geometry: Geometry = DEFAULT_GEOMETRY) -> int:
+    """Rows of a sequence's first query block that lie before its first query.
+
+    Query i has the absolute position i + seqlen_k - seqlen_q, and query blocks start at absolute
+    multiples of ``q_block``: block i holds those of the queries from i * q_block - lead on, less
+    than (i + 1) * q_block - lead, that there are.
+    """
+    return (seqlen_k - seqlen_q) % geometry[0]
+
+
+def query_block_count(seqlen_q: int, seqlen_k: int, geometry: Geometry = DEFAULT_GEOMETRY) -> int:
+    """Number of query blocks that a sequence has; 0 without queries."""
+    lead = query_lead(seqlen_q, seqlen_k, geometry)
+    return block_count(seqlen_q + lead, geometry[0]) * min(seqlen_q, 1)
+
+
+def first_query(
+    query_block: _Indices, seqlen_q: int, seqlen_k: int, geometry: Geometry = DEFAULT_GEOMETRY
+) -> _Indices:
+    """Index of a query block's first query in its sequence.
+
+    This and the other functions of counts take numbers that torch.compile traces as well.
+
+    Args:
+        query_block: index of a query block of the sequence, or an array or tensor of several.
+        seqlen_q: queries in the sequence.
+        seqlen_k: keys in the sequence.
+        geometry: the sparsity block.
+    """
+    start = query_block * geometry[0] - query_lead(seqlen_q, seqlen_k, geometry)
+    return _clip(start, 0, None)
+
+
 def visible_keys(
     query_block: _Indices,
     seqlen_q: int,
@@ -71,8 +104,6 @@ def visible_keys(
 ) -> _Indices:
     """Number of keys that some query of a block sees; they are the first ones.
 
-    This and the other functions of counts take numbers that torch.compile traces as well.
-
     Args:
         query_block: index of a query block of the sequence, or an array or tensor of several.
         seqlen_q: queries in the sequence.
@@ -82,8 +113,8 @@ def visible_keys(
     """
     if not causal:
         return query_block * 0 + seqlen_k
-    end = _clip((query_block + 1) * geometry[0], None, seqlen_q)
-    return _clip(end + (seqlen_k - seqlen_q), 0, None)
+    end = (query_block + 1) * geometry[0] - query_lead(seqlen_q, seqlen_k, geometry)
+    return _clip(_clip(end, None, seqlen_q) + (seqlen_k - seqlen_q), 0, None)
 
 
 def visible_blocks(
@@ -118,8 +149,8 @@ def full_blocks(
     """
     if not causal:
         return query_block * 0 + seqlen_k // geometry[1]
-    seen_by_first = query_block * geometry[0] + (seqlen_k - seqlen_q + 1)
-    return _clip(seen_by_first, 0, None) // geometry[1]
+    first = first_query(query_block, seqlen_q, seqlen_k, geometry)
+    return _clip(first + (seqlen_k - seqlen_q + 1), 0, None) // geometry[1]
 
 
 def count_visible(
@@ -127,14 +158,17 @@ def count_visible(
 ) -> int:
     """Sum of ``visible_blocks`` over the query blocks of a sequence, without a loop over them."""
     q_block, k_block = geometry
-    q_blocks = block_count(seqlen_q, q_block)
+    q_blocks = query_block_count(seqlen_q, seqlen_k, geometry)
     if not causal:
         return q_blocks * block_count(seqlen_k, k_block)
-    # All but the last block, which may be ragged, see a multiple of q_block keys and an offset.
-    offset = seqlen_k - seqlen_q
-    first = min(max(-offset // q_block, 0), max(q_blocks - 1, 0))
+    # All but the last block, which may be ragged, see the keys up to the block's absolute end.
+    position = (seqlen_k - seqlen_q) // q_block
+    first = min(max(-position, 0), max(q_blocks - 1, 0))
     sum_of_others = _sum_of_quotients(
-        max(q_blocks - 1 - first, 0), q_block, (first + 1) * q_block + offset + k_block - 1, k_block
+        max(q_blocks - 1 - first, 0),
+        q_block,
+        (first + 1 + position) * q_block + k_block - 1,
+        k_block,
     )
     return sum_of_others + block_count(seqlen_k, k_block) * min(seqlen_q, 1)
 
@@ -144,12 +178,18 @@ def count_full(
 ) -> int:
     """Sum of ``full_blocks`` over the query blocks of a sequence, without a loop over them."""
     q_block, k_block = geometry
-    q_blocks = block_count(seqlen_q, q_block)
+    q_blocks = query_block_count(seqlen_q, seqlen_k, geometry)
     if not causal:
         return q_blocks * (seqlen_k // k_block)
+    # All but the first block, which may be cut, see the key at the block's absolute start.
     offset = seqlen_k - seqlen_q
-    first = min(max(block_count(-offset, q_block), 0), q_blocks)
-    return _sum_of_quotients(q_blocks - first, q_block, first * q_block + offset + 1, k_block)
+    position = offset // q_block
+    of_first = max(offset + 1, 0) // k_block * min(seqlen_q, 1)
+    first = min(max(-position, 1), max(q_blocks, 1))
+    sum_of_others = _sum_of_quotients(
+        max(q_blocks - first, 0), q_block, (first + position) * q_block + 1, k_block
+    )
+    return of_first + sum_of_others
 
 
 def forced_share(
@@ -164,7 +204,7 @@ def can_skip(
     seqlen_q: int, seqlen_k: int, geometry: Geometry = DEFAULT_GEOMETRY, *, causal: bool = True
 ) -> bool:
     """Whether a sequence has a block that is not forced: its last query block has, if any has."""
-    last = block_count(seqlen_q, geometry[0]) - 1
+    last = query_block_count(seqlen_q, seqlen_k, geometry) - 1
     return last >= 0 and full_blocks(last, seqlen_q, seqlen_k, geometry, causal=causal) > 0
 
 
@@ -201,7 +241,7 @@ def threshold_row(first_query: int, seqlen_q: int, seqlen_k: int, q_block: int, 
     table read its last row.
 
     Args:
-        first_query: index of the block's first query in its sequence.
+        first_query: index of the block's first query in its sequence, or of any other.
         seqlen_q: queries in the sequence.
         seqlen_k: keys in the sequence.
         q_block: queries in a block.

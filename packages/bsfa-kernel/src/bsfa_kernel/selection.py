@@ -33,6 +33,8 @@ def select_blocks(
     precision: str = "int8",
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
 ) -> Tensor:
     """The blocks that ``block_sparse_attention`` would keep, as a block mask.
@@ -41,16 +43,18 @@ def select_blocks(
 
         precision: "int8" goes by scores of queries and keys rounded to 8 bits, which take half the
             time, "exact" by those that attention uses.
-        max_seqlen_k: for packed sequences: keys of the longest, or more; total_k by default. It
-            sets the number of words.
+        max_seqlen_k: keys of the longest sequence, or more: of packed keys, total_k by default, of
+            paged keys, max_pages * page_size by default and at most. It sets the number of words.
+            On a GPU a longer sequence gets all bits.
 
     Returns:
-        int64 [batch, heads, q_blocks, words] with words = ceil(k_blocks / 64), or of packed
-        sequences [heads, total_q // q_block + batch, ceil(max_seqlen_k / 4096)]. Bit j of word i
-        stands for key block 64 * i + j; ``unpack_blocks`` makes bools of them. Forced blocks are
-        set, invisible ones are not. In graphs that are exported with dynamic lengths the mask needs
-        two query blocks and two words, as torch makes a case of its own of a dimension of 1;
-        ``block_sparse_attention`` has no mask in its graph, and takes any.
+        int64 [batch, heads, q_blocks, words], of packed queries [heads, total_q // q_block +
+        2 * batch, words], with words = ceil(k_blocks / 64), of packed and paged keys
+        ceil(max_seqlen_k / 4096). Bit j of word i stands for key block 64 * i + j;
+        ``unpack_blocks`` makes bools of them. Forced blocks are set; invisible ones, and columns
+        that belong to no query block, are not. In graphs that are exported with dynamic lengths the
+        mask needs two query blocks and two words, as torch makes a case of its own of a dimension
+        of 1; ``block_sparse_attention`` has no mask in its graph, and takes any.
 
     Raises: as ``block_sparse_attention``.
     """
@@ -69,6 +73,8 @@ def select_blocks(
         voters,
         precision,
         max_seqlen_k,
+        block_table,
+        seqused_k,
     )
     check_types(call)
     block_mask: Tensor = dispatch(select_operator, call)
@@ -87,6 +93,8 @@ def attend_blocks(
     geometry: Geometry = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     return_kept: Literal[False] = ...,
 ) -> Tensor: ...
@@ -104,6 +112,8 @@ def attend_blocks(
     geometry: Geometry = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
     return_lse: Literal[True],
     return_kept: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -121,6 +131,8 @@ def attend_blocks(
     geometry: Geometry = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     return_kept: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -138,6 +150,8 @@ def attend_blocks(
     geometry: Geometry = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
     return_lse: Literal[True],
     return_kept: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -154,6 +168,8 @@ def attend_blocks(
     geometry: Geometry = DEFAULT_GEOMETRY,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     return_lse: bool = False,
     return_kept: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
@@ -165,18 +181,21 @@ def attend_blocks(
     the native library. There is no backward pass.
 
     Args:
-        q: as in ``block_sparse_attention``, and so are ``k``, ``v``, ``causal``, ``scale`` and
-            ``cu_seqlens_*``.
+        q: as in ``block_sparse_attention``, and so are ``k``, ``v``, ``causal``, ``scale``,
+            ``cu_seqlens_*``, ``block_table`` and ``seqused_k``.
         k: as there.
         v: as there.
-        block_mask: int64 [batch, heads, q_blocks, ceil(k_blocks / 64)], or of packed sequences
-            [heads, total_q // q_block + batch, words], as ``select_blocks`` and ``pack_blocks``
-            make it. A packed sequence with more key blocks than bits gets NaN.
+        block_mask: int64 [batch, heads, q_blocks, words], of packed queries [heads, total_q //
+            q_block + 2 * batch, words], as ``select_blocks`` and ``pack_blocks`` make it; of padded
+            keys words = ceil(k_blocks / 64). A sequence of packed or paged keys with more key
+            blocks than bits gets NaN.
         causal: query i sees keys j <= i + seqlen_k - seqlen_q; else all keys.
         scale: factor of the scores, positive; head_dim ** -0.5 by default.
         geometry: queries and keys of a block, one of ``GEOMETRIES``.
         cu_seqlens_q: int32 [batch + 1], from 0 to total_q.
         cu_seqlens_k: int32 [batch + 1], from 0 to total_k.
+        block_table: int32 [batch, max_pages], with ``seqused_k``.
+        seqused_k: int32 [batch].
         return_lse: also return the log-sum-exp of the scores attended to.
         return_kept: also return how many visible blocks each query block attended to.
 
@@ -201,6 +220,8 @@ def attend_blocks(
         geometry[1],
         bool(return_lse),
         bool(return_kept),
+        block_table,
+        seqused_k,
     )
     check_types(call)
     out, lse, kept = dispatch(attend_operator, call)

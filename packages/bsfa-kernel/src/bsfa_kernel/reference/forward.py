@@ -10,17 +10,22 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from bsfa_kernel._calls import MASK_BITS, AttendCall, ForwardCall, geometry_of
+from bsfa_kernel._calls import (
+    MASK_BITS,
+    AttendCall,
+    ForwardCall,
+    columns_shape,
+    geometry_of,
+)
 from bsfa_kernel._checks import (
     check_attend,
     check_forward,
-    check_longest,
-    check_packed_values,
     check_thresholds_values,
     check_two_sizes,
 )
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry, block_count
 from bsfa_kernel.masks import unpack_blocks
+from bsfa_kernel.reference.parts import Part, parts_of
 from bsfa_kernel.reference.scores import (
     QueryBlock,
     computed_in,
@@ -28,7 +33,6 @@ from bsfa_kernel.reference.scores import (
     in_blocks,
     scale_of,
     score_chunks,
-    sequences,
 )
 from bsfa_kernel.reference.selection import Decision, decision_by_rule
 
@@ -41,7 +45,7 @@ _LOG2_E = 1.4426950408889634
 
 
 class AttentionResult(NamedTuple):
-    """What ``attention`` computes; shapes as in docs/semantics.md, those of varlen in brackets."""
+    """What ``attention`` computes: shapes of docs/semantics.md, of packed queries in brackets."""
 
     out: Tensor
     """[batch, seqlen_q, heads, head_dim] ([total_q, heads, head_dim]), in q's dtype or, if given,
@@ -49,10 +53,11 @@ class AttentionResult(NamedTuple):
     lse: Tensor
     """[batch, heads, seqlen_q] ([heads, total_q]), in the dtype computed in."""
     kept: Tensor
-    """[batch, heads, q_blocks] ([heads, total_q // q_block + batch]), int32: how many blocks."""
+    """[batch, heads, q_blocks] ([heads, total_q // q_block + 2 * batch]), int32: how many
+    blocks."""
     mask: Tensor
-    """[batch, heads, q_blocks, k_blocks] ([heads, total_q // q_block + batch, k_blocks of the
-    longest sequence]), bool: which blocks."""
+    """[batch, heads, q_blocks, k_blocks] ([heads, total_q // q_block + 2 * batch, k_blocks]), bool:
+    which blocks; k_blocks are those of the longest sequence."""
     margin: Tensor
     """As ``kept``, in the dtype computed in: how far the closest verdict of the query block was
     from the other one, in units of scaled scores; inf where nothing was decided. Arithmetic that
@@ -73,6 +78,8 @@ def attention(
     voters: int = 1,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> AttentionResult:
     """``bsfa_kernel.block_sparse_attention``, and all that can be known of its verdicts.
@@ -101,6 +108,8 @@ def attention(
             voters,
             return_lse=True,
             return_kept=True,
+            block_table=block_table,
+            seqused_k=seqused_k,
         ),
         compute_dtype,
     )
@@ -118,6 +127,8 @@ def attend_blocks(
     geometry: Geometry = DEFAULT_GEOMETRY,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> AttentionResult:
     """``bsfa_kernel.attend_blocks``, with the mask of what was attended; no margin is finite.
@@ -138,6 +149,8 @@ def attend_blocks(
             *check_two_sizes(geometry),
             return_lse=True,
             return_kept=True,
+            block_table=block_table,
+            seqused_k=seqused_k,
         ),
         compute_dtype,
     )
@@ -169,11 +182,11 @@ def run_attend(call: AttendCall, compute_dtype: torch.dtype | None = None) -> At
     if call.thresholds is not None:
         check_thresholds_values(call.thresholds)
 
-    def decision(q: Tensor, k: Tensor, columns: slice) -> Decision | None:
-        k_blocks = block_count(k.shape[1], call.k_block)
+    def decision(q: Tensor, k: Tensor, part: Part) -> Decision | None:
+        k_blocks = block_count(part.seqlen_k, call.k_block)
         if k_blocks > MASK_BITS * call.block_mask.shape[-1]:
             return None
-        mask = unpack_blocks(call.block_mask[..., columns, :], k_blocks)
+        mask = unpack_blocks(part.of_columns(call.block_mask), k_blocks)
         rows = len(q) * k.shape[2]  # of heads that share keys
         mask = mask.reshape(rows, q.shape[2] // k.shape[2], *mask.shape[-2:])
 
@@ -186,70 +199,45 @@ def run_attend(call: AttendCall, compute_dtype: torch.dtype | None = None) -> At
     return _run(call, compute_dtype, decision)
 
 
-_DecisionOf: TypeAlias = Callable[[Tensor, Tensor, slice], Decision | None]
-"""The decision of a sequence, given its q and k and its columns of kept; None where its outputs are
-NaN."""
+_DecisionOf: TypeAlias = Callable[[Tensor, Tensor, Part], Decision | None]
+"""The decision of a part of a call, given its q and k; None where its outputs are NaN."""
 
 
 def _run(
     call: ForwardCall | AttendCall, compute_dtype: torch.dtype | None, decision_of: _DecisionOf
 ) -> AttentionResult:
-    """Attention, sequence by sequence."""
-    q, k, v, starts_q, starts_k = call.q, call.k, call.v, call.cu_seqlens_q, call.cu_seqlens_k
-    dtype = computed_in(q, compute_dtype)
-    heads = q.shape[-2]
-    if starts_q is None or starts_k is None:
-        batch, seqlen_q = q.shape[:2]
-        q_blocks = block_count(seqlen_q, call.q_block)
-        k_blocks = block_count(k.shape[1], call.k_block)
-        result = _empty_result(
-            q, compute_dtype, dtype, (batch, heads, seqlen_q), (batch, heads, q_blocks), k_blocks
-        )
-        _attend(call, q, k, v, result, dtype, decision_of(q, k, slice(None)))
-        return result
-
-    check_packed_values(q, k, starts_q, starts_k)
-    parts = list(sequences(starts_q, starts_k, call.q_block))
-    longest = max((part.keys.stop - part.keys.start for part in parts), default=0)
-    if isinstance(call, ForwardCall) and call.max_seqlen_k is not None:
-        check_longest(call.max_seqlen_k, longest)
-    columns = q.shape[0] // call.q_block + len(parts)
-    result = _empty_result(
-        q,
-        compute_dtype,
-        dtype,
-        (heads, q.shape[0]),
-        (heads, columns),
-        block_count(longest, call.k_block),
-    )
+    """Attention, part by part."""
+    dtype = computed_in(call.q, compute_dtype)
+    parts = parts_of(call)
+    longest = max((part.seqlen_k for part in parts), default=0)
+    result = _empty_result(call, compute_dtype, dtype, block_count(longest, call.k_block))
     for part in parts:
-        tensors = q[None, part.queries], k[None, part.keys], v[None, part.keys]
-        k_blocks = block_count(tensors[1].shape[1], call.k_block)
+        q, k, v = part.of_queries(call.q), part.of_keys(call.k), part.of_keys(call.v)
+        mask = part.of_columns(result.mask)[..., : block_count(part.seqlen_k, call.k_block)]
         its_result = AttentionResult(
-            out=result.out[None, part.queries],
-            lse=result.lse[None, :, part.queries],
-            kept=result.kept[None, :, part.columns],
-            mask=result.mask[None, :, part.columns, :k_blocks],
-            margin=result.margin[None, :, part.columns],
+            out=part.of_queries(result.out),
+            lse=part.of_lse(result.lse),
+            kept=part.of_columns(result.kept),
+            mask=mask,
+            margin=part.of_columns(result.margin),
         )
-        decision = decision_of(tensors[0], tensors[1], part.columns)
-        _attend(call, *tensors, its_result, dtype, decision)
+        _attend(call, q, k, v, its_result, dtype, decision_of(q, k, part))
     return result
 
 
 def _empty_result(
-    q: Tensor,
+    call: ForwardCall | AttendCall,
     out_dtype: torch.dtype | None,
     dtype: torch.dtype,
-    lse_shape: tuple[int, ...],
-    kept_shape: tuple[int, ...],
     k_blocks: int,
 ) -> AttentionResult:
     """The outputs of a call in which no query sees a key."""
+    q, kept_shape = call.q, columns_shape(call)
+    *batch, seqlen_q, heads, _ = q.shape
     device = q.device
     return AttentionResult(
         out=torch.zeros(q.shape, dtype=out_dtype or q.dtype, device=device),
-        lse=torch.full(lse_shape, -_INF, dtype=dtype, device=device),
+        lse=torch.full((*batch, heads, seqlen_q), -_INF, dtype=dtype, device=device),
         kept=torch.zeros(kept_shape, dtype=torch.int32, device=device),
         mask=torch.zeros((*kept_shape, k_blocks), dtype=torch.bool, device=device),
         margin=torch.full(kept_shape, _INF, dtype=dtype, device=device),

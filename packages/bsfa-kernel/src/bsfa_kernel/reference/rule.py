@@ -15,6 +15,8 @@ from bsfa_kernel.geometry import (
     Geometry,
     block_count,
     full_blocks,
+    query_block_count,
+    query_lead,
     visible_keys,
 )
 
@@ -35,7 +37,7 @@ def visible_blocks(
     seqlen_q: int, seqlen_k: int, *, causal: bool = True, geometry: Geometry = DEFAULT_GEOMETRY
 ) -> Tensor:
     """The blocks in which some query sees some key, bool [q_blocks, k_blocks]."""
-    rows = torch.arange(block_count(seqlen_q, geometry.q_block))[:, None]
+    rows = torch.arange(query_block_count(seqlen_q, seqlen_k, geometry))[:, None]
     first_keys = torch.arange(block_count(seqlen_k, geometry.k_block)) * geometry.k_block
     return first_keys < visible_keys(rows, seqlen_q, seqlen_k, geometry, causal=causal)
 
@@ -123,19 +125,23 @@ def verdicts(
     return Verdicts(keep, excess)
 
 
-def voting_rows(seqlen_q: int, geometry: Geometry, voters: int) -> Tensor:
+def voting_rows(seqlen_q: int, seqlen_k: int, geometry: Geometry, voters: int) -> Tensor:
     """Which rows of each query block of a sequence vote, bool [q_blocks, q_block].
 
-    The last of each ``voters`` rows, and in the last query block all that there are.
+    The last of each ``voters`` rows, and in the last query block all that there are. Rows before
+    the first query and after the last do not exist, and do not vote.
 
     Raises:
         ValueError: ``voters`` is not one of ``VOTERS``, or does not divide ``q_block``.
     """
     check_voters(voters, geometry.q_block)
     rows = torch.arange(geometry.q_block)
-    first_rows = torch.arange(block_count(seqlen_q, geometry.q_block))[:, None] * geometry.q_block
-    in_last = first_rows + geometry.q_block >= seqlen_q
-    return (first_rows + rows < seqlen_q) & ((rows % voters == voters - 1) | in_last)
+    q_blocks = query_block_count(seqlen_q, seqlen_k, geometry)
+    lead = query_lead(seqlen_q, seqlen_k, geometry)
+    queries = torch.arange(q_blocks)[:, None] * geometry.q_block - lead + rows
+    in_last = torch.arange(q_blocks)[:, None] == q_blocks - 1
+    exist = (queries >= 0) & (queries < seqlen_q)
+    return exist & ((rows % voters == voters - 1) | in_last)
 
 
 def row_excesses(row_maxima: Tensor, rule: str, first: Tensor | None = None) -> Tensor:

@@ -6,12 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from bsfa_kernel.geometry import Geometry, block_count, full_blocks, visible_keys
+from bsfa_kernel.geometry import (
+    Geometry,
+    block_count,
+    full_blocks,
+    query_block_count,
+    query_lead,
+    visible_keys,
+)
 
 _INF = float("inf")
 
@@ -34,6 +40,7 @@ class QueryBlock:
     index: int
     start: int
     stop: int
+    first_row: int  # that of its first query; more than 0 where the sequence begins inside it
     full_blocks: int  # key blocks of which every query sees every key: those that a verdict is on
     visible_keys: int  # keys that some query sees
     k_block: int
@@ -45,29 +52,15 @@ class QueryBlock:
 
     def voting(self, voters: int) -> slice:
         """Which of its rows vote."""
-        return slice(None) if self.last else slice(voters - 1, None, voters)
+        return (
+            slice(None)
+            if self.last
+            else slice((voters - 1 - self.first_row) % voters, None, voters)
+        )
 
     @property
     def visible_blocks(self) -> int:
         return block_count(self.visible_keys, self.k_block)
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """Where a packed sequence's queries, keys and query blocks lie."""
-
-    queries: slice
-    keys: slice
-    columns: slice
-
-
-def sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_block: int) -> Iterator[Sequence]:
-    """The sequences of a packed call."""
-    bounds = pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist())
-    for index, ((start, stop), keys) in enumerate(zip(*bounds, strict=True)):
-        first = start // q_block + index
-        columns = slice(first, first + block_count(stop - start, q_block))
-        yield Sequence(slice(start, stop), slice(*keys), columns)
 
 
 def query_blocks(
@@ -75,13 +68,15 @@ def query_blocks(
 ) -> Iterator[QueryBlock]:
     """The query blocks that see a key."""
     sizes = (seqlen_q, seqlen_k, geometry)
-    for index in range(block_count(seqlen_q, geometry.q_block)):
-        start = index * geometry.q_block
-        stop = min(start + geometry.q_block, seqlen_q)
+    lead = query_lead(*sizes)
+    for index in range(query_block_count(*sizes)):
+        anchor = index * geometry.q_block - lead
+        start, stop = max(anchor, 0), min(anchor + geometry.q_block, seqlen_q)
         block = QueryBlock(
             index,
             start,
             stop,
+            start - anchor,
             full_blocks(index, *sizes, causal=causal),
             visible_keys(index, *sizes, causal=causal),
             geometry.k_block,

@@ -10,17 +10,22 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from bsfa_kernel._calls import BlockMaximaCall, SelectCall, geometry_of
+from bsfa_kernel._calls import (
+    BlockMaximaCall,
+    SelectCall,
+    columns_shape,
+    geometry_of,
+    most_keys,
+)
 from bsfa_kernel._checks import (
     check_block_maxima,
-    check_longest,
-    check_packed_values,
     check_select,
     check_thresholds_values,
     check_two_sizes,
     check_voters,
 )
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry, block_count, threshold_row
+from bsfa_kernel.reference.parts import parts_of
 from bsfa_kernel.reference.rule import row_excesses, verdicts
 from bsfa_kernel.reference.scores import (
     QueryBlock,
@@ -28,7 +33,6 @@ from bsfa_kernel.reference.scores import (
     in_blocks,
     scale_of,
     score_chunks,
-    sequences,
 )
 
 _INF = float("inf")
@@ -40,14 +44,15 @@ visible blocks are kept, bool [kv_heads, group, visible_blocks], and the margins
 
 
 class SelectionResult(NamedTuple):
-    """What ``select_blocks`` computes; shapes of varlen in brackets."""
+    """What ``select_blocks`` computes; shapes of packed queries in brackets."""
 
     mask: Tensor
-    """[batch, heads, q_blocks, k_blocks] ([heads, total_q // q_block + batch, ceil(max_seqlen_k /
-    k_block)]), bool: which blocks."""
+    """[batch, heads, q_blocks, k_blocks] ([heads, total_q // q_block + 2 * batch, k_blocks]), bool:
+    which blocks; k_blocks = ceil(keys / k_block), of packed and paged keys those of
+    ``max_seqlen_k``."""
     margin: Tensor
-    """[batch, heads, q_blocks] ([heads, total_q // q_block + batch]), in the dtype computed in: how
-    far the closest verdict was from the other one, in units of scaled scores; inf where nothing
+    """[batch, heads, q_blocks] ([heads, total_q // q_block + 2 * batch]), in the dtype computed in:
+    how far the closest verdict was from the other one, in units of scaled scores; inf where nothing
     was decided."""
 
 
@@ -65,6 +70,8 @@ def select_blocks(
     precision: str = "int8",
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> SelectionResult:
@@ -85,6 +92,8 @@ def select_blocks(
         voters,
         precision,
         max_seqlen_k,
+        block_table,
+        seqused_k,
     )
     return run_select(call, compute_dtype)
 
@@ -94,40 +103,21 @@ def run_select(call: SelectCall, compute_dtype: torch.dtype | None = None) -> Se
     """``select_blocks`` of a call."""
     check_select(call, any_geometry=True)
     check_thresholds_values(call.thresholds)
-    q, k, starts_q, starts_k = call.q, call.k, call.cu_seqlens_q, call.cu_seqlens_k
-    dtype = computed_in(q, compute_dtype)
-    heads = q.shape[-2]
-    if starts_q is None or starts_k is None:
-        k_blocks = block_count(k.shape[1], call.k_block)
-        shape = (q.shape[0], heads, block_count(q.shape[1], call.q_block))
-        result = _nothing_selected(q, shape, k_blocks, dtype)
-        _select(call, q, k, result, dtype)
-        return result
-
-    check_packed_values(q, k, starts_q, starts_k)
-    parts = list(sequences(starts_q, starts_k, call.q_block))
-    longest = k.shape[0] if call.max_seqlen_k is None else call.max_seqlen_k
-    check_longest(longest, max((part.keys.stop - part.keys.start for part in parts), default=0))
-    columns = q.shape[0] // call.q_block + len(parts)
-    result = _nothing_selected(q, (heads, columns), block_count(longest, call.k_block), dtype)
-    for part in parts:
-        keys = k[None, part.keys]
-        k_blocks = block_count(keys.shape[1], call.k_block)
-        its_result = SelectionResult(
-            mask=result.mask[None, :, part.columns, :k_blocks],
-            margin=result.margin[None, :, part.columns],
-        )
-        _select(call, q[None, part.queries], keys, its_result, dtype)
-    return result
-
-
-def _nothing_selected(
-    q: Tensor, shape: tuple[int, ...], k_blocks: int, dtype: torch.dtype
-) -> SelectionResult:
-    return SelectionResult(
-        mask=torch.zeros((*shape, k_blocks), dtype=torch.bool, device=q.device),
-        margin=torch.full(shape, _INF, dtype=dtype, device=q.device),
+    dtype = computed_in(call.q, compute_dtype)
+    parts = parts_of(call)
+    shape = columns_shape(call)
+    k_blocks = block_count(most_keys(call), call.k_block)
+    result = SelectionResult(
+        mask=torch.zeros((*shape, k_blocks), dtype=torch.bool, device=call.q.device),
+        margin=torch.full(shape, _INF, dtype=dtype, device=call.q.device),
     )
+    for part in parts:
+        its_result = SelectionResult(
+            part.of_columns(result.mask)[..., : block_count(part.seqlen_k, call.k_block)],
+            part.of_columns(result.margin),
+        )
+        _select(call, part.of_queries(call.q), part.of_keys(call.k), its_result, dtype)
+    return result
 
 
 def _select(
@@ -190,6 +180,8 @@ def block_maxima(
     rule: str = "absolute",
     geometry: Geometry = DEFAULT_GEOMETRY,
     voters: int = 1,
+    block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The quantity that is compared with the thresholds, for every block.
@@ -199,7 +191,8 @@ def block_maxima(
     time. A block without a voting row that sees some of it, which is a forced one, has -inf. The
     errors are those of ``attention``.
     """
-    call = BlockMaximaCall(q, k, causal, scale, rule, *check_two_sizes(geometry))
+    sizes = check_two_sizes(geometry)
+    call = BlockMaximaCall(q, k, causal, scale, rule, *sizes, block_table, seqused_k)
     return run_block_maxima(call, compute_dtype, voters)
 
 
@@ -210,23 +203,30 @@ def run_block_maxima(
     """``block_maxima`` of a call."""
     check_block_maxima(call, any_geometry=True)
     check_voters(voters, call.q_block)
-    q, k, geometry = call.q, call.k, geometry_of(call)
-    dtype = computed_in(q, compute_dtype)
-    batch, seqlen_q, heads, _ = q.shape
-    seqlen_k, kv_heads = k.shape[1:3]
-    sizes = block_count(seqlen_q, geometry.q_block), block_count(seqlen_k, geometry.k_block)
-    shape = (batch * kv_heads, heads // kv_heads, *sizes)
-    maxima = torch.full(shape, -_INF, dtype=dtype, device=q.device)
+    dtype = computed_in(call.q, compute_dtype)
+    shape = (*columns_shape(call), block_count(most_keys(call), call.k_block))
+    result = torch.full(shape, -_INF, dtype=dtype, device=call.q.device)
+    for part in parts_of(call):
+        its_result = part.of_columns(result)[..., : block_count(part.seqlen_k, call.k_block)]
+        _maxima(call, part.of_queries(call.q), part.of_keys(call.k), its_result, voters)
+    return result
+
+
+def _maxima(call: BlockMaximaCall, q: Tensor, k: Tensor, result: Tensor, voters: int) -> None:
+    """Fill ``result``, which holds -inf; of padded tensors."""
+    kv_heads = k.shape[2]
+    shape = (len(q) * kv_heads, q.shape[2] // kv_heads, *result.shape[-2:])
+    maxima = result.new_full(shape, -_INF)
     for block, chunk, scores in score_chunks(
         q,
         k,
         causal=call.causal,
         scale=scale_of(q, call.scale),
-        geometry=geometry,
-        dtype=dtype,
+        geometry=geometry_of(call),
+        dtype=result.dtype,
         voters=voters,
     ):
-        peaks = in_blocks(scores, geometry.k_block).amax(-1)
+        peaks = in_blocks(scores, call.k_block).amax(-1)
         excess = row_excesses(peaks, call.rule).masked_fill(peaks == -_INF, -_INF)
         maxima[chunk, :, block.index, : block.visible_blocks] = excess.amax(2)
-    return maxima.view(batch, heads, *sizes)
+    result.copy_(maxima.view(result.shape))
