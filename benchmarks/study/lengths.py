@@ -99,8 +99,8 @@ class Candidates:
 
     def all(self) -> list[Candidate]:
         """What is compared; what matters most comes first."""
-        fine = tuple(self.shares) or shares_at(self.length, (1.5, 1, 0.7, 0.45))
-        coarse = tuple(self.shares) or shares_at(self.length, (4, 2.2, 1.5, 1))
+        fine = tuple(self.shares) or shares_at(self.length, (2, 1.2, 0.75, 0.45))
+        coarse = tuple(self.shares) or shares_at(self.length, (2.5, 1.5, 1, 0.65))
         # The thresholds that serve every length before those of this one; all rows before few.
         tables = sorted(self.tables, key=lambda table: (table.max_seqlen, table.voters))
         return [
@@ -219,7 +219,7 @@ class Candidates:
     def _paper(self) -> Candidate:
         """The paper's table: k blocks of each query block, the mean over the samples."""
         blocks = self.length // COARSE.k_block
-        points = sorted({max(round(blocks * share), 1) for share in (0.03, 0.06, 0.12, 0.25)})
+        points = sorted({max(round(blocks * share), 1) for share in (0.05, 0.1, 0.2, 0.4)})
 
         def prepare(wanted: Sequence[float]) -> dict[float, Thresholds]:
             table = capture.calibrate(

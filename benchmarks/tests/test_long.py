@@ -17,6 +17,7 @@ import long
 import page
 import report
 from bsfa_calib import ThresholdTable
+from bsfa_calib.hook import Attended
 from conftest import attention_record
 from harness import check_record, read_records
 from study import curves, lengths, rivals, ruler
@@ -273,7 +274,7 @@ def test_every_candidate_is_measured_once(folder: Path, capsys: pytest.CaptureFi
     assert 1e-6 < np.mean(low["kl"]) < np.mean(high["kl"])
     for record in text:
         assert record["self_test"]
-        assert record["contexts"] == ["emma@0", "mansfieldpark@0"]
+        assert record["contexts"] == ["emma@0", "essays@0"]
         assert 0 < record["attention_ms"] < record["ms"]
         assert set(record["speedup"]) == {"sdpa"}
         positions = [band[1] - band[0] for band in record["by_position"]]
@@ -311,6 +312,18 @@ def test_a_candidate_that_fails_does_not_stop_the_others(
     assert "sliding window and sink is left out: no such kernel" in capsys.readouterr().err
     names = {record["candidate"] for record in read_records(folder / "long.jsonl")}
     assert names == {"dense", "antidiagonal sums (XAttention)"}
+
+
+def test_predictions_that_are_not_finite_are_no_record(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(self: Any, q: torch.Tensor, *_: Any) -> Attended:
+        return Attended(torch.full_like(q, torch.nan), torch.zeros(q.shape[2]))
+
+    monkeypatch.setattr(rivals.Window, "__call__", spoil)
+    assert long.main(words(folder, "--prompts", "0", "--only", "sliding")) == 0
+    assert "not finite in float32" in capsys.readouterr().err
+    assert [r["candidate"] for r in read_records(folder / "long.jsonl")] == ["dense"]
 
 
 def test_what_is_missing_is_an_error(folder: Path) -> None:
