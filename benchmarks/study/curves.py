@@ -221,11 +221,7 @@ def _draw_curves(group: Sequence[Record], tasks: Sequence[Record], folder: Path)
         line for line in report.grouped(group, ("candidate",)) if line[0]["candidate"] != DENSE
     ]
     for index, line in enumerate(sorted(lines, key=lambda one: _order(one[0]))):
-        style: dict[str, Any] = {
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "linestyle": "-" if index < 10 else "--",  # colours begin anew
-            "markersize": 4,
-        }
+        style = _style(index)
         losses = [max(float(np.mean(record["kl"])), 1e-6) for record in line]
         first, attention = ([_over_fastest(r, n) for r in line] for n in _RATIOS)
         axes[0].plot(attention, losses, label=label(line[0]["candidate"]), **style)
@@ -248,7 +244,18 @@ def _draw_curves(group: Sequence[Record], tasks: Sequence[Record], folder: Path)
         axes[2].axhline(0.99, color="grey", lw=0.6, ls=":")
     figure.suptitle(f"{group[0]['model']}, {_length(group[0])}, {group[0]['gpu']}", fontsize=9)
     figure.legend(fontsize=7, loc="outside lower center", ncols=3)
-    return report.save(figure, folder / f"long-accuracy-{group[0]['seqlen']}.png")
+    seqlen = group[0]["seqlen"]
+    return report.save(figure, folder / f"long-accuracy-{seqlen:06}.png")
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Of a candidate's line; the first ten are drawn through."""
+    return {
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "color": f"C{index % 10}",
+        "linestyle": "-" if index < 10 else "--",
+        "markersize": 4,
+    }
 
 
 _RATIOS = ("speedup", "attention_speedup")
@@ -261,6 +268,7 @@ def _over_fastest(record: Record, name: str) -> float:
 def _draw_law(group: Sequence[Record], folder: Path) -> Path:
     pyplot = report.load_pyplot()
     figure, axes = pyplot.subplots(1, len(KL_TARGETS), figsize=(10, 5), sharey=True, **_LAYOUT)
+    named: set[str] = set()
     for axis, target in zip(axes, KL_TARGETS, strict=True):
         for index, (name, by) in enumerate(law(group, target).items()):
             known = [(length, *by[length]) for length in sorted(by) if np.isfinite(by[length][0])]
@@ -272,12 +280,11 @@ def _draw_law(group: Sequence[Record], folder: Path) -> Path:
                 lengths / 1024,
                 1 - means,
                 yerr=np.abs([highs - means, means - lows]),
-                marker=_MARKERS[index % len(_MARKERS)],
-                linestyle="-" if index < 10 else "--",
-                markersize=4,
                 capsize=2,
-                label=label(name) if axis is axes[0] else None,
+                label=None if name in named else label(name),
+                **_style(index),
             )
+            named.add(name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set(xlabel="thousands (1024) of tokens", title=f"KL divergence {target:g}")

@@ -253,7 +253,7 @@ class Candidates:
             Candidate(
                 "antidiagonal sums (XAttention)",
                 "weight",
-                (0.98, 0.95, 0.9, 0.8),
+                (0.95, 0.9, 0.8, 0.6),
                 lambda share, _: Antidiagonal(share),
                 {"geometry": "128x128"},
             ),

@@ -23,7 +23,7 @@ from bsfa_kernel.geometry import count_visible
 
 _FINE, _COARSE = Geometry(64, 64), Geometry(128, 64)
 # Elements of a head's antidiagonal sums held at a time.
-_SUMS_AT_A_TIME = 1 << 26
+_SUMS_AT_A_TIME = 1 << 24
 
 
 def _attend(

@@ -167,11 +167,11 @@ def test_prompts_that_are_answered_together_get_their_own_answers(tokenizer: Any
     generator = torch.Generator().manual_seed(1)
     every = torch.randint(2048, (3, 200), generator=generator).tolist()
     prompts = [ruler.Prompt("single", tuple(ids), ("1",)) for ids in every]
-    read = []
+    read = itertools.count(1)
 
     @contextlib.contextmanager
     def reading() -> Iterator[Any]:
-        yield lambda: read.append(1) or len(read)
+        yield lambda: next(read)
 
     found = list(ruler.answer(model, tokenizer, prompts, reading, together=2))
     assert [number for _, number in found] == [1, 2, 3]
@@ -211,7 +211,7 @@ def test_thresholds_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     every = candidates.all()
     assert len({one.name for one in every}) == len(every)
     assert every[1].name == "peak_lse, learned at 0.25K, 64x64, 1 in 2"
-    methods = {one.name: candidates.method(one, one.points[-1]) for one in every}
+    methods: dict[str, Any] = {one.name: candidates.method(one, one.points[-1]) for one in every}
     pointed = methods[every[1].name].thresholds
     # A shift of the table's thresholds, up or down.
     shift = pointed.numpy() - values[0]
@@ -224,8 +224,8 @@ def test_thresholds_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     again = made()
     for one in again.all():
         if one.prepare is not None and one.name != lengths.CONTROL:
-            kept = again.method(one, one.points[-1]).thresholds
-            assert torch.equal(kept, methods[one.name].thresholds)
+            kept: Any = again.method(one, one.points[-1])
+            assert torch.equal(kept.thresholds, methods[one.name].thresholds)
 
 
 @pytest.fixture
@@ -426,7 +426,7 @@ def test_pictures_are_drawn(measured: list[dict[str, Any]], tmp_path: Path) -> N
     pytest.importorskip("matplotlib")
     files = page.draw_pictures(measured, tmp_path)
     assert {path.name for path in files} == {
-        *("long-accuracy-8192.png", "long-accuracy-32768.png", "long-law-m.png"),
+        *("long-accuracy-008192.png", "long-accuracy-032768.png", "long-law-m.png"),
         "long-needles.png",
     }
     assert all(path.stat().st_size > 5000 for path in files)
