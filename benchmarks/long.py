@@ -61,6 +61,8 @@ DENSE = "dense"
 _FA3 = "bsfa_benchmark_long_fa3"
 # Bytes of keys and values that prompts which are decoded together may have.
 _CACHES = 24 << 30
+# Of the time of a run, what may go into timing dense kernels again.
+_DENSE_SHARE = 0.1
 
 
 @dataclass
@@ -150,6 +152,7 @@ class Study:
         self.times = {name: Times() for name in self.baselines}
         self.warm_ups = 1 if self.device.type == "cuda" else 0
         self.written = 0
+        self._dense_seconds = 0.0
         self._longest: dict[str, float] = {}
         progress(
             f"{name}: {len(self.windows)} windows of {self.length} tokens, {len(calibration)} to "
@@ -173,7 +176,7 @@ class Study:
                         begin = self.budget.spent
                         self._write(self._text(candidate, point))
                         self._took("text", begin)
-            if self.written > before:
+            if self.written > before and self._dense_seconds < _DENSE_SHARE * self.budget.spent:
                 self._time_dense(1)
         if self.arguments.prompts:
             self._tasks_of(wanted)
@@ -338,10 +341,12 @@ class Study:
 
     def _time_dense(self, count: int, warm_ups: int = 0) -> None:
         """Time the dense kernels again, in turns."""
+        begin = self.budget.spent
         for repetition in range(-warm_ups, count):
             for name, function in self.baselines.items():
                 with switched(self.model, function), self.clock.watching(function):
                     self._prefill(self.times[name] if repetition >= 0 else Times())
+        self._dense_seconds += self.budget.spent - begin
 
     def _prefill(self, times: Times) -> None:
         """Read the first window's prompt up to its first token under the attention in force."""
