@@ -10,6 +10,9 @@ needed:
 * six novels by Jane Austen (public domain), from ``benchmarks/data/austen``;
 * Python source code, from the standard library of the running interpreter.
 
+Beside ``text``, ``calibration`` is filled with text of two of these kinds that results at long
+lengths are not measured on: the other novels, and other modules of the standard library.
+
 Usage::
 
     python benchmarks/assets.py .cache/assets    # prints the paths of the model and of the text
@@ -101,16 +104,45 @@ def fetch_texts(directory: Path) -> Path:
     return root
 
 
+def fetch_calibration(directory: Path) -> Path:
+    """Return a directory with novels and code to calibrate on, filling it unless it is there.
+
+    Needs no network.
+    """
+    from extend.data import HELD_OUT_NOVELS
+
+    root = directory / "calibration"
+    finished = root / ".complete"
+    if finished.exists():
+        return root
+    for kind in ("novels", "code"):
+        (root / kind).mkdir(parents=True, exist_ok=True)
+    for packed in sorted(NOVELS.glob("*.txt.xz")):
+        if packed.name.split(".")[0] not in HELD_OUT_NOVELS:
+            (root / "novels" / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
+    for source in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        if source.stem not in CODE_MODULES:
+            (root / "code" / f"{source.stem}.txt").write_bytes(source.read_bytes())
+    finished.touch()
+    return root
+
+
 def main() -> int:
     """Fetch everything into the directory that the command line names, and print where it is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--text-only", action="store_true", help="leave the model out")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--text-only", action="store_true", help="leave the model out")
+    which.add_argument(
+        "--calibration-only", action="store_true", help="the calibration text alone, offline"
+    )
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
-    if not options.text_only:
-        print(fetch_model(options.directory).resolve())
-    print(fetch_texts(options.directory).resolve())
+    if not options.calibration_only:
+        if not options.text_only:
+            print(fetch_model(options.directory).resolve())
+        print(fetch_texts(options.directory).resolve())
+    print(fetch_calibration(options.directory).resolve())
     return 0
 
 

@@ -67,6 +67,18 @@ _STEP: dict[str, tuple[type, ...]] = {
     "rate": (dict,),
 }
 
+_POINT: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "dtype": (str,),
+    "seqlen": (int,),
+    "candidate": (str,),
+    "axis": (str,),
+    "asked": _NUMBER,
+    "contexts": (list,),
+    "calibration_contexts": (list,),
+    "sparsity": (list,),
+}
+
 # The fields that a record must have, by its kind, with their types. More are welcome.
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "attention": {
@@ -150,6 +162,19 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "sparsity": (dict,),
         "kl": (dict,),
     },
+    "long_text": {
+        **_COMMON,
+        **_POINT,
+        "kl": (list,),
+        "nll_change": (list,),
+        "by_position": (list,),
+        "ms": _NUMBER,
+        "attention_ms": _NUMBER,
+        "repetitions": (int,),
+        "speedup": (dict,),
+        "attention_speedup": (dict,),
+    },
+    "long_tasks": {**_COMMON, **_POINT, "scores": (list,), "depths": (list,)},
     "evaluation": {
         **_COMMON,
         "model": (str,),

@@ -17,6 +17,7 @@ from bsfa_kernel import VOTERS
 from harness import Record
 from report import DEFAULT
 from report import PAPER as PAPER_RULE
+from study import curves
 from study.compare import (
     BLASST,
     BOOTSTRAPS,
@@ -71,6 +72,40 @@ _SELECTION = """\
 
 At equal thresholds, one scalar for the model. Differing verdicts are a share of those on unforced
 blocks, on the queries and keys of the dense model. KL is the divergence from dense, in nats.
+"""
+
+_LONG = """\
+## Accuracy against time
+
+`benchmarks/long.py`: one model, one length a table. Dense is torch's attention; "dense, by our
+kernel" is block-sparse attention that keeps every block. KL is the divergence from dense, NLL the
+negative log-likelihood, in nats a token, means over held-out windows with 95 % intervals (Student's
+t). Times are those of one prefill with its cache, and of attention in it; ratios are those of dense
+kernels in the same run. Scores are means over tasks like RULER's; their share of dense's has a 95 %
+interval from a bootstrap over the prompts of each task.
+"""
+
+_LONG_TASKS = """\
+## Tasks
+
+Share of the expected answers that the model gives, greedily, of tasks like RULER's in wordings that
+it was not trained on. Prompts are read under the attention named, decoding is dense, but for the
+sliding window's.
+"""
+
+_LONG_POSITION = """\
+## The loss by position
+
+The negative log-likelihood of dense attention, in nats a token, and of each way to choose blocks
+the KL divergence at its point nearest to 0.01, by position.
+"""
+
+_LAW = """\
+## How much can be skipped as prompts get longer
+
+The share of the visible blocks that is skipped where the KL divergence from dense is 0.01 and 0.03
+nats. Between measured points the logarithm of the divergence is linear in the share. Brackets: 95 %
+intervals from a bootstrap over windows; without, draws went beyond the measured points.
 """
 
 _TEXT = """\
@@ -340,6 +375,10 @@ def text(records: Sequence[Record], pictures: Sequence[str] = ()) -> str:
         (_SPEED, "attention-", report.attention_tables(records)),
         (_STEPS, "", report.step_tables(records)),
         ("## Time to first token\n", "prefill-", report.prefill_tables(records)),
+        (_LONG, "long-accuracy-", curves.accuracy_tables(records)),
+        (_LONG_TASKS, "long-needles", curves.task_tables(records)),
+        (_LONG_POSITION, "", curves.position_tables(records)),
+        (_LAW, "long-law-", curves.law_tables(records)),
         (_STUDY, "accuracy-", study_tables(records)),
         (_SELECTION, "", selection_tables(records)),
         (_TEXT, "", text_tables(records)),
@@ -366,19 +405,19 @@ def draw_pictures(records: Sequence[Record], folder: Path) -> list[Path]:
     chosen = [record for record in records if record["kind"] == "thresholds_study"]
     for group in report.grouped(chosen, ("gpu", "model", "dtype", "seqlen")):
         results = _points(group)
-        curves = [
+        lines = [
             (_CANDIDATES[_short(name)].replace("*", ""), results[name])
             for name in sorted(results, key=_order)
         ]
         path = folder / f"accuracy-{group[0]['seqlen']}.png"
-        draw(curves, f"{group[0]['model']}, {group[0]['seqlen']} tokens", path)
+        draw(lines, f"{group[0]['model']}, {group[0]['seqlen']} tokens", path)
         files.append(path)
-    return files
+    return [*files, *curves.draw(records, folder)]
 
 
 def picture_names(docs: Path, images: Path) -> list[str]:
     """The pictures in a folder, as the page links them."""
-    prefixes = ("attention-", "prefill-", "accuracy-")
+    prefixes = ("attention-", "prefill-", "accuracy-", "long-")
     paths = (path for path in sorted(images.glob("*.png")) if path.name.startswith(prefixes))
     return [Path(os.path.relpath(path, docs.parent)).as_posix() for path in paths]
 

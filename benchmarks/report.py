@@ -43,6 +43,7 @@ _NAMES = {
 # What makes two attention records comparable: one table.
 _SHAPE = ("gpu", "dtype", "head_dim", "heads", "kv_heads", "batch", "causal")
 _GROUP = (*_SHAPE, "inputs", "source")
+_LONG = (*("gpu", "model", "dtype", "lean", "seqlen", "candidate", "axis", "asked", "contexts"),)
 _KEYS = {
     "attention": (
         *(*_GROUP, "kernel", "seqlen", "asked", "rule", "geometry"),
@@ -64,6 +65,8 @@ _KEYS = {
         *("gpu", "model", "dtype", "seqlen", "contexts", "rule", "geometry", "voters", "asked"),
     ),
     "thresholds_study_summary": ("gpu", "model", "seqlen", "command"),
+    "long_text": _LONG,
+    "long_tasks": _LONG,
     "evaluation": (
         *("gpu", "model", "dtype", "task", "seqlen", "keys", "method", "rule", "geometry"),
         *("voters", "options", "contexts"),
@@ -234,8 +237,13 @@ def _flop_limit(asked: str, selection: str, voters: int) -> str:
     return f"{1 / (1 - share + 0.25 / voters):.2f}"
 
 
+def name_of(kernel: str) -> str:
+    """A kernel's name in words."""
+    return _NAMES.get(kernel, kernel)
+
+
 def _name(record: Record) -> str:
-    return str(_NAMES.get(record["kernel"], record["kernel"]))
+    return name_of(record["kernel"])
 
 
 def _row_name(record: Record) -> str:
@@ -433,7 +441,7 @@ def grouped(records: Sequence[Record], names: Sequence[str]) -> list[list[Record
 
 def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
     """Speed-up against sparsity: one picture a group, one panel a baseline. Returns the files."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     files = []
     chosen = [record for record in records if record["kind"] == "attention"]
     for group in grouped(chosen, (*_GROUP,)):
@@ -481,13 +489,13 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
             f"attention-{first['dtype']}-d{first['head_dim']}-h{first['heads']}-{first['kv_heads']}"
             f"-b{first['batch']}-{first['inputs']}{rules}.png"
         )
-        files.append(_save(figure, folder / name))
+        files.append(save(figure, folder / name))
     return files
 
 
 def plot_prefill(records: Sequence[Record], folder: Path) -> list[Path]:
     """Time to first token against length, one picture a model. Returns the files."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     files = []
     chosen = [record for record in records if record["kind"] == "prefill"]
     for group in grouped(chosen, ("gpu", "model")):
@@ -507,11 +515,12 @@ def plot_prefill(records: Sequence[Record], folder: Path) -> list[Path]:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
         model = "".join(c if c.isalnum() or c in "-." else "-" for c in group[0]["model"])
-        files.append(_save(figure, folder / f"prefill-{model}.png"))
+        files.append(save(figure, folder / f"prefill-{model}.png"))
     return files
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """matplotlib's, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -520,12 +529,14 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Write a picture, and forget the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     # Without the writer's version and the date, equal data gives equal files.
     figure.savefig(path, dpi=120, metadata={"Software": None})
-    _pyplot().close(figure)
+    load_pyplot().close(figure)
     return path
 
 

@@ -17,6 +17,7 @@ share of needles found, in ``bsfa_hf.evaluation``'s wording and in four that tra
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -165,14 +166,8 @@ def prompt(
         for key, value in zip(keys, values, strict=True)
     ]
     room = length - len(tail) - len(answer) - sum(map(len, hidden))
-    haystack = haystack[:room]
-    ends = [i + 1 for i, token in enumerate(haystack) if tokenizer.decode([token]) in (".", ".\n")]
     depths = [case.depth, *(draw.random() for _ in hidden[1:])]
-    # Later places first, so that earlier ones keep their index.
-    places = [_nearest(ends, depth * len(haystack), len(haystack)) for depth in depths]
-    made_ids = list(haystack)
-    for place, sentence in sorted(zip(places, hidden, strict=True), reverse=True):
-        made_ids[place:place] = sentence
+    made_ids = hide(haystack[:room], hidden, depths, tokenizer)
     return made_ids + tail, answer
 
 
@@ -183,8 +178,38 @@ KEYS = (
 )
 
 
+def hide(
+    haystack: Sequence[int], hidden: Sequence[list[int]], depths: Sequence[float], tokenizer: Any
+) -> list[int]:
+    """Tokens of a text with sentences put in at its sentence ends next to the given depths.
+
+    Args:
+        haystack: tokens of the text.
+        hidden: tokens of each sentence.
+        depths: of each, from 0 for the text's beginning to 1 for its end.
+        tokenizer: of both.
+    """
+    full_stops = _full_stops(tokenizer)
+    ends = [i + 1 for i, token in enumerate(haystack) if token in full_stops]
+    places = [_nearest(ends, depth * len(haystack), len(haystack)) for depth in depths]
+    made = list(haystack)
+    # Later places first, so that earlier ones keep their index; at one place in their own order.
+    for place, _, sentence in sorted(
+        zip(places, range(len(hidden)), hidden, strict=True), reverse=True
+    ):
+        made[place:place] = sentence
+    return made
+
+
 def _nearest(ends: list[int], place: float, length: int) -> int:
     return min(ends, key=lambda end: abs(end - place)) if ends else round(min(place, length))
+
+
+@functools.lru_cache(maxsize=1)
+def _full_stops(tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a sentence."""
+    every = range(len(tokenizer))
+    return frozenset(token for token in every if tokenizer.decode([token]) in (".", ".\n"))
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:

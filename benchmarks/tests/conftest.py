@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
+import lzma
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ import pytest
 
 # The programs are run as files, so their folder is where they import each other from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+NOVELS = Path(__file__).resolve().parents[1] / "data" / "austen"
 
 
 def attention_record(**changes: Any) -> dict[str, Any]:
@@ -63,3 +67,28 @@ def records() -> list[dict[str, Any]]:
         attention_record(kernel="fa2", ms=100.0, tflops=350.0, speedup={"fa3": 0.5}, **dense),
         *ours,
     ]
+
+
+@pytest.fixture(scope="session")
+def novel() -> str:
+    return lzma.decompress((NOVELS / "persuasion.txt.xz").read_bytes()).decode()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(novel: str) -> Any:
+    """A byte-level tokenizer of 2048 tokens, made here."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers import models as token_models
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(token_models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [novel[:200_000]], trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet)
+    )
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=made)

@@ -25,31 +25,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="session")
-def novel() -> str:
-    return lzma.decompress((data.NOVELS / "persuasion.txt.xz").read_bytes()).decode()
-
-
-@pytest.fixture(scope="session")
-def tokenizer(novel: str) -> Any:
-    """A byte-level tokenizer of 2048 tokens, made here."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers import models as token_models
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(token_models.BPE())
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        [novel[:200_000]], trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet)
-    )
-    fast: Any = PreTrainedTokenizerFast
-    return fast(tokenizer_object=made)
-
-
-@pytest.fixture(scope="session")
 def prepared(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     sources = [source for source in data.SOURCES if source.registry == "repository"]

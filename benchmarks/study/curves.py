@@ -1,0 +1,388 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tables and pictures of what ``long.py`` measured: accuracy against time, and against length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import report
+from bsfa_hf.evaluation.intervals import mean_interval
+from harness import Record
+from study.compare import BOOTSTRAPS, KL_TARGETS, Point, interval_text, sparsity_at, with_interval
+from study.lengths import CONTROL
+
+DENSE = "dense"
+# What a candidate's name begins with, in the order of rows.
+_ORDER = (
+    *(DENSE, CONTROL, "peak_lse, learned", "peak_lse, one scalar", "running_max", "absolute"),
+    *("sliding", "antidiagonal", "Sparge"),
+)
+_NOTES = {"running_max": " (BLASST's rule)", "absolute": " (the paper's)"}
+_MODEL = ("gpu", "model", "dtype", "lean")
+_MARKERS = "osD^vP*X<>hp"
+_LAYOUT: dict[str, Any] = {"layout": "constrained"}
+
+
+def texts(records: Sequence[Record]) -> list[list[Record]]:
+    """Records on text by model and length, of each point the one with the most contexts."""
+    return _groups(records, "long_text")
+
+
+def _groups(records: Sequence[Record], kind: str) -> list[list[Record]]:
+    chosen: dict[tuple[str, ...], Record] = {}
+    for record in records:
+        if record["kind"] == kind:
+            names = (*_MODEL, "seqlen", "candidate", "axis", "asked")
+            key = tuple(str(record[name]) for name in names)
+            if key not in chosen or len(record["contexts"]) >= len(chosen[key]["contexts"]):
+                chosen[key] = record
+    groups = report.grouped(list(chosen.values()), (*_MODEL, "seqlen"))
+    return sorted((sorted(g, key=_order) for g in groups), key=lambda group: group[0]["seqlen"])
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    name = record["candidate"]
+    rank = max((i for i, start in enumerate(_ORDER) if name.startswith(start)), default=99)
+    return rank, name, float(np.mean(record["sparsity"]))
+
+
+def label(candidate: str) -> str:
+    """A candidate's name in tables, in which rules are also called by who proposed them."""
+    rule = candidate.split(",")[0]
+    return candidate + _NOTES.get(rule, "")
+
+
+def accuracy_tables(records: Sequence[Record]) -> str:
+    """Markdown: loss, times and task scores of every point, by length."""
+    tasks = {_whose(group[0]): group for group in _groups(records, "long_tasks")}
+    parts = []
+    for group in texts(records):
+        first = group[0]
+        baselines = list(first["speedup"])
+        scored = {_point(r): r for r in tasks.get(_whose(first), [])}
+        header = ["blocks chosen by", "point", "skipped", "KL divergence", "change of NLL"]
+        header += ["first token, ms", *(f"times {report.name_of(b)}" for b in baselines)]
+        header += ["attention, ms", *(f"times {report.name_of(b)}" for b in baselines)]
+        header += ["tasks", "share of dense's"] if scored else []
+        body = []
+        for record in group:
+            dense = record["candidate"] == DENSE
+            row = [label(record["candidate"]), "" if dense else _asked(record)]
+            row += [f"{np.mean(record['sparsity']):.3f}"]
+            row += ["", ""] if dense else [_interval(record[n]) for n in ("kl", "nll_change")]
+            for time, ratios in (("ms", "speedup"), ("attention_ms", "attention_speedup")):
+                row.append(f"{record[time]:.0f}")
+                row += [
+                    f"{record[ratios][b]:.2f}" if b in record[ratios] else "" for b in baselines
+                ]
+            if scored:
+                row += _score_cells(scored.get(_point(record)), scored.get((DENSE, "share", 0.0)))
+            body.append(row)
+        windows = len(first["contexts"])
+        parts.append(f"### {_length(first)}, {windows} windows{_where(first)}")
+        parts += [report.markdown_table(header, body), report.provenance(group)]
+    return "\n\n".join(parts)
+
+
+def task_tables(records: Sequence[Record]) -> str:
+    """Markdown: the score of each task, by length."""
+    parts = []
+    for group in _groups(records, "long_tasks"):
+        names = list(dict.fromkeys(_task(context) for r in group for context in r["contexts"]))
+        body = [
+            [
+                label(record["candidate"]),
+                "" if record["candidate"] == DENSE else _asked(record),
+                f"{np.mean(record['sparsity']):.3f}",
+                *(f"{np.mean(by[n]):.2f}" if n in (by := _by_task(record)) else "" for n in names),
+                f"{_mean_score(record):.3f}",
+            ]
+            for record in group
+        ]
+        first = group[0]
+        parts.append(f"### {_length(first)}, {len(first['contexts'])} prompts{_where(first)}")
+        header = ["blocks chosen by", "point", "skipped", *names, "mean"]
+        parts += [report.markdown_table(header, body), report.provenance(group)]
+    return "\n\n".join(parts)
+
+
+def position_tables(records: Sequence[Record]) -> str:
+    """Markdown: by position, dense's NLL, and the KL of each candidate's point nearest to 0.01."""
+    parts = []
+    for group in texts(records):
+        first = group[0]
+        bands = [(int(low), int(high)) for low, high, *_ in first["by_position"]]
+        header = ["blocks chosen by", "point", *(f"{low} to {high - 1}" for low, high in bands)]
+        body = []
+        for record in _nearest(group, KL_TARGETS[0]):
+            dense = record["candidate"] == DENSE
+            figures = [nll if dense else kl for _, _, kl, nll in record["by_position"]]
+            point = "NLL" if dense else f"{_asked(record)}: KL"
+            digits = 3 if dense else 4
+            cells = [f"{figure:.{digits}f}" for figure in figures]
+            body.append([label(record["candidate"]), point, *cells])
+        parts.append(f"### {_length(first)}, {len(first['contexts'])} windows{_where(first)}")
+        parts.append(report.markdown_table(header, body))
+    return "\n\n".join(parts)
+
+
+def _nearest(group: Sequence[Record], loss: float) -> list[Record]:
+    """Dense, and of each candidate the point whose loss is closest."""
+    found: dict[str, Record] = {}
+    for record in group:
+        other = found.get(record["candidate"])
+        if record["candidate"] != CONTROL and (
+            other is None or _distance(record, loss) < _distance(other, loss)
+        ):
+            found[record["candidate"]] = record
+    return list(found.values())
+
+
+def _distance(record: Record, loss: float) -> float:
+    return abs(math.log(max(float(np.mean(record["kl"])), 1e-9) / loss))
+
+
+def law_tables(records: Sequence[Record]) -> str:
+    """Markdown: the share skipped at each loss, by length."""
+    parts = []
+    for group in _by_model(records):
+        lengths = sorted({int(record["seqlen"]) for record in group})
+        parts.append(f"### {_where(group[0]).removeprefix(': ')}")
+        for target in KL_TARGETS:
+            found = law(group, target)
+            header = [f"blocks chosen by: skipped at KL {target:g}"]
+            header += [f"{tokens / 1024:g}K" for tokens in lengths]
+            body = [
+                [label(name), *(interval_text(by[n]) if n in by else "" for n in lengths)]
+                for name, by in found.items()
+            ]
+            parts.append(report.markdown_table(header, body))
+        parts[-2] = (
+            f"### {group[0]['model']}, {group[0]['dtype']} ({group[0]['gpu']})\n\n{parts[-2]}"
+        )
+        parts.append(report.provenance(group))
+    return "\n\n".join(parts)
+
+
+def law(group: Sequence[Record], target: float) -> dict[str, dict[int, list[float]]]:
+    """By candidate and length, the share skipped at a loss: [mean, low, high].
+
+    Intervals are 95 % of a bootstrap over contexts.
+    """
+    found: dict[str, dict[int, list[float]]] = {}
+    kept = (DENSE, CONTROL)
+    sparse = sorted((r for r in group if r["candidate"] not in kept), key=_order)
+    for line in report.grouped(sparse, ("candidate", "seqlen")):
+        most = max(len(record["contexts"]) for record in line)
+        same = [record for record in line if len(record["contexts"]) == most]
+        points = [
+            Point(r["asked"], *(np.asarray(r[n]) for n in ("sparsity", "kl", "nll_change")))
+            for r in same
+        ]
+        mean = sparsity_at(points, target, np.arange(most))
+        draws = np.random.default_rng(0).integers(0, most, (BOOTSTRAPS, most))
+        drawn = np.array([sparsity_at(points, target, draw) for draw in draws])
+        interval = with_interval(mean, drawn) if most > 1 else [mean, np.nan, np.nan]
+        found.setdefault(line[0]["candidate"], {})[line[0]["seqlen"]] = interval
+    return found
+
+
+def draw(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draw accuracy against time for each length, needles, and skipped against length."""
+    tasks = {_whose(group[0]): group for group in _groups(records, "long_tasks")}
+    files = [
+        _draw_curves(group, tasks.get(_whose(group[0]), []), folder) for group in texts(records)
+    ]
+    files += [
+        _draw_law(group, folder)
+        for group in _by_model(records)
+        if len({record["seqlen"] for record in group}) > 1
+    ]
+    needles = list(tasks.values())
+    if needles:
+        files.append(_draw_needles(needles, folder))
+    return files
+
+
+def _draw_curves(group: Sequence[Record], tasks: Sequence[Record], folder: Path) -> Path:
+    pyplot = report.load_pyplot()
+    figure, axes = pyplot.subplots(
+        1, 2 + bool(tasks), figsize=(5 * (2 + bool(tasks)), 5), **_LAYOUT
+    )
+    scored = {_point(record): record for record in tasks}
+    dense = scored.get((DENSE, "share", 0.0))
+    lines = [
+        line for line in report.grouped(group, ("candidate",)) if line[0]["candidate"] != DENSE
+    ]
+    for index, line in enumerate(sorted(lines, key=lambda one: _order(one[0]))):
+        style = _style(index)
+        losses = [max(float(np.mean(record["kl"])), 1e-6) for record in line]
+        first, attention = ([_over_fastest(r, n) for r in line] for n in _RATIOS)
+        axes[0].plot(attention, losses, label=label(line[0]["candidate"]), **style)
+        axes[1].plot(first, losses, **style)
+        pairs = [(r, scored[_point(r)]) for r in line if _point(r) in scored]
+        if tasks and dense is not None:
+            shares = [_mean_score(s) / max(_mean_score(dense), 1e-9) for _, s in pairs]
+            times = [_over_fastest(r, "attention_speedup") for r, _ in pairs]
+            axes[2].plot(times, shares, **style)
+    names = ["attention, times the fastest dense", "time to first token, times the fastest dense"]
+    for axis, name in zip(axes, [*names, names[0]], strict=False):
+        axis.set(xlabel=name, ylabel="KL divergence from dense, nats", yscale="log")
+        axis.axvline(1.0, color="grey", lw=0.6)
+        axis.grid(alpha=0.3)
+    for axis in axes[:2]:
+        for target in KL_TARGETS:
+            axis.axhline(target, color="grey", lw=0.6, ls=":")
+    if tasks:
+        axes[2].set(ylabel="score on tasks, share of dense's", yscale="linear")
+        axes[2].axhline(0.99, color="grey", lw=0.6, ls=":")
+    figure.suptitle(f"{group[0]['model']}, {_length(group[0])}, {group[0]['gpu']}", fontsize=9)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
+    seqlen = group[0]["seqlen"]
+    return report.save(figure, folder / f"long-accuracy-{seqlen:06}.png")
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Of a candidate's line; the first ten are drawn through."""
+    return {
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "color": f"C{index % 10}",
+        "linestyle": "-" if index < 10 else "--",
+        "markersize": 4,
+    }
+
+
+_RATIOS = ("speedup", "attention_speedup")
+
+
+def _over_fastest(record: Record, name: str) -> float:
+    return float(min(record[name].values()))
+
+
+def _draw_law(group: Sequence[Record], folder: Path) -> Path:
+    pyplot = report.load_pyplot()
+    figure, axes = pyplot.subplots(1, len(KL_TARGETS), figsize=(10, 5), sharey=True, **_LAYOUT)
+    named: set[str] = set()
+    for axis, target in zip(axes, KL_TARGETS, strict=True):
+        for index, (name, by) in enumerate(law(group, target).items()):
+            known = [(length, *by[length]) for length in sorted(by) if np.isfinite(by[length][0])]
+            if not known:
+                continue
+            lengths, means, lows, highs = (np.array(column) for column in zip(*known, strict=True))
+            lows, highs = (np.where(np.isfinite(x), x, means) for x in (lows, highs))
+            axis.errorbar(
+                lengths / 1024,
+                1 - means,
+                yerr=np.abs([highs - means, means - lows]),
+                capsize=2,
+                label=None if name in named else label(name),
+                **_style(index),
+            )
+            named.add(name)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set(xlabel="thousands (1024) of tokens", title=f"KL divergence {target:g}")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("share of the visible blocks kept")
+    figure.suptitle(f"{group[0]['model']}, {group[0]['gpu']}", fontsize=9)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
+    model = "".join(c if c.isalnum() or c in "-." else "-" for c in group[0]["model"])
+    return report.save(figure, folder / f"long-law-{model}.png")
+
+
+def _draw_needles(groups: Sequence[Sequence[Record]], folder: Path) -> Path:
+    """Scores of a single needle: a row a candidate, a column a depth."""
+    pyplot = report.load_pyplot()
+    figure, axes = pyplot.subplots(
+        len(groups), 1, figsize=(7, 3.2 * len(groups)), squeeze=False, **_LAYOUT
+    )
+    for axis, group in zip(axes[:, 0], groups, strict=True):
+        rows = [r for r in group if r["depths"]]
+        cells = [_by_task(record)["single"] for record in rows]
+        if not rows:
+            continue
+        axis.imshow(np.array(cells), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        depths = rows[0]["depths"]
+        axis.set_xticks(range(len(depths)), [f"{depth:.2g}" for depth in depths], fontsize=7)
+        names = [
+            f"{label(r['candidate'])} {'' if r['candidate'] == DENSE else _asked(r)}" for r in rows
+        ]
+        axis.set_yticks(range(len(rows)), names, fontsize=6)
+        axis.set_title(f"one needle by depth, {_length(rows[0])}", fontsize=8)
+    return report.save(figure, folder / "long-needles.png")
+
+
+def _by_model(records: Sequence[Record]) -> Iterable[list[Record]]:
+    every = [record for group in texts(records) for record in group]
+    return report.grouped(every, _MODEL)
+
+
+def _whose(record: Record) -> tuple[str, ...]:
+    return tuple(str(record[name]) for name in (*_MODEL, "seqlen"))
+
+
+def _point(record: Record) -> tuple[str, str, float]:
+    return record["candidate"], record["axis"], float(record["asked"])
+
+
+def _asked(record: Record) -> str:
+    return f"{record['axis']} {record['asked']:g}"
+
+
+def _length(record: Record) -> str:
+    return f"{record['seqlen'] / 1024:g}K tokens"
+
+
+def _where(record: Record) -> str:
+    return f": {record['model']}, {record['dtype']} ({record['gpu']})"
+
+
+def _interval(values: Sequence[float]) -> str:
+    found = mean_interval(values)
+    if found.low is None or found.high is None:
+        return f"{found.mean:.4f}"
+    return f"{found.mean:.4f} [{found.low:.4f}, {found.high:.4f}]"
+
+
+def _task(context: str) -> str:
+    return context.partition(" ")[0]
+
+
+def _by_task(record: Record) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for context, score in zip(record["contexts"], record["scores"], strict=True):
+        found.setdefault(_task(context), []).append(score)
+    return found
+
+
+def _mean_score(record: Record) -> float:
+    """The mean over tasks, each of the same weight."""
+    return float(np.mean([np.mean(scores) for scores in _by_task(record).values()]))
+
+
+def _score_cells(record: Record | None, dense: Record | None) -> list[str]:
+    """A mean score, and the share of dense's with a bootstrap's interval over prompts."""
+    if record is None:
+        return ["", ""]
+    mean = f"{_mean_score(record):.3f}"
+    if dense is None or dense["contexts"] != record["contexts"] or record is dense:
+        return [mean, ""]
+    tasks = np.array([_task(context) for context in record["contexts"]])
+    ours, theirs = np.asarray(record["scores"]), np.asarray(dense["scores"])
+    generator = np.random.default_rng(0)
+    sums = np.zeros((2, BOOTSTRAPS))
+    for task in dict.fromkeys(tasks):
+        places = np.flatnonzero(tasks == task)
+        draws = places[generator.integers(0, len(places), (BOOTSTRAPS, len(places)))]
+        sums += [ours[draws].mean(1), theirs[draws].mean(1)]
+    shares = np.divide(sums[0], sums[1], out=np.full(BOOTSTRAPS, np.nan), where=sums[1] > 0)
+    if _mean_score(dense) == 0:
+        return [mean, ""]
+    share, low, high = with_interval(_mean_score(record) / _mean_score(dense), shares)
+    return [mean, f"{share:.1%}" if np.isnan(low) else f"{share:.1%} [{low:.1%}, {high:.1%}]"]
