@@ -23,6 +23,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bsfa_calib.thresholds import DEFAULT_VOTERS
+from bsfa_kernel import DEFAULT_GEOMETRY
 from harness import ROOT, Record, read_records
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -75,7 +77,8 @@ _KEYS = {
 # The order of rows: what is recommended comes first.
 _RULES = ("peak_lse", "running_max", "absolute", "")
 _INPUTS = ("model", "irregular", "planted")
-DEFAULT, PAPER = ("peak_lse", "64x64"), ("absolute", "128x64")
+DEFAULT = ("peak_lse", str(DEFAULT_GEOMETRY), DEFAULT_VOTERS)
+PAPER = ("absolute", "128x64")
 # a cell says which sparsity it has where that is further from the one asked for
 _LIMIT = "FLOP limit, at its rate"
 _SPARSITY_TOLERANCE = 0.01
@@ -189,7 +192,7 @@ def _speedup_table(ours: Sequence[Record], baseline: str, group: Sequence[Record
         key = (
             record["kernel"] == "bsfa_sm80",
             _RULES.index(rule),
-            geometry != "64x64",
+            geometry != DEFAULT[1],
             _INPUTS.index(record["inputs"]),
             record["seqlen"],
             *_mode(record),
@@ -205,7 +208,8 @@ def _speedup_table(ours: Sequence[Record], baseline: str, group: Sequence[Record
         body.append([_LIMIT, "", "", "", "", _mode_text(*mode), *limits])
     for (*_, seqlen, selection, voters, names), row in sorted(rows.items()):
         name, rule, geometry, inputs = names
-        mark = "**" if (rule, geometry) == DEFAULT else "*" if (rule, geometry) == PAPER else ""
+        default = (rule, geometry, voters) == DEFAULT
+        mark = "**" if default else "*" if (rule, geometry) == PAPER else ""
         how = _mode_text(selection, voters) if rule else ""
         cells = [f"{mark}{name}{mark}", rule, geometry, inputs, _length(seqlen), how]
         body.append([*cells, *(row.get(c, "") for c in columns)])
@@ -342,7 +346,12 @@ def _step_table(records: Sequence[Record], title: str, baselines: Sequence[str])
 
 def _step_order(record: Record) -> tuple[Any, ...]:
     how = (record.get("precision", ""), record.get("voters", 0), -float(record.get("asked", 0)))
-    return (record["kernel"] == "bsfa_sm80", record["geometry"] != "64x64", record["seqlen"], *how)
+    return (
+        record["kernel"] == "bsfa_sm80",
+        record["geometry"] != DEFAULT[1],
+        record["seqlen"],
+        *how,
+    )
 
 
 def prefill_tables(records: Sequence[Record]) -> str:

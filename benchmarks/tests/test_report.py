@@ -81,31 +81,35 @@ def test_records_of_a_self_test_are_refused(
     assert "self-test" in capsys.readouterr().err
 
 
-def test_the_default_comes_first_and_the_papers_last() -> None:
+def test_the_default_geometry_comes_first_and_the_papers_rule_last() -> None:
     choices = [
-        ("absolute", "128x64", "planted"),
-        ("peak_lse", "64x64", "planted"),
-        ("absolute", "64x64", "irregular"),
-        ("peak_lse", "64x64", "irregular"),
-        ("running_max", "128x64", "planted"),
+        ("absolute", "128x64", "planted", 1),
+        ("peak_lse", "64x64", "planted", 4),
+        ("peak_lse", "128x64", "planted", 4),
+        ("absolute", "64x64", "irregular", 1),
+        ("peak_lse", "128x64", "irregular", 1),
+        ("peak_lse", "128x64", "irregular", 4),
+        ("running_max", "128x64", "planted", 1),
     ]
     table = report.attention_tables(
         [
-            attention_record(rule=r, geometry=g, inputs=i, speedup={"fa3": 1.5})
-            for r, g, i in choices
+            attention_record(rule=r, geometry=g, inputs=i, voters=v, speedup={"fa3": 1.5})
+            for r, g, i, v in choices
         ]
     )
     rows = [
-        [cell.strip() for cell in line.split("|")[1:5]]
+        [cell.strip() for cell in (*line.split("|")[1:5], line.split("|")[6])]
         for line in table.splitlines()
         if "BSFA sm_90a" in line and "1.50" in line
     ]
     assert rows == [
-        ["**BSFA sm_90a**", "peak_lse", "64x64", "irregular"],
-        ["**BSFA sm_90a**", "peak_lse", "64x64", "planted"],
-        ["BSFA sm_90a", "running_max", "128x64", "planted"],
-        ["BSFA sm_90a", "absolute", "64x64", "irregular"],
-        ["*BSFA sm_90a*", "absolute", "128x64", "planted"],
+        ["BSFA sm_90a", "peak_lse", "128x64", "irregular", "16 bits"],
+        ["**BSFA sm_90a**", "peak_lse", "128x64", "irregular", "16 bits, 1 in 4"],
+        ["**BSFA sm_90a**", "peak_lse", "128x64", "planted", "16 bits, 1 in 4"],
+        ["BSFA sm_90a", "peak_lse", "64x64", "planted", "16 bits, 1 in 4"],
+        ["BSFA sm_90a", "running_max", "128x64", "planted", "16 bits"],
+        ["*BSFA sm_90a*", "absolute", "128x64", "planted", "16 bits"],
+        ["BSFA sm_90a", "absolute", "64x64", "irregular", "16 bits"],
     ]
 
 
