@@ -120,16 +120,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
     # What docs/results.md shows, the default rule and geometry first.
     "results": (
         Sweep(
-            _LONG[:1],
-            _SKIPPING,
-            rules=_DEFAULT_RULE,
-            inputs=("irregular",),
-            modes=_EVERY_MODE,
-            kernels=_PEERS,
-            geometries=_BOTH[:1],
-        ),
-        Sweep(
-            _LONG[1:],
+            _LONG,
             _SKIPPING,
             rules=_DEFAULT_RULE,
             inputs=("irregular",),
