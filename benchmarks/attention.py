@@ -122,7 +122,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             inputs=("irregular",),
             modes=_EVERY_MODE,
             kernels=_PEERS,
-            geometries=_BOTH[1:],
+            geometries=_BOTH,
         ),
         Sweep(
             _LONG[1:],
@@ -131,7 +131,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             inputs=("irregular",),
             modes=_EVERY_MODE,
             kernels=_PEERS,
-            geometries=_BOTH[1:],
+            geometries=_BOTH[:1],
         ),
         Sweep(_LONG[:1], (DENSE, "0", *_SKIPPING), kernels=_PEERS, geometries=_BOTH[:1]),
         Sweep(_LONG[:1], _SKIPPING, inputs=("irregular",), kernels=_PEERS, geometries=_BOTH[:1]),
@@ -140,7 +140,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             _SKIPPING,
             rules=_DEFAULT_RULE,
             kernels=_PEERS,
-            geometries=_BOTH[1:],
+            geometries=_BOTH[:1],
         ),
         Sweep(_LONG[1:], (DENSE, *_SKIPPING), kernels=_PEERS, geometries=_BOTH[:1]),
         Sweep(
@@ -157,7 +157,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             inputs=("irregular",),
             modes=_EVERY_MODE,
             kernels=_PEERS,
-            geometries=_BOTH[1:],
+            geometries=_BOTH[:1],
         ),
         Sweep(
             _LONG[:1],
@@ -167,7 +167,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             inputs=("irregular",),
             modes=_EVERY_MODE,
             kernels=_PEERS,
-            geometries=_BOTH[1:],
+            geometries=_BOTH[:1],
         ),
         Sweep(
             (4 * _K, 8 * _K),
@@ -178,7 +178,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             rules=_DEFAULT_RULE,
             inputs=("irregular",),
             kernels=(*_PEERS, "fa2"),
-            geometries=_BOTH[1:],
+            geometries=_BOTH[:1],
         ),
     ),
     "full": (

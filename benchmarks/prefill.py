@@ -324,7 +324,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seqlens", type=list_of(parse_length), default=(32768, 131072), help="such as 8K,128K")
     add("--sparsities", type=list_of(parse_sparsity), default=("0.5", "0.9"))
     add("--rules", type=list_of(str), default=("peak_lse",))
-    add("--geometries", type=list_of(Geometry.parse), default=(bsfa_kernel.GEOMETRIES[1],))
+    add("--geometries", type=list_of(Geometry.parse), default=(bsfa_kernel.DEFAULT_GEOMETRY,))
     add(
         "--modes",
         type=list_of(Mode.parse),

@@ -196,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
     add("--calibration-contexts", type=int, default=3)
     add("--sparsities", type=list_of(float), default=(0.5, 0.75, 0.9), help="as 0.5,0.75")
     add("--rule", type=one_of(bsfa_kernel.RULES), default="peak_lse")
-    add("--geometry", type=Geometry.parse, default=bsfa_kernel.GEOMETRIES[1])
+    add("--geometry", type=Geometry.parse, default=bsfa_kernel.DEFAULT_GEOMETRY)
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--device", default="auto")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "selection_study.jsonl")

@@ -266,7 +266,7 @@ def parser() -> argparse.ArgumentParser:
     add("--head-dims", type=list_of(int), default=(128,))
     add("--heads", type=int, default=32)
     add("--kv-heads", type=int, default=8)
-    add("--geometry", type=Geometry.parse, default=bsfa_kernel.GEOMETRIES[1])
+    add("--geometry", type=Geometry.parse, default=bsfa_kernel.DEFAULT_GEOMETRY)
     add("--rule", type=one_of(bsfa_kernel.RULES), default="peak_lse")
     add("--precisions", type=list_of(one_of(bsfa_kernel.PRECISIONS)), default=("int8",))
     add("--kept", type=list_of(float), default=KEPT, help="shares of the blocks in a mask")
