@@ -74,6 +74,8 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> str:
         points=(0.5,),
         axis="target_sparsity",
         model="SmolLM2-135M-Instruct",
+        q_block=64,
+        k_block=64,
     ).save(path)
     return str(path)
 

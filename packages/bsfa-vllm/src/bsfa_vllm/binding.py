@@ -12,7 +12,6 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +226,8 @@ def layer_reason(impl: Any, device: torch.device) -> Reason | None:
         return Reason.NOT_CAUSAL
     window: Any = getattr(impl, "sliding_window", None)
     # The FlashAttention back end has two extents, of which -1 means none; the CPU's has one.
-    extents: Sequence[int] = (
-        window if isinstance(window, tuple) else (-1 if not window else window,)
-    )
-    if any(extent >= 0 for extent in extents):
+    extents = window if isinstance(window, tuple) else (window,)
+    if any(extent is not None and extent >= 0 for extent in extents):
         return Reason.SLIDING_WINDOW
     if getattr(impl, "logits_soft_cap", 0):
         return Reason.SOFTCAP

@@ -133,13 +133,8 @@ def reports(folder: str | os.PathLike[str] | None = None) -> list[Report]:
     if folder is None:
         for engine in engines():
             _write(engine)
-    found = []
-    for path in sorted(Path(folder or statistics_folder()).glob("*.json")):
-        try:
-            found.append(json.loads(path.read_text()))
-        except FileNotFoundError:
-            continue  # its engine was removed meanwhile
-    return merged(found)
+    paths = sorted(Path(folder or statistics_folder()).glob("*.json"))
+    return merged(json.loads(path.read_text()) for path in paths)
 
 
 def statistics(folder: str | os.PathLike[str] | None = None) -> Report:
