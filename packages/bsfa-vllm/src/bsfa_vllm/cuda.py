@@ -67,7 +67,7 @@ class CUDAImpl(SparseImpl, FlashAttentionImpl):
 
     def pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [pages, page_size, kv_heads, head_dim], as views of the cache."""
-        k, v = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        k, v = kv_cache.transpose(1, 2).chunk(2, dim=-1)
         return canonicalize_singleton_dim_strides(k), canonicalize_singleton_dim_strides(v)
 
 

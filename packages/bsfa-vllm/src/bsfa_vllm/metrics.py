@@ -58,5 +58,5 @@ def register() -> None:
         from prometheus_client import REGISTRY
     except ImportError:
         return
-    REGISTRY.register(Collector())  # type: ignore[arg-type]
+    REGISTRY.register(Collector())
     _registered = True

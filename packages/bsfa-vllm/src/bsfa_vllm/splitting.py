@@ -39,7 +39,7 @@ class SparseBuilder:
         """
         self._able, self._dense_layers = 0, dict[int, Reason]()
         for name, layer in layers.items():
-            impl = getattr(layer, "impl", None)
+            impl: Any = getattr(layer, "impl", None)
             engine: Engine | None = getattr(impl, "bsfa_engine", None)
             index = layer_index(name)
             if engine is None or index is None or index >= engine.layers:
@@ -100,7 +100,7 @@ class SparseBuilder:
             return None
         starts = common.query_start_loc_cpu.tolist()
         keys = bounds.tolist()
-        prefilling = getattr(common, "is_prefilling", None)
+        prefilling: Any = getattr(common, "is_prefilling", None)
         # A tensor on a GPU is not looked at: that would wait for it.
         known = prefilling is not None and prefilling.device.type == "cpu"
         prefilling = prefilling.tolist() if known else [None] * common.num_reqs
@@ -263,15 +263,19 @@ class SparseImpl:
                     *(kv_cache, part.metadata, output[tokens]),
                 )
                 continue
+            options: Any = engine.options(part.selection)
             out, blocks = block_sparse_attention(
-                *(query[tokens], k, v, thresholds),
+                query[tokens],
+                k,
+                v,
+                thresholds,
                 scale=self.scale,  # type: ignore[attr-defined]
                 cu_seqlens_q=part.starts,
                 block_table=attn_metadata.block_table[part.rows],
                 seqused_k=attn_metadata.seq_lens[part.rows],
                 max_seqlen_k=part.max_keys,
                 return_kept=True,
-                **engine.options(part.selection),
+                **options,
             )
             output[tokens].copy_(out.view_as(output[tokens]))
             kept.append(blocks)
