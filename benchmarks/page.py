@@ -340,6 +340,7 @@ def text(records: Sequence[Record], pictures: Sequence[str] = ()) -> str:
         (_SPEED, "attention-", report.attention_tables(records)),
         (_STEPS, "", report.step_tables(records)),
         ("## Time to first token\n", "prefill-", report.prefill_tables(records)),
+        ("## Serving with vLLM\n", "", report.serving_tables(records)),
         (_STUDY, "accuracy-", study_tables(records)),
         (_SELECTION, "", selection_tables(records)),
         (_TEXT, "", text_tables(records)),

@@ -261,6 +261,6 @@ def test_engines_in_processes_of_their_own_count_each_for_itself(
         with engine(folder, table) as llm:
             answers(llm, prompts[2:3])
     first, second = bsfa_vllm.reports()
-    assert first.mean_kept_fraction < 0.8 < second.mean_kept_fraction == 1
+    assert first.mean_kept_fraction < 0.9 < second.mean_kept_fraction == 1
     assert first.visible_blocks == second.visible_blocks
     assert first.engine != second.engine

@@ -45,6 +45,7 @@ class Engine:
         counts_rows: whether this rank's calls count: the others of its tensor-parallel group run
             the same rows.
         started: seconds since the epoch.
+        enabled: whether steps are split; a benchmark turns it off to time vLLM's own attention.
     """
 
     def __init__(self, state: State, config: Any, rank: int = 0) -> None:
@@ -55,7 +56,7 @@ class Engine:
             config: vLLM's, kept so that no other object gets its identity meanwhile.
             rank: of this process in its tensor-parallel group.
         """
-        self.state, self._config = state, config
+        self.state, self._config, self.enabled = state, config, True
         self.calls: Counter[str] = Counter()
         self.dense_layers: dict[int, Reason] = {}
         self.identity, self.started = str(config.instance_id), time.time()

@@ -9,6 +9,7 @@ those, with metadata that they made themselves.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class SparseBuilder:
     def _plan(self, common: Any) -> Plan | None:
         """How to split a step; None if it has no layer or no row for that."""
         engine, bounds = self._engine, common.seq_lens_cpu_upper_bound
-        if engine is None or not (self._able or self._dense_layers) or bounds is None:
+        if engine is None or bounds is None or not engine.enabled:
             return None
         if common.causal is not True or any(
             getattr(common, name, None) is not None
@@ -251,6 +252,7 @@ class SparseImpl:
             )
         k, v = self.pages(layer, kv_cache)
         thresholds = engine.state.layer_thresholds(index, query.device)
+        attend: Callable[..., tuple[Tensor, Tensor]] = block_sparse_attention
         kept: list[Tensor] = []
         for part in plan.parts:
             tokens = part.tokens
@@ -263,8 +265,7 @@ class SparseImpl:
                     *(kv_cache, part.metadata, output[tokens]),
                 )
                 continue
-            options: Any = engine.options(part.selection)
-            out, blocks = block_sparse_attention(
+            out, blocks = attend(
                 query[tokens],
                 k,
                 v,
@@ -275,7 +276,7 @@ class SparseImpl:
                 seqused_k=attn_metadata.seq_lens[part.rows],
                 max_seqlen_k=part.max_keys,
                 return_kept=True,
-                **options,
+                **engine.options(part.selection),
             )
             output[tokens].copy_(out.view_as(output[tokens]))
             kept.append(blocks)
