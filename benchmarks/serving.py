@@ -123,7 +123,7 @@ class FirstToken:
 
     def __init__(self, arguments: argparse.Namespace, results: Results, folder: Path) -> None:
         """Describe the model, and write a table of the engine's shape."""
-        self.arguments, self.results = arguments, results
+        self.arguments, self.results, self.folder = arguments, results, folder
         self.device = torch.device(arguments.device)
         self.served = served(arguments, folder)
         self.environment = environment(self.device)
@@ -145,13 +145,10 @@ class FirstToken:
 
     def run(self, budget: Budget) -> None:
         """Measure every length."""
-        own: dict[int, list[float]] = {}
-        if self.arguments.default:
-            with self._engine(None) as llm:
-                for seqlen in self.arguments.seqlens:
-                    ids = self._prompt(seqlen)
-                    own[seqlen] = [self._once(llm, ids) for _ in range(self._turns)][1:]
-                    progress(f"  vllm  {seqlen:7} {statistics.median(own[seqlen]):10.1f} ms")
+        if self.arguments.times is not None:
+            self._time_default(self.arguments.times)
+            return
+        own = self._default() if self.arguments.default else {}
         with self._engine({"thresholds": self.table, **self._point()}) as llm:
             for seqlen in self.arguments.seqlens:
                 if budget.allows():
@@ -159,9 +156,32 @@ class FirstToken:
                 else:
                     print(f"left out for the budget: {seqlen} tokens")
 
-    @property
-    def _turns(self) -> int:
-        return int(self.arguments.repetitions) + 1  # the first warms up
+    def _default(self) -> dict[int, list[float]]:
+        """Times by length of an engine with vLLM's default back end, in a process of its own.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        given, path = self.arguments, self.folder / "times.json"
+        command = [sys.executable, str(Path(__file__).resolve()), "ttft", "--times", str(path)]
+        command += ["--model", given.model] if given.model else ["--model-shape", given.model_shape]
+        command += ["--device", given.device, "--dtype", given.dtype, "--seed", str(given.seed)]
+        command += ["--seqlens", ",".join(map(str, given.seqlens))]
+        command += ["--repetitions", str(given.repetitions), *(["--eager"] if given.eager else [])]
+        if subprocess.run(command, check=False).returncode or not path.exists():
+            raise RuntimeError("vLLM's default engine could not be timed: its messages are above")
+        return {int(seqlen): times for seqlen, times in json.loads(path.read_text()).items()}
+
+    def _time_default(self, path: Path) -> None:
+        """Write the times of an engine with vLLM's default back end."""
+        found = {}
+        with self._engine(None) as llm:
+            for seqlen in self.arguments.seqlens:
+                ids = self._prompt(seqlen)
+                times = [self._once(llm, ids) for _ in range(self.arguments.repetitions + 1)]
+                found[seqlen] = times[1:]  # the first warms up
+                progress(f"  vllm  {seqlen:7} {statistics.median(times[1:]):10.1f} ms")
+        path.write_text(json.dumps(found))
 
     def _point(self) -> dict[str, Any]:
         return {"check_model": False, "target_sparsity": self._points()[0]}
@@ -518,6 +538,7 @@ def parser() -> argparse.ArgumentParser:
         add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "serving.jsonl")
     first, load = (commands.choices[name] for name in ("ttft", "load"))
     first.add_argument("--default", action="store_true", help="time vLLM's default engine too")
+    first.add_argument("--times", type=Path, help="only that, its times into this file")
     first.add_argument("--repetitions", type=int, default=3, help="(default %(default)s)")
     load.add_argument("--rate", type=float, default=0.5, help="requests a second")
     load.add_argument("--requests", type=int, default=50, help="(default %(default)s)")
@@ -541,6 +562,8 @@ def main(argv: list[str] | None = None) -> int:
         benchmark = kind(arguments, Results(arguments.out), Path(folder))
         budget = Budget(arguments.budget_seconds)
         benchmark.run(budget)
+    if arguments.command == "ttft" and arguments.times is not None:
+        return 0
     print(f"{len(benchmark.records)} records in {arguments.out}, {budget.spent:.0f} s")
     return 0 if benchmark.records else 1
 
