@@ -73,7 +73,7 @@ def emulate(
     q_blocks = seqlen // q_block
     if thresholds.shape[2] not in (1, q_blocks):
         raise ValueError(f"thresholds need 1 or {q_blocks} rows, got {thresholds.shape[2]}")
-    voting = voting_rows(seqlen, geometry, voters).to(q.device)
+    voting = voting_rows(seqlen, seqlen, geometry, voters).to(q.device)
     points = thresholds.shape[0]
     out = q.new_empty((points, batch, seqlen, heads, head_dim), dtype=torch.float32)
     skipped = q.new_empty((points, batch, heads), dtype=torch.float32)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,62 @@ def test_generate_with_a_chunked_prefill_gives_what_it_gives_without(
     for one, other in zip(plain.logits, parts.logits, strict=True):
         assert largest_difference(other, one) < 1e-5
     assert stats.dense_calls[Reason.DECODE] == 2 * 2 * LAYERS
+
+
+def first_attention(model: Any, run: Callable[[], object]) -> Tensor:
+    """What the first layer's attention gives, [batch, queries of all calls, heads * head_dim]."""
+    seen: list[Tensor] = []
+    module = model.model.layers[0].self_attn.o_proj
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    run()
+    hook.remove()
+    return torch.cat(seen, 1)
+
+
+@pytest.mark.parametrize("size", [1, 70, 100, 129, 200, 511])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_prefill_in_chunks_of_any_size_is_dense_at_minus_infinity(
+    model: Any, cache: str, size: int
+) -> None:
+    ids, mask = pad([tokens(300 if size == 1 else 611), tokens(250, seed=1)], "left")
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 2, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    if cache == "static":
+        options |= {"cache_implementation": "static", "disable_compile": True}
+    dense = model.generate(ids, **options)
+    with bsfa_hf.enabled(model, table(-math.inf)) as stats:
+        parts = model.generate(ids, prefill_chunk_size=size, **options)
+    for one, other in zip(dense.logits, parts.logits, strict=True):
+        assert largest_difference(other, one) < 1e-5
+    assert stats.sparse_calls > 0
+    assert stats.kept_fraction == [1.0] * LAYERS
+
+
+@pytest.mark.parametrize("size", [70, 100, 129, 200, 511])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("block", [(128, 64), (64, 64)])
+def test_a_prefill_in_chunks_of_any_size_changes_only_the_query_blocks_that_are_cut(
+    model: Any, rule: str, size: int, block: tuple[int, int]
+) -> None:
+    length, q_block = 699, block[0]
+    ids = tokens(length)
+    options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False}
+    with bsfa_hf.enabled(model, table(rule=rule, block=block)) as stats:
+        whole = first_attention(model, lambda: model.generate(ids, **options))
+        assert stats.mean_kept_fraction < 0.95
+        stats.reset()
+        parts = first_attention(
+            model, lambda: model.generate(ids, prefill_chunk_size=size, **options)
+        )
+        assert stats.mean_kept_fraction < 1
+    cut = torch.zeros(length, dtype=torch.bool)
+    for start in range(size, length, size):
+        if start % q_block:
+            first = start // q_block * q_block
+            cut[first : first + q_block] = True
+    assert cut.any()
+    assert parts.shape == whole.shape
+    torch.testing.assert_close(parts[:, ~cut], whole[:, ~cut], rtol=0, atol=1e-5)
 
 
 def test_a_static_cache_gives_what_a_dynamic_one_gives(model: Any) -> None:

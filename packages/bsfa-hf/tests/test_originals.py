@@ -488,16 +488,16 @@ def test_drafts_change_no_token(implementation: str, rule: str, length: int) -> 
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_chunks_that_begin_within_a_block_are_named_so(model: Any, cache: str) -> None:
+def test_chunks_of_a_prefill_that_begin_within_a_block_run_sparse(model: Any, cache: str) -> None:
     ids = tokens(300)
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
     if cache == "static":
         options |= {"cache_implementation": "static", "disable_compile": True}
     dense = model.generate(ids, **options)
-    with bsfa_hf.enabled(model, table(math.inf)) as stats:
+    with bsfa_hf.enabled(model, table(-math.inf)) as stats:
         assert torch.equal(model.generate(ids, **options, prefill_chunk_size=100), dense)
+    assert stats.sparse_calls == 2 * LAYERS
     assert stats.dense_calls == {
-        str(Reason.PART_OF_BLOCK): 2 * LAYERS,
         str(Reason.DECODE): 2 * LAYERS,
         str(Reason.TOO_SHORT): LAYERS,
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import bsfa_kernel
 from bsfa_kernel import DEFAULT_GEOMETRY, VOTERS, Geometry, reference
+from bsfa_kernel.geometry import first_query
 
 INF = float("inf")
 
@@ -243,7 +244,11 @@ def separating_thresholds(
     positions = torch.tensor(
         [
             bsfa_kernel.threshold_row(
-                index * geometry.q_block, case.seqlen_q, case.seqlen_k, geometry.q_block, rows
+                first_query(index, case.seqlen_q, case.seqlen_k, geometry),
+                case.seqlen_q,
+                case.seqlen_k,
+                geometry.q_block,
+                rows,
             )
             for index in range(maxima.shape[2])
         ],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bsfa_kernel import Geometry, reference
+from bsfa_kernel.geometry import query_lead
 
 LSE_TOLERANCE = 2**-15
 """Relative to the larger of 1 and the value; good float32 exponentials err by a tenth of it."""
@@ -51,11 +52,17 @@ def low_precision_attention(
     return (out / total.masked_fill(total == 0, 1)).transpose(1, 2).to(q.dtype)
 
 
+def by_query(x: Tensor, seqlen_q: int, seqlen_k: int, geometry: Geometry, dim: int = 2) -> Tensor:
+    """What there is one of for each query block along ``dim``, for each query."""
+    lead = query_lead(seqlen_q, seqlen_k, geometry) if seqlen_q else 0
+    return x.repeat_interleave(geometry.q_block, dim).narrow(dim, lead, seqlen_q)
+
+
 def score_mask(
     blocks: Tensor, seqlen_q: int, seqlen_k: int, causal: bool, geometry: Geometry
 ) -> Tensor:
     """The scores that take part, [..., seqlen_q, seqlen_k], for a mask of blocks kept."""
-    scores = blocks.repeat_interleave(geometry.q_block, -2)[..., :seqlen_q, :]
+    scores = by_query(blocks, seqlen_q, seqlen_k, geometry, -2)
     scores = scores.repeat_interleave(geometry.k_block, -1)[..., :seqlen_k]
     if causal:
         visible = torch.ones((seqlen_q, seqlen_k), dtype=torch.bool, device=blocks.device)
@@ -196,6 +203,7 @@ def assert_matches(
     clear: Tensor,
     budget: Budget,
     geometry: Geometry,
+    seqlen_k: int,
 ) -> None:
     """Fail unless verdicts, output and log-sum-exp agree, where the verdicts are clear.
 
@@ -208,10 +216,11 @@ def assert_matches(
         clear: bool [batch, heads, q_blocks].
         budget: of the output.
         geometry: the sparsity block.
+        seqlen_k: keys of each sequence.
     """
     out, lse, kept = found
     assert_same_verdicts(kept, expected.kept, clear)
-    rows = clear.repeat_interleave(geometry.q_block, 2)[:, :, : lse.shape[2]]
+    rows = by_query(clear, lse.shape[2], seqlen_k, geometry)
     hidden = ~rows.transpose(1, 2)[..., None]
     assert_close(out.masked_fill(hidden, 0), expected.out.masked_fill(hidden, 0), budget)
     assert_lse_close(lse.masked_fill(~rows, 0), expected.lse.masked_fill(~rows, 0))

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from bsfa_kernel import Geometry, _native, pack_blocks, reference
-from bsfa_kernel._calls import MASK_BITS, AttendCall, BlockMaximaCall, ForwardCall, SelectCall
+from bsfa_kernel._calls import (
+    AttendCall,
+    BlockMaximaCall,
+    ForwardCall,
+    SelectCall,
+    columns_shape,
+    mask_words,
+    most_keys,
+)
 from bsfa_kernel.geometry import block_count
 from bsfa_kernel.reference.forward import run_attend
 from bsfa_kernel.reference.selection import run_select
@@ -70,10 +78,14 @@ def forward(
     """bsfa_forward on CUDA tensors; on CPU tensors the reference, copied, to try the guards."""
     batch, seqlen_q, heads, _ = q.shape
     device = str(q.device)
-    q_blocks = block_count(seqlen_q, geometry.q_block)
+    call = ForwardCall(
+        *(q, k, v, thresholds, None, None, causal, None, rule, *geometry, voters),
+        return_lse=True,
+        return_kept=True,
+    )
     out = Guarded.rows(tuple(q.shape), q.dtype, device)
     lse = Guarded.flat((batch, heads, seqlen_q), torch.float32, device)
-    kept = Guarded.flat((batch, heads, q_blocks), torch.int32, device)
+    kept = Guarded.flat(columns_shape(call), torch.int32, device)
     if not q.is_cuda:
         expected = reference.attention(
             q, k, v, thresholds, causal=causal, rule=rule, geometry=geometry, voters=voters
@@ -81,11 +93,6 @@ def forward(
         for guarded, result in ((out, expected.out), (lse, expected.lse), (kept, expected.kept)):
             guarded.view.copy_(result)
         return out, lse, kept
-    call = ForwardCall(
-        *(q, k, v, thresholds, None, None, causal, None, rule, *geometry, voters),
-        return_lse=True,
-        return_kept=True,
-    )
     _native.forward(call, out.view, lse.view, kept.view)
     return out, lse, kept
 
@@ -102,13 +109,11 @@ def select_blocks(
     precision: str,
 ) -> Guarded:
     """bsfa_select_blocks on CUDA tensors; on CPU tensors the reference, copied."""
-    batch, seqlen_q, heads, _ = q.shape
-    words = block_count(k.shape[1], geometry.k_block * MASK_BITS)
-    shape = (batch, heads, block_count(seqlen_q, geometry.q_block), words)
-    mask = Guarded.flat(shape, torch.int64, str(q.device))
     call = SelectCall(
         *(q, k, thresholds, None, None, causal, None, rule, *geometry, voters, precision, None)
     )
+    shape = (*columns_shape(call), mask_words(call))
+    mask = Guarded.flat(shape, torch.int64, str(q.device))
     if q.is_cuda:
         _native.select_blocks(call, mask.view)
     else:
@@ -141,16 +146,11 @@ def attend_blocks(
 
 def block_maxima(q: Tensor, k: Tensor, *, causal: bool, rule: str, geometry: Geometry) -> Guarded:
     """bsfa_block_maxima on CUDA tensors; on CPU tensors the reference, copied."""
-    batch, seqlen_q, heads, _ = q.shape
-    shape = (
-        batch,
-        heads,
-        block_count(seqlen_q, geometry.q_block),
-        block_count(k.shape[1], geometry.k_block),
-    )
+    call = BlockMaximaCall(q, k, causal, None, rule, *geometry)
+    shape = (*columns_shape(call), block_count(most_keys(call), geometry.k_block))
     maxima = Guarded.flat(shape, torch.float32, str(q.device))
     if not q.is_cuda:
         maxima.view.copy_(reference.block_maxima(q, k, causal=causal, rule=rule, geometry=geometry))
         return maxima
-    _native.block_maxima(BlockMaximaCall(q, k, causal, None, rule, *geometry), maxima.view)
+    _native.block_maxima(call, maxima.view)
     return maxima

@@ -30,7 +30,8 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters
     """All that the package's functions return, for arrays [batch, seqlen, heads, head_dim]."""
     batch, seqlen_q, heads, head_dim = q.shape
     _, seqlen_k, kv_heads, _ = k.shape
-    q_blocks, k_blocks = -(-seqlen_q // q_block), -(-seqlen_k // k_block)
+    blocks, k_blocks = query_blocks(seqlen_q, seqlen_k, q_block), -(-seqlen_k // k_block)
+    q_blocks = len(blocks)
     out = np.zeros((batch, seqlen_q, heads, head_dim))
     lse = np.full((batch, heads, seqlen_q), -INF)
     mask = np.zeros((batch, heads, q_blocks, k_blocks), bool)
@@ -40,7 +41,7 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters
         for h in range(heads):
             kv_head = h // (heads // kv_heads)
             for i in range(q_blocks):
-                rows = range(i * q_block, min((i + 1) * q_block, seqlen_q))
+                rows = blocks[i]
                 scores = {
                     r: {
                         j: scale * float(np.dot(q[b, r, h], k[b, j, kv_head]))
@@ -49,10 +50,12 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters
                     }
                     for r in rows
                 }
-                position = max(i * q_block + seqlen_k - seqlen_q, 0) // q_block
+                position = max((rows[0] + seqlen_k - seqlen_q) // q_block, 0)
                 threshold = float(thresholds[h, min(position, thresholds.shape[1] - 1)])
                 voting = [
-                    r for r in rows if i == q_blocks - 1 or (r - i * q_block) % voters == voters - 1
+                    r
+                    for r in rows
+                    if i == q_blocks - 1 or votes(r, seqlen_q, seqlen_k, q_block, voters)
                 ]
                 kept_blocks, voted[b, h, i] = visit(
                     scores, voting, k_blocks, k_block, rule, threshold
@@ -82,19 +85,21 @@ def select(q, k, thresholds, *, causal, scale, rule, q_block, voters, precision)
     """
     batch, seqlen_q, heads, _ = q.shape
     _, seqlen_k, kv_heads, _ = k.shape
-    q_blocks, k_blocks = -(-seqlen_q // q_block), -(-seqlen_k // 64)
+    blocks, k_blocks = query_blocks(seqlen_q, seqlen_k, q_block), -(-seqlen_k // 64)
+    q_blocks = len(blocks)
     mask = np.zeros((batch, heads, q_blocks, k_blocks), bool)
     margin = np.full((batch, heads, q_blocks), INF)
     seen = sees(seqlen_q, seqlen_k, causal)
     for b, h, i in np.ndindex(batch, heads, q_blocks):
         keys = k[b, :, h // (heads // kv_heads)]
-        rows = slice(i * q_block, (i + 1) * q_block)
+        first = blocks[i][0]
+        rows = slice(first, blocks[i][-1] + 1)
         queries = q[b, rows, h]
         if precision == "exact":
             scores = scale * queries @ keys.T
         else:
             scores = rounded_scores(queries, keys, scale, rule)
-        position = max(i * q_block + seqlen_k - seqlen_q, 0) // q_block
+        position = max((first + seqlen_k - seqlen_q) // q_block, 0)
         threshold = float(thresholds[h, min(position, thresholds.shape[1] - 1)])
         references: list[list[float]] = [[] for _ in queries]
         for j in reversed(range(k_blocks)):
@@ -113,7 +118,7 @@ def select(q, k, thresholds, *, causal, scale, rule, q_block, voters, precision)
                 if rule == "running_max" and not math.isnan(reference):
                     reference = max(references[r], default=-INF)
                 references[r].append(peak)
-                if i == q_blocks - 1 or r % voters == voters - 1:
+                if i == q_blocks - 1 or votes(first + r, seqlen_q, seqlen_k, q_block, voters):
                     excess.append(peak - reference)  # -inf of both: NaN, which keeps
             if not visible.all() or visible.shape[1] < 64:
                 mask[b, h, i, j] = True
@@ -123,6 +128,19 @@ def select(q, k, thresholds, *, causal, scale, rule, q_block, voters, precision)
             distance = abs(largest - threshold)
             margin[b, h, i] = min(margin[b, h, i], INF if math.isnan(distance) else distance)
     return mask, margin
+
+
+def query_blocks(seqlen_q, seqlen_k, q_block):
+    """The queries of each block: those whose absolute positions have the same quotient."""
+    blocks: dict[int, list[int]] = {}
+    for r in range(seqlen_q):
+        blocks.setdefault((r + seqlen_k - seqlen_q) // q_block, []).append(r)
+    return list(blocks.values())
+
+
+def votes(r, seqlen_q, seqlen_k, q_block, voters):
+    """Whether a query votes in a block that is not the last."""
+    return (r + seqlen_k - seqlen_q) % q_block % voters == voters - 1
 
 
 def sees(seqlen_q, seqlen_k, causal):
@@ -169,11 +187,13 @@ def attend_mask(q, k, v, mask, *, causal, scale, q_block):
     lse = np.full((batch, heads, seqlen_q), -INF)
     kept = np.zeros(mask.shape[:3], np.int32)
     seen = sees(seqlen_q, seqlen_k, causal)
+    blocks = query_blocks(seqlen_q, seqlen_k, q_block)
+    assert len(blocks) == mask.shape[2]
     for b, h, i in np.ndindex(*mask.shape[:3]):
-        rows = slice(i * q_block, (i + 1) * q_block)
+        rows = slice(blocks[i][0], blocks[i][-1] + 1)
         visible = [j for j in range(mask.shape[3]) if seen[rows, 64 * j : 64 * j + 64].any()]
         kept[b, h, i] = sum(mask[b, h, i, j] for j in visible)
-        for r in range(rows.start, min(rows.stop, seqlen_q)):
+        for r in blocks[i]:
             keys = [j for j in range(seqlen_k) if seen[r, j] and mask[b, h, i, j // 64]]
             scores = scale * k[b, keys, h // (heads // kv_heads)] @ q[b, r, h]
             lse[b, h, r] = log_sum_exp(scores.tolist())

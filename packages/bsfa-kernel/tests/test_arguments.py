@@ -95,6 +95,14 @@ ATTEND_ARGS = {
     "workspace_bytes": 2**40,
 }
 PACKED = {"cu_seqlens_q": 0x80000, "cu_seqlens_k": 0x80000}
+USED = {"seqused_k": 0x81000}
+PAGED = {
+    **USED,
+    "block_table": 0x82000,
+    "block_table_stride": 20,
+    "pages": 30,
+    "page_size": 16,
+}
 
 
 def make(struct: type[Args], own: dict[str, Any], changes: dict[str, Any]) -> Any:
@@ -193,8 +201,13 @@ EVERY = [
     ("seqlen_k", -1, "seqlen_k must be between 0 and 1073741824, got -1"),
     ("seqlen_k", 2**40, "seqlen_k must be between 0 and 1073741824, got 1099511627776"),
     ("batch", 2**29, r"batch \* heads \* ceil\(seqlen_q / 64\) must be at most 1073741823, got"),
-    ("cu_seqlens_q", 0x80000, "must both be given or both be null, got only cu_seqlens_q"),
-    ("cu_seqlens_k", 0x80000, "must both be given or both be null, got only cu_seqlens_k"),
+    ("cu_seqlens_q", 0x80000, "cu_seqlens_q must come with .*, got only cu_seqlens_q"),
+    ("cu_seqlens_k", 0x80000, "cu_seqlens_k must come with cu_seqlens_q, got only cu_seqlens_k"),
+    ("seqused_k", 0x81002, "seqused_k must be aligned to 4 bytes, and is 2 bytes off"),
+    ("block_table", 0x82000, "block_table must come with seqused_k, .* got null"),
+    ("block_table_stride", 20, "block_table_stride must be 0 where block_table is null, got 20"),
+    ("pages", 30, "pages must be 0 where block_table is null, got 30"),
+    ("page_size", 16, "page_size must be 0 where block_table is null, got 16"),
     ("q", None, "q must not be null"),
     ("k", None, "k must not be null"),
     ("q", 0x10008, "q must be aligned to 16 bytes, and is 8 bytes off"),
@@ -290,6 +303,23 @@ ATTEND: list[Refused] = [
     ("thresholds", 0x50002, "thresholds must be aligned to 4 bytes", {}),
 ]
 
+PAGES: list[Refused] = [
+    ("block_table", 0x82001, "block_table must be aligned to 4 bytes", PAGED),
+    ("block_table_stride", -1, "block_table_stride must be between 0 and .*, got -1", PAGED),
+    ("pages", -1, f"pages must be between 0 and {INT32_MAX}, got -1", PAGED),
+    ("pages", 2**31, f"pages must be between 0 and {INT32_MAX}, got 2147483648", PAGED),
+    ("page_size", 0, "page_size must be between 16 and .*, got 0", PAGED),
+    ("page_size", 24, "page_size must be a multiple of 16, got 24", PAGED),
+    ("k_strides", Strides(12, 256, 128), "the pages stride of k must be a multiple of 8", PAGED),
+    ("k_strides", Strides(4096, 12, 128), "the seqlen stride of k must be a multiple of 8", PAGED),
+    ("k", None, "k must not be null", PAGED),
+]
+
+BOTH_KEYS: list[Refused] = [
+    ("seqused_k", 0x81000, "cu_seqlens_k and seqused_k must not both be given", PACKED),
+    ("cu_seqlens_k", 0x80000, "cu_seqlens_k must come with cu_seqlens_q", USED),
+]
+
 MAXIMA = [
     ("maxima", None, "maxima must not be null"),
     ("maxima", 0x40002, "maxima must be aligned to 4 bytes"),
@@ -311,9 +341,10 @@ def test_every_function_refuses(
     [
         (make_args, *refused)
         for make_args, lists in (
-            (forward_args, (LENGTHS, THRESHOLDS, OUTPUTS)),
-            (select_args, (LENGTHS, THRESHOLDS, MASK, SELECT)),
-            (attend_args, (LENGTHS, OUTPUTS, MASK, ATTEND)),
+            (forward_args, (LENGTHS, THRESHOLDS, OUTPUTS, PAGES, BOTH_KEYS)),
+            (select_args, (LENGTHS, THRESHOLDS, MASK, SELECT, PAGES, BOTH_KEYS)),
+            (attend_args, (LENGTHS, OUTPUTS, MASK, ATTEND, PAGES, BOTH_KEYS)),
+            (maxima_args, (PAGES,)),
         )
         for some in lists
         for refused in some
@@ -385,6 +416,14 @@ def test_null_for_the_struct_is_refused(function: str) -> None:
         attend_args(thresholds=None, threshold_rows=0, lse=None, kept=None),
         attend_args(**PACKED, mask_words=7),
         attend_args(seqlen_k=0, k=None, v=None, block_mask=None, mask_words=0),
+        forward_args(**USED),
+        forward_args(**USED, cu_seqlens_q=0x80000),
+        forward_args(**PAGED, k_strides=Strides(8192, 512, 256)),
+        forward_args(**PAGED, cu_seqlens_q=0x80000, v_strides=Strides(8192, 256, 4096)),
+        forward_args(**{**PAGED, "page_size": 48, "block_table_stride": 0}),
+        select_args(**PAGED, cu_seqlens_q=0x80000),
+        attend_args(**PAGED, mask_words=3),
+        maxima_args(**PAGED),
     ],
     ids=[
         "a plain call",
@@ -406,6 +445,14 @@ def test_null_for_the_struct_is_refused(function: str) -> None:
         "attention of a mask without what is optional",
         "attention of packed sequences' mask",
         "attention of a mask without keys",
+        "used keys",
+        "used keys and packed queries",
+        "pages of packed keys and values",
+        "pages, packed queries, heads before tokens",
+        "pages of 48 keys, and one row of a table for all",
+        "selection of pages",
+        "attention of a mask with more bits than there are keys in pages",
+        "maxima of pages",
     ],
 )
 def test_arguments_that_break_no_rule_get_as_far_as_the_device(args: Args) -> None:

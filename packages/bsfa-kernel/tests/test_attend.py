@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import cases
 import guarded
 import oracle
+import paging
 from bsfa_kernel import (
     DEFAULT_GEOMETRY,
     GEOMETRIES,
@@ -22,6 +23,7 @@ from bsfa_kernel import (
     pack_blocks,
     reference,
 )
+from bsfa_kernel.geometry import query_block_count
 from compare import assert_close, assert_lse_close, assert_matches, error_budget
 
 INF = math.inf
@@ -33,7 +35,7 @@ def random_blocks(case, geometry, density, *, device="cpu", seed=0):
     shape = (
         case.batch,
         case.heads,
-        -(-case.seqlen_q // geometry.q_block),
+        query_block_count(case.seqlen_q, case.seqlen_k, geometry),
         -(-case.seqlen_k // geometry.k_block),
     )
     return (torch.rand(shape, generator=generator) < density).to(device)
@@ -53,7 +55,8 @@ def check(case, q, k, v, blocks, geometry):
     assert found[0].dtype == q.dtype
     assert found[1].dtype == torch.float32
     budget = error_budget(q, k, v, expected, **options)
-    assert_matches(found, expected, torch.ones_like(expected.kept).bool(), budget, geometry)
+    all_clear = torch.ones_like(expected.kept).bool()
+    assert_matches(found, expected, all_clear, budget, geometry, case.seqlen_k)
     return found
 
 
@@ -237,7 +240,7 @@ def test_packed_sequences_are_attended_to_like_single_ones(target, case, dtype, 
     target.require("attend_blocks", dtype, case.head_dim)
     q, k, v = case.inputs(dtype, target.device)
     starts_q, starts_k = case.cu_seqlens(target.device)
-    columns = len(q) // geometry.q_block + len(case.lengths)
+    columns = len(q) // geometry.q_block + 2 * len(case.lengths)
     generator = torch.Generator().manual_seed(1)
     blocks = torch.rand((case.heads, columns, 128), generator=generator) < 0.5
     blocks = blocks.to(target.device)
@@ -248,8 +251,8 @@ def test_packed_sequences_are_attended_to_like_single_ones(target, case, dtype, 
     for index, (length_q, length_k) in enumerate(case.lengths):
         queries = slice(starts_q[index], starts_q[index + 1])
         keys = slice(starts_k[index], starts_k[index + 1])
-        first = int(starts_q[index]) // geometry.q_block + index
-        own = slice(first, first + -(-length_q // geometry.q_block))
+        first = int(starts_q[index]) // geometry.q_block + 2 * index
+        own = slice(first, first + query_block_count(length_q, length_k, geometry))
         unused[own] = False
         tensors = q[None, queries], k[None, keys], v[None, keys]
         its_blocks = blocks[None, :, own, : -(-length_k // 64)]
@@ -269,7 +272,7 @@ def test_a_sequence_with_more_blocks_than_bits_gets_nan(target, geometry):
     case = cases.PackedCase("long keys", "", tuple(lengths), heads=2, kv_heads=1)
     q, k, v = case.inputs(torch.float16, target.device)
     starts_q, starts_k = case.cu_seqlens(target.device)
-    columns = len(q) // geometry.q_block + len(lengths)
+    columns = len(q) // geometry.q_block + 2 * len(lengths)
     blocks = torch.ones((2, columns, 64), dtype=torch.bool, device=target.device)
     packed = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "geometry": geometry}
     out, lse, _ = outputs(q, k, v, blocks, **packed)
@@ -286,11 +289,32 @@ def test_a_sequence_with_more_blocks_than_bits_gets_nan(target, geometry):
     assert not expected.isnan().any()
 
 
+@pytest.mark.parametrize("page_size", [48, 64])
+def test_a_paged_sequence_with_more_blocks_than_bits_gets_nan(target, geometry, page_size):
+    target.require("attend_blocks", torch.float16, 64)
+    case = cases.Case("long pages", "", batch=3, seqlen_q=70, seqlen_k=4200, heads=2, kv_heads=1)
+    q, k, v = case.inputs(torch.float16, target.device)
+    lengths = (4097, 4096, 0)
+    keys, values = ([x[:n] for x, n in zip(y, lengths, strict=True)] for y in (k, v))
+    cache = paging.paged(keys, values, page_size, seed=case.seed)
+    columns = -(-(70 + geometry.q_block - 1) // geometry.q_block)
+    options = {**cache.options, "geometry": geometry}
+    blocks = torch.ones((3, 2, columns, 64), dtype=torch.bool, device=target.device)
+    out, lse, _ = outputs(q, cache.k, cache.v, blocks, **options)
+    assert out[0].isnan().all()
+    assert lse[0].isnan().all()
+    two_words = torch.ones((3, 2, columns, 128), dtype=torch.bool, device=target.device)
+    expected, expected_lse, _ = outputs(q, cache.k, cache.v, two_words, **options)
+    assert not expected.isnan().any()
+    assert torch.equal(out[1:], expected[1:])
+    assert torch.equal(lse[1:], expected_lse[1:])
+
+
 def test_nothing_to_attend_to_is_zero(target, geometry):
     target.require("attend_blocks", torch.float16, 64)
     some = torch.ones((2, 100, 2, 64), dtype=torch.float16, device=target.device)
     none = some[:, :0]
-    q_blocks = -(-100 // geometry.q_block)
+    q_blocks = query_block_count(100, 0, geometry)
 
     def mask(*shape):
         return torch.full(shape, -1, dtype=torch.int64, device=target.device)
@@ -308,7 +332,7 @@ def test_nothing_to_attend_to_is_zero(target, geometry):
         (some[0], none[0], full, empty),
         (none[0], some[0], empty, full),
     ):
-        columns = len(q) // geometry.q_block + 2
+        columns = len(q) // geometry.q_block + 2 * 2
         out, lse, kept = attend_blocks(
             *(q, k, k, mask(2, columns, 1)),
             cu_seqlens_q=starts_q,
@@ -417,8 +441,8 @@ def test_a_mask_of_the_rule_gives_what_the_rule_gives():
         (
             {"block_mask": torch.zeros(1, 2, 1, 2, dtype=torch.int64)},
             ValueError,
-            r"block_mask must be \[batch, heads, q_blocks, ceil\(k_blocks / 64\)\], here "
-            r"\[1, 2, 1, 1\]; got the shape \[1, 2, 1, 2\]",
+            r"block_mask must be \[batch, heads, q_blocks, words\] with ceil\(k_blocks / 64\) "
+            r"words, here \[1, 2, 1, 1\]; got the shape \[1, 2, 1, 2\]",
         ),
         (
             {"block_mask": torch.zeros(1, 1, 1, 1, dtype=torch.int64)},
@@ -441,7 +465,7 @@ def test_a_mask_of_the_rule_gives_what_the_rule_gives():
         (
             {"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)},
             ValueError,
-            "cu_seqlens_q and cu_seqlens_k must be given together",
+            "cu_seqlens_q must be given together with cu_seqlens_k, or with seqused_k",
         ),
     ],
 )
@@ -456,10 +480,13 @@ def test_arguments_that_break_a_rule_are_refused(changes, error, message):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((4, 4, 1), r"\[heads, total_q // q_block \+ batch, words\], here \[4, 3, words\]; got"),
-        ((3, 3, 1), r"got the shape \[3, 3, 1\]"),
-        ((1, 4, 3, 1), r"got the shape \[1, 4, 3, 1\]"),
-        ((4, 3, 0), "block_mask must have at least one word, got 0"),
+        (
+            (4, 3, 1),
+            r"\[heads, total_q // q_block \+ 2 \* batch, words\], here \[4, 5, words\]; got",
+        ),
+        ((3, 5, 1), r"got the shape \[3, 5, 1\]"),
+        ((1, 4, 5, 1), r"got the shape \[1, 4, 5, 1\]"),
+        ((4, 5, 0), "block_mask must have at least one word, got 0"),
     ],
 )
 def test_masks_of_packed_sequences_are_checked(shape, message):

@@ -17,15 +17,18 @@ BLOCKS = st.sampled_from([*GEOMETRIES, Geometry(2, 2), Geometry(3, 2), Geometry(
 
 def seen_scores(seqlen_q, seqlen_k, geometry, causal):
     """bool [q_blocks, k_blocks, q_block, k_block], and which of the scores exist."""
-    q_blocks = block_count(seqlen_q, geometry.q_block)
-    k_blocks = block_count(seqlen_k, geometry.k_block)
-    rows = np.arange(q_blocks * geometry.q_block)[:, None]
+    positions = range(seqlen_k - seqlen_q, seqlen_k)
+    blocks = sorted({position // geometry.q_block for position in positions})
+    q_blocks, k_blocks = len(blocks), block_count(seqlen_k, geometry.k_block)
+    rows = np.array([i * geometry.q_block + r for i in blocks for r in range(geometry.q_block)])
+    rows = rows.astype(int)[:, None]
     keys = np.arange(k_blocks * geometry.k_block)
-    seen = (rows < seqlen_q) & (keys < seqlen_k)
+    there = (rows >= seqlen_k - seqlen_q) & (rows < seqlen_k)
+    seen = there & (keys < seqlen_k)
     if causal:
-        seen &= keys <= rows + seqlen_k - seqlen_q
+        seen &= keys <= rows
     shape = (q_blocks, geometry.q_block, k_blocks, geometry.k_block)
-    exist = np.broadcast_to(rows < seqlen_q, seen.shape).reshape(shape).swapaxes(1, 2)
+    exist = np.broadcast_to(there, seen.shape).reshape(shape).swapaxes(1, 2)
     return seen.reshape(shape).swapaxes(1, 2), exist
 
 
@@ -37,6 +40,10 @@ def test_counts_are_those_of_the_scores_one_by_one(sizes, geometry, causal):
     full = (seen | ~exist).all((2, 3)).sum(1)
     arguments = (*sizes, geometry)
     indices = range(len(visible))
+    assert g.query_block_count(*arguments) == len(visible)
+    exist_in_first = exist[:1, :1, :, 0].reshape(-1)
+    if exist_in_first.any():
+        assert g.query_lead(*arguments) == exist_in_first.argmax()
     assert [g.visible_blocks(i, *arguments, causal=causal) for i in indices] == visible.tolist()
     assert [g.full_blocks(i, *arguments, causal=causal) for i in indices] == full.tolist()
     assert g.count_visible(*arguments, causal=causal) == visible.sum()
@@ -61,7 +68,7 @@ def test_counts_trace_with_symbolic_lengths():
     @torch.compile(fullgraph=True, dynamic=True, backend="eager")
     def count(q, k):
         arguments = (q.shape[0], k.shape[0], GEOMETRIES[1])
-        indices = torch.arange(block_count(q.shape[0], 64))
+        indices = torch.arange(g.query_block_count(*arguments))
         total = torch.full((), g.count_visible(*arguments) - g.count_full(*arguments))
         return g.visible_blocks(indices, *arguments) - g.full_blocks(indices, *arguments), total
 

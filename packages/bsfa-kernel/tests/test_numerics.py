@@ -50,7 +50,7 @@ def check(case, q, k, v, thresholds, clear, *, rule, geometry, voters=1):
     budget = error_budget(
         q, k, v, expected, causal=case.causal, scale=case.scale, geometry=geometry
     )
-    assert_matches(found, expected, clear, budget, geometry)
+    assert_matches(found, expected, clear, budget, geometry, k.shape[1])
 
 
 @pytest.mark.parametrize("case", cases.ALL, ids=str)
@@ -101,13 +101,13 @@ def test_packed_sequences_are_computed_like_single_ones(target, case, dtype, rul
         keys = slice(int(starts_k[index]), int(starts_k[index + 1]))
         alone = [x[None] for x in (q[queries], k[keys], v[keys])]
         expected = reference.attention(*alone, thresholds, compute_dtype=torch.float64, **options)
-        first = queries.start // geometry.q_block + index
+        first = queries.start // geometry.q_block + 2 * index
         columns = slice(first, first + expected.kept.shape[2])
         unused[:, columns] = False
         budget = error_budget(*alone, expected, causal=case.causal, scale=None, geometry=geometry)
         found = out[None, queries], lse[None, :, queries], kept[None, :, columns]
         clear = expected.margin > cases.VERDICT_MARGIN
-        assert_matches(found, expected, clear, budget, geometry)
+        assert_matches(found, expected, clear, budget, geometry, alone[1].shape[1])
     assert (kept[unused] == 0).all()
 
 
@@ -270,7 +270,7 @@ def test_scores_that_are_not_finite_are_never_hidden(target, rule, geometry, hea
         q, k, v, thresholds, return_lse=True, return_kept=True, **options
     )
     clear = expected.margin > cases.VERDICT_MARGIN
-    assert_matches(found, expected, clear, budget, geometry)
+    assert_matches(found, expected, clear, budget, geometry, k.shape[1])
 
 
 @pytest.mark.parametrize("value", [math.nan, INF, -INF], ids=str)
@@ -338,4 +338,4 @@ def test_long_sequences_are_as_exact_as_short_ones(arch, rule):
     )
     budget = error_budget(q, k, v, expected, causal=True, scale=None, geometry=DEFAULT_GEOMETRY)
     clear = expected.margin > (1e-5 if rule == "absolute" else 1e-4)
-    assert_matches(found, expected, clear, budget, DEFAULT_GEOMETRY)
+    assert_matches(found, expected, clear, budget, DEFAULT_GEOMETRY, k.shape[1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import cases
 import guarded
+import paging
 from bsfa_kernel import (
     GEOMETRIES,
     PRECISIONS,
@@ -30,7 +32,15 @@ from bsfa_kernel import (
     reference,
     select_blocks,
 )
-from compare import assert_close, assert_matches, assert_same_verdicts, budget_of, error_budget
+from bsfa_kernel.geometry import query_block_count
+from compare import (
+    assert_close,
+    assert_matches,
+    assert_same_verdicts,
+    budget_of,
+    by_query,
+    error_budget,
+)
 from conftest import SM80, SM90, Target, gpu_target
 
 INF = math.inf
@@ -157,7 +167,7 @@ def test_a_call_matches_the_reference(target, call):
         q, k, v, expected, causal=call.case.causal, scale=None, geometry=call.geometry
     )
     if clear.float().mean() >= 0.9:
-        assert_matches(found, expected, clear, budget, call.geometry)
+        assert_matches(found, expected, clear, budget, call.geometry, k.shape[1])
 
 
 @any_target
@@ -176,7 +186,7 @@ def test_exact_selection_and_attention_of_it_are_the_fused_kernel(target, call):
             q, k, v, thresholds, compute_dtype=torch.float64, **call.options
         )
         budget = error_budget(q, k, v, expected, scale=None, **call.shape_options)
-        assert_matches(found, expected, clear, budget, call.geometry)
+        assert_matches(found, expected, clear, budget, call.geometry, k.shape[1])
 
 
 @any_target
@@ -218,7 +228,7 @@ def test_attention_of_any_mask_matches_the_reference(target, call, seed):
     blocks = (
         call.case.batch,
         call.case.heads,
-        -(-q.shape[1] // call.geometry.q_block),
+        query_block_count(q.shape[1], k.shape[1], call.geometry),
         -(-k.shape[1] // call.geometry.k_block),
     )
     generator = torch.Generator().manual_seed(seed)
@@ -229,7 +239,7 @@ def test_attention_of_any_mask_matches_the_reference(target, call, seed):
     budget = error_budget(q, k, v, expected, scale=None, **options)
     found = tuple(output.view.clone() for output in outputs)
     all_clear = torch.ones_like(expected.kept, dtype=torch.bool)
-    assert_matches(found, expected, all_clear, budget, call.geometry)
+    assert_matches(found, expected, all_clear, budget, call.geometry, k.shape[1])
     for name, output in zip(("out", "lse", "kept"), outputs, strict=True):
         output.assert_written_exactly(name)
 
@@ -376,7 +386,7 @@ def test_packed_sequences_give_what_each_gives_alone(target, call, data):
         queries = slice(starts_q[index], starts_q[index + 1])
         keys = slice(starts_k[index], starts_k[index + 1])
         alone = attend(q[None, queries], k[None, keys], v[None, keys], thresholds, **call.options)
-        first = starts_q[index] // call.geometry.q_block + index
+        first = starts_q[index] // call.geometry.q_block + 2 * index
         columns = slice(first, first + alone[2].shape[2])
         unused[:, columns] = False
         found = out[None, queries], lse[None, :, queries], kept[None, :, columns]
@@ -403,6 +413,165 @@ def test_a_query_has_the_same_result_whatever_the_queries_beside_it(target, call
         (expected[0][:, ~loud], expected[1][:, :, ~loud], expected[2]),
         target,
     )
+
+
+def sequences_of(data, call, target, *, packed):
+    """Queries, and keys and values of each sequence; where the packed ones' queries begin."""
+    q, k, v = call.inputs(target)
+    lengths_k = [data.draw(st.integers(0, k.shape[1])) for _ in range(len(k))]
+    keys = [x[:length] for x, length in zip(k, lengths_k, strict=True)]
+    values = [x[:length] for x, length in zip(v, lengths_k, strict=True)]
+    if not packed:
+        return list(q), keys, values
+    lengths_q = [data.draw(st.integers(0, q.shape[1])) for _ in range(len(q))]
+    return [x[:length] for x, length in zip(q, lengths_q, strict=True)], keys, values
+
+
+def of_sequence(found, index, starts, columns, geometry, *, packed):
+    """out, lse and kept of one sequence, as a batch of one, and where its columns are."""
+    out, lse, kept = found
+    if not packed:
+        one = slice(index, index + 1)
+        return (out[one], lse[one], kept[one, :, :columns]), (one, slice(0, columns))
+    queries = slice(starts[index], starts[index + 1])
+    first = starts[index] // geometry.q_block + 2 * index
+    own = slice(first, first + columns)
+    return (out[None, queries], lse[None, :, queries], kept[None, :, own]), (own,)
+
+
+@any_target
+@given(
+    call=calls(),
+    data=st.data(),
+    page_size=st.sampled_from([16, 48, 64, 128, 256, None]),
+    layout=st.sampled_from(paging.LAYOUTS),
+    packed=st.booleans(),
+    selection=st.sampled_from(["exact", "int8"]),
+)
+def test_pages_and_unused_keys_give_what_each_sequence_gives_alone(
+    target, call, data, page_size, layout, packed, selection
+):
+    """Without a page size the keys are padded. NaN is wherever nothing may be read."""
+    for kernel in ("forward", "select_blocks", "attend_blocks"):
+        target.require(kernel, call.dtype, call.case.head_dim)
+    thresholds = call.rough_thresholds(target, *call.inputs(target)[:2])
+    queries, keys, values = sequences_of(data, call, target, packed=packed)
+    options = {**call.options, "selection": selection}
+    if page_size is None:
+        lengths = torch.tensor([len(x) for x in keys], dtype=torch.int32, device=target.device)
+        room = max(map(len, keys)) + data.draw(st.integers(0, 70))
+        shape = (len(keys), room, *keys[0].shape[1:])
+        k, v = (torch.full(shape, math.nan, dtype=call.dtype) for _ in range(2))
+        k, v = k.to(target.device), v.to(target.device)
+        for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+            k[index, : len(key)], v[index, : len(key)] = key, value
+        given_keys = {"seqused_k": lengths}
+    else:
+        seed = data.draw(st.integers(0, 2**32 - 1))
+        cache = paging.paged(keys, values, page_size, layout=layout, seed=seed)
+        k, v, given_keys = cache.k, cache.v, cache.options
+        if data.draw(st.booleans()):
+            longest = max(map(len, keys))
+            given_keys["max_seqlen_k"] = data.draw(
+                st.integers(max(longest, 1), cache.block_table.shape[1] * page_size)
+            )
+    starts = [0]
+    for query in queries:
+        starts.append(starts[-1] + len(query))
+    if packed:
+        q = torch.cat(queries)
+        given_keys["cu_seqlens_q"] = torch.tensor(starts, dtype=torch.int32, device=target.device)
+    else:
+        q = torch.stack(queries)
+    found = attend(q, k, v, thresholds, **given_keys, **options)
+    unused = torch.ones_like(found[2], dtype=torch.bool)
+    if packed:
+        assert unused.shape[1] == len(q) // call.geometry.q_block + 2 * len(queries)
+    for index, tensors in enumerate(zip(queries, keys, values, strict=True)):
+        alone = attend(*(x[None] for x in tensors), thresholds, **options)
+        its_own, where = of_sequence(
+            found, index, starts, alone[2].shape[2], call.geometry, packed=packed
+        )
+        if packed:
+            unused[:, where[0]] = False
+        else:
+            unused[where[0], :, where[1]] = False
+        assert_same(its_own, alone, target)
+    assert (found[2][unused] == 0).all()
+    mask = select_blocks(q, k, thresholds, precision=selection, **given_keys, **call.options)
+    assert mask.shape[:-1] == unused.shape
+    assert (mask[unused] == 0).all()
+    attended = attend_blocks(
+        *(q, k, v, mask),
+        **{name: x for name, x in given_keys.items() if name != "max_seqlen_k"},
+        **call.shape_options,
+        return_lse=True,
+        return_kept=True,
+    )
+    if selection == "int8" or not target.arch:
+        assert_same(attended, found, target)
+
+
+@any_target
+@given(call=calls(), data=st.data(), page_size=st.sampled_from([16, 64, None]))
+def test_block_maxima_of_pages_and_unused_keys_are_those_of_each_sequence(
+    target, call, data, page_size
+):
+    target.require("block_maxima", call.dtype, call.case.head_dim)
+    queries, keys, values = sequences_of(data, call, target, packed=False)
+    if page_size is None:
+        lengths = torch.tensor([len(x) for x in keys], dtype=torch.int32, device=target.device)
+        k = torch.nn.utils.rnn.pad_sequence(keys, batch_first=True, padding_value=math.nan)
+        given_keys = {"seqused_k": lengths}
+    else:
+        cache = paging.paged(keys, values, page_size, seed=call.case.seed)
+        k, given_keys = cache.k, cache.options
+    found = block_maxima(torch.stack(queries), k, **given_keys, **call.options_of_maxima)
+    nothing = torch.ones_like(found, dtype=torch.bool)
+    for index, (query, key) in enumerate(zip(queries, keys, strict=True)):
+        alone = block_maxima(query[None], key[None], **call.options_of_maxima)
+        own = (slice(index, index + 1), slice(None), *map(slice, alone.shape[2:]))
+        assert_same((found[own],), (alone,), target)
+        nothing[own] = False
+    assert (found[nothing] == -INF).all()
+
+
+@any_target
+@given(call=calls(causal=True, voters=[1]), data=st.data())
+def test_a_cut_anywhere_changes_only_the_query_blocks_that_it_goes_through(target, call, data):
+    # All rows vote, as they do in a chunk's last block.
+    target.require("forward", call.dtype, call.case.head_dim)
+    q, k, v = call.inputs(target)
+    length = min(call.case.seqlen_q, call.case.seqlen_k)
+    q, k, v = q[:, :length], k[:, :length], v[:, :length]
+    thresholds = call.rough_thresholds(target, q, k)
+    dense = torch.full_like(thresholds, -INF)
+    whole, whole_dense = (attend(q, k, v, x, **call.options) for x in (thresholds, dense))
+    cuts = data.draw(st.lists(st.integers(1, length), max_size=4, unique=True).map(sorted))
+    eps = torch.finfo(call.dtype).eps
+    for start, stop in pairwise(sorted({0, *cuts, length})):
+        tensors = q[:, start:stop], k[:, :stop], v[:, :stop]
+        part = attend(*tensors, dense, **call.options)
+        torch.testing.assert_close(
+            part[0], whole_dense[0][:, start:stop], rtol=2 * eps, atol=2 * eps
+        )
+        part = attend(*tensors, thresholds, **call.options)
+        blocks = torch.arange(start, stop, device=q.device) // call.geometry.q_block
+        uncut = torch.ones_like(blocks, dtype=torch.bool)
+        if start % call.geometry.q_block:
+            uncut &= blocks != blocks[0]
+        if stop % call.geometry.q_block and stop < length:
+            uncut &= blocks != blocks[-1]
+        columns = blocks[uncut].unique()
+        found = part[0][:, uncut], part[1][:, :, uncut], part[2][:, :, columns - blocks[0]]
+        expected = (
+            whole[0][:, start:stop][:, uncut],
+            whole[1][:, :, start:stop][:, :, uncut],
+            whole[2][:, :, columns],
+        )
+        assert torch.equal(found[2], expected[2])
+        torch.testing.assert_close(found[0], expected[0], rtol=2 * eps, atol=2 * eps)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
 
 
 @any_target
@@ -463,7 +632,7 @@ def test_the_kernels_of_both_architectures_agree(call):
     if clear.float().mean() < 0.9:
         return
     assert_same_verdicts(kept90, kept80, clear)
-    rows = clear.repeat_interleave(call.geometry.q_block, 2)[:, :, : q.shape[1]]
+    rows = by_query(clear, q.shape[1], k.shape[1], call.geometry)
     hidden = ~rows.transpose(1, 2)[..., None]
     rounding = 2 * torch.finfo(call.dtype).eps
     out80, out90 = out80.masked_fill(hidden, 0), out90.masked_fill(hidden, 0)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from bsfa_kernel.reference import (
     visible_blocks,
     voting_rows,
 )
+from compare import by_query
 
 INF = math.inf
 TINY = Geometry(2, 2)
@@ -116,8 +118,9 @@ def test_peak_lse_compares_with_the_log_sum_exp_of_the_peaks_seen():
 
 
 def test_of_the_rows_of_a_block_the_last_of_each_two_or_four_votes():
-    # The scores in key block 0 are the queries themselves, and those in block 1 are 0.
-    k = column(1, 1, 0, 0)
+    # The scores in key block 0 are the queries themselves, and those in later ones are 0. As many
+    # queries as keys start a query block.
+    k = column(1, 1, 0, 0, 0)
     options = {"causal": False, "scale": 1.0, "geometry": Geometry(4, 2)}
     for values, voters, keep in (
         ((9, 1, 1, 1, 0), 1, True),
@@ -131,7 +134,25 @@ def test_of_the_rows_of_a_block_the_last_of_each_two_or_four_votes():
         q = column(*values)
         result = attention(q, k, k, one_threshold(5.0), voters=voters, **options)
         # In the last query block, of one row, every row votes.
-        assert result.mask[0, 0].tolist() == [[keep, False], [values[4] == 9, False]]
+        assert result.mask[0, 0].tolist() == [[keep, False, True], [values[4] == 9, False, True]]
+
+
+def test_rows_vote_by_their_absolute_position():
+    # Queries are at positions 2 to 8: rows 2 and 3 of block 0, block 1, and row 0 of block 2.
+    k = column(1, 1, *[0] * 7)
+    options = {"causal": False, "scale": 1.0, "geometry": Geometry(4, 2)}
+    for values, voters, keep in (
+        ((9, 0, 0, 0, 0, 0, 0), 1, [True, False, False]),
+        ((9, 0, 0, 0, 0, 0, 0), 2, [False, False, False]),
+        ((0, 9, 0, 0, 0, 0, 0), 2, [True, False, False]),
+        ((0, 9, 0, 0, 0, 0, 0), 4, [True, False, False]),
+        ((0, 0, 9, 9, 0, 0, 0), 2, [False, True, False]),
+        ((0, 0, 9, 9, 9, 0, 0), 4, [False, False, False]),
+        ((0, 0, 0, 0, 0, 9, 9), 4, [False, True, True]),
+    ):
+        result = attention(column(*values), k, k, one_threshold(5.0), voters=voters, **options)
+        assert result.mask[0, 0, :, 0].tolist() == keep
+        assert result.kept.tolist() == [[[1 + kept for kept in keep]]]  # the last block is ragged
 
 
 def test_one_row_is_enough_to_keep_a_block():
@@ -149,17 +170,27 @@ def test_the_diagonal_block_is_kept_whatever_the_threshold():
 
 def test_a_block_whose_last_key_every_row_sees_is_not_forced():
     # Query 0 sees keys 0 and 1, so block 0 holds no masked score; block 1 does.
-    assert forced_blocks(2, 3, geometry=TINY).tolist() == [[False, True]]
-    assert visible_blocks(2, 3, geometry=TINY).tolist() == [[True, True]]
+    geometry = Geometry(3, 2)
+    assert forced_blocks(2, 3, geometry=geometry).tolist() == [[False, True]]
+    assert visible_blocks(2, 3, geometry=geometry).tolist() == [[True, True]]
 
 
 def test_rows_that_are_missing_from_the_last_query_block_force_nothing():
-    # Query 2 is alone in its block, and sees keys 0 to 3: both blocks whole.
-    assert forced_blocks(3, 4, geometry=TINY).tolist() == [[False, True], [False, False]]
+    # Query 2 is alone in its block, and sees keys 0 to 2: each block of one key whole.
+    forced = forced_blocks(3, 3, geometry=Geometry(2, 1))
+    assert forced.tolist() == [[False, True, False], [False, False, False]]
+
+
+def test_rows_that_are_missing_from_the_first_query_block_force_nothing():
+    # Query 0 is at position 1, alone in its block, and sees keys 0 and 1: block 0 whole.
+    assert forced_blocks(3, 4, geometry=TINY).tolist() == [[False, False], [False, True]]
+    assert visible_blocks(3, 4, geometry=TINY).tolist() == [[True, False], [True, True]]
 
 
 def test_ragged_keys_force_the_last_block_without_a_mask():
-    assert forced_blocks(2, 5, causal=False, geometry=TINY).tolist() == [[False, False, True]]
+    # The queries are at positions 3 and 4, in two query blocks.
+    forced = forced_blocks(2, 5, causal=False, geometry=TINY)
+    assert forced.tolist() == [[False, False, True]] * 2
 
 
 def test_queries_before_the_first_key_give_zero_and_minus_infinity():
@@ -178,6 +209,12 @@ def test_thresholds_are_read_at_the_absolute_position():
     assert result.mask.flatten().tolist() == [False, False, True]
     result = attention(q, k, k, thresholds[:, :1], geometry=TINY)
     assert result.mask.flatten().tolist() == [True, True, True]
+    # 3 queries after 3 cached keys begin in the second block, and end with the third.
+    result = attention(column(1, 1, 1), k, k, thresholds, geometry=TINY)
+    assert result.mask[0, 0].tolist() == [[True, True, False], [False, False, True]]
+    # Positions before the first key are those of the first row.
+    result = attention(column(1, 1, 1), column(1), column(1), thresholds, geometry=TINY)
+    assert result.mask[0, 0].tolist() == [[False], [True]]
 
 
 # ----------------------------------------------------------------------------- the slow oracle
@@ -244,16 +281,19 @@ def test_reference_matches_the_score_by_score_oracle(call):
 def test_forced_and_visible_blocks_are_those_that_hold_masked_and_visible_scores(
     seqlen_q, seqlen_k, causal, geometry
 ):
-    q_blocks, k_blocks = -(-seqlen_q // geometry.q_block), -(-seqlen_k // geometry.k_block)
+    first, k_blocks = seqlen_k - seqlen_q, -(-seqlen_k // geometry.k_block)
+    positions = torch.arange(first, seqlen_k)
+    of_rows = positions.div(geometry.q_block, rounding_mode="floor")
     seen = torch.zeros(seqlen_q, k_blocks * geometry.k_block, dtype=torch.bool)
     seen[:, :seqlen_k] = True
     if causal:
         seen = seen.tril(seqlen_k - seqlen_q)
     visible = visible_blocks(seqlen_q, seqlen_k, causal=causal, geometry=geometry)
     forced = forced_blocks(seqlen_q, seqlen_k, causal=causal, geometry=geometry)
-    assert visible.shape == forced.shape == (q_blocks, k_blocks)
-    for i in range(q_blocks):
-        rows = seen[i * geometry.q_block : (i + 1) * geometry.q_block]
+    query_blocks = of_rows.unique()
+    assert visible.shape == forced.shape == (len(query_blocks), k_blocks)
+    for i, block in enumerate(query_blocks):
+        rows = seen[of_rows == block]
         blocks = rows.view(len(rows), k_blocks, geometry.k_block)
         assert torch.equal(visible[i], blocks.any(2).any(0))
         assert torch.equal(forced[i], blocks.any(2).any(0) & (~blocks).any(2).any(0))
@@ -287,7 +327,7 @@ def test_all_query_blocks_and_several_thresholds_are_decided_at_once(
     visible = visible_blocks(case.seqlen_q, case.seqlen_k, causal=causal, geometry=geometry)
     chosen = torch.tensor([-INF, -1.0, 0.0, 1.0, INF]) + (3.0 if rule == "absolute" else 0.0)
     thresholds = (chosen[:, None, None] + torch.arange(3)[:, None] / 8).expand(5, 3, q_blocks)
-    voting = voting_rows(case.seqlen_q, geometry, voters)
+    voting = voting_rows(case.seqlen_q, case.seqlen_k, geometry, voters)
     decided = verdicts(maxima, thresholds, rule=rule, voting=voting, full=full)
     assert decided.excess.shape == decided.keep.shape == (5, 3, q_blocks, maxima.shape[-1])
     assert (decided.keep | visible | (decided.excess == INF)).all()
@@ -349,21 +389,26 @@ def test_references_hold_over_wide_ranges():
     assert found.tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("seqlen_q", [1, 3, 64, 65, 128, 200])
-def test_voting_rows(seqlen_q, geometry):
+@pytest.mark.parametrize("seqlen_q", [0, 1, 3, 64, 65, 128, 200])
+@pytest.mark.parametrize("offset", [-201, -1, 0, 1, 64, 100, 127])
+def test_voting_rows(seqlen_q, offset, geometry):
+    seqlen_k = max(seqlen_q + offset, 0)
+    positions = range(seqlen_k - seqlen_q, seqlen_k)
+    first = positions.start // geometry.q_block * geometry.q_block
+    last = (seqlen_k - 1) // geometry.q_block * geometry.q_block
     for voters in VOTERS:
-        rows = voting_rows(seqlen_q, geometry, voters)
-        q_blocks = -(-seqlen_q // geometry.q_block)
+        rows = voting_rows(seqlen_q, seqlen_k, geometry, voters)
+        q_blocks = (last - first) // geometry.q_block + 1 if seqlen_q else 0
         assert rows.shape == (q_blocks, geometry.q_block)
-        last = (q_blocks - 1) * geometry.q_block
         flat = rows.flatten().tolist()
         assert flat == [
-            r < seqlen_q and (r >= last or r % voters == voters - 1) for r in range(len(flat))
+            r in positions and (r >= last or r % voters == voters - 1)
+            for r in range(first, first + len(flat))
         ]
     with pytest.raises(ValueError, match="voters must be one of 1, 2, 4; got 3"):
-        voting_rows(seqlen_q, geometry, 3)
+        voting_rows(seqlen_q, seqlen_k, geometry, 3)
     with pytest.raises(ValueError, match="voters must divide the queries of a block, got 4 and 2"):
-        voting_rows(seqlen_q, TINY, 4)
+        voting_rows(seqlen_q, seqlen_k, TINY, 4)
 
 
 def test_verdicts_refuse_an_unknown_rule():
@@ -411,7 +456,7 @@ def test_sparse_output_is_dense_attention_on_the_blocks_kept(case, rule, geometr
     options = {"rule": rule, "geometry": geometry, "causal": case.causal, "scale": case.scale}
     thresholds, _ = cases.separating_thresholds(case, q, k, rule=rule, geometry=geometry, tries=1)
     result = attention(q, k, v, thresholds, **options)
-    mask = result.mask.repeat_interleave(geometry.q_block, 2)[:, :, : case.seqlen_q]
+    mask = by_query(result.mask, case.seqlen_q, case.seqlen_k, geometry)
     mask = mask.repeat_interleave(geometry.k_block, 3)[..., : case.seqlen_k]
     if case.causal:
         mask &= torch.ones(mask.shape[2:], dtype=torch.bool).tril(case.seqlen_k - case.seqlen_q)
@@ -487,6 +532,34 @@ def test_chunks_of_whole_query_blocks_give_what_the_whole_gives(rule, geometry, 
         assert torch.equal(part.kept, whole.kept[:, :, first : first + part.kept.shape[2]])
 
 
+@pytest.mark.parametrize("cuts", [(100,), (1, 2, 300), (64, 191, 449, 513), (649,)])
+def test_a_cut_anywhere_changes_only_the_query_blocks_that_it_goes_through(rule, geometry, cuts):
+    case = cases.Case("cuts", "", batch=2, seqlen_q=650, seqlen_k=650, heads=4, kv_heads=2)
+    q, k, v = case.inputs(torch.float64)
+    options = {"rule": rule, "geometry": geometry}
+    thresholds, _ = cases.separating_thresholds(case, q, k, tries=1, **options)
+    assert thresholds.shape[1] > 1
+    dense = torch.full((4, 1), -INF)
+    whole, whole_dense = (attention(q, k, v, x, **options) for x in (thresholds, dense))
+    assert whole.mask.sum() < whole_dense.mask.sum()
+    for start, stop in pairwise((0, *cuts, 650)):
+        tensors = q[:, start:stop], k[:, :stop], v[:, :stop]
+        part = attention(*tensors, dense, **options)
+        torch.testing.assert_close(part.out, whole_dense.out[:, start:stop], rtol=0, atol=1e-13)
+        part = attention(*tensors, thresholds, **options)
+        first, blocks = start // geometry.q_block, part.kept.shape[2]
+        uncut = slice(start % geometry.q_block > 0, blocks - (stop % geometry.q_block > 0))
+        if stop == 650:
+            uncut = slice(uncut.start, blocks)
+        expected = whole.mask[:, :, first : first + blocks, : part.mask.shape[3]]
+        assert torch.equal(part.mask[:, :, uncut], expected[:, :, uncut])
+        rows = torch.zeros(blocks, dtype=torch.bool)
+        rows[uncut] = True
+        rows = by_query(rows, stop - start, stop, geometry, 0)
+        expected = whole.out[:, start:stop]
+        torch.testing.assert_close(part.out[:, rows], expected[:, rows], rtol=0, atol=1e-13)
+
+
 def test_grouped_heads_give_what_repeated_keys_give(rule):
     case = cases.Case("repeat", "", batch=2, seqlen_q=300, seqlen_k=300, heads=6, kv_heads=2)
     q, k, v = case.inputs(torch.float64)
@@ -513,7 +586,7 @@ def test_packed_sequences_give_what_each_gives_alone(case, rule, geometry):
         alone = attention(q[None, queries], k[None, keys], v[None, keys], thresholds, **options)
         assert torch.equal(packed.out[queries], alone.out[0])
         assert torch.equal(packed.lse[:, queries], alone.lse[0])
-        first = int(starts_q[index]) // geometry.q_block + index
+        first = int(starts_q[index]) // geometry.q_block + 2 * index
         columns = slice(first, first + alone.kept.shape[2])
         assert torch.equal(packed.kept[:, columns], alone.kept[0])
         assert torch.equal(packed.mask[:, columns, : alone.mask.shape[3]], alone.mask[0])

@@ -33,7 +33,8 @@ from bsfa_kernel import (
     select_blocks,
     unpack_blocks,
 )
-from compare import assert_lse_close
+from bsfa_kernel.geometry import query_block_count
+from compare import assert_lse_close, by_query
 
 INF = math.inf
 
@@ -386,14 +387,14 @@ def test_packed_sequences_are_selected_like_single_ones(target, case, rule, geom
             **options,
         )
         count = -(-(len(k) if longest is None else longest) // 4096)
-        columns = len(q) // geometry.q_block + len(case.lengths)
+        columns = len(q) // geometry.q_block + 2 * len(case.lengths)
         assert words.shape == (case.heads, columns, count)
         unused = torch.ones(columns, dtype=torch.bool)
         for index, (length_q, length_k) in enumerate(case.lengths):
             queries = slice(starts_q[index], starts_q[index + 1])
             keys = slice(starts_k[index], starts_k[index + 1])
-            first = int(starts_q[index]) // geometry.q_block + index
-            blocks = slice(first, first + -(-length_q // geometry.q_block))
+            first = int(starts_q[index]) // geometry.q_block + 2 * index
+            blocks = slice(first, first + query_block_count(length_q, length_k, geometry))
             unused[blocks] = False
             found = unpack_blocks(words[:, blocks], 64 * count)
             k_blocks = -(-length_k // 64)
@@ -428,7 +429,9 @@ def test_a_longest_sequence_that_is_none_is_refused():
                 block_sparse_attention(
                     q, k, k, thresholds, max_seqlen_k=longest, selection=selection, **packed
                 )
-    with pytest.raises(ValueError, match=r"max_seqlen_k is for packed sequences: .* got 256"):
+    with pytest.raises(
+        ValueError, match=r"max_seqlen_k is for packed sequences and block .* got 256"
+    ):
         select_blocks(q[None], k[None], thresholds, max_seqlen_k=256)
 
 
@@ -458,7 +461,7 @@ def test_exact_selection_and_attention_of_it_are_the_fused_kernel(target, case, 
         assert all(torch.equal(a, b) for a, b in zip((out, lse, kept), fused, strict=True))
         return
     assert torch.equal(kept[clear], fused[2][clear])
-    rows = clear.repeat_interleave(geometry.q_block, 2)[:, :, : q.shape[1]]
+    rows = by_query(clear, case.seqlen_q, case.seqlen_k, geometry)
     assert_lse_close(lse.masked_fill(~rows, 0), fused[1].masked_fill(~rows, 0))
     hidden = ~rows.transpose(1, 2)[..., None]
     eps = torch.finfo(dtype).eps
@@ -559,12 +562,12 @@ def test_what_cannot_be_resolved_is_refused(changes, error, message):
 
 
 def test_auto_looks_at_the_length_when_it_is_run():
-    case = cases.Case("length", "", seqlen_q=130, seqlen_k=16384, heads=2, kv_heads=1)
+    case = cases.Case("length", "", seqlen_q=256, seqlen_k=16384, heads=2, kv_heads=1)
     q, k, v = case.inputs()
     thresholds = mixed_thresholds(case, q, k, rule="absolute", geometry=GEOMETRIES[0])
     shape = (True, None, "absolute", 128, 64, 1, True, True)
     starts = (
-        torch.tensor([0, 130], dtype=torch.int32),
+        torch.tensor([0, 256], dtype=torch.int32),
         torch.tensor([0, 16384], dtype=torch.int32),
     )
     exact, int8, auto = (
@@ -579,7 +582,7 @@ def test_auto_looks_at_the_length_when_it_is_run():
     packed = (q[0], k[0], v[0], thresholds, *starts, *shape)
     for longest in (None, 16384):
         found = torch.ops.bsfa.forward(*packed, "auto", longest)
-        assert torch.equal(found[2], int8[2][0, :, : found[2].shape[1]])
+        assert torch.equal(found[2][:, : int8[2].shape[2]], int8[2][0])
 
 
 BOTH = ("select_blocks", "attend_blocks")
@@ -659,7 +662,10 @@ def test_a_longest_sequence_is_refused_where_it_is_not_looked_at():
     starts_q, starts_k = case.cu_seqlens()
     packed = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "max_seqlen_k": 300}
     thresholds = torch.zeros(case.heads, 1)
-    with pytest.raises(ValueError, match="max_seqlen_k is for selection='int8' and 'auto'; got 30"):
+    with pytest.raises(
+        ValueError,
+        match="max_seqlen_k is for selection='int8' and 'auto', or a block table; got 30",
+    ):
         block_sparse_attention(q, k, v, thresholds, **packed)
     block_sparse_attention(q, k, v, thresholds, selection="auto", **packed)
 
@@ -680,7 +686,7 @@ def test_a_longest_sequence_is_refused_where_it_is_not_looked_at():
         (
             {"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)},
             ValueError,
-            "cu_seqlens_q and cu_seqlens_k must be given together",
+            "cu_seqlens_q must be given together with cu_seqlens_k, or with seqused_k",
         ),
     ],
 )
@@ -733,7 +739,7 @@ def test_nothing_to_select_gives_an_empty_mask(target, geometry):
     none, thresholds = some[:, :0], torch.zeros((2, 1), device=target.device)
     for precision in PRECISIONS:
         options = {"geometry": geometry, "precision": precision}
-        q_blocks = -(-100 // geometry.q_block)
+        q_blocks = query_block_count(100, 0, geometry)
         assert select_blocks(none, some, thresholds, **options).shape == (2, 2, 0, 1)
         assert select_blocks(some, none, thresholds, **options).shape == (2, 2, q_blocks, 0)
         starts = torch.zeros(3, dtype=torch.int32, device=target.device)
@@ -745,7 +751,7 @@ def test_nothing_to_select_gives_an_empty_mask(target, geometry):
             found = select_blocks(
                 q, k, thresholds, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, **options
             )
-            assert found.shape[:2] == (2, len(q) // geometry.q_block + 2)
+            assert found.shape[:2] == (2, len(q) // geometry.q_block + 2 * 2)
             assert not found.any()
 
 

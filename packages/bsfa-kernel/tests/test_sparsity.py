@@ -14,7 +14,6 @@ from bsfa_kernel import (
     DEFAULT_GEOMETRY,
     block_sparse_attention,
     reference,
-    threshold_row,
 )
 from compare import assert_same_verdicts
 
@@ -147,7 +146,7 @@ def test_rows_are_absolute_and_the_last_serves_all_later_ones(
     forced = reference.forced_blocks(seqlen_q, seqlen_k, geometry=geometry).sum(-1)
     used = torch.tensor(
         [
-            threshold_row(i * geometry.q_block, seqlen_q, seqlen_k, geometry.q_block, table_rows)
+            min(max((seqlen_k - seqlen_q) // geometry.q_block + i, 0), table_rows - 1)
             for i in range(len(visible))
         ]
     )

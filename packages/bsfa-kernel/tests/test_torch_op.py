@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+import paging
 from bsfa_kernel import (
     GEOMETRIES,
     _auto,
@@ -35,6 +36,20 @@ def packed_inputs():
     starts_q = torch.tensor([0, 100, 300], dtype=torch.int32)
     starts_k = torch.tensor([0, 100, 333], dtype=torch.int32)
     return q[0], k[0], v[0], thresholds, starts_q, starts_k
+
+
+def paged_inputs(lengths=(100, 333), page_size=48):
+    """q [batch, 300, ...], k, v, thresholds, block_table and seqused_k."""
+    q, k, v, thresholds = inputs(300, max(lengths), batch=len(lengths))
+    keys, values = ([x[:n] for x, n in zip(y, lengths, strict=True)] for y in (k, v))
+    cache = paging.paged(keys, values, page_size, layout="heads first", seed=1)
+    return q, cache.k, cache.v, thresholds, cache.block_table, cache.seqused_k
+
+
+def paged_packed_inputs():
+    """q [total_q, ...] and the rest of ``paged_inputs``, then cu_seqlens_q."""
+    q, *rest = paged_inputs()
+    return q.flatten(0, 1)[:400], *rest, torch.tensor([0, 270, 400], dtype=torch.int32)
 
 
 def model(q, k, v, thresholds):
@@ -91,6 +106,17 @@ def assert_same(found, expected):
         torch.testing.assert_close(actual, wanted)
 
 
+def operator_call(arguments, *options, longest=None):
+    """Arguments of the operator, of paged_inputs or paged_packed_inputs."""
+    q, k, v, thresholds, table, seqused_k, *starts = arguments
+    return (q, k, v, thresholds, *(starts or [None]), None, *options, longest, table, seqused_k)
+
+
+def select_call(arguments, *options, longest=None):
+    q, k, _, thresholds, table, seqused_k, *starts = arguments
+    return (q, k, thresholds, *(starts or [None]), None, *options, longest, table, seqused_k)
+
+
 OPERATOR_CALLS = {
     "plain": (*inputs(), None, None, True, None, "absolute", 128, 64, 1, False, False),
     "all": (*inputs(), None, None, False, 0.3, "peak_lse", 64, 64, 4, True, True),
@@ -112,6 +138,20 @@ OPERATOR_CALLS = {
         *(True, None, "running_max", 128, 64, 1, False, True, "int8", 400),
     ),
     "auto": (*inputs(), None, None, True, None, "absolute", 128, 64, 1, False, False, "auto"),
+    "paged": operator_call(
+        paged_inputs(), True, None, "absolute", 128, 64, 1, True, True, "exact", longest=400
+    ),
+    "paged, packed": operator_call(
+        paged_packed_inputs(), True, None, "peak_lse", 64, 64, 2, True, True, "exact"
+    ),
+    "paged, two steps": operator_call(
+        paged_packed_inputs(), False, None, "peak_lse", 64, 64, 2, True, True, "int8"
+    ),
+    "used keys": (
+        *inputs(),
+        *(None, None, True, None, "absolute", 128, 64, 1, True, True, "exact", None, None),
+        torch.tensor([333, 7], dtype=torch.int32),
+    ),
     "no query": (*inputs(0), None, None, True, None, "absolute", 128, 64, 1, True, True),
     "no key": (*inputs(seqlen_k=0), None, None, True, None, "absolute", 128, 64, 1, True, True),
 }
@@ -168,6 +208,86 @@ def test_the_two_steps_compile_without_a_graph_break(dynamic):
     compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for lengths in ((300, 333), (257, 257)):
         torch.testing.assert_close(compiled(*inputs(*lengths)), both(*inputs(*lengths)))
+
+
+PAGED = {"padded": paged_inputs, "packed": paged_packed_inputs}
+
+
+def paged_model(q, k, v, thresholds, table, seqused_k, *starts, longest=400):
+    """Every function on paged keys, between other operations."""
+    keys = {"block_table": table, "seqused_k": seqused_k}
+    packed = {"cu_seqlens_q": starts[0]} if starts else {}
+    how = {**keys, **packed, "return_lse": True, "return_kept": True}
+    exact = block_sparse_attention(q * 2, k, v, thresholds, max_seqlen_k=longest, **how)
+    int8 = block_sparse_attention(q, k, v, thresholds, selection="int8", **how)
+    mask = select_blocks(q, k, thresholds, precision="exact", **keys, **packed)
+    attended = attend_blocks(q, k, v, mask, **how)
+    maxima = () if starts else (block_maxima(q, k, **keys),)
+    return exact[0] + 1, *exact[1:], *int8, mask, *attended, *maxima
+
+
+class Paged(torch.nn.Module):
+    def __init__(self, longest=400):
+        super().__init__()
+        self.longest = longest
+
+    def forward(self, *arguments):
+        return paged_model(*arguments, longest=self.longest)
+
+
+@pytest.mark.parametrize("make", PAGED.values(), ids=PAGED)
+def test_opcheck_passes_for_the_steps_on_paged_keys(make):
+    call = select_call(make(), True, None, "peak_lse", 64, 64, 2, "int8")
+    torch.library.opcheck(torch.ops.bsfa.select_blocks.default, call)
+    mask = torch.ops.bsfa.select_blocks(*call)
+    q, k, v, thresholds, table, seqused_k, *starts = make()
+    shape = (*(starts or [None]), None, True, None, 64, 64, True, True)
+    call = (q, k, v, mask, thresholds, *shape, table, seqused_k)
+    torch.library.opcheck(torch.ops.bsfa.attend_blocks.default, call)
+    if not starts:
+        call = (q, k, True, None, "peak_lse", 128, 64, table, seqused_k)
+        torch.library.opcheck(torch.ops.bsfa.block_maxima.default, call)
+
+
+@pytest.mark.parametrize("make", PAGED.values(), ids=PAGED)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_paged_keys_compile_without_a_graph_break(make, dynamic):
+    compiled = torch.compile(paged_model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    assert_same(compiled(*make()), paged_model(*make()))
+
+
+@pytest.mark.parametrize("make", PAGED.values(), ids=PAGED)
+def test_fake_outputs_of_paged_keys_have_the_shapes_of_real_ones(make):
+    real = paged_model(*make())
+    fakes = paged_model(*(x.to("meta") for x in make()))
+    for fake, wanted in zip(fakes, real, strict=True):
+        assert (fake.shape, fake.dtype, fake.stride()) == (
+            wanted.shape,
+            wanted.dtype,
+            wanted.stride(),
+        )
+
+
+def test_one_compilation_serves_other_lengths_pages_and_tables():
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(Paged(), fullgraph=True, dynamic=True, backend=counter)
+    for lengths in ((100, 333), (400, 20), (64, 390)):
+        call = paged_inputs(lengths)
+        assert_same(compiled(*call), paged_model(*call))
+    assert counter.frame_count == 1
+
+
+def test_paged_keys_export_with_any_lengths():
+    # Of the table at least as many pages as make two words of a mask.
+    seqlen_q, pages = DIM("seqlen_q", min=129, max=5000), DIM("pages", min=3, max=5000)
+    most = DIM("most", min=86, max=5000)
+    keys = {0: pages}
+    shapes = (({1: seqlen_q}, keys, keys, None, {1: most}, None),)
+    call = [x.contiguous() for x in paged_inputs((200, 4200))]
+    program = torch.export.export(Paged(None), tuple(call), dynamic_shapes=shapes)
+    assert len(operators_of(program)) == 5
+    other = [x.contiguous() for x in paged_inputs((300, 5000))]
+    assert_same(program.module()(*other), paged_model(*other, longest=None))
 
 
 def operators_of(program):

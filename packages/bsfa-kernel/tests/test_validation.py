@@ -11,6 +11,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bsfa_kernel
 from bsfa_kernel import (
@@ -57,6 +58,19 @@ def packed_arguments(**changes):
 
 def starts(*values, dtype=torch.int32):
     return torch.tensor(values, dtype=dtype)
+
+
+def paged_arguments(**changes):
+    """Arguments of a valid call on paged keys, with some of them changed."""
+    valid = {
+        "q": torch.zeros(2, 10, 4, 8),
+        "k": torch.zeros(7, 16, 2, 8),
+        "v": torch.zeros(7, 16, 2, 8),
+        "thresholds": torch.zeros(4, 3),
+        "block_table": torch.tensor([[6, 0, -1], [3, 9, 9]], dtype=torch.int32),
+        "seqused_k": torch.tensor([17, 16], dtype=torch.int32),
+    }
+    return {**valid, **changes}
 
 
 REFUSED = {
@@ -207,7 +221,8 @@ REFUSED = {
     "a longest sequence of padded tensors": (
         arguments(selection="int8", max_seqlen_k=12),
         ValueError,
-        "max_seqlen_k is for packed sequences: without cu_seqlens it must be None, got 12",
+        "max_seqlen_k is for packed sequences and block tables: without cu_seqlens_k and "
+        "block_table it must be None, got 12",
     ),
     "unknown geometry": (
         arguments(geometry=Geometry(64, 128)),
@@ -232,8 +247,8 @@ REFUSED = {
     "only cu_seqlens_q": (
         packed_arguments(cu_seqlens_k=None),
         ValueError,
-        "cu_seqlens_q and cu_seqlens_k must be given together; "
-        "got cu_seqlens_q without cu_seqlens_k",
+        "cu_seqlens_q must be given together with cu_seqlens_k, or with seqused_k; got "
+        "cu_seqlens_q without either",
     ),
     "only cu_seqlens_k": (
         packed_arguments(cu_seqlens_q=None),
@@ -248,7 +263,7 @@ REFUSED = {
     "cu_seqlens with four dimensions": (
         arguments(cu_seqlens_q=starts(0, 10), cu_seqlens_k=starts(0, 12)),
         ValueError,
-        "with cu_seqlens, q must be [total_q, heads, head_dim], got the shape [2, 10, 4, 8]",
+        "with cu_seqlens_q, q must be [total_q, heads, head_dim], got the shape [2, 10, 4, 8]",
     ),
     "cu_seqlens in int64": (
         packed_arguments(cu_seqlens_q=starts(0, 4, 10, dtype=torch.int64)),
@@ -284,6 +299,142 @@ REFUSED = {
         packed_arguments(cu_seqlens_q=starts(0, 12, 10)),
         ValueError,
         "cu_seqlens_q must not decrease, got 12 followed by 10 at sequence 1",
+    ),
+    "used keys of packed ones": (
+        packed_arguments(seqused_k=starts(6, 6)),
+        ValueError,
+        "seqused_k says how many keys there are of padded or paged ones; got both seqused_k and "
+        "cu_seqlens_k",
+    ),
+    "a table without lengths": (
+        paged_arguments(seqused_k=None),
+        ValueError,
+        "block_table needs seqused_k, got block_table without seqused_k",
+    ),
+    "a table for packed keys": (
+        packed_arguments(block_table=torch.zeros(2, 1, dtype=torch.int32)),
+        ValueError,
+        "block_table needs seqused_k",
+    ),
+    "used keys no tensor": (
+        paged_arguments(seqused_k=[17, 16]),
+        TypeError,
+        "seqused_k must be a torch.Tensor, got list",
+    ),
+    "used keys in int64": (
+        paged_arguments(seqused_k=starts(17, 16, dtype=torch.int64)),
+        TypeError,
+        "seqused_k must be int32, got int64",
+    ),
+    "used keys of two dimensions": (
+        paged_arguments(seqused_k=starts([17, 16])),
+        ValueError,
+        "seqused_k must be [batch], got the shape [1, 2]",
+    ),
+    "used keys of another batch": (
+        paged_arguments(seqused_k=starts(17, 16, 1)),
+        ValueError,
+        "seqused_k must have one number for each of 2 sequences, got 3",
+    ),
+    "used keys elsewhere": (
+        paged_arguments(seqused_k=starts(17, 16).to("meta")),
+        ValueError,
+        "seqused_k must be on the device of q (cpu), got meta",
+    ),
+    "less keys than none": (
+        paged_arguments(seqused_k=starts(17, -1)),
+        ValueError,
+        "seqused_k must be between 0 and the keys that there is room for (48), got -1 for sequence "
+        "1",
+    ),
+    "more keys than pages": (
+        paged_arguments(seqused_k=starts(49, 16)),
+        ValueError,
+        "seqused_k must be between 0 and the keys that there is room for (48), got 49 for sequence "
+        "0",
+    ),
+    "more keys than padded ones": (
+        arguments(seqused_k=starts(12, 13)),
+        ValueError,
+        "seqused_k must be between 0 and the keys that there is room for (12), got 13 for sequence "
+        "1",
+    ),
+    "a page that is none": (
+        paged_arguments(seqused_k=starts(33, 16)),
+        ValueError,
+        "entries of block_table must be pages of k, 0 to 6; got -1 for sequence 0, page 2",
+    ),
+    "a page too far": (
+        paged_arguments(seqused_k=starts(17, 17)),
+        ValueError,
+        "entries of block_table must be pages of k, 0 to 6; got 9 for sequence 1, page 1",
+    ),
+    "a table in int64": (
+        paged_arguments(block_table=torch.zeros(2, 3, dtype=torch.int64)),
+        TypeError,
+        "block_table must be int32, got int64",
+    ),
+    "a table of another batch": (
+        paged_arguments(block_table=torch.zeros(3, 3, dtype=torch.int32)),
+        ValueError,
+        "block_table must be [batch, max_pages], here [2, max_pages]; got the shape [3, 3]",
+    ),
+    "a table of one dimension": (
+        paged_arguments(block_table=torch.zeros(2, dtype=torch.int32)),
+        ValueError,
+        "block_table must be [batch, max_pages], here [2, max_pages]; got the shape [2]",
+    ),
+    "a table with gaps": (
+        paged_arguments(block_table=torch.zeros(2, 6, dtype=torch.int32)[:, ::2]),
+        ValueError,
+        "the last stride of block_table must be 1, got the strides (6, 2)",
+    ),
+    "a table elsewhere": (
+        paged_arguments(block_table=torch.zeros(2, 3, dtype=torch.int32, device="meta")),
+        ValueError,
+        "block_table must be on the device of q (cpu), got meta",
+    ),
+    "a page of 24 keys": (
+        paged_arguments(**{name: torch.zeros(7, 24, 2, 8) for name in "kv"}),
+        ValueError,
+        "the keys of a page must be a positive multiple of 16, got 24",
+    ),
+    "a page of no keys": (
+        paged_arguments(**{name: torch.zeros(7, 0, 2, 8) for name in "kv"}),
+        ValueError,
+        "the keys of a page must be a positive multiple of 16, got 0",
+    ),
+    "pages of three dimensions": (
+        paged_arguments(**{name: torch.zeros(7, 16, 8) for name in "kv"}),
+        ValueError,
+        "with block_table, k must be [pages, page_size, kv_heads, head_dim], got the shape "
+        "[7, 16, 8]",
+    ),
+    "pages of another shape": (
+        paged_arguments(v=torch.zeros(8, 16, 2, 8)),
+        ValueError,
+        "v must have the shape of k, got [8, 16, 2, 8] and [7, 16, 2, 8]",
+    ),
+    "a longest sequence beyond the table": (
+        paged_arguments(max_seqlen_k=49),
+        ValueError,
+        "max_seqlen_k must be at most max_pages * page_size, 48; got 49",
+    ),
+    "a longest sequence that is exceeded": (
+        paged_arguments(max_seqlen_k=16),
+        ValueError,
+        "max_seqlen_k must be at least the keys of the longest sequence, 17; got 16",
+    ),
+    "a longest sequence of used keys": (
+        arguments(seqused_k=starts(12, 3), selection="int8", max_seqlen_k=12),
+        ValueError,
+        "max_seqlen_k is for packed sequences and block tables",
+    ),
+    "used keys of another packed batch": (
+        {**arguments(q=torch.zeros(10, 4, 8)), "cu_seqlens_q": starts(0, 4, 8, 10)}
+        | {"seqused_k": starts(1, 2, 3)},
+        ValueError,
+        "cu_seqlens_q and k must have the same batch, got 3 and 2",
     ),
     "another device": (
         arguments(thresholds=torch.zeros(4, 3, device="meta")),
@@ -350,7 +501,8 @@ def test_empty_and_tiny_calls_give_outputs_of_the_stated_shapes(batch, seqlen_q,
     assert out.dtype == torch.bfloat16
     assert lse.shape == (batch, 4, seqlen_q)
     assert lse.dtype == torch.float32
-    assert kept.shape == (batch, 4, math.ceil(seqlen_q / 128))
+    q_blocks = math.ceil((seqlen_q + (seqlen_k - seqlen_q) % 128) / 128) if seqlen_q else 0
+    assert kept.shape == (batch, 4, q_blocks)
     assert kept.dtype == torch.int32
     assert not out.isnan().any()
     if seqlen_k == 0:
@@ -358,7 +510,7 @@ def test_empty_and_tiny_calls_give_outputs_of_the_stated_shapes(batch, seqlen_q,
         assert (lse == -INF).all()
         assert (kept == 0).all()
     maxima = block_maxima(q, k, causal=causal)
-    assert maxima.shape == (batch, 4, math.ceil(seqlen_q / 128), math.ceil(seqlen_k / 64))
+    assert maxima.shape == (batch, 4, q_blocks, math.ceil(seqlen_k / 64))
     assert maxima.dtype == torch.float32
 
 
@@ -376,7 +528,7 @@ def test_empty_packed_calls_give_outputs_of_the_stated_shapes():
     )
     assert out.shape == (0, 4, 8)
     assert lse.shape == (4, 0)
-    assert kept.tolist() == [[0, 0]] * 4
+    assert kept.tolist() == [[0, 0, 0, 0]] * 4
     out = block_sparse_attention(
         empty, empty, empty, torch.zeros(4, 1), cu_seqlens_q=starts(0), cu_seqlens_k=starts(0)
     )
@@ -576,8 +728,132 @@ def test_native_arguments_of_packed_sequences_arrive_in_their_fields(fake_librar
     assert found["out"] == [out.data_ptr(), 0, 256, 64]
     assert found["lse"] is None
     assert lse.numel() == 0
-    assert kept.shape == (4, 300 // 128 + 2)
+    assert kept.shape == (4, 300 // 128 + 4)
     assert out.shape == q.shape
+
+
+def paged_on_device(page_size=32):
+    """k, v, block_table and seqused_k of two sequences, in one cache of packed keys and values."""
+    cache = torch.zeros(9, 2, page_size, 128, dtype=torch.float16).transpose(1, 2)
+    table = torch.zeros(2, 10, dtype=torch.int32)[:, 1:8]
+    return *cache.split(64, -1), table, torch.zeros(4, dtype=torch.int32)[::2]
+
+
+PAGED_PROBLEM = {"block_table_stride": 10, "pages": 9, "page_size": 32, "kv_heads": 2, "batch": 2}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("longest", [None, 100])
+def test_native_arguments_of_paged_keys_arrive_in_their_fields(
+    fake_library, monkeypatch, packed, longest
+):
+    note_workspaces(monkeypatch)
+    kept_alive = note_lengths(monkeypatch)
+    q = torch.zeros(2, 150, 4, 64, dtype=torch.float16)
+    q = q.flatten(0, 1) if packed else q
+    starts_q = starts(0, 100, 300) if packed else None
+    k, v, table, used = paged_on_device()
+    thresholds = torch.zeros(4, 3)
+    options = (False, 0.5, "absolute", 128, 64, 2)
+    columns = (4, 300 // 128 + 4) if packed else (2, 4, 3)
+    expected = {
+        **PAGED_PROBLEM,
+        "seqlen_q": 300 if packed else 150,
+        "seqlen_k": longest or 7 * 32,
+        "cu_seqlens_q": starts_q.data_ptr() if packed else None,
+        "cu_seqlens_k": None,
+        "block_table": table.data_ptr(),
+        "sinks": None,
+    }
+    call = (q, k, v, thresholds, starts_q, None, *options, True, True)
+    for selection, mirrors in (
+        ("exact", (_native.ForwardArgs,)),
+        ("int8", (_native.SelectBlocksArgs, _native.AttendBlocksArgs)),
+    ):
+        _, _, kept = _torch_op._forward_cuda(*call, selection, longest, table, used)
+        assert kept.shape == columns
+        for mirror, passed in zip(mirrors, fake_library.calls, strict=True):
+            found = fields(mirror.from_buffer_copy(passed))
+            problem = found["problem"]
+            # Attention over a mask has room for as many keys as the mask has bits.
+            room = {"seqlen_k": 7 * 32} if mirror is _native.AttendBlocksArgs else {}
+            assert {name: problem[name] for name in expected} == {**expected, **room}
+            assert problem["k"] == [k.data_ptr(), *k.stride()[:3]]
+            if mirror is not _native.SelectBlocksArgs:
+                assert found["v"] == [v.data_ptr(), *v.stride()[:3]]
+            assert problem["seqused_k"] == kept_alive.pop(0).seqused_k.data_ptr()
+        fake_library.calls.clear()
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("selection", ["exact", "int8"])
+def test_a_call_on_paged_keys_runs_nothing_but_allocations(fake_library, selection):
+    # Neither a copy nor a look at a value, for which a GPU would have to wait.
+    q = torch.zeros(300, 4, 64, dtype=torch.float16)
+    k, v, table, used = paged_on_device()
+    starts_q, used, thresholds = starts(0, 100, 300), used.contiguous(), torch.zeros(4, 3)
+    options = (True, None, "peak_lse", 64, 64, 1, True, True, selection, None)
+    with Operators() as seen:
+        _torch_op._forward_cuda(q, k, v, thresholds, starts_q, None, *options, table, used)
+    assert len(fake_library.calls) == (1 if selection == "exact" else 2)
+    assert seen.names <= {"empty", "empty_like", "new_empty"}
+
+
+def note_lengths(monkeypatch):
+    """A list of what calls keep of their lengths, as they come."""
+    noted = []
+
+    class Noted(_native._Lengths):
+        def __init__(self, call):
+            super().__init__(call)
+            noted.append(self)
+
+    monkeypatch.setattr(_native, "_Lengths", Noted)
+    return noted
+
+
+def test_native_arguments_of_used_keys_arrive_in_their_fields(fake_library):
+    q = torch.zeros(2, 10, 4, 64, dtype=torch.float16)
+    k = torch.zeros(2, 300, 2, 64, dtype=torch.float16)
+    used, starts_q = starts(300, 7), starts(0, 8, 20)
+    options = (True, None, "absolute", 128, 64)
+    _torch_op._block_maxima_cuda(q, k, *options, None, used)
+    problem = fields(_native.BlockMaximaArgs.from_buffer_copy(fake_library.calls.pop()).problem)
+    expected = {"seqused_k": used.data_ptr(), "block_table": None, "pages": 0, "page_size": 0}
+    expected |= {"seqlen_k": 300, "batch": 2, "cu_seqlens_q": None, "cu_seqlens_k": None}
+    assert {name: problem[name] for name in expected} == expected
+    rest = (k, k, torch.zeros(4, 1), starts_q, None, *options, 1, False, False)
+    _torch_op._forward_cuda(q.flatten(0, 1), *rest, "exact", None, None, used)
+    problem = fields(_native.ForwardArgs.from_buffer_copy(fake_library.calls.pop()).problem)
+    expected |= {"cu_seqlens_q": starts_q.data_ptr(), "seqlen_q": 20}
+    assert {name: problem[name] for name in expected} == expected
+    assert problem["k"] == [k.data_ptr(), *k.stride()[:3]]
+
+
+def test_attention_of_paged_keys_has_the_room_of_its_mask(fake_library, monkeypatch):
+    note_workspaces(monkeypatch)
+    k, v, table, used = paged_on_device()
+    q = torch.zeros(2, 150, 4, 64, dtype=torch.float16)
+    options = (None, None, None, True, None, 128, 64, False, False)
+    many = table.new_zeros(2, 200)
+    for words, given, room in ((1, table, 7 * 32), (1, many, 4096), (2, many, 200 * 32)):
+        mask = torch.zeros(2, 4, 3, words, dtype=torch.int64)
+        _torch_op._attend_blocks_cuda(q, k, v, mask, *options, given, used)
+        found = _native.AttendBlocksArgs.from_buffer_copy(fake_library.calls.pop())
+        assert (found.problem.seqlen_k, found.mask_words) == (room, words)
+    with pytest.raises(ValueError, match="block_mask must have at least one word, got 0"):
+        _torch_op._attend_blocks_cuda(q, k, v, mask[..., :0], *options, table, used)
 
 
 def test_native_arguments_of_block_maxima_arrive_in_their_fields(fake_library):
@@ -606,7 +882,7 @@ def test_native_arguments_of_select_blocks_arrive_in_their_fields(fake_library, 
     thresholds = torch.zeros(4, 6)[:, ::2]
     options = (None, None, False, 0.5, "peak_lse", 64, 64, 4, "int8", None)
     mask = _torch_op._select_blocks_cuda(q, k, thresholds, *options)
-    assert (mask.shape, mask.dtype) == ((2, 4, 5, 2), torch.int64)
+    assert (mask.shape, mask.dtype) == ((2, 4, 6, 2), torch.int64)
     (workspace,) = taken
     assert (workspace.shape, workspace.dtype) == ((768,), torch.uint8)
     found, asked = (
@@ -637,7 +913,7 @@ def test_native_arguments_of_attend_blocks_arrive_in_their_fields(fake_library, 
     k = torch.zeros(200, 2, 64, dtype=torch.float16)
     v = torch.zeros(200, 2, 128, dtype=torch.float16)[..., :64]
     starts_q, starts_k = starts(0, 100, 300), starts(0, 50, 200)
-    mask, thresholds = torch.zeros(4, 4, 3, dtype=torch.int64), torch.zeros(4, 7)
+    mask, thresholds = torch.zeros(4, 6, 3, dtype=torch.int64), torch.zeros(4, 7)
     for given in (thresholds, None):
         out, lse, kept = _torch_op._attend_blocks_cuda(
             q, k, v, mask, given, starts_q, starts_k, True, None, 128, 64, True, True
@@ -659,7 +935,7 @@ def test_native_arguments_of_attend_blocks_arrive_in_their_fields(fake_library, 
         assert {name: found[name] for name in expected} == expected
         problem = found["problem"]
         assert (problem["cu_seqlens_q"], problem["batch"]) == (starts_q.data_ptr(), 2)
-        assert (lse.shape, kept.shape) == ((4, 300), (4, 4))
+        assert (lse.shape, kept.shape) == ((4, 300), (4, 6))
 
 
 def test_native_arguments_of_both_steps_arrive_in_their_fields(fake_library, monkeypatch):
@@ -765,6 +1041,7 @@ def forward_call(arguments):
     """The call that the public function makes of its arguments, without its outputs."""
     q, k, v, thresholds = (arguments[name] for name in ("q", "k", "v", "thresholds"))
     starts = (arguments.get("cu_seqlens_q"), arguments.get("cu_seqlens_k"))
+    keys = {name: arguments.get(name) for name in ("block_table", "seqused_k")}
     scale, rule = arguments.get("scale"), arguments.get("rule", "absolute")
     geometry = arguments.get("geometry", DEFAULT_GEOMETRY)
     return ForwardCall(
@@ -773,6 +1050,7 @@ def forward_call(arguments):
         return_kept=False,
         selection=arguments.get("selection", "exact"),
         max_seqlen_k=arguments.get("max_seqlen_k"),
+        **keys,
     )
 
 
@@ -805,6 +1083,8 @@ def test_a_right_call_passes_the_fast_check():
         "q": arguments()["q"],
         "v": torch.zeros(2, 12, 2, 16, dtype=torch.float16)[..., ::2],
         "cu_seqlens_q": starts(0, 10),
+        "seqused_k": starts(12, 12),
+        "block_table": torch.zeros(2, 1, dtype=torch.int32),
     }
     for name, value in wrong.items():
         assert not _checks.passes_fast_check(forward_call({**right, name: value}))

@@ -120,7 +120,7 @@ class _GatedAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = q.new_empty((heads, seqlen, 1))
         q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
-        voting = voting_rows(seqlen, geometry, voters).to(q.device)
+        voting = voting_rows(seqlen, seqlen, geometry, voters).to(q.device)
         kept = torch.zeros((heads, q_blocks, k_blocks), dtype=torch.bool, device=q.device)
         slope = q.new_zeros((heads, q_blocks, k_blocks))
         for part in _parts(q, geometry):

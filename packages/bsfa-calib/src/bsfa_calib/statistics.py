@@ -15,7 +15,7 @@ import torch._dynamo
 from torch import Tensor
 
 from bsfa_calib.reasons import REASONS, Reason
-from bsfa_kernel.geometry import Geometry, block_count, count_visible
+from bsfa_kernel.geometry import Geometry, count_visible, query_block_count
 
 # Columns of the counters that compiled code keeps.
 _VISIBLE, _QUERY_BLOCKS, _SPARSE, _INT8 = range(4)
@@ -98,7 +98,7 @@ class Statistics:
         counters = self._layers[layer]
         totals = [part.sum(-1).reshape(-1, part.shape[-2]).sum(0) for part in kept]
         visible = sum(count_visible(*each, geometry) for each in lengths)
-        query_blocks = sum(block_count(seqlen_q, geometry.q_block) for seqlen_q, _ in lengths)
+        query_blocks = sum(query_block_count(*each, geometry) for each in lengths)
         if torch.compiler.is_compiling():
             for total in totals:
                 counters.kept.add_(total)

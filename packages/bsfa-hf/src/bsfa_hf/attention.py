@@ -303,10 +303,11 @@ def _reason_of_call(
         spans = [(seqlen_q, offset + seqlen_q)]
         if plan.spans is not None:
             spans = [(span.seqlen_q, span.seqlen_k) for span in plan.spans]
-    # Chunks of a prefill begin with a block. What begins within one and is shorter is dense: it may
-    # be a decode step of several tokens (a draft to be verified, the next line of a chat).
-    if offset % geometry.q_block and seqlen_q < geometry.q_block:
-        return Reason.PART_OF_BLOCK if plan is not None and plan.prefill else Reason.DECODE, plan
+    # What begins within a block and is shorter is dense unless it is known to be part of a prefill:
+    # it may be a decode step of several tokens (a draft to be verified, the next line of a chat).
+    prefill = plan is not None and plan.prefill
+    if offset % geometry.q_block and seqlen_q < geometry.q_block and not prefill:
+        return Reason.DECODE, plan
     if not any(can_skip(*span, geometry) for span in spans):
         return Reason.TOO_SHORT, plan
     return None, plan

@@ -21,7 +21,14 @@ from bsfa_hf.attention import check_supported
 from bsfa_hf.dense import dense_attention
 from bsfa_hf.masks import DeferredMask, Plan, bsfa_mask, plan_of
 from bsfa_hf.state import layer_devices, local_heads, model_shape, state_of, text_config
-from bsfa_kernel.geometry import DEFAULT_GEOMETRY, block_count, count_visible, visible_blocks
+from bsfa_kernel.geometry import (
+    DEFAULT_GEOMETRY,
+    block_count,
+    count_visible,
+    first_query,
+    query_block_count,
+    visible_blocks,
+)
 
 WINDOW_NAME = "bsfa_sliding_window"
 SPARGE_NAME = "bsfa_sparge"
@@ -74,9 +81,9 @@ class SlidingWindow:
 
     def kept(self, seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
         """Blocks of 128x64 in which a query sees a key, int64 [query blocks]."""
-        q_block, k_block = DEFAULT_GEOMETRY
-        index = torch.arange(block_count(seqlen_q, q_block), device=device)
-        first_seen = index * q_block + seqlen_k - seqlen_q - self.window + 1
+        k_block = DEFAULT_GEOMETRY.k_block
+        index = torch.arange(query_block_count(seqlen_q, seqlen_k), device=device)
+        first_seen = first_query(index, seqlen_q, seqlen_k) + seqlen_k - seqlen_q - self.window + 1
         first = first_seen.clamp(min=0) // k_block
         sinks = first.clamp(max=block_count(self.sink, k_block))
         blocks: Tensor = visible_blocks(index, seqlen_q, seqlen_k, DEFAULT_GEOMETRY)

@@ -41,7 +41,7 @@ def add_subcommand(subparsers: Any) -> None:
         "--prefill-chunk-size",
         type=common.positive,
         metavar="N",
-        help="read the prompt in chunks of N tokens, a multiple of the query block",
+        help="read the prompt in chunks of N tokens",
     )
     parser.add_argument("--compare", action="store_true", help="generate with dense attention too")
     parser.set_defaults(run=run)
@@ -77,11 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
         common.note(f"thresholds: {path}")
         table = load_table(path)
     point = common.choose_point(table, arguments, length)
-    if arguments.prefill_chunk_size and arguments.prefill_chunk_size % table.q_block:
-        raise ValueError(
-            f"--prefill-chunk-size must be a multiple of the query block of {table.q_block} "
-            f"tokens, got {arguments.prefill_chunk_size}"
-        )
     dense = _generate(loaded, inputs, arguments) if arguments.compare else None
     options: Any = {"check_model": not arguments.any_model, "selection": arguments.selection}
     with enabled(loaded.model, table, point, **options) as stats:
