@@ -361,7 +361,7 @@ def install_vllm(session: nox.Session, release: str) -> None:
     lines = str(session.run("python", "-c", code, silent=True)).splitlines()
     # Of torch the release above stays; pictures and sound are not needed; newer transformers fail.
     left_out = ("torch", "opencv", "transformers")
-    wanted = ["transformers>=5.17,<5.20", "uvicorn", "httpx"]
+    wanted = ["transformers>=5.17,<5.20", "uvicorn[standard]", "httpx", "python-multipart"]
     # Extras bring what was left out.
     wanted += [
         re.sub(r"\[[^]]*\]", "", line)

@@ -16,6 +16,8 @@ from bsfa_calib import ThresholdTable
 from bsfa_vllm.splitting import SparseBuilder, SparseImpl
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, PAGE = 2, 4, 2, 64, 64
+# Of a cache.
+SPEC = SimpleNamespace(head_size=HEAD_DIM, attention_chunk_size=None)
 
 
 def config(**changes: Any) -> Any:
@@ -87,6 +89,7 @@ class Common:
     is_prefilling: Tensor | None = None
     seq_lens_cpu_upper_bound: Tensor | None = None
     mm_req_doc_ranges: dict[int, Any] | None = None
+    rswa_prefix_lens: Tensor | None = None
     _seq_lens_cpu: Tensor | None = None
 
 

@@ -22,7 +22,7 @@ import standins
 from bsfa_calib.reasons import Reason
 from bsfa_vllm import counting, metrics
 from bsfa_vllm.binding import Engine, engine_of
-from standins import HEAD_DIM, HEADS, LAYERS, OurBuilder, OurImpl, Step
+from standins import HEADS, LAYERS, OurBuilder, OurImpl, Step
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def ran(path: Path, *, size: int = 1, rank: int = 0, name: str = "one") -> Engin
     impl.attach(engine, CPU)
     builder = OurBuilder()
     layer = SimpleNamespace(impl=impl, layer_name="model.layers.0.attn")
-    builder.prepare({layer.layer_name: layer}, HEAD_DIM, torch.float32)
+    builder.prepare({layer.layer_name: layer}, standins.SPEC, torch.float32)
     step = Step([(1, 40), (256, 256)])
     step.query = step.query[:, : HEADS // size].contiguous()
     cache = step.cache[:, : max(standins.KV_HEADS // size, 1)]

@@ -15,7 +15,7 @@ import standins
 from bsfa_calib.reasons import Reason
 from bsfa_vllm.binding import Engine, engine_of
 from bsfa_vllm.splitting import PLAN
-from standins import HEAD_DIM, OurBuilder, OurImpl, Step
+from standins import OurBuilder, OurImpl, Step
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def made(path: Path, value: float, *impls: OurImpl, **changes: Any) -> tuple[Eng
         impl.attach(engine, CPU)
         layers[f"model.layers.{index}.self_attn.attn"] = SimpleNamespace(impl=impl)
     builder = OurBuilder()
-    builder.prepare(layers, HEAD_DIM, torch.float32)
+    builder.prepare(layers, standins.SPEC, torch.float32)
     return engine, builder
 
 
@@ -144,6 +144,20 @@ def test_other_masks_are_vllms(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert not engine.calls
 
 
+def test_a_window_that_the_builder_alone_knows_is_vllms(tmp_path: Path) -> None:
+    impl = OurImpl()
+    engine, builder = made(tmp_path, torch.inf, impl)
+    # Every step of the newer runner has lengths of prompts; they mean something with a window.
+    step = Step([(256, 256)], changes={"rswa_prefix_lens": torch.tensor([256])})
+    assert hasattr(builder.build(0, step.common), PLAN)
+    builder.rswa_window = 128  # type: ignore[attr-defined]
+    assert not hasattr(builder.build(0, step.common), PLAN)
+    chunked = SimpleNamespace(head_size=64, attention_chunk_size=8192)
+    builder.prepare({"layers.0.attn": SimpleNamespace(impl=impl)}, chunked, torch.float32)
+    assert engine.dense_layers == {0: Reason.SLIDING_WINDOW}
+    assert run(impl, step, builder.build(0, step.common)).allclose(step.expected(), atol=1e-6)
+
+
 def test_other_pages_of_the_same_step(tmp_path: Path) -> None:
     impl = OurImpl()
     engine, builder = made(tmp_path, -torch.inf, impl)
@@ -183,7 +197,8 @@ def test_without_a_table_nothing_is_changed() -> None:
     impl, step = OurImpl(), Step([(256, 256)])
     impl.attach(None, CPU)
     builder = OurBuilder()
-    builder.prepare({"model.layers.0.attn": SimpleNamespace(impl=impl)}, HEAD_DIM, torch.float32)
+    layers = {"model.layers.0.attn": SimpleNamespace(impl=impl)}
+    builder.prepare(layers, standins.SPEC, torch.float32)
     metadata = builder.build(0, step.common)
     torch.testing.assert_close(run(impl, step, metadata), step.expected())
     assert impl.tokens == 256

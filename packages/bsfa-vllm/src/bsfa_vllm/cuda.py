@@ -47,7 +47,7 @@ class CUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
-        self.prepare(layers, kv_cache_spec.head_size, vllm_config.model_config.dtype)
+        self.prepare(layers, kv_cache_spec, vllm_config.model_config.dtype)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

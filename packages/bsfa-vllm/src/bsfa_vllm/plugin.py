@@ -35,7 +35,8 @@ def register() -> None:
             return
     else:
         register_backend(AttentionBackendEnum.CUSTOM, "bsfa_vllm.cuda.CUDABackend")
-        if hasattr(AttentionBackendEnum, "register"):
+        # A name is added once, and this may be called again.
+        if hasattr(AttentionBackendEnum, "register") and not hasattr(AttentionBackendEnum, "BSFA"):
             register_backend("BSFA", "bsfa_vllm.cuda.NamedCUDABackend")
     # Processes that are started from here on write their statistics to the same place.
     statistics_folder()

@@ -30,14 +30,15 @@ class SparseBuilder:
 
     _engine: Engine | None = None
 
-    def prepare(self, layers: dict[str, Any], head_size: int, dtype: torch.dtype) -> None:
+    def prepare(self, layers: dict[str, Any], spec: Any, dtype: torch.dtype) -> None:
         """Look at the layers that this builder works for.
 
         Args:
             layers: by name; each has an ``impl``.
-            head_size: extent of a head.
+            spec: of their cache, vLLM's ``AttentionSpec``.
             dtype: of the queries.
         """
+        chunked = getattr(spec, "attention_chunk_size", None) is not None
         self._able, self._dense_layers = 0, dict[int, Reason]()
         for name, layer in layers.items():
             impl: Any = getattr(layer, "impl", None)
@@ -46,6 +47,9 @@ class SparseBuilder:
             if engine is None or index is None or index >= engine.layers:
                 continue
             self._engine = engine
+            if chunked:
+                # Rows are parts of requests here, and see no further back than those.
+                impl.bsfa_reason = Reason.SLIDING_WINDOW
             if impl.bsfa_reason is None:
                 self._able += 1
             else:
@@ -53,7 +57,7 @@ class SparseBuilder:
         if self._engine is not None:
             self._engine.dense_layers.update(self._dense_layers)
         device: torch.device = self.device  # type: ignore[attr-defined]
-        self._probe = torch.empty((1, head_size), dtype=dtype, device=device)
+        self._probe = torch.empty((1, spec.head_size), dtype=dtype, device=device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False):  # type: ignore[no-untyped-def]
         """The metadata that vLLM's builder makes of a step, with a plan where one is needed."""
@@ -94,10 +98,12 @@ class SparseBuilder:
         engine, bounds = self._engine, common.seq_lens_cpu_upper_bound
         if engine is None or bounds is None or not engine.enabled:
             return None
-        if common.causal is not True or any(
-            getattr(common, name, None) is not None
-            for name in ("mm_req_doc_ranges", "rswa_prefix_lens", "encoder_seq_lens")
-        ):
+        other_masks = (
+            getattr(common, "mm_req_doc_ranges", None),
+            getattr(common, "encoder_seq_lens", None),
+            getattr(self, "rswa_window", None),
+        )
+        if common.causal is not True or any(mask is not None for mask in other_masks):
             return None
         starts = common.query_start_loc_cpu.tolist()
         keys = bounds.tolist()
