@@ -128,6 +128,9 @@ class Builder:
             prefix=common_prefix_len,
         )
 
+    def build_for_cudagraph_capture(self, common: Common) -> Metadata:
+        return self.build(0, common)
+
     def update_block_table(self, metadata: Metadata, table: Tensor, slots: Tensor) -> Metadata:
         fields = vars(metadata) | {"block_table": table, "slot_mapping": slots}
         fields.pop("bsfa_plan", None)

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import ast
 import logging
+import subprocess
 import sys
 from importlib.metadata import entry_points, version
 from types import ModuleType, SimpleNamespace
@@ -106,3 +108,14 @@ def test_another_release_is_refused_when_it_is_chosen(
     monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(UnsupportedVersionError, match="install one of those"):
         __import__(name)
+
+
+def test_nothing_of_vllm_or_transformers_is_imported_with_it() -> None:
+    code = (
+        "import sys, bsfa_vllm.metrics, bsfa_vllm.plugin, bsfa_vllm.splitting; "
+        "print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ast.literal_eval(done.stdout))
+    assert {"bsfa_calib", "bsfa_kernel"} <= loaded
+    assert not loaded & {"bsfa_hf", "prometheus_client", "transformers", "vllm"}

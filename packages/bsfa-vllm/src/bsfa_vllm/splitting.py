@@ -29,6 +29,7 @@ class SparseBuilder:
     """Makes the metadata of a step; before vLLM's builder in the order of bases."""
 
     _engine: Engine | None = None
+    _capturing = False
 
     def prepare(self, layers: dict[str, Any], spec: Any, dtype: torch.dtype) -> None:
         """Look at the layers that this builder works for.
@@ -59,10 +60,16 @@ class SparseBuilder:
         device: torch.device = self.device  # type: ignore[attr-defined]
         self._probe = torch.empty((1, spec.head_size), dtype=dtype, device=device)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False):  # type: ignore[no-untyped-def]
+    def build(  # type: ignore[no-untyped-def]
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: Any,
+        fast_build: bool = False,
+        **more: Any,
+    ):
         """The metadata that vLLM's builder makes of a step, with a plan where one is needed."""
         parent: Any = super()
-        metadata = parent.build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata = parent.build(common_prefix_len, common_attn_metadata, fast_build, **more)
         plan = self._plan(common_attn_metadata)
         if plan is not None:
             self._count(plan)
@@ -74,7 +81,11 @@ class SparseBuilder:
     def build_for_cudagraph_capture(self, common_attn_metadata: Any):  # type: ignore[no-untyped-def]
         """What a graph is captured with: vLLM's own, without a plan."""
         parent: Any = super()
-        return parent.build(0, common_attn_metadata)
+        self._capturing = True
+        try:
+            return parent.build_for_cudagraph_capture(common_attn_metadata)
+        finally:
+            self._capturing = False
 
     def update_block_table(self, metadata: Any, blk_table: Tensor, slot_mapping: Tensor):  # type: ignore[no-untyped-def]
         """The metadata of the same step for layers with other pages."""
@@ -96,7 +107,7 @@ class SparseBuilder:
     def _plan(self, common: Any) -> Plan | None:
         """How to split a step; None if it has no layer or no row for that."""
         engine, bounds = self._engine, common.seq_lens_cpu_upper_bound
-        if engine is None or bounds is None or not engine.enabled:
+        if engine is None or bounds is None or not engine.enabled or self._capturing:
             return None
         other_masks = (
             getattr(common, "mm_req_doc_ranges", None),
