@@ -7,6 +7,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,7 +72,7 @@ def test_first_token_is_measured_in_turns(tmp_path: Path, monkeypatch: pytest.Mo
         assert json.loads(Path(times).read_text()) == {"1024": [10.0] * 2, "4096": [10.0] * 2}
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(serving.subprocess, "run", child)
+    monkeypatch.setattr(subprocess, "run", child)
     monkeypatch.setattr(serving, "environment", lambda device: benchmark.environment)
     benchmark.run(Budget(None))
     records = list(read_records(out))
@@ -122,14 +125,12 @@ def test_load_is_measured_for_each_configuration(
     options = ["--seqlens", "1K,3K", "--sparsities", "0.75", "--tokenizer", "words"]
     arguments = serving.parser().parse_args(["load", *SHAPE, *options])
     benchmark = serving.Load(arguments, Results(out), tmp_path)
-    monkeypatch.setattr(serving.subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(serving.Load, "_wait", lambda self, server: None)
-    monkeypatch.setattr(serving.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     report = SimpleNamespace(mean_kept_fraction=0.25)
-    monkeypatch.setitem(
-        serving.sys.modules, "bsfa_vllm", SimpleNamespace(statistics=lambda folder: report)
-    )
-    monkeypatch.setattr(serving.subprocess, "run", ask)
+    monkeypatch.setitem(sys.modules, "bsfa_vllm", SimpleNamespace(statistics=lambda folder: report))
+    monkeypatch.setattr(subprocess, "run", ask)
     benchmark.run(Budget(None))
     dense, sparse = read_records(out)
     assert (dense["implementation"], dense["sparsity"]) == ("vllm", 0.0)
