@@ -437,18 +437,18 @@ class Load:
         with (self.folder / f"server-{asked}.log").open("w") as log:
             server = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
             try:
-                self._wait(server)
+                self._wait(server, Path(log.name))
                 yield
                 time.sleep(2)  # the last statistics are written
             finally:
                 server.terminate()
                 server.wait(60)
 
-    def _wait(self, server: subprocess.Popen[bytes]) -> None:
+    def _wait(self, server: subprocess.Popen[bytes], log: Path) -> None:
         """Wait until the server answers.
 
         Raises:
-            RuntimeError: it ended, or it takes too long.
+            RuntimeError: it ended, or it takes too long; the message ends with its log.
         """
         end = time.monotonic() + self.arguments.start_seconds
         while time.monotonic() < end and server.poll() is None:
@@ -458,7 +458,7 @@ class Load:
             ):
                 return
             time.sleep(0.5)
-        raise RuntimeError(f"the server did not start: see the logs in {self.folder}")
+        raise RuntimeError(f"the server did not start: {log.read_text()[-3000:]}")
 
     def _client(self) -> dict[str, Any]:
         """What vLLM's own benchmark client finds."""

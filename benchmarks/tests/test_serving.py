@@ -34,13 +34,12 @@ def _variables(monkeypatch: pytest.MonkeyPatch) -> None:
 class Engine:
     """An engine that skips more the higher the threshold, and the fewer keys there are."""
 
-    def __init__(self, benchmark: serving.FirstToken) -> None:
-        self.threshold, self.length, self.mode = 0.0, 1, None
-        benchmark._engine = lambda settings: contextlib.nullcontext(self)  # type: ignore[method-assign]
-        benchmark._once = self.once  # type: ignore[method-assign]
-        benchmark._switch = self.switch  # type: ignore[method-assign]
-        benchmark._sparsity = self.sparsity  # type: ignore[method-assign]
-        self.runs = 0
+    def __init__(self, benchmark: Any) -> None:
+        self.threshold, self.length, self.runs = 0.0, 1, 0
+        self.mode: Any = None
+        benchmark._engine = lambda settings: contextlib.nullcontext(self)
+        benchmark._once, benchmark._switch = self.once, self.switch
+        benchmark._sparsity = self.sparsity
 
     def switch(self, run: serving.Run) -> None:
         self.threshold, self.mode = run.threshold, run.mode
@@ -126,7 +125,7 @@ def test_load_is_measured_for_each_configuration(
     arguments = serving.parser().parse_args(["load", *SHAPE, *options])
     benchmark = serving.Load(arguments, Results(out), tmp_path)
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(serving.Load, "_wait", lambda self, server: None)
+    monkeypatch.setattr(serving.Load, "_wait", lambda *_: None)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     report = SimpleNamespace(mean_kept_fraction=0.25)
     monkeypatch.setitem(sys.modules, "bsfa_vllm", SimpleNamespace(statistics=lambda folder: report))
@@ -150,8 +149,9 @@ def test_a_server_that_ends_is_told(tmp_path: Path) -> None:
     arguments = serving.parser().parse_args(["load", *SHAPE, "--tokenizer", "words"])
     benchmark = serving.Load(arguments, Results(tmp_path / "out.jsonl"), tmp_path)
     ended: Any = SimpleNamespace(poll=lambda: 1)
-    with pytest.raises(RuntimeError, match="the server did not start: see the logs"):
-        benchmark._wait(ended)
+    (tmp_path / "log").write_text("no such model")
+    with pytest.raises(RuntimeError, match="the server did not start: no such model"):
+        benchmark._wait(ended, tmp_path / "log")
 
 
 @pytest.mark.parametrize(
