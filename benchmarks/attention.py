@@ -120,22 +120,22 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
     # What docs/results.md shows, the default rule and geometry first.
     "results": (
         Sweep(
-            _LONG,
-            _SKIPPING,
-            rules=_DEFAULT_RULE,
-            inputs=("irregular",),
-            modes=_EVERY_MODE,
-            kernels=_PEERS,
-            geometries=_BOTH[:1],
-        ),
-        Sweep(
             _LONG[:1],
             _SKIPPING,
             rules=_DEFAULT_RULE,
             inputs=("irregular",),
             modes=_EVERY_MODE,
             kernels=_PEERS,
-            geometries=_BOTH[1:],
+            geometries=_BOTH,
+        ),
+        Sweep(
+            _LONG[1:],
+            _SKIPPING,
+            rules=_DEFAULT_RULE,
+            inputs=("irregular",),
+            modes=_EVERY_MODE,
+            kernels=_PEERS,
+            geometries=_BOTH[:1],
         ),
         Sweep(_LONG[:1], (DENSE, "0", *_SKIPPING), kernels=_PEERS, geometries=_BOTH[:1]),
         Sweep(_LONG[:1], _SKIPPING, inputs=("irregular",), kernels=_PEERS, geometries=_BOTH[:1]),

@@ -389,6 +389,7 @@ def text(records: Sequence[Record], pictures: Sequence[str] = ()) -> str:
         (_LONG_TASKS, "long-needles", curves.task_tables(records)),
         (_LONG_POSITION, "", curves.position_tables(records)),
         (_LAW, "long-law-", curves.law_tables(records)),
+        ("## Serving with vLLM\n", "", report.serving_tables(records)),
         (_STUDY, "accuracy-", study_tables(records)),
         (_SELECTION, "", selection_tables(records)),
         (_TEXT, "", text_tables(records)),

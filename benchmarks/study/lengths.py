@@ -106,7 +106,7 @@ class Candidates:
         return [
             self._control(),
             *(self._table(table, fine) for table in tables),
-            *(self._scalar("peak_lse", FINE, voters, fine) for voters in self.voters),
+            *(self._scalar("peak_lse", COARSE, voters, fine) for voters in self.voters),
             self._scalar("running_max", COARSE, 1, coarse),
             self._paper(),
             *self._rivals(),
@@ -154,10 +154,10 @@ class Candidates:
     def _control(self) -> Candidate:
         """Dense by our kernel: what it differs from torch's by is rounding."""
         nothing = np.full((*attention_shape(self.model), 1), -np.inf, np.float32)
-        about = {"rule": "peak_lse", "geometry": str(FINE), "voters": 1, "selection": "exact"}
+        about = {"rule": "peak_lse", "geometry": str(COARSE), "voters": 1, "selection": "exact"}
         return Candidate(
             *(CONTROL, "share", (0.0,)),
-            lambda _, values: BlockSparse(values, "peak_lse", FINE),
+            lambda _, values: BlockSparse(values, "peak_lse", COARSE),
             about,
             lambda points: dict.fromkeys(points, nothing),
         )

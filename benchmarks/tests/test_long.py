@@ -260,15 +260,15 @@ def test_every_candidate_is_measured_once(folder: Path, capsys: pytest.CaptureFi
     for record in text:
         by_name.setdefault(record["candidate"], []).append(record)
     assert set(by_name) == {
-        *("dense", lengths.CONTROL, "peak_lse, one scalar, 64x64"),
-        *("peak_lse, one scalar, 64x64, 1 in 4", "running_max, one scalar, 128x64"),
+        *("dense", lengths.CONTROL, "peak_lse, one scalar, 128x64"),
+        *("peak_lse, one scalar, 128x64, 1 in 4", "running_max, one scalar, 128x64"),
         *("absolute, k blocks, 128x64", "sliding window and sink"),
         "antidiagonal sums (XAttention)",
     }
     (control,) = by_name[lengths.CONTROL]
     assert max(map(abs, control["kl"])) < 1e-6
     assert control["sparsity"] == [0.0, 0.0]
-    low, high = by_name["peak_lse, one scalar, 64x64"]
+    low, high = by_name["peak_lse, one scalar, 128x64"]
     assert np.mean(low["sparsity"]) == pytest.approx(0.2, abs=0.1)
     assert np.mean(low["sparsity"]) < np.mean(high["sparsity"])
     assert 1e-6 < np.mean(low["kl"]) < np.mean(high["kl"])
@@ -292,12 +292,12 @@ def test_every_candidate_is_measured_once(folder: Path, capsys: pytest.CaptureFi
 
 
 def test_a_spent_budget_leaves_the_rest_to_the_next_run(folder: Path) -> None:
-    options = ["--prompts", "0", "--only", "one scalar, 64x64"]
+    options = ["--prompts", "0", "--only", "peak_lse, one scalar, 128x64"]
     assert long.main(words(folder, *options, "--seconds", "0")) == 0
     assert [r["candidate"] for r in read_records(folder / "long.jsonl")] == ["dense"]
     assert long.main(words(folder, *options, "--voters", "1")) == 0
     names = [record["candidate"] for record in read_records(folder / "long.jsonl")]
-    assert names == ["dense", *["peak_lse, one scalar, 64x64"] * 2]
+    assert names == ["dense", *["peak_lse, one scalar, 128x64"] * 2]
 
 
 def test_a_candidate_that_fails_does_not_stop_the_others(

@@ -173,12 +173,19 @@ struct SharedListProducer {
       const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
       const int kv_head = tile.kv_head;
       Places places(attend, tile, tile.first, tile.length);
+      // A place ahead, so that nobody waits for the mask and the page table.
+      int next_block = places.next();
+      PagedRow next_found{};
+      if constexpr (kPaged) {
+        next_found = loads.find(next_block * kKeyBlock);
+      }
 #pragma unroll 1
       for (int remaining = tile.key_blocks; remaining > 0; --remaining) {
-        const int key_block = places.next();
-        PagedRow found{};
+        const int key_block = next_block;
+        const PagedRow found = next_found;
+        next_block = places.next();
         if constexpr (kPaged) {
-          found = loads.find(key_block * kKeyBlock);
+          next_found = loads.find(next_block * kKeyBlock);
         }
         const int stage = state.stage();
         wait(empty[stage], state.phase() ^ 1);
@@ -187,7 +194,8 @@ struct SharedListProducer {
           full[stage].arrive_and_expect_tx(Config::kBlockBytes);
           if constexpr (!kPaged) {
             // An empty place lies beyond the tensor: the copy engine fills it with zeros and reads nothing.
-            const int row = key_block == place::kNoBlock ? attend.seqlen_k : key_row(tile.sequence, key_block);
+            const int row =
+                key_block == place::kNoBlock ? attend.seqlen_k : key_row(tile.sequence, key_block);
             for (int box = 0; box < Config::kBoxes; ++box) {
               load_box<Config>(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
                                to + box * column_elements, box, row, kv_head,
@@ -220,7 +228,8 @@ struct SharedListProducer {
   template <bool kPaged>
   __device__ __forceinline__ void load_values() const {
     const auto buffer_of = [](int stage) { return stage * Config::kBlockElements; };
-    load_blocks<kPaged>(params.v, storage.v_full, storage.v_empty, storage.v, buffer_of, Config::kBoxElements);
+    load_blocks<kPaged>(params.v, storage.v_full, storage.v_empty, storage.v, buffer_of,
+                        Config::kBoxElements);
   }
 };
 

@@ -19,9 +19,9 @@ namespace bsfa::sm90 {
 // Registers move between warpgroups by setmaxnreg, which waits for ever for those that nobody gives up. A CTA
 // of three warpgroups starts with 168 a thread.
 template <class Config>
-inline constexpr bool kRegistersFit = Config::kProducerRegisters +
-                                          Config::kConsumers * Config::kConsumerRegisters <=
-                                      (1 + Config::kConsumers) * 168;
+inline constexpr bool kRegistersFit =
+    Config::kProducerRegisters + Config::kConsumers * Config::kConsumerRegisters <=
+    (1 + Config::kConsumers) * 168;
 
 template <class Element_, int kHeadDim_>
 struct ForwardConfig {
