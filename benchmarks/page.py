@@ -45,10 +45,10 @@ _SPEED = """\
 Dense time of the peer over ours, in the same process, on the same inputs, in turns. Bold rows have
 the default rule, geometry and number of voters, those in italics the paper's rule. Blocks are
 chosen from 16-bit scores in one kernel with attention, or from 8-bit scores in a step before it,
-rounding included; all rows vote, or one in v. The FLOP limits are what operations allow at the peer's own rate where a share s
-is skipped: 1 / (1 - s/2), and 1 / (1 - s + 1/(4v)). `dense` has thresholds of -inf; `0` has finite
-thresholds that skip nothing. Irregular patterns draw every block on its own, planted ones are the
-same for all heads ([inputs](../benchmarks/README.md#inputs)).
+rounding included; all rows vote, or one in v. The FLOP limits are what operations allow at the
+peer's own rate where a share s is skipped: 1 / (1 - s/2), and 1 / (1 - s + 1/(4v)). `dense` has
+thresholds of -inf; `0` has finite thresholds that skip nothing. Irregular patterns draw every block
+on its own, planted ones are the same for all heads ([inputs](../benchmarks/README.md#inputs)).
 """
 
 _STEPS = """\
