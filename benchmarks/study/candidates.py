@@ -87,11 +87,10 @@ LEARNED: dict[str, dict[str, Any]] = {
     "learned from effect": {},
 }
 
-# First what the defaults may become, then the rest.
+# Beside peak_lse, learned and one scalar, in both geometries by all numbers of voters.
 _WANTED = (
-    ("peak_lse", FINE, ("scalar", "learned")),
     ("running_max", COARSE, ("scalar",)),
-    ("peak_lse", COARSE, ("scalar", "learned", "head by effect", "head by mass")),
+    ("peak_lse", COARSE, ("head by effect", "head by mass")),
     ("peak_lse", COARSE, ("learned, 4 knots", "learned from effect", "learned, at most 0")),
     ("absolute", COARSE, ("mass",)),
     ("running_max", COARSE, ("learned",)),
@@ -106,11 +105,12 @@ _WANTED = (
 def candidates(*, orders: bool, only: Sequence[str]) -> list[Candidate]:
     """All candidates whose name holds one of ``only``, those that matter most first."""
     found = [Candidate(PAPER, "absolute", COARSE, "paper")]
+    choices = itertools.product((COARSE, FINE), reversed(VOTERS), ("scalar", "learned"))
+    for geometry, voters, variant in choices:
+        name = f"peak_lse {variant} {geometry}{f', 1 in {voters}' if voters > 1 else ''}"
+        found.append(Candidate(name, "peak_lse", geometry, variant, voters=voters))
     for rule, geometry, variants in _WANTED:
         found += [Candidate(f"{rule} {v} {geometry}", rule, geometry, v) for v in variants]
-    for voters, variant in itertools.product(VOTERS[1:], ("scalar", "learned")):
-        name = f"peak_lse {variant} {FINE}, 1 in {voters}"
-        found.append(Candidate(name, "peak_lse", FINE, variant, voters=voters))
     for order in ("sink_last_first", "first_last") if orders else ():
         for variant in ("head by effect",):
             name = f"peak_lse {variant} {COARSE}, {order.replace('_', ' ')}"

@@ -22,9 +22,13 @@ def current() -> list[dict[str, Any]]:
     return report.load(report.current())
 
 
-def test_the_page_is_what_the_records_give(current: list[dict[str, Any]]) -> None:
-    pictures = page.picture_names(DOCS, IMAGES)
-    assert DOCS.read_text(encoding="utf-8") == page.text(current, pictures), UPDATE
+@pytest.fixture(scope="module")
+def written(current: list[dict[str, Any]]) -> str:
+    return page.text(current, page.picture_names(DOCS, IMAGES))
+
+
+def test_the_page_is_what_the_records_give(written: str) -> None:
+    assert DOCS.read_text(encoding="utf-8") == written, UPDATE
 
 
 def test_a_changed_record_would_change_the_page(current: list[dict[str, Any]]) -> None:
@@ -36,16 +40,15 @@ def test_a_changed_record_would_change_the_page(current: list[dict[str, Any]]) -
     assert page.text([*others, changed]) != page.text(chosen)
 
 
-def test_every_kind_has_a_section(current: list[dict[str, Any]]) -> None:
-    text = page.text(current)
+def test_every_kind_has_a_section(current: list[dict[str, Any]], written: str) -> None:
     for kind in ("Speed", "Time to first token", "equal loss", "Needles", "calibration", "Host"):
-        assert any(line.startswith("## ") and kind in line for line in text.splitlines()), kind
-    assert "## Needles" not in page.text([r for r in current if r.get("task") != "needle"])
+        assert any(line.startswith("## ") and kind in line for line in written.splitlines()), kind
+    assert "## Needles" not in page.text([r for r in current if r.get("task") == "text"])
 
 
-def test_prose_lines_are_short(current: list[dict[str, Any]]) -> None:
+def test_prose_lines_are_short(written: str) -> None:
     fenced = False
-    for line in page.text(current).splitlines():
+    for line in written.splitlines():
         fenced ^= line.startswith("```")
         assert fenced or line.startswith(("|", "![", "###")) or len(line) <= 120
 
@@ -62,6 +65,31 @@ def test_writing_draws_pictures_and_deletes_those_of_before(tmp_path: Path) -> N
     assert page_path == docs
     assert f"(images/{picture.name})" in docs.read_text(encoding="utf-8")
     assert {path.name for path in images.iterdir()} == {picture.name, "logo.png"}
+
+
+def test_a_study_is_one_table_over_cards_and_marks_the_default() -> None:
+    def record(candidate: str, gpu: str, asked: float, kl: float) -> dict[str, Any]:
+        about = {"model": "m", "dtype": "float16", "seqlen": 4096, "contexts": ["a", "b"]}
+        made_with = {"torch": "2", "date": "2026-01-02", "command": "c", "sources": ""}
+        figures = {"sparsity": [asked] * 2, "kl": [kl] * 2, "nll_change": [0.0] * 2}
+        one = {**about, **made_with, **figures, "gpu": gpu, "asked": asked}
+        return {**one, "kind": "thresholds_study", "candidate": candidate}
+
+    ours, paper = "4k-learned-128x64-1in4.safetensors", "absolute top-k 128x64"
+    records = [
+        record(name, gpu, asked, kl)
+        for name, gpu, first in ((paper, "A", 0.3), (ours, "B", 0.6))
+        for asked, kl in ((first, 0.005), (first + 0.2, 0.05))
+    ]
+    shown = page.study_tables(records)
+    assert "### 4096 tokens, 2 contexts: m, float16 (A and B)" in shown
+    (row,) = [line for line in shown.splitlines() if "(default)" in line]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[1] == "**peak_lse, learned, 128x64, one row in 4 votes (default)**"
+    assert cells[2] == "0.660 [0.660, 0.660]"
+    assert cells[3] == "0.300 [0.300, 0.300]"
+    other = {**record(ours, "B", 0.6, 0.01), "contexts": ["a", "c"]}
+    assert page.study_tables([*records, other]).count("### ") == 2
 
 
 def bands(kl: float, nll: float) -> list[dict[str, Any]]:
@@ -130,8 +158,8 @@ def labelled(method: str, options: dict[str, str], **changes: Any) -> str:
         "method": method,
         "options": options,
         "rule": "peak_lse",
-        "geometry": "64x64",
-        "voters": 1,
+        "geometry": "128x64",
+        "voters": 4,
         "sparsity": [0.5],
         **changes,
     }
@@ -141,20 +169,26 @@ def labelled(method: str, options: dict[str, str], **changes: Any) -> str:
 def test_rows_are_labelled_from_what_the_records_say() -> None:
     table = {"file": "a/mine.safetensors", "selection": "auto"}
     learned = {**table, "target_sparsity": "0.65"}
-    assert labelled("table", learned) == "**peak_lse, mine, 64x64, target_sparsity = 0.65**"
+    assert (
+        labelled("table", learned) == "**peak_lse, mine, 128x64, 1 in 4, target_sparsity = 0.65**"
+    )
     point = {**table, "point": "target_sparsity=0.65"}
     assert labelled("table", point) == labelled("table", learned)
     bound = {**table, "max_loss": "0.01"}
-    assert labelled("table", bound, rule="running_max", geometry="128x64", voters=2) == (
+    assert labelled("table", bound, geometry="64x64") == (
+        "peak_lse, mine, 64x64, 1 in 4, max_loss = 0.01"
+    )
+    assert labelled("table", bound, voters=1) == "peak_lse, mine, 128x64, max_loss = 0.01"
+    assert labelled("table", bound, rule="running_max", voters=2) == (
         "running_max, mine, 128x64, 1 in 2, max_loss = 0.01"
     )
     both = {"exact": 3, "int8": 4}
     assert labelled("table", bound, sparse_calls_by_selection=both) == (
-        "**peak_lse, mine, 64x64, 16 and 8 bits, max_loss = 0.01**"
+        "**peak_lse, mine, 128x64, 1 in 4, 16 and 8 bits, max_loss = 0.01**"
     )
     blocks = {**table, "k": "12"}
-    assert labelled("table", blocks) == "peak_lse, k = 12, 64x64"
-    paper = {"rule": "absolute", "geometry": "128x64"}
+    assert labelled("table", blocks) == "peak_lse, k = 12, 128x64, 1 in 4"
+    paper = {"rule": "absolute", "voters": 1}
     assert labelled("table", blocks, **paper) == "*absolute, k = 12, 128x64 (the paper's)*"
     assert labelled("sliding_window", {"window": "64"}, rule="") == "sliding window of 64 keys"
     assert labelled("sparge_attn", {"topk": "0.5"}, rule="") == "sparge_attn, topk = 0.5"

@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
+import dataclasses
 import math
 import sys
 import types
@@ -16,6 +17,7 @@ import harness
 import inputs
 import kernels
 import report
+from bsfa_kernel import reference
 
 TINY = ["--model-shape", "tiny", "--device", "cpu", "--dtype", "float32"]
 
@@ -53,6 +55,70 @@ def test_a_wrong_kernel_is_not_timed(
     assert attention.main(["--device", "cpu", "--out", str(out)]) == 1
     assert {record["kernel"] for record in harness.read_records(out)} == {"math"}
     assert "bsfa_reference was left out: its error is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flipped", "timed"), [(1, True), (100, False)])
+def test_a_verdict_that_rounding_turns_is_free_in_8_bits(
+    flipped: int,
+    timed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right: Callable[..., Any] = reference.select_blocks
+
+    def other(q: Any, k: Any, *args: object, **options: Any) -> Any:
+        found = right(q, k, *args, **options)
+        lengths = (q.shape[1], k.shape[1])
+        asked = {"causal": options["causal"], "geometry": options["geometry"]}
+        free = reference.visible_blocks(*lengths, **asked)
+        free &= ~reference.forced_blocks(*lengths, **asked)
+        where = torch.nonzero(free.expand_as(found.mask))[:flipped]
+        found.mask[tuple(where.T)] ^= True
+        return found
+
+    # The kernels' side of the check calls bsfa_kernel.select_blocks.
+    monkeypatch.setattr(reference, "select_blocks", other)
+    out = tmp_path / "self-test.jsonl"
+    arguments = ["--device", "cpu", "--out", str(out), "--inputs", "irregular", "--seqlens", "1K"]
+    arguments += ["--rules", "peak_lse", "--modes", "int8:2", "--geometries", "128x64"]
+    assert attention.main([*arguments, "--sparsities", "0.5"]) == (0 if timed else 1)
+    ours = [r for r in harness.read_records(out) if r["kernel"] == "bsfa_reference"]
+    assert len(ours) == timed
+    assert all(record["error"] < 1e-2 for record in ours)
+    assert timed or "of the verdicts are not the reference's" in capsys.readouterr().out
+
+
+def test_an_exact_verdict_near_its_threshold_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = bsfa_kernel.DEFAULT_GEOMETRY
+    shape = inputs.Shape(1000, 4, 2, 32)
+    case = attention.Case(shape, "irregular", "0.5", "peak_lse", (geometry,), ())
+    checks = attention.Checks(torch.device("cpu"), 0)
+    kernel = kernels.Bsfa(0)
+    right = inputs.irregular
+
+    def moved(by: float) -> Callable[..., inputs.Problem]:
+        def made(*args: Any, **options: Any) -> inputs.Problem:
+            # The threshold of the last query block of a head is moved onto one of its maxima.
+            problem = right(*args, **options)
+            maxima = inputs.voting_maxima(problem.q, problem.k, shape, "peak_lse", geometry, 1)
+            problem.thresholds[geometry, 1][0, -1] = maxima[0, 0, -1, 5] + by
+            return problem
+
+        return made
+
+    def prepare(problem: inputs.Problem, *args: Any) -> Any:
+        # The kernel's verdict on that block is the other one.
+        lowered = {key: value.clone() for key, value in problem.thresholds.items()}
+        lowered[geometry, 1][0, -1] -= 2e-2
+        return kernels.Bsfa.prepare(kernel, dataclasses.replace(problem, thresholds=lowered), *args)
+
+    other = types.SimpleNamespace(name="other", arch=0, prepare=prepare)
+    for by, sound in ((5e-3, True), (1.5e-2, False)):
+        monkeypatch.setattr(inputs, "irregular", moved(by))
+        error, reason = checks._check_ours(other, case)  # type: ignore[arg-type]
+        assert (reason == "") == sound, reason
+        assert not sound or (error is not None and error < 1e-2)
 
 
 def test_the_judged_settings_are_in_the_presets() -> None:

@@ -81,31 +81,35 @@ def test_records_of_a_self_test_are_refused(
     assert "self-test" in capsys.readouterr().err
 
 
-def test_the_default_comes_first_and_the_papers_last() -> None:
+def test_the_default_geometry_comes_first_and_the_papers_rule_last() -> None:
     choices = [
-        ("absolute", "128x64", "planted"),
-        ("peak_lse", "64x64", "planted"),
-        ("absolute", "64x64", "irregular"),
-        ("peak_lse", "64x64", "irregular"),
-        ("running_max", "128x64", "planted"),
+        ("absolute", "128x64", "planted", 1),
+        ("peak_lse", "64x64", "planted", 4),
+        ("peak_lse", "128x64", "planted", 4),
+        ("absolute", "64x64", "irregular", 1),
+        ("peak_lse", "128x64", "irregular", 1),
+        ("peak_lse", "128x64", "irregular", 4),
+        ("running_max", "128x64", "planted", 1),
     ]
     table = report.attention_tables(
         [
-            attention_record(rule=r, geometry=g, inputs=i, speedup={"fa3": 1.5})
-            for r, g, i in choices
+            attention_record(rule=r, geometry=g, inputs=i, voters=v, speedup={"fa3": 1.5})
+            for r, g, i, v in choices
         ]
     )
     rows = [
-        [cell.strip() for cell in line.split("|")[1:5]]
+        [cell.strip() for cell in (*line.split("|")[1:5], line.split("|")[6])]
         for line in table.splitlines()
         if "BSFA sm_90a" in line and "1.50" in line
     ]
     assert rows == [
-        ["**BSFA sm_90a**", "peak_lse", "64x64", "irregular"],
-        ["**BSFA sm_90a**", "peak_lse", "64x64", "planted"],
-        ["BSFA sm_90a", "running_max", "128x64", "planted"],
-        ["BSFA sm_90a", "absolute", "64x64", "irregular"],
-        ["*BSFA sm_90a*", "absolute", "128x64", "planted"],
+        ["BSFA sm_90a", "peak_lse", "128x64", "irregular", "16 bits"],
+        ["**BSFA sm_90a**", "peak_lse", "128x64", "irregular", "16 bits, 1 in 4"],
+        ["**BSFA sm_90a**", "peak_lse", "128x64", "planted", "16 bits, 1 in 4"],
+        ["BSFA sm_90a", "peak_lse", "64x64", "planted", "16 bits, 1 in 4"],
+        ["BSFA sm_90a", "running_max", "128x64", "planted", "16 bits"],
+        ["*BSFA sm_90a*", "absolute", "128x64", "planted", "16 bits"],
+        ["BSFA sm_90a", "absolute", "64x64", "irregular", "16 bits"],
     ]
 
 
@@ -185,6 +189,47 @@ def test_a_line_has_no_place_beside_a_baseline_that_was_not_in_its_run(
     ]
     (picture,) = report.plot_attention([*records, *shorter], tmp_path)
     assert picture.stat().st_size > 0
+
+
+def serving_record(**changes: Any) -> dict[str, Any]:
+    return {**prefill_record(vllm="0.26.0", **changes), "kind": "serving"}
+
+
+def load_record(**changes: Any) -> dict[str, Any]:
+    return attention_record(
+        kind="serving_load",
+        **{
+            "implementation": "bsfa",
+            "model": "a model",
+            "vllm": "0.26.0",
+            "shortest": 16384,
+            "seqlen": 131072,
+            "answer": 64,
+            "rate": 0.5,
+            "requests": 50,
+            "ttft_ms": 1500.0,
+            "ttft_p99_ms": 9000.0,
+            "tokens_per_second": 31000.0,
+            "requests_per_second": 0.44,
+            **changes,
+        },
+    )
+
+
+def test_serving_has_tables_and_is_compared(tmp_path: Path) -> None:
+    dense = load_record(implementation="vllm", asked="dense", geometry=None, rule=None)
+    table = report.serving_tables([serving_record(), load_record(), dense])
+    assert "| times FlashAttention-3 |" in table
+    assert "vLLM 0.26.0, under load" in table
+    assert "Prompts of 16K to 128K tokens, 0.5 a second, 64 answered." in table
+    assert "| 31000" in table
+    old = save(tmp_path / "old.jsonl", [serving_record(), load_record()])
+    faster = load_record(tokens_per_second=34100.0)
+    new = save(tmp_path / "new.jsonl", [serving_record(), faster])
+    rows = report.compare(report.load([old]), report.load([new]))
+    assert [round(row[0], 3) for row in rows] == [1.0, 1.1]
+    with pytest.raises(ValueError, match="self-test"):
+        report.serving_tables([load_record(self_test=True)])
 
 
 def test_prefill_and_calibration_have_tables() -> None:

@@ -28,7 +28,9 @@ from bsfa_kernel import Geometry
 from tiny_calib import random_tokens, small_llama, tiny_model
 
 SHORT, LONG = 256, 1024
+# In a length this short the default's forced blocks leave hardly one to skip.
 GEOMETRY = Geometry(64, 64)
+FINE: dict[str, Any] = {"geometry": GEOMETRY, "voters": 1}
 TARGETS = (0.3, 0.6)
 
 
@@ -48,6 +50,7 @@ def learned_short(model: Any, voters: int = 1, knots: int = 1) -> ThresholdPath:
         model,
         samples,
         target_sparsities=TARGETS,
+        geometry=GEOMETRY,
         voters=voters,
         rungs=(0.3, 0.45),
         serve_length=LONG,
@@ -94,7 +97,8 @@ def test_thresholds_of_a_short_length_skip_what_was_asked_for_at_a_longer_one(
     llama: LlamaForCausalLM, longer: list[list[int]], voters: int
 ) -> None:
     path = learned_short(llama, voters)
-    found = serve(llama, path, longer, made_at=SHORT, target_sparsities=(0.6, 0.3), voters=voters)
+    options: dict[str, Any] = {"geometry": GEOMETRY, "voters": voters}
+    found = serve(llama, path, longer, made_at=SHORT, target_sparsities=(0.6, 0.3), **options)
     assert_points(llama, found, longer, TARGETS)
     table = found.table
     assert (table.max_seqlen, table.serve_seqlen, table.seqlen) == (SHORT, LONG, LONG)
@@ -114,7 +118,7 @@ def test_thresholds_that_follow_the_position_are_pointed_too(
 ) -> None:
     path = learned_short(llama, knots=2)
     assert path.points.shape[-1] == SHORT // GEOMETRY.q_block
-    found = serve(llama, path, longer, made_at=SHORT, target_sparsities=TARGETS)
+    found = serve(llama, path, longer, made_at=SHORT, target_sparsities=TARGETS, **FINE)
     assert_points(llama, found, longer, TARGETS)
 
 
@@ -123,8 +127,8 @@ def test_scalars_of_a_short_length_are_pointed_under_every_rule(
     llama: LlamaForCausalLM, longer: list[list[int]], rule: str
 ) -> None:
     short = [ids[:SHORT] for ids in longer[:1]]
-    table = scalar.one_pass(llama, short, target_sparsities=(0.2, 0.4), rule=rule)
-    options: dict[str, Any] = {"rule": rule, "aggregate": table.aggregate}
+    table = scalar.one_pass(llama, short, target_sparsities=(0.2, 0.4), rule=rule, **FINE)
+    options: dict[str, Any] = {"rule": rule, "aggregate": table.aggregate, **FINE}
     found = serve(
         llama, path_of(table), longer, made_at=SHORT, target_sparsities=TARGETS, **options
     )
@@ -139,7 +143,8 @@ def test_the_share_is_foretold_from_one_pass_and_few_measurements_do(
     llama: LlamaForCausalLM, longer: list[list[int]], path: ThresholdPath
 ) -> None:
     told: list[str] = []
-    serve(llama, path, longer, made_at=SHORT, target_sparsities=TARGETS, progress=told.append)
+    options: dict[str, Any] = {"target_sparsities": TARGETS, "progress": told.append, **FINE}
+    serve(llama, path, longer, made_at=SHORT, **options)
     assert 2 <= sum("measured in 0:" in line for line in told) <= 6
     assert told[-1].startswith("target_sparsity 0.6: skips 0.")
     # Of the first layer, whose inputs nothing changes, the histogram says exactly what is skipped.
@@ -159,7 +164,7 @@ def test_the_share_is_foretold_from_one_pass_and_few_measurements_do(
 def test_a_bound_on_the_loss_is_kept_at_the_longer_length(
     llama: LlamaForCausalLM, longer: list[list[int]], path: ThresholdPath
 ) -> None:
-    found = serve(llama, path, longer, made_at=SHORT, max_losses=(0.02,))
+    found = serve(llama, path, longer, made_at=SHORT, max_losses=(0.02,), **FINE)
     (expected,) = found.expected
     assert 0.01 < expected.kl <= 0.02
     assert (found.table.axis, found.table.serve_seqlen) == ("max_loss", LONG)
@@ -174,7 +179,7 @@ def test_what_was_measured_is_kept_and_used_for_the_same_work_only(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options: dict[str, Any] = {"made_at": SHORT, "checkpoint": tmp_path}
+    options: dict[str, Any] = {"made_at": SHORT, "checkpoint": tmp_path, **FINE}
     told: list[str] = []
 
     def stop(text: str) -> None:
@@ -216,6 +221,7 @@ def test_a_file_that_holds_no_measurements_is_left_as_it_is(
             made_at=SHORT,
             target_sparsities=TARGETS,
             checkpoint=tmp_path,
+            **FINE,
         )
     assert (tmp_path / "served.json").read_text() == content
 
@@ -240,7 +246,7 @@ def test_what_cannot_be_served_is_refused(
 ) -> None:
     samples = [random_tokens(length, 0)] if length else []
     with pytest.raises(ValueError, match=message):
-        serve(llama, path, samples, made_at=SHORT, **arguments)
+        serve(llama, path, samples, made_at=SHORT, **arguments, **FINE)
 
 
 def test_rungs_are_those_up_to_the_target_and_targets_are_checked_at_the_serving_length() -> None:
@@ -262,15 +268,16 @@ def test_layers_that_run_dense_stay_so_and_do_not_count() -> None:
         layer_types=["sliding_attention", "full_attention"],
     )
     longer = [random_tokens(LONG, 3)]
-    table = scalar.one_pass(dense_first, [longer[0][:SHORT]], target_sparsities=(0.2, 0.4))
+    options: dict[str, Any] = {"target_sparsities": TARGETS, **FINE}
+    table = scalar.one_pass(dense_first, [longer[0][:SHORT]], target_sparsities=(0.2, 0.4), **FINE)
     assert np.isneginf(table.thresholds[:, 0]).all()
-    found = serve(dense_first, path_of(table), longer, made_at=SHORT, target_sparsities=TARGETS)
+    found = serve(dense_first, path_of(table), longer, made_at=SHORT, **options)
     assert_points(dense_first, found, longer, TARGETS)
     assert np.isneginf(found.table.thresholds[:, 0]).all()
     assert found.table.provenance["dense_layers"] == "layers 0: sliding-window layer"
     every = tiny_model("mistral", sliding_window=128)
     with pytest.raises(CaptureError, match="all run dense"):
-        serve(every, path_of(table), longer, made_at=SHORT, target_sparsities=TARGETS)
+        serve(every, path_of(table), longer, made_at=SHORT, **options)
 
 
 # ------------------------------------------------------------------------------ the command
@@ -279,7 +286,7 @@ def test_layers_that_run_dense_stay_so_and_do_not_count() -> None:
 def command(model: Path, text: Path, output: Path, *more: str) -> list[str]:
     return [
         *("calibrate", "--model", str(model), "--text", str(text), "--length", "512"),
-        *("--serve-length", "1024", "--samples", "2", "--device", "cpu"),
+        *("--serve-length", "1024", "--samples", "2", "--device", "cpu", "--geometry", "64x64"),
         *("--out", str(output), *more),
     ]
 

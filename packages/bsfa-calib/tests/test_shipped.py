@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -42,6 +43,18 @@ def test_a_manifest_that_is_out_of_date_is_noticed(
     assert tool.main() == 1
 
 
+def test_the_manifest_says_where_points_were_found_at_another_length(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    served = tmp_path / "model" / "served.safetensors"
+    learned = next(path for path in tool.table_paths() if "1in4" in path.name)
+    dataclasses.replace(ThresholdTable.load(learned), serve_seqlen=65536).save(served)
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    said = tool.entry(served).splitlines()
+    assert {"max_seqlen = 4096", "serve_seqlen = 65536", "voters = 4"} <= set(said)
+
+
 def test_shipped_tables_load_are_small_and_say_where_they_are_from(tool: ModuleType) -> None:
     for path in tool.table_paths():
         table = ThresholdTable.load(path)
@@ -72,7 +85,12 @@ def test_shipped_tables_for_k_blocks_keep_what_they_promise(tool: ModuleType) ->
 def test_shipped_learned_tables_skip_what_they_promise(tool: ModuleType) -> None:
     learned = [ThresholdTable.load(path) for path in tool.table_paths()]
     learned = [table for table in learned if table.axis == "target_sparsity"]
-    assert {(table.rule, table.geometry) for table in learned} == {("peak_lse", "64x64")}
+    kinds = {(table.rule, table.geometry, table.voters, table.max_seqlen) for table in learned}
+    assert kinds == {
+        ("peak_lse", geometry, voters, length)
+        for geometry, voters in (("128x64", 1), ("128x64", 2), ("128x64", 4), ("64x64", 1))
+        for length in (4096, 8192)
+    }
     for table in learned:
         named = ("expected_sparsity", "expected_kl")
         sparsity, kl = (np.array(list(map(float, table.provenance[n].split(", ")))) for n in named)

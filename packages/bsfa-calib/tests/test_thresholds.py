@@ -417,8 +417,7 @@ def test_a_table_of_the_rule_that_was_replaced_names_the_command_that_makes_a_ne
     message = str(caught.value)
     assert message.startswith(f"{good}: this table was calibrated for the rule running_lse, which")
     command = (
-        "bsfa calibrate --model example/tiny --text FOLDER --length 4096 --geometry 64x64 "
-        "--out NEW.safetensors"
+        "bsfa calibrate --model example/tiny --text FOLDER --length 4096 --out NEW.safetensors"
     )
     assert message.endswith(command)
 

@@ -85,8 +85,8 @@ def test_a_scalar_of_one_pass_is_measured_on_other_text(model: LlamaForCausalLM)
     samples = np.random.default_rng(2).integers(0, 256, (3, 1024)).tolist()
     found = scalar.calibrate(model, samples[:2], samples[2:], target_sparsities=(0.5, 0.3))
     table = found.table
-    assert (table.points, table.rule, table.geometry) == ((0.3, 0.5), "peak_lse", "64x64")
-    assert (table.rows, table.samples) == (1, 2)
+    assert (table.points, table.rule, table.geometry) == ((0.3, 0.5), "peak_lse", "128x64")
+    assert (table.rows, table.samples, table.voters) == (1, 2, 4)
     assert len(np.unique(table.thresholds)) == 2
     for expected, text in zip(
         found.expected, table.provenance["expected_sparsity"].split(", "), strict=True
@@ -116,7 +116,7 @@ def test_layers_that_run_dense_are_kept_out_of_what_is_promised() -> None:
     assert "1 of 2 layers run dense (layers 0: sliding-window layer)" in sentence
     assert "multiply them by 0.50" in sentence
     # What is promised is what the hook skips of the other layer.
-    measure = Measure(model, samples[1:], rule="peak_lse", geometry=Geometry(64, 64))
+    measure = Measure(model, samples[1:], rule="peak_lse", geometry=Geometry(128, 64), voters=4)
     assert measure(found.table.thresholds[0]).sparsity == pytest.approx(expected.sparsity)
 
 

@@ -97,7 +97,7 @@ def test_demo_calibrates_where_there_is_no_table(
     assert main([*arguments, "--questions", "1", "--target-sparsity", "0.5"]) == 0
     out, err = capsys.readouterr()
     assert "calibrated on 2 of 2 samples" in err
-    assert "target_sparsity=0.5, rule peak_lse, blocks of 64x64" in out
+    assert "rule peak_lse, blocks of 128x64, one query row in 4 votes" in out
 
 
 def test_the_installed_command_mounts_every_subcommand() -> None:
@@ -333,23 +333,20 @@ def test_of_two_shipped_tables_for_a_length_the_one_with_more_points_is_taken(
     assert asked is not None
     assert asked.stem == "8k-learned-64x64"
     assert find_table(loaded, 5000, Point("k", 16)) is None
-    small = dataclasses.replace(few, q_block=64, points=(0.8,))
-    small.save(folder / "8k-small.safetensors")
-    chosen = find_table(loaded, 5000)
-    assert chosen is not None
-    assert chosen.stem == "8k-small"
 
 
-@pytest.mark.parametrize("names", [("a", "b", "c"), ("c", "b", "a")])
-def test_of_tables_that_differ_in_voters_the_one_by_all_rows_is_taken(
+@pytest.mark.parametrize("names", [("a", "b", "c", "d"), ("d", "c", "b", "a")])
+def test_of_tables_for_a_length_that_of_calibrations_default_is_taken(
     names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "thresholds" / "tiny"
-    for voters, name in zip((1, 2, 4), names, strict=True):
-        table(points=(4, 8), voters=voters).save(folder / f"{name}.safetensors")
+    made = [table(points=(4, 8), voters=voters) for voters in (1, 2, 4)]
+    made.append(dataclasses.replace(made[2], q_block=64))
+    for one, name in zip(made, names, strict=True):
+        one.save(folder / f"{name}.safetensors")
     monkeypatch.chdir(tmp_path)
     found = find_table(Loaded(tiny_model(), None, "tiny"), 512)
-    assert found == folder / f"{names[0]}.safetensors"
+    assert found == folder / f"{names[2]}.safetensors"
 
 
 def test_a_table_that_cannot_be_read_is_passed_over(

@@ -50,6 +50,7 @@ LENGTHS = (
     (300, 300),
 )
 PADDED_QUERIES = 150
+PADDED_ROOM = 500  # for keys
 HEADS, KV_HEADS = 4, 2
 
 
@@ -60,7 +61,9 @@ class Batch:
     queries: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
-    cache: paging.Paged
+    k: Tensor
+    v: Tensor
+    where: dict[str, Tensor]  # seqused_k and, if they are in pages, block_table
     packed: bool
 
     @property
@@ -71,9 +74,9 @@ class Batch:
     def options(self) -> dict[str, Tensor]:
         """What says where the keys and, if they are packed, the queries are."""
         if not self.packed:
-            return self.cache.options
+            return self.where
         starts = torch.tensor([0, *map(len, self.queries)]).cumsum(0)
-        return {**self.cache.options, "cu_seqlens_q": starts.to(self.q.device, torch.int32)}
+        return {**self.where, "cu_seqlens_q": starts.to(self.q.device, torch.int32)}
 
     def alone(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of a sequence as a batch of one."""
@@ -134,50 +137,34 @@ def make_batch(
     queries = [draw(length, HEADS) for length, _ in lengths]
     keys, values = ([draw(length, KV_HEADS) for _, length in lengths] for _ in range(2))
     if page_size is None:
-        room = 500
-        k, v = (
-            torch.full((len(lengths), room, KV_HEADS, head_dim), math.nan, dtype=dtype)
-            for _ in range(2)
-        )
+        shape = (len(lengths), PADDED_ROOM, KV_HEADS, head_dim)
+        k, v = (torch.full(shape, garbage, dtype=dtype, device=target.device) for _ in range(2))
         for index, (key, value) in enumerate(zip(keys, values, strict=True)):
             k[index, : len(key)], v[index, : len(key)] = key, value
-        used = torch.tensor([len(x) for x in keys], dtype=torch.int32)
-        moved = (x.to(target.device) for x in (k, v, used))
-        cache = PaddedKeys(*moved)
-    else:
-        cache = paging.paged(keys, values, page_size, layout=layout, seed=page_size)
+        used = torch.tensor([len(x) for x in keys], dtype=torch.int32, device=target.device)
+        return Batch(queries, keys, values, k, v, {"seqused_k": used}, packed)
+    cache = paging.paged(keys, values, page_size, layout=layout, seed=page_size)
     for x in (cache.k, cache.v):
         x.copy_(x.masked_fill(x.isnan(), garbage))
-    return Batch(queries, keys, values, cache, packed)
-
-
-class PaddedKeys(paging.Paged):
-    """Padded keys of which not all are used."""
-
-    def __new__(cls, k, v, seqused_k):
-        return super().__new__(cls, k, v, None, seqused_k)
-
-    @property
-    def options(self):
-        return {"seqused_k": self.seqused_k}
+    return Batch(queries, keys, values, cache.k, cache.v, cache.options, packed)
 
 
 def mixed_thresholds(batch: Batch, rule: str, *, rows: int = 5) -> Tensor:
     """Thresholds that about half of the blocks pass."""
     generator = torch.Generator().manual_seed(rows)
     values = cases.MIXED_LEVELS[rule] + 0.3 * torch.randn((HEADS, rows), generator=generator)
-    return values.to(batch.cache.k.device)
+    return values.to(batch.k.device)
 
 
 def call(function, batch: Batch, *arguments, **options):
-    return function(batch.q, batch.cache.k, *arguments, **batch.options, **options)
+    return function(batch.q, batch.k, *arguments, **batch.options, **options)
 
 
 def attend(batch: Batch, thresholds: Tensor, **options):
     return call(
         block_sparse_attention,
         batch,
-        batch.cache.v,
+        batch.v,
         thresholds,
         return_lse=True,
         return_kept=True,
@@ -233,7 +220,7 @@ def test_attention_is_that_of_each_sequence(target, dtype, geometry, head_dim, p
 def test_a_mask_is_attended_in_each_sequence(target, dtype, geometry, head_dim, page_size, packed):
     target.require("attend_blocks", dtype, head_dim)
     batch = make_batch(target, dtype, head_dim, page_size, packed=packed, layout="heads first")
-    room = batch.cache.k.shape[1] if page_size is None else 461
+    room = batch.k.shape[1] if page_size is None else 461
     k_blocks = -(-room // 64)
     for density in (0.3, 1.0):
         generator = torch.Generator().manual_seed(int(10 * density))
@@ -245,7 +232,7 @@ def test_a_mask_is_attended_in_each_sequence(target, dtype, geometry, head_dim, 
             found = call(
                 attend_blocks,
                 batch,
-                batch.cache.v,
+                batch.v,
                 pack_blocks(blocks),
                 return_lse=True,
                 return_kept=True,
@@ -448,9 +435,9 @@ def test_kernels_write_nan_where_there_are_more_keys_than_room(arch, geometry, p
         arch.require(kernel, torch.bfloat16, 64)
     for packed in (True, False):
         batch = make_batch(arch, torch.bfloat16, 64, page_size, packed=packed)
-        used = batch.cache.seqused_k
+        used = batch.where["seqused_k"]
         good = attend(batch, mixed_thresholds(batch, "peak_lse"), rule="peak_lse")
-        room = 500 if page_size is None else batch.cache.block_table.shape[1] * page_size
+        room = PADDED_ROOM if page_size is None else batch.where["block_table"].shape[1] * page_size
         whole = used.clone()
         for too_many in (room + 1, room + 1000, 2**31 - 1):
             used.copy_(whole)
@@ -469,8 +456,7 @@ def test_kernels_write_nan_where_there_are_more_keys_than_room(arch, geometry, p
             columns = -(-(len(batch.queries[3]) + lead) // geometry.q_block)
             mask = call(select_blocks, batch, thresholds, **options)
             first = batch.columns(3, geometry).start
-            own = batch.of(mask, 3, 1, slice(first, first + columns))
-            assert (own == -1).all()
+            assert (batch.of(mask, 3, 1, slice(first, first + columns)) == -1).all()
             if not packed:
                 maxima = call(block_maxima, batch, **options)
                 assert maxima[3, :, :columns].isnan().all()
@@ -483,7 +469,7 @@ def test_kernels_write_nan_where_there_are_more_keys_than_room(arch, geometry, p
 def test_kernels_take_negative_lengths_for_none(arch, geometry):
     arch.require("forward", torch.float16, 128)
     batch = make_batch(arch, torch.float16, 128, 64, packed=True)
-    batch.cache.seqused_k[0] = -5
+    batch.where["seqused_k"][0] = -5
     out, lse, _ = attend(batch, mixed_thresholds(batch, "absolute"), geometry=geometry)
     rows = slice(0, 130)
     assert (out[rows] == 0).all()
@@ -496,11 +482,12 @@ def test_kernels_take_pages_that_do_not_exist_for_zeros(arch, page_size):
         arch.require(kernel, torch.float16, 64)
     batch = make_batch(arch, torch.float16, 64, page_size, packed=False)
     keys, values = ([x.clone() for x in xs] for xs in (batch.keys, batch.values))
-    for index, page in ((0, 2**30), (6, -1), (7, len(batch.cache.k))):
-        batch.cache.block_table[index, 1] = page
+    for index, page in ((0, 2**30), (6, -1), (7, len(batch.k))):
+        batch.where["block_table"][index, 1] = page
         for x in (keys[index], values[index]):
             x[page_size : 2 * page_size] = 0
-    zeros = Batch(batch.queries, keys, values, paging.paged(keys, values, 64, seed=1), packed=False)
+    whole = paging.paged(keys, values, 64, seed=1)
+    zeros = Batch(batch.queries, keys, values, whole.k, whole.v, whole.options, packed=False)
     thresholds = mixed_thresholds(batch, "peak_lse")
     for selection in ("exact", "int8"):
         found, expected = (
@@ -530,7 +517,9 @@ def test_a_long_prompt_in_pages_gives_what_it_gives_side_by_side(arch, geometry)
     thresholds = torch.full((8, 1), cases.MIXED_LEVELS["peak_lse"] + 1.5, device=arch.device)
     for page_size in PAGE_SIZES:
         cache = paging.paged(list(keys), list(values), page_size, seed=page_size)
-        batch = Batch(list(queries), list(keys), list(values), cache, packed=True)
+        batch = Batch(
+            list(queries), list(keys), list(values), cache.k, cache.v, cache.options, packed=True
+        )
         for selection in ("exact", "int8"):
             options = {"rule": "peak_lse", "geometry": geometry, "selection": selection}
             found = attend(batch, thresholds, **options)

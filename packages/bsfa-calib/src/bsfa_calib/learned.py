@@ -24,16 +24,13 @@ import numpy as np
 from bsfa_calib.expected import Calibrated, Expected, Measure, with_expected
 from bsfa_calib.language_model import fingerprint
 from bsfa_calib.learning import Float32Array, Learned, Settings, learn
-from bsfa_calib.thresholds import ThresholdTable, write_atomically
+from bsfa_calib.thresholds import DEFAULT_VOTERS, ThresholdTable, write_atomically
 from bsfa_calib.tuning import TuningError
-from bsfa_kernel import Geometry
+from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 from bsfa_kernel.geometry import forced_share
 
 # Sparsities that thresholds are learned at, one after the other, as far as they are needed.
 LADDER = (0.6, 0.75, 0.85, 0.92)
-# Finer than the kernel's default: at an equal loss, one to two points more of these blocks can be
-# skipped (docs/performance-accuracy.md).
-GEOMETRY = Geometry(64, 64)
 
 # Beyond the learned thresholds the path goes on by shifting all alike, by so much for each unit.
 _BEYOND = 4.0
@@ -83,8 +80,8 @@ def learn_path(
     target_sparsities: Sequence[float] = (),
     max_losses: Sequence[float] = (),
     rule: str = "peak_lse",
-    geometry: Geometry = GEOMETRY,
-    voters: int = 1,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    voters: int = DEFAULT_VOTERS,
     settings: Settings | None = None,
     start: Float32Array | None = None,
     rungs: Sequence[float] | None = None,
@@ -168,8 +165,8 @@ def calibrate(
     target_sparsities: Sequence[float] = (),
     max_losses: Sequence[float] = (),
     rule: str = "peak_lse",
-    geometry: Geometry = GEOMETRY,
-    voters: int = 1,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    voters: int = DEFAULT_VOTERS,
     backend: str = "auto",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Calibrated:

@@ -11,9 +11,8 @@ from typing import Any
 from bsfa_calib import capture
 from bsfa_calib.capture import Progress, Settings
 from bsfa_calib.expected import Calibrated, Measure, with_expected
-from bsfa_calib.learned import GEOMETRY
-from bsfa_calib.thresholds import ThresholdTable
-from bsfa_kernel import Geometry
+from bsfa_calib.thresholds import DEFAULT_VOTERS, ThresholdTable
+from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 
 
 def calibrate(
@@ -23,8 +22,8 @@ def calibrate(
     *,
     target_sparsities: Sequence[float],
     rule: str = "peak_lse",
-    geometry: Geometry = GEOMETRY,
-    voters: int = 1,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    voters: int = DEFAULT_VOTERS,
     progress: Callable[[Progress], None] | None = None,
 ) -> Calibrated:
     """`one_pass` over some samples, `measured` on others."""
@@ -46,8 +45,8 @@ def one_pass(
     *,
     target_sparsities: Sequence[float],
     rule: str = "peak_lse",
-    geometry: Geometry = GEOMETRY,
-    voters: int = 1,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    voters: int = DEFAULT_VOTERS,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> ThresholdTable:

@@ -27,7 +27,6 @@ from bsfa_calib.capture import BlockCounts, Progress
 from bsfa_calib.estimate import blocks_below
 from bsfa_calib.expected import Calibrated, Expected, Measure
 from bsfa_calib.learned import (
-    GEOMETRY,
     ThresholdPath,
     check_points,
     digest_of,
@@ -36,9 +35,9 @@ from bsfa_calib.learned import (
 )
 from bsfa_calib.learning import Learned
 from bsfa_calib.progress import clock
-from bsfa_calib.thresholds import ThresholdTable, write_atomically
+from bsfa_calib.thresholds import DEFAULT_VOTERS, ThresholdTable, write_atomically
 from bsfa_calib.tuning import TuningError
-from bsfa_kernel import Geometry
+from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 
 # How far a point's share may be from its target, and passes over the samples to come closer.
 _CLOSE, _TRIES = 0.005, 5
@@ -56,8 +55,8 @@ def serve(
     target_sparsities: Sequence[float] = (),
     max_losses: Sequence[float] = (),
     rule: str = "peak_lse",
-    geometry: Geometry = GEOMETRY,
-    voters: int = 1,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+    voters: int = DEFAULT_VOTERS,
     backend: str = "auto",
     aggregate: str = "learned",
     checkpoint: Path | None = None,

@@ -33,6 +33,9 @@ FORMAT_VERSION = 2
 UNIT = "scaled-score"
 RULES = ("absolute", "running_max", "peak_lse")
 VOTERS = (1, 2, 4)
+# Unless told otherwise, learned thresholds and scalars are made for this: why is in
+# docs/performance-accuracy.md.
+DEFAULT_VOTERS = 4
 _REPLACED_RULE = "running_lse"
 
 # No threshold table has a larger header: one with every field filled in takes a few kilobytes.
@@ -557,7 +560,7 @@ def _refuse_replaced_rule(metadata: Mapping[str, str]) -> None:
     command = ["bsfa", "calibrate", "--model", model, "--text", "FOLDER"]
     command += ["--length", length] if length not in ("", "0") else []
     command += ["--serve-length", served] if served not in ("", "0") else []
-    command += ["--geometry", metadata.get("block", "64x64"), "--out", "NEW.safetensors"]
+    command += ["--out", "NEW.safetensors"]
     raise ThresholdFileError(
         f"this table was calibrated for the rule {_REPLACED_RULE}, which peak_lse has replaced; "
         f"thresholds cannot be carried over. Make a new table: {shlex.join(command)}"

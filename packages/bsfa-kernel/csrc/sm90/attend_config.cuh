@@ -26,8 +26,8 @@ inline constexpr uint32_t kMasked = 1u << 16;  // some score is hidden
 inline constexpr uint32_t kLast = 1u << 17;    // of the tile
 inline constexpr uint32_t kEmpty = 1u << 18;
 inline constexpr uint32_t kRound = 1u << 31;  // changes with every round: the place has been written
-// Hidden from all queries: the last one whose keys have numbers.
-inline constexpr int kNoBlock = INT32_MAX / kKeyBlock;
+// Hidden from all queries: the last one whose keys, and the key behind them, have numbers.
+inline constexpr int kNoBlock = INT32_MAX / kKeyBlock - 1;
 }  // namespace place
 
 struct Place {

@@ -176,12 +176,19 @@ struct SharedListProducer {
       const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
       const int kv_head = tile.kv_head;
       Places places(attend, tile, tile.first, tile.length);
+      // A place ahead, so that nobody waits for the mask and the page table.
+      int next_block = places.next();
+      PagedRow next_found{};
+      if constexpr (kPaged) {
+        next_found = loads.find(next_block * kKeyBlock);
+      }
 #pragma unroll 1
       for (int remaining = tile.key_blocks; remaining > 0; --remaining) {
-        const int key_block = places.next();
-        PagedRow found{};
+        const int key_block = next_block;
+        const PagedRow found = next_found;
+        next_block = places.next();
         if constexpr (kPaged) {
-          found = loads.find(key_block * kKeyBlock);
+          next_found = loads.find(next_block * kKeyBlock);
         }
         const int stage = state.stage();
         wait(empty[stage], state.phase() ^ 1);

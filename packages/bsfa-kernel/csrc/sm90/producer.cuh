@@ -32,7 +32,7 @@ struct KeyLoads {
 
   __device__ __forceinline__ KeyLoads(const ForwardParams& forward, const Tile& tile)
       : tile(tile), batch(key_batch(forward, tile.sequence)) {}
-  __device__ __forceinline__ void look_ahead(int) {}
+  __device__ __forceinline__ void advance() {}
   __device__ __forceinline__ void load(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
                                        Element* to, int column_elements, int key_block) const {
     full.arrive_and_expect_tx(Config::kBlockBytes);
@@ -43,29 +43,23 @@ struct KeyLoads {
   }
 };
 
-// The same where they lie in pages. The page table is read a block ahead.
+// The same where they lie in pages.
 template <class Config>
 struct KeyLoads<Config, true> {
   using Element = typename Config::Element;
-  PagedLoads<kKeyBlock> loads;
+  PagedRun<kKeyBlock> run;
   int head;
-  PagedRow found;
-  PagedRow next;
 
   __device__ __forceinline__ KeyLoads(const ForwardParams& forward, const Tile& tile)
-      : loads(forward, tile.sequence),
-        head(tile.kv_head),
-        next(loads.find(max(tile.key_blocks - 1, 0) * kKeyBlock)) {}
-  __device__ __forceinline__ void look_ahead(int key_block) {
-    found = next;
-    next = loads.find(max(key_block - 1, 0) * kKeyBlock);
-  }
+      : run(forward, tile.sequence, (tile.key_blocks - 1) * kKeyBlock), head(tile.kv_head) {}
+  // To the key block before.
+  __device__ __forceinline__ void advance() { run.advance(); }
   __device__ __forceinline__ void load(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
                                        Element* to, int column_elements, int) const {
     if (threadIdx.x % 32 == 0) {
       full.arrive_and_expect_tx(Config::kBlockBytes);
     }
-    loads.template load<Config::kBoxes, Config::kBoxColumns>(map, full, found, head, to, column_elements);
+    run.template load<Config::kBoxes, Config::kBoxColumns>(map, full, head, to, column_elements);
   }
 };
 
@@ -110,7 +104,6 @@ struct Producer {
       KeyLoads<Config, kPaged> loads(params.forward, tile);
 #pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
-        loads.look_ahead(key_block);
         const int stage = keys.stage();
         wait(storage.k_empty[stage], keys.phase() ^ 1);
         // Votes may come as soon as the keys are there.
@@ -121,6 +114,7 @@ struct Producer {
         loads.load(params.k, storage.k_full[stage],
                    storage.k + stage / 2 * 2 * Config::kBlockElements + stage % 2 * Config::kBoxElements,
                    2 * Config::kBoxElements, key_block);
+        loads.advance();
         keys.advance();
       }
     });
@@ -138,7 +132,6 @@ struct Producer {
       KeyLoads<Config, kPaged> loads(params.forward, tile);
 #pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
-        loads.look_ahead(key_block);
         bool load_block = true;
         if (!tile.dense) {
           wait(storage.votes_full[vote_state.stage()], vote_state.phase());
@@ -159,6 +152,7 @@ struct Producer {
                      Config::kBoxElements, key_block);
           values.advance();
         }
+        loads.advance();
       }
     });
   }

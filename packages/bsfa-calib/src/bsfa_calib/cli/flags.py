@@ -22,7 +22,7 @@ from bsfa_calib.cli.common import (
     sparsity,
 )
 from bsfa_calib.report import printable
-from bsfa_calib.thresholds import RULES, VOTERS
+from bsfa_calib.thresholds import DEFAULT_VOTERS, RULES, VOTERS
 
 METHODS = ("learned", "scalar", "topk")
 
@@ -60,7 +60,6 @@ _DEFAULTS: dict[str, Any] = {
     "samples": 24,
     "holdout": 6,
     "serve_samples": 2,
-    "voters": 1,
     "steps": 60,
     "further_steps": 30,
     "knots": 1,
@@ -77,9 +76,9 @@ _DEFAULTS: dict[str, Any] = {
     "keep_checkpoint": False,
 }
 _BY_METHOD: dict[str, dict[str, Any]] = {
-    "learned": {"rule": "peak_lse", "geometry": "64x64"},
-    "scalar": {"rule": "peak_lse", "geometry": "64x64"},
-    "topk": {"rule": "absolute", "geometry": "128x64"},
+    "learned": {"rule": "peak_lse", "geometry": "128x64", "voters": DEFAULT_VOTERS},
+    "scalar": {"rule": "peak_lse", "geometry": "128x64", "voters": DEFAULT_VOTERS},
+    "topk": {"rule": "absolute", "geometry": "128x64", "voters": 1},
     "shift": {"samples": 4},
 }
 FLAGS = (
@@ -141,13 +140,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("thresholds")
     add = what.add_argument
     add("--rule", choices=RULES, help="default: peak_lse; absolute for topk")
-    add("--geometry", metavar="QxK", help="queries x keys of a block: 64x64; 128x64 for topk")
+    add("--geometry", metavar="QxK", help="queries x keys of a block: 128x64 (default) or 64x64")
     add(
         "--voters",
         type=int,
         choices=VOTERS,
         help="one query row in so many votes on a block; the last query block votes whole "
-        "(default: 1)",
+        f"(default: {DEFAULT_VOTERS}; 1 for topk)",
     )
     add("--start", type=Path, metavar="TABLE", help="learned: start from these; fewer steps do")
     add(

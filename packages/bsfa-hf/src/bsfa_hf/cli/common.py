@@ -208,9 +208,9 @@ def quiet() -> Iterator[None]:
 def find_table(loaded: Loaded, tokens: int, wanted: Point | None = None) -> Path | None:
     """The shipped table for a model and a prompt: the shortest that suffices, else the longest.
 
-    Of several for one length, that with the point ``wanted``, else that under which more rows vote,
-    else that with the smaller blocks, else that with more points. Looked for in
-    ``thresholds/<model>`` of the current directory and those above it. Tables of learned thresholds
+    Of several for one length, that with the point ``wanted``, else that of 128x64, else that under
+    which fewer rows vote, else that with more points. Looked for in ``thresholds/<model>`` of the
+    current directory and those above it. Tables of learned thresholds
     come before those for k blocks, unless ``wanted`` names an axis. What cannot be read is told and
     passed over.
 
@@ -248,7 +248,7 @@ def find_table(loaded: Loaded, tokens: int, wanted: Point | None = None) -> Path
     def fit(entry: tuple[ThresholdTable, Path]) -> tuple[bool, int, int, int]:
         table = entry[0]
         has_it = wanted is not None and wanted.value in table.points
-        return has_it, -table.voters, -table.q_block * table.k_block, len(table.points)
+        return has_it, table.q_block * table.k_block, table.voters, len(table.points)
 
     found.sort(key=fit, reverse=True)
     longest = max(found, key=lambda entry: entry[0].seqlen)

@@ -3,8 +3,9 @@
 """``bsfa demo``: questions about a long text, answered dense and block-sparse side by side.
 
 A text holds several needles. Its beginning, up to the last whole query block that all questions
-share, is read once; each question goes on from there, which gives the logits of reading it whole (a
-chunk of a prefill reads the same thresholds).
+share, is read once; each question goes on from there. A chunk of a prefill reads the same
+thresholds, so that this gives the logits of reading it whole; where not every row votes, the last
+query block of the beginning votes whole and may keep a few blocks more.
 """
 
 from __future__ import annotations
@@ -287,7 +288,8 @@ def _report(
     return "\n".join(
         [
             f"{Path(loaded.name).name}: {length} tokens, {point}, rule {table.rule}, blocks of "
-            f"{table.q_block}x{table.k_block}",
+            f"{table.q_block}x{table.k_block}"
+            + (f", one query row in {table.voters} votes" if table.voters > 1 else ""),
             "",
             common.columns(rows),
             "",

@@ -1,0 +1,166 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The benchmark of serving, with engines and servers that are stood in for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import serving
+from bsfa_calib import ThresholdTable
+from harness import Budget, Results, read_records
+
+SHAPE = ["--model-shape", "tiny", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture(autouse=True)
+def _variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_version", lambda: "0.0.0")
+    for name in serving._VARIABLES:
+        monkeypatch.setenv(name, serving._VARIABLES[name])
+
+
+class Engine:
+    """An engine that skips more the higher the threshold, and the fewer keys there are."""
+
+    def __init__(self, benchmark: Any) -> None:
+        self.threshold, self.length, self.runs = 0.0, 1, 0
+        self.mode: Any = None
+        benchmark._engine = lambda settings: contextlib.nullcontext(self)
+        benchmark._once, benchmark._switch = self.once, self.switch
+        benchmark._sparsity = self.sparsity
+
+    def switch(self, run: serving.Run) -> None:
+        self.threshold, self.mode = run.threshold, run.mode
+
+    def once(self, llm: Any, ids: list[int]) -> float:
+        assert llm is self
+        self.length = len(ids)
+        self.runs += 1
+        return 10.0 if self.mode is None else 5.0
+
+    def sparsity(self) -> float:
+        return 1 / (1 + math.exp(-2 * (self.threshold + math.log(self.length) - 7)))
+
+
+def test_first_token_is_measured_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "serving.jsonl"
+    options = ["--seqlens", "1K,4K", "--sparsities", "0.75,0.9", "--repetitions", "2", "--default"]
+    arguments = serving.parser().parse_args(["ttft", *SHAPE, *options])
+    benchmark = serving.FirstToken(arguments, Results(out), tmp_path)
+    engine = Engine(benchmark)
+
+    def child(command: list[str], **options: Any) -> Any:
+        times = command[command.index("--times") + 1]
+        assert command[command.index("--seqlens") + 1] == "1024,4096"
+        alone = serving.parser().parse_args(command[2:])
+        other = serving.FirstToken(alone, Results(out), tmp_path)
+        Engine(other)
+        other.run(Budget(None))
+        assert json.loads(Path(times).read_text()) == {"1024": [10.0] * 2, "4096": [10.0] * 2}
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", child)
+    monkeypatch.setattr(serving, "environment", lambda device: benchmark.environment)
+    benchmark.run(Budget(None))
+    records = list(read_records(out))
+    assert [(r["implementation"], r["asked"], r["seqlen"]) for r in records] == [
+        (name, asked, seqlen)
+        for seqlen in (1024, 4096)
+        for name, asked in (
+            ("vllm_cpu", "dense"),
+            ("bsfa", "0.75"),
+            ("bsfa", "0.9"),
+            ("vllm", "dense"),
+        )
+    ]
+    for record in records:
+        sparse = record["implementation"] == "bsfa"
+        wanted = float(record["asked"]) if sparse else 0
+        assert record["sparsity"] == pytest.approx(wanted, abs=0.011)
+        assert record["speedup"].get("vllm", 1.0) == (2.0 if sparse else 1.0)
+        assert record["self_test"]
+    table = ThresholdTable.load(tmp_path / "scalar.safetensors")
+    assert (table.layers, table.heads, table.geometry) == (2, 4, "64x64")
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    # Three of each of three configurations, but for what it takes to come close.
+    assert engine.runs < 2 * (3 * 3 + 2 * serving._TRIES)
+
+
+def test_load_is_measured_for_each_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def start(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        return SimpleNamespace(terminate=lambda: None, wait=lambda _: None, poll=lambda: None)
+
+    def ask(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        found = {
+            "completed": 5,
+            "median_ttft_ms": 80.0,
+            "p99_ttft_ms": 90.0,
+            "total_token_throughput": 1000.0,
+            "request_throughput": 0.4,
+        }
+        (tmp_path / "client.json").write_text(json.dumps(found))
+        return SimpleNamespace(returncode=0)
+
+    out = tmp_path / "serving.jsonl"
+    options = ["--seqlens", "1K,3K", "--sparsities", "0.75", "--tokenizer", "words"]
+    arguments = serving.parser().parse_args(["load", *SHAPE, *options])
+    benchmark = serving.Load(arguments, Results(out), tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(serving.Load, "_wait", lambda *_: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    report = SimpleNamespace(mean_kept_fraction=0.25)
+    monkeypatch.setitem(sys.modules, "bsfa_vllm", SimpleNamespace(statistics=lambda folder: report))
+    monkeypatch.setattr(subprocess, "run", ask)
+    benchmark.run(Budget(None))
+    dense, sparse = read_records(out)
+    assert (dense["implementation"], dense["sparsity"]) == ("vllm", 0.0)
+    assert (sparse["implementation"], sparse["sparsity"]) == ("bsfa", 0.75)
+    assert sparse["tokens_per_second"] == 1000.0
+    servers = [command for command in commands if "serve" in command and "bench" not in command]
+    assert [("--additional-config" in command) for command in servers] == [False, True]
+    settings = json.loads(servers[1][servers[1].index("--additional-config") + 1])["bsfa"]
+    table = ThresholdTable.load(settings["thresholds"])
+    assert float(np.isposinf(table.thresholds).mean()) == pytest.approx(0.75, abs=0.01)
+    client = commands[1]
+    assert client[client.index("--random-input-len") + 1] == "2048"
+    assert client[client.index("--random-range-ratio") + 1] == "0.5000"
+
+
+def test_a_server_that_ends_is_told(tmp_path: Path) -> None:
+    arguments = serving.parser().parse_args(["load", *SHAPE, "--tokenizer", "words"])
+    benchmark = serving.Load(arguments, Results(tmp_path / "out.jsonl"), tmp_path)
+    ended: Any = SimpleNamespace(poll=lambda: 1)
+    (tmp_path / "log").write_text("no such model")
+    with pytest.raises(RuntimeError, match="the server did not start: no such model"):
+        benchmark._wait(ended, tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["ttft", "--model-shape", "tiny", "--table", "t"], "--table needs --model"),
+        (["load", "--model-shape", "tiny"], "--model-shape needs --tokenizer"),
+    ],
+)
+def test_options_that_do_not_go_together(options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        serving.main(options)

@@ -1,0 +1,248 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Statistics of an engine: kept blocks and fallbacks, in the log, in files, and from Python.
+
+vLLM runs its layers in processes of their own, and gives a back end no way to tell the front end
+anything. So each rank writes what it counted into a file of a folder that all processes of an
+engine know by the environment variable BSFA_STATISTICS. A thread does so, every
+BSFA_STATISTICS_INTERVAL seconds if there is something new: it may wait for the device, the thread
+that runs the model does not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bsfa_calib.thresholds import write_atomically
+from bsfa_vllm.binding import Engine, engines
+
+FOLDER, INTERVAL = "BSFA_STATISTICS", "BSFA_STATISTICS_INTERVAL"
+_SECONDS = 10.0
+SPARSE = ("exact", "int8")
+"""How block-sparse calls choose their blocks; every other outcome of a call is a reason."""
+
+logger = logging.getLogger("vllm.bsfa")
+
+
+@dataclass
+class Report:
+    """What an engine has counted, over its ranks. A call is one request in one layer of one step.
+
+    Attributes:
+        engine: vLLM's name of the engine.
+        description: the model and operating point of the thresholds.
+        started: seconds since the epoch.
+        sparse_calls: block-sparse calls, by how they chose their blocks, "exact" or "int8".
+        dense_calls: calls that vLLM's own attention ran, by reason, the most frequent first.
+        dense_layers: layers that run dense whatever the step, and why.
+        kept_blocks: for each layer, key blocks that were kept, over all heads.
+        visible_blocks: for each layer, those that could have been.
+    """
+
+    engine: str = ""
+    description: str = ""
+    started: float = 0.0
+    sparse_calls: dict[str, int] = field(default_factory=dict)
+    dense_calls: dict[str, int] = field(default_factory=dict)
+    dense_layers: dict[int, str] = field(default_factory=dict)
+    kept_blocks: list[int] = field(default_factory=list)
+    visible_blocks: list[int] = field(default_factory=list)
+
+    @property
+    def kept_fraction(self) -> list[float]:
+        """For each layer, the share of the visible blocks that was kept; NaN where none were."""
+        pairs = zip(self.kept_blocks, self.visible_blocks, strict=True)
+        return [kept / visible if visible else math.nan for kept, visible in pairs]
+
+    @property
+    def mean_kept_fraction(self) -> float:
+        """Share of the visible blocks that was kept; NaN where none were visible."""
+        visible = sum(self.visible_blocks)
+        return sum(self.kept_blocks) / visible if visible else math.nan
+
+    def __str__(self) -> str:
+        """A line for people."""
+        sparse = sum(self.sparse_calls.values())
+        words = [f"{sparse} block-sparse calls"]
+        if sparse:
+            words[0] += f" kept {self.mean_kept_fraction:.1%} of the visible blocks"
+        if self.sparse_calls.get("int8"):
+            words[0] += f" ({self.sparse_calls['int8']} chose in 8 bits)"
+        words += [f"{number} dense: {reason}" for reason, number in self.dense_calls.items()]
+        return "; ".join(words)
+
+
+def snapshot(engine: Engine) -> dict[str, Any]:
+    """What one rank has counted, as it is written. Waits for the device."""
+    statistics = engine.state.statistics
+    visible = [blocks * statistics.heads for blocks in statistics.visible_blocks]
+    return {
+        "engine": engine.identity,
+        "rank": engine.rank,
+        "started": engine.started,
+        "description": engine.state.description,
+        "calls": dict(engine.calls) if engine.counts_rows else {},
+        "dense_layers": {str(layer): str(why) for layer, why in engine.dense_layers.items()},
+        "kept": statistics.kept_blocks.sum(-1).tolist(),
+        "visible": visible,
+    }
+
+
+def merged(snapshots: Iterable[dict[str, Any]]) -> list[Report]:
+    """Reports of engines, the first to be started first, from snapshots of their ranks."""
+    found: dict[str, Report] = {}
+    calls: dict[str, Counter[str]] = {}
+    for one in snapshots:
+        name = one["engine"]
+        report = found.setdefault(name, Report(name, one["description"], one["started"]))
+        report.started = min(report.started, one["started"])
+        report.dense_layers |= {int(layer): why for layer, why in one["dense_layers"].items()}
+        calls.setdefault(name, Counter()).update(one["calls"])
+        for total, part in ((report.kept_blocks, "kept"), (report.visible_blocks, "visible")):
+            total.extend([0] * (len(one[part]) - len(total)))
+            total[:] = [a + b for a, b in zip(total, one[part], strict=True)]
+    for name, report in found.items():
+        report.sparse_calls = {how: calls[name].pop(how, 0) for how in SPARSE}
+        report.dense_calls = {why: number for why, number in calls[name].most_common() if number}
+    return sorted(found.values(), key=lambda report: report.started)
+
+
+def reports(folder: str | os.PathLike[str] | None = None) -> list[Report]:
+    """What the engines that write to a folder have counted, the first to be started first.
+
+    Those of this process are read as they are; others are as old as their last writing, up to
+    BSFA_STATISTICS_INTERVAL seconds (10 by default).
+
+    Args:
+        folder: by default that of the engines that this process starts, or what BSFA_STATISTICS
+            names.
+    """
+    if folder is None:
+        for engine in engines():
+            _write(engine)
+    paths = sorted(Path(folder or statistics_folder()).glob("*.json"))
+    return merged(json.loads(path.read_text()) for path in paths)
+
+
+def statistics(folder: str | os.PathLike[str] | None = None) -> Report:
+    """What the engine that was started last has counted.
+
+    Args:
+        folder: as of `reports`.
+
+    Raises:
+        ValueError: no engine has counted anything yet.
+    """
+    found = reports(folder)
+    if not found:
+        raise ValueError(
+            f"no engine has written statistics to {folder or statistics_folder()} yet: has it run "
+            "a prompt with the back end of bsfa-vllm?"
+        )
+    return found[-1]
+
+
+def statistics_folder() -> Path:
+    """Where this process and those that it starts write statistics.
+
+    It is made when something is written, and removed when the process that chose it ends; one that
+    BSFA_STATISTICS names stays.
+    """
+    if not os.environ.get(FOLDER):
+        path = Path(tempfile.gettempdir()) / f"bsfa-vllm-{os.getpid()}-{secrets.token_hex(8)}"
+        os.environ[FOLDER] = str(path)
+        atexit.register(_remove, path, os.getpid())
+    return Path(os.environ[FOLDER])
+
+
+def interval() -> float:
+    """Seconds between two writings.
+
+    Raises:
+        ValueError: BSFA_STATISTICS_INTERVAL is not a positive number.
+    """
+    text = os.environ.get(INTERVAL) or str(_SECONDS)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{INTERVAL} must be a positive number of seconds, got {text!r}")
+    return seconds
+
+
+def _remove(path: Path, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(engine: Engine) -> Report:
+    content = snapshot(engine)
+    folder = statistics_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    name = f"{engine.identity}-{engine.rank}-{os.getpid()}.json"
+    write_atomically(folder / name, json.dumps(content).encode())
+    (report,) = merged([content])
+    return report
+
+
+class _Writer(threading.Thread):
+    """Writes and logs what the engines of this process count."""
+
+    def __init__(self) -> None:
+        super().__init__(name="bsfa-statistics", daemon=True)
+        self._changed: set[Engine] = set()
+        self._lock = threading.Lock()
+        self._seconds = interval()
+        self._stop = threading.Event()
+        atexit.register(self.finish)
+
+    def add(self, engine: Engine) -> None:
+        with self._lock:
+            self._changed.add(engine)
+
+    def run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            self.write()
+
+    def write(self) -> None:
+        with self._lock:
+            pending, self._changed = self._changed, set()
+        for engine in pending:
+            report = _write(engine)
+            if engine.counts_rows:
+                logger.info("BSFA, %s: %s", report.description, report)
+
+    def finish(self) -> None:
+        """Write for the last time, when the process ends."""
+        self._stop.set()
+        if os.environ.get(FOLDER) and Path(os.environ[FOLDER]).exists():
+            self.write()
+
+
+_writer: _Writer | None = None
+_start = threading.Lock()
+
+
+def changed(engine: Engine) -> None:
+    """Note that an engine has counted something: it is written and logged before long."""
+    global _writer
+    if _writer is None or _writer.ident is None:
+        with _start:
+            if _writer is None:
+                _writer = _Writer()
+                _writer.start()
+    _writer.add(engine)

@@ -1,0 +1,175 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""From a configuration of vLLM to thresholds: shape, names, ranks, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import standins
+from bsfa_calib.reasons import Reason
+from bsfa_vllm.binding import (
+    engine_of,
+    layer_index,
+    layer_reason,
+    local_heads,
+    model_names,
+    refusals,
+)
+from standins import HEADS, LAYERS, Impl
+
+CPU = torch.device("cpu")
+
+
+def configured(path: Path, **changes: Any) -> Any:
+    settings = {"thresholds": standins.table(path / "table.safetensors", 0.0)}
+    return standins.config(**({"additional_config": {"bsfa": settings}} | changes))
+
+
+def test_an_engine_is_made_once_and_goes_with_its_layers(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    engine = engine_of(config, 0, CPU, required=True)
+    assert engine is not None
+    assert engine_of(config, 0, CPU, required=True) is engine
+    assert engine_of(configured(tmp_path), 0, CPU, required=True) is not engine
+    state = engine.state
+    del engine
+    gc.collect()
+    again = engine_of(config, 0, CPU, required=True)
+    assert again is not None
+    assert again.state is not state
+
+
+def test_the_environment_names_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = standins.config()
+    assert engine_of(config, 0, CPU, required=False) is None
+    with pytest.raises(ValueError, match=r"--additional-config.*BSFA_THRESHOLDS and BSFA_POINT"):
+        engine_of(config, 0, CPU, required=True)
+    monkeypatch.setenv("BSFA_THRESHOLDS", standins.table(tmp_path / "t.safetensors", 0.0))
+    assert engine_of(config, 0, CPU, required=True) is not None
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_each_rank_has_the_thresholds_of_its_heads(tmp_path: Path, size: int) -> None:
+    values = np.arange(LAYERS * HEADS, dtype=np.float32).reshape(1, LAYERS, HEADS, 1)
+    path = standins.table(tmp_path / "ranks.safetensors", 0.0, thresholds=values)
+    found = []
+    for rank in range(size):
+        config = configured(
+            tmp_path,
+            additional_config={"bsfa": {"thresholds": path}},
+            tensor_parallel_size=size,
+            rank=rank,
+        )
+        engine = engine_of(config, rank, CPU, required=True)
+        assert engine is not None
+        assert engine.counts_rows == (rank == 0)
+        assert engine.state.statistics.heads == HEADS // size
+        found.append(torch.stack(engine.state.thresholds).numpy())
+    np.testing.assert_array_equal(np.concatenate(found, 1), values[0])
+
+
+def test_heads_of_ranks() -> None:
+    assert [local_heads(32, 4, rank) for rank in range(2)] == [slice(0, 8), slice(8, 16)]
+    with pytest.raises(ValueError, match="6 query heads must be split evenly, got 4 ranks"):
+        local_heads(6, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_mla": True}, "latent ones"),
+        ({"cache_dtype": "fp8"}, "caches of 16 bits, got --kv-cache-dtype fp8"),
+        ({"cache_dtype": "fp8_e4m3"}, "caches of 16 bits"),
+        ({"decode_context_parallel_size": 2}, r"decode context parallel size \(dcp\) of 2"),
+        ({"prefill_context_parallel_size": 4}, r"prefill context parallel size \(pcp\) of 4"),
+        ({"model": "some/other-model"}, "thresholds are of tiny-model, and this model is some/oth"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine_of(configured(tmp_path, **changes), 0, CPU, required=True)
+
+
+def test_a_table_of_another_shape_or_point_is_refused(tmp_path: Path) -> None:
+    wide = np.zeros((1, LAYERS, HEADS + 1, 1), np.float32)
+    path = standins.table(tmp_path / "wide.safetensors", 0.0, thresholds=wide)
+    for settings, message in (
+        ({"thresholds": path}, "2 layers and 5 query heads, and this model has 2 layers and 4"),
+        ({"thresholds": str(tmp_path / "none")}, "there is no"),
+        (
+            {"thresholds": standins.table(tmp_path / "t.safetensors", 0.0), "point": "k=3"},
+            "no k=3; its points are target_sparsity = 0.5",
+        ),
+    ):
+        config = standins.config(additional_config={"bsfa": settings})
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            engine_of(config, 0, CPU, required=True)
+
+
+def test_a_draft_model_runs_without_a_table(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    config.speculative_config = SimpleNamespace(draft_model_config=config.model_config)
+    assert engine_of(config, 0, CPU, required=True) is None
+    config.speculative_config = SimpleNamespace(draft_model_config=object())
+    assert engine_of(config, 0, CPU, required=True) is not None
+
+
+def test_a_plain_configuration_is_not_refused() -> None:
+    assert refusals(standins.config()) == []
+    assert refusals(standins.config(cache_dtype="bfloat16")) == []
+
+
+def test_names_of_a_model(tmp_path: Path) -> None:
+    assert model_names("meta-llama/Llama-3.1-8B") == ["Llama-3.1-8B"]
+    snapshot = "/cache/models--meta-llama--Llama-3.1-8B/snapshots/0123abcd"
+    assert model_names(snapshot) == ["0123abcd", "Llama-3.1-8B"]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert model_names(f"{tmp_path}/link/") == ["link", "real"]
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("model.layers.17.self_attn.attn", 17),
+        ("language_model.model.layers.0.self_attn.attn", 0),
+        ("model.encoder.layers.0.sub.1", None),
+        ("attn", None),
+    ],
+)
+def test_layer_indices(name: str, index: int | None) -> None:
+    assert layer_index(name) == index
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({}, None),
+        ({"sliding_window": -1}, None),
+        ({"sliding_window": None}, None),
+        ({"sliding_window": 4096}, Reason.SLIDING_WINDOW),
+        ({"sliding_window": (4095, 0)}, Reason.SLIDING_WINDOW),
+        ({"logits_soft_cap": 0}, None),
+        ({"logits_soft_cap": 30.0}, Reason.SOFTCAP),
+        ({"sinks": torch.zeros(4)}, Reason.SINKS),
+        ({"alibi_slopes": torch.zeros(4)}, Reason.BIAS),
+        ({"attn_type": "encoder_only"}, Reason.NOT_CAUSAL),
+    ],
+)
+def test_reasons_of_layers(attributes: dict[str, Any], reason: Reason | None) -> None:
+    assert layer_reason(Impl(**attributes), CPU) is reason
+
+
+def test_a_head_dim_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bsfa_vllm.binding.kernel_head_dims", lambda: (64, 128))
+    cuda = torch.device("cuda", 0)
+    assert layer_reason(Impl(head_size=256), cuda) is Reason.NO_KERNEL
+    assert layer_reason(Impl(head_size=128), cuda) is None

@@ -1,0 +1,140 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Statistics: what is written, merged over ranks, logged and shown to Prometheus."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry, generate_latest
+
+import bsfa_vllm
+import standins
+from bsfa_calib.reasons import Reason
+from bsfa_vllm import counting, metrics
+from bsfa_vllm.binding import Engine, engine_of
+from standins import HEADS, LAYERS, OurBuilder, OurImpl, Step
+
+CPU = torch.device("cpu")
+
+
+def ran(path: Path, *, size: int = 1, rank: int = 0, name: str = "one") -> Engine:
+    """An engine of one rank that has run one prompt and one decode step in layer 0."""
+    config = standins.config(
+        additional_config={"bsfa": {"thresholds": standins.table(path / "t.safetensors", 9e9)}},
+        tensor_parallel_size=size,
+        rank=rank,
+        instance_id=name,
+    )
+    engine = engine_of(config, rank, CPU, required=True)
+    assert engine is not None
+    impl = OurImpl()
+    impl.attach(engine, CPU)
+    builder = OurBuilder()
+    layer = SimpleNamespace(impl=impl, layer_name="model.layers.0.attn")
+    builder.prepare({layer.layer_name: layer}, standins.SPEC, torch.float32)
+    step = Step([(1, 40), (256, 256)])
+    step.query = step.query[:, : HEADS // size].contiguous()
+    cache = step.cache[:, : max(standins.KV_HEADS // size, 1)]
+    metadata = builder.build(0, step.common)
+    impl.forward(layer, step.query, None, None, cache, metadata, torch.empty_like(step.query))
+    return engine
+
+
+def test_one_rank(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no engine has written statistics to"):
+        bsfa_vllm.statistics()
+    engine = ran(tmp_path)
+    report = bsfa_vllm.statistics()
+    assert report.engine == engine.identity == "one"
+    assert report.description == "tiny-model at target_sparsity=0.5"
+    assert report.sparse_calls == {"exact": 1, "int8": 0}
+    assert report.dense_calls == {Reason.DECODE: 1}
+    assert report.kept_blocks == [4 * HEADS, 0]
+    assert report.visible_blocks == [10 * HEADS, 0]
+    assert report.kept_fraction[0] == 0.4 == report.mean_kept_fraction
+    assert math.isnan(report.kept_fraction[1])
+    assert str(report) == (
+        "1 block-sparse calls kept 40.0% of the visible blocks; 1 dense: decode step"
+    )
+
+
+def test_ranks_are_merged_and_engines_kept_apart(tmp_path: Path) -> None:
+    ranks = [ran(tmp_path, size=2, rank=rank, name="two") for rank in range(2)]
+    other = ran(tmp_path, name="other")
+    other.started += 1
+    first, second = bsfa_vllm.reports()
+    assert (first.engine, second.engine) == ("two", "other")
+    # Rows are those of one rank, blocks those of the heads of all.
+    assert first.sparse_calls == second.sparse_calls
+    assert first.kept_blocks == second.kept_blocks == [4 * HEADS, 0]
+    assert bsfa_vllm.statistics().engine == "other"
+    assert len(list(Path(os.environ["BSFA_STATISTICS"]).glob("*.json"))) == len(ranks) + 1
+    assert bsfa_vllm.reports(tmp_path) == []
+
+
+def test_what_changed_is_written_and_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(counting, "_writer", None)
+    monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", "0.05")
+    with caplog.at_level(logging.INFO, logger="vllm.bsfa"):
+        engine = ran(tmp_path)
+        end = time.monotonic() + 20
+        while not caplog.messages and time.monotonic() < end:
+            time.sleep(0.02)
+    assert caplog.messages[0].startswith("BSFA, tiny-model at target_sparsity=0.5: 1 block-sparse")
+    assert [report.engine for report in bsfa_vllm.reports(os.environ["BSFA_STATISTICS"])] == ["one"]
+    assert counting._writer is not None
+    counting._writer.finish()
+    del engine
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan"])
+def test_an_interval_must_be_positive(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", text)
+    with pytest.raises(ValueError, match="BSFA_STATISTICS_INTERVAL must be a positive number"):
+        counting.interval()
+
+
+def test_the_folder_goes_with_the_process_that_chose_it() -> None:
+    code = (
+        "import pathlib, os; from bsfa_vllm.counting import statistics_folder as folder; "
+        "path = folder(); path.mkdir(); assert folder() == path; print(path); "
+        "assert os.environ['BSFA_STATISTICS'] == str(path)"
+    )
+    environment = {name: v for name, v in os.environ.items() if name != "BSFA_STATISTICS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert not Path(done.stdout.strip()).exists()
+
+
+def test_prometheus_shows_them(tmp_path: Path) -> None:
+    engine = ran(tmp_path)
+    registry = CollectorRegistry()
+    registry.register(metrics.Collector())
+    text = generate_latest(registry).decode()
+    assert f'bsfa_kept_blocks_total{{engine="one"}} {4.0 * HEADS}' in text
+    assert f'bsfa_visible_blocks_total{{engine="one"}} {10.0 * HEADS}' in text
+    assert 'bsfa_calls_total{engine="one",path="sparse",reason="exact"} 1.0' in text
+    assert 'bsfa_calls_total{engine="one",path="dense",reason="decode step"} 1.0' in text
+    assert len(engine.state.thresholds) == LAYERS
+
+
+def test_metrics_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[object] = []
+    monkeypatch.setattr("prometheus_client.REGISTRY.register", registered.append)
+    monkeypatch.setattr(metrics, "_registered", False)
+    metrics.register()
+    metrics.register()
+    assert len(registered) == 1

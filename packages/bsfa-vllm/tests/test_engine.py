@@ -1,0 +1,266 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""The real engine on a CPU, with a real small model: what it answers, and what it counts."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import bsfa_vllm
+from bsfa_calib import ThresholdTable, models
+from bsfa_calib.reasons import Reason
+
+pytestmark = pytest.mark.vllm
+
+LEARNED = Path("thresholds/smollm2-135m-instruct/4k-learned-64x64.safetensors")
+POINT = "target_sparsity=0.65"
+# Tokens of each prompt of a mixed batch: some have blocks to skip, some have not.
+LENGTHS = (1500, 10, 700, 60, 330)
+BUDGETS = (100, 128, 1000)
+ANSWER = 12
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _surroundings() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The real model as a folder that vLLM loads."""
+    path = tmp_path_factory.mktemp("model") / "SmolLM2-135M-Instruct"
+    loaded = models.load(os.environ["BSFA_TEST_MODEL"], dtype="float32", device="cpu")
+    # transformers does not save what came out of a GGUF file as it is.
+    loaded.model.config.__dict__.pop("quantization_config", None)
+    loaded.model.hf_quantizer, loaded.model.is_quantized = None, False
+    loaded.model.save_pretrained(path)
+    loaded.tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def learned() -> str:
+    """The shipped table for 4K tokens."""
+    for parent in Path(__file__).resolve().parents:
+        if (parent / LEARNED).exists():
+            return str(parent / LEARNED)
+    pytest.skip("the shipped tables lie beside the source tree only")
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A table of -inf, which keeps every block."""
+    path = tmp_path_factory.mktemp("table") / "everything.safetensors"
+    ThresholdTable(
+        thresholds=np.full((1, 30, 9, 1), -np.inf, np.float32),
+        points=(0.5,),
+        axis="target_sparsity",
+        model="SmolLM2-135M-Instruct",
+        q_block=64,
+        k_block=64,
+    ).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def prompts(folder: str) -> list[list[int]]:
+    """Tokens of real text, without a common beginning."""
+    from transformers import AutoTokenizer
+
+    root = Path(os.environ["BSFA_TEST_TEXT"])
+    text = "\n\n".join(
+        file.read_text(encoding="utf-8")[:9000] for file in sorted(root.rglob("*.txt"))[:4]
+    )
+    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    starts = np.cumsum([0, *LENGTHS])
+    assert len(ids) > starts[-1]
+    return [ids[start : start + length] for start, length in zip(starts, LENGTHS, strict=False)]
+
+
+@contextlib.contextmanager
+def engine(folder: str, table: str | None, *, budget: int = 2048, **options: Any) -> Iterator[Any]:
+    """vLLM's engine in this process; without a table it is vLLM's own."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    additional = {} if table is None else {"bsfa": {"thresholds": table, "point": POINT}}
+    if table is not None and "everything" in table:
+        del additional["bsfa"]["point"]
+    llm: Any = LLM(
+        folder,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=4096,
+        max_num_seqs=8,
+        max_num_batched_tokens=budget,
+        additional_config=additional,
+        **{"enable_prefix_caching": False, **options},
+    )
+    try:
+        yield llm
+    finally:
+        with contextlib.suppress(AttributeError):
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def answers(llm: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Greedy tokens for each prompt, all asked at once."""
+    from vllm import SamplingParams
+
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+    return [list(found.outputs[0].token_ids) for found in llm.generate(asked, sampling)]
+
+
+@pytest.fixture(scope="module")
+def dense(folder: str, prompts: list[list[int]]) -> list[list[int]]:
+    """What vLLM's own attention answers."""
+    with engine(folder, None, budget=1000) as llm:
+        found = answers(llm, prompts)
+    assert bsfa_vllm.reports() == []
+    return found
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_minus_infinity_answers_as_vllm_does(
+    folder: str, everything: str, prompts: list[list[int]], dense: list[list[int]], budget: int
+) -> None:
+    with engine(folder, everything, budget=budget) as llm:
+        assert answers(llm, prompts) == dense
+        report = bsfa_vllm.statistics()
+    assert report.sparse_calls["exact"] > 0
+    assert report.mean_kept_fraction == 1
+    assert report.dense_calls[Reason.DECODE] >= 30 * len(prompts) * (ANSWER - 2)
+    assert report.dense_calls[Reason.TOO_SHORT] >= 30
+
+
+def by_transformers(folder: str, table: str, ids: list[int]) -> tuple[list[int], list[float]]:
+    """Greedy tokens and kept shares of bsfa-hf at the same point."""
+    import bsfa_hf
+
+    loaded = models.load(folder, dtype="float32", device="cpu")
+    with torch.no_grad(), bsfa_hf.enabled(loaded.model, table, POINT) as statistics:
+        out = loaded.model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones((1, len(ids)), dtype=torch.long),
+            max_new_tokens=ANSWER,
+            min_new_tokens=ANSWER,
+            do_sample=False,
+        )
+    return out[0, len(ids) :].tolist(), statistics.kept_fraction
+
+
+def test_whole_chunks_answer_as_transformers_does(
+    folder: str, learned: str, prompts: list[list[int]]
+) -> None:
+    expected, kept = by_transformers(folder, learned, prompts[0])
+    for budget in (2048, 128):
+        # Chunks of 128 end with a block of queries.
+        with engine(folder, learned, budget=budget) as llm:
+            assert answers(llm, prompts[:1]) == [expected]
+            report = bsfa_vllm.statistics()
+        assert report.mean_kept_fraction < 0.7
+        np.testing.assert_allclose(report.kept_fraction, kept, atol=2e-3)
+        assert report.sparse_calls == {"exact": 30 * -(-(1500 - 64) // budget), "int8": 0}
+
+
+def test_a_mixed_batch_answers_as_each_request_alone(
+    folder: str, learned: str, prompts: list[list[int]]
+) -> None:
+    with engine(folder, learned) as llm:
+        alone = [answers(llm, [prompt])[0] for prompt in prompts]
+        kept = bsfa_vllm.statistics().kept_blocks
+        assert answers(llm, prompts) == alone
+        both = bsfa_vllm.statistics().kept_blocks
+    # The batch of 2600 tokens is cut once, by the budget, within a block of queries.
+    np.testing.assert_allclose(both, 2 * np.array(kept), rtol=0.05)
+
+
+def test_a_prefix_that_is_cached_is_not_computed_again(
+    folder: str, learned: str, prompts: list[list[int]]
+) -> None:
+    with engine(folder, learned, enable_prefix_caching=True) as llm:
+        first = answers(llm, prompts[:1])
+        visible = sum(bsfa_vllm.statistics().visible_blocks)
+        assert answers(llm, prompts[:1]) == first
+        again = sum(bsfa_vllm.statistics().visible_blocks)
+    # 11 pages of 128 tokens are there already; 92 tokens are left.
+    assert 0 < again - visible < 0.2 * visible
+
+
+def test_a_request_that_is_aborted_leaves_the_others_alone(
+    folder: str, learned: str, prompts: list[list[int]]
+) -> None:
+    from vllm import SamplingParams
+
+    with engine(folder, learned, budget=256) as llm:
+        expected = answers(llm, prompts[2:3])[0]
+        sampling = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+        inner = llm.llm_engine
+        for name, ids in (("aborted", prompts[0]), ("kept", prompts[2])):
+            inner.add_request(name, {"prompt_token_ids": ids}, sampling)
+        found: dict[str, list[int]] = {}
+        steps = 0
+        while inner.has_unfinished_requests():
+            for output in inner.step():
+                if output.finished:
+                    found[output.request_id] = list(output.outputs[0].token_ids)
+            steps += 1
+            if steps == 2:
+                inner.abort_request(["aborted"])
+        assert "aborted" not in found or len(found["aborted"]) < ANSWER
+        assert found["kept"] == expected
+
+
+def test_a_table_of_another_model_is_refused(folder: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    ThresholdTable(
+        thresholds=np.zeros((1, 30, 9, 1), np.float32),
+        points=(0.65,),
+        axis="target_sparsity",
+        model="another-model",
+    ).save(path)
+    with (
+        pytest.raises(ValueError, match="thresholds are of another-model"),
+        engine(folder, str(path)),
+    ):
+        pass
+
+
+def test_engines_in_processes_of_their_own_count_each_for_itself(
+    folder: str,
+    learned: str,
+    everything: str,
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", "0.2")
+    for table in (learned, everything):
+        with engine(folder, table) as llm:
+            answers(llm, prompts[2:3])
+    first, second = bsfa_vllm.reports()
+    assert first.mean_kept_fraction < 0.9 < second.mean_kept_fraction == 1
+    assert first.visible_blocks == second.visible_blocks
+    assert first.engine != second.engine

@@ -1,0 +1,212 @@
+# SPDX-FileCopyrightText: 2026 The BSFA developers
+# SPDX-License-Identifier: BSD-3-Clause
+"""Steps that are split between block-sparse calls and vLLM's own attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import standins
+from bsfa_calib.reasons import Reason
+from bsfa_vllm.binding import Engine, engine_of
+from bsfa_vllm.splitting import PLAN
+from standins import OurBuilder, OurImpl, Step
+
+CPU = torch.device("cpu")
+
+
+def made(path: Path, value: float, *impls: OurImpl, **changes: Any) -> tuple[Engine, OurBuilder]:
+    """An engine with a table of one value, and the builder of its layers."""
+    settings = {"thresholds": standins.table(path / "table.safetensors", value)} | changes
+    config = standins.config(additional_config={"bsfa": settings})
+    engine = engine_of(config, 0, CPU, required=True)
+    assert engine is not None
+    layers = {}
+    for index, impl in enumerate(impls):
+        impl.attach(engine, CPU)
+        layers[f"model.layers.{index}.self_attn.attn"] = SimpleNamespace(impl=impl)
+    builder = OurBuilder()
+    builder.prepare(layers, standins.SPEC, torch.float32)
+    return engine, builder
+
+
+def run(impl: OurImpl, step: Step, metadata: Any, layer: int = 0) -> torch.Tensor:
+    output = torch.full_like(step.query, torch.nan)
+    named = SimpleNamespace(layer_name=f"model.layers.{layer}.self_attn.attn")
+    assert impl.forward(named, step.query, None, None, step.cache, metadata, output) is output
+    return output
+
+
+MIXED = [(1, 300), (1, 17), (200, 400), (20, 20), (130, 130), (30, 90), (64, 512), (70, 333)]
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("selection", ["exact", "int8"])
+def test_minus_infinity_gives_dense_attention_of_mixed_steps(
+    tmp_path: Path, padding: int, selection: str
+) -> None:
+    impl, step = OurImpl(), Step(MIXED, padding)
+    engine, builder = made(tmp_path, -torch.inf, impl, selection=selection)
+    metadata = builder.build(0, step.common)
+    torch.testing.assert_close(run(impl, step, metadata), step.expected(), atol=2e-6, rtol=1e-5)
+    assert impl.tokens == 1 + 1 + 20 + 30
+    assert engine.calls == {
+        selection: 4,
+        "int8" if selection == "exact" else "exact": 0,
+        Reason.PART_OF_BLOCK: 1,
+        Reason.DECODE: 2,
+        Reason.TOO_SHORT: 1,
+    }
+    statistics = engine.state.statistics
+    assert statistics.kept_fraction[0] == 1
+    assert statistics.visible_blocks[1] == 0
+
+
+def test_blocks_are_skipped_and_counted_by_their_absolute_position(tmp_path: Path) -> None:
+    impl = OurImpl()
+    engine, builder = made(tmp_path, torch.inf, impl)
+    step = Step([(256, 1024)])
+    output = run(impl, step, builder.build(0, step.common))
+    # Four blocks of queries keep their diagonal alone, of 13 to 16 that they see.
+    assert engine.state.statistics.kept_blocks[0].tolist() == [4] * standins.HEADS
+    assert engine.state.statistics.visible_blocks[0] == 13 + 14 + 15 + 16
+    assert not torch.allclose(output, step.expected())
+    assert not output.isnan().any()
+
+
+def test_a_chunk_anywhere_gives_what_the_whole_prompt_does(tmp_path: Path) -> None:
+    impl = OurImpl()
+    _, builder = made(tmp_path, -1.0, impl)
+    whole = Step([(512, 512)], seed=3)
+    expected = run(impl, whole, builder.build(0, whole.common))
+    for first, last in ((0, 192), (192, 448), (448, 512)):
+        chunk = Step([(512, 512)], seed=3)
+        chunk.common.query_start_loc = torch.tensor([0, last - first], dtype=torch.int32)
+        chunk.common.query_start_loc_cpu = chunk.common.query_start_loc
+        chunk.common.seq_lens = torch.tensor([last], dtype=torch.int32)
+        chunk.common.seq_lens_cpu_upper_bound = chunk.common.seq_lens
+        chunk.common.num_actual_tokens = last - first
+        chunk.common.slot_mapping = chunk.common.slot_mapping[first:last]
+        chunk.query = chunk.query[first:last]
+        output = run(impl, chunk, builder.build(0, chunk.common))
+        torch.testing.assert_close(output, expected[first:last])
+
+
+def test_steps_without_anything_to_skip_are_vllms_alone(tmp_path: Path) -> None:
+    impl, step = OurImpl(), Step([(1, 300), (1, 64), (50, 50)])
+    engine, builder = made(tmp_path, 0.0, impl)
+    metadata = builder.build(7, step.common)
+    assert not hasattr(metadata, PLAN)
+    assert metadata.prefix == 7
+    assert builder.built == [(3, False)]
+    torch.testing.assert_close(run(impl, step, metadata), step.expected())
+    assert engine.calls[Reason.DECODE] == 2
+    assert engine.state.statistics.sparse_calls == 0
+
+
+def test_short_rows_next_to_each_other_share_a_call(tmp_path: Path) -> None:
+    impl, step = OurImpl(), Step([(1, 9), (1, 300), (40, 40), (256, 256), (30, 30)])
+    _, builder = made(tmp_path, 0.0, impl)
+    metadata = builder.build(0, step.common)
+    # The whole step for layers that run dense, then its parts, without a schedule made ahead.
+    assert builder.built == [(5, False), (3, True), (1, True)]
+    plan = getattr(metadata, PLAN)
+    assert [part.selection for part in plan.parts] == [None, "exact", None]
+    assert [part.metadata.max_num_splits for part in plan.parts if part.metadata] == [0, 0]
+
+
+def test_layers_that_run_dense_are_counted_with_the_reason(tmp_path: Path) -> None:
+    able, window = OurImpl(), OurImpl(sliding_window=(127, 0))
+    engine, builder = made(tmp_path, torch.inf, able, window)
+    step = Step([(256, 256), (1, 40)])
+    metadata = builder.build(0, step.common)
+    assert run(window, step, metadata, layer=1).allclose(step.expected(), atol=1e-6)
+    assert window.tokens == 257
+    assert engine.dense_layers == {1: Reason.SLIDING_WINDOW}
+    assert engine.calls[Reason.SLIDING_WINDOW] == 2
+    assert engine.calls["exact"] == engine.calls[Reason.DECODE] == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"causal": False}, {"causal": torch.tensor([True])}, {"mm_req_doc_ranges": {0: [(0, 9)]}}],
+)
+def test_other_masks_are_vllms(tmp_path: Path, changes: dict[str, Any]) -> None:
+    impl = OurImpl()
+    engine, builder = made(tmp_path, torch.inf, impl)
+    step = Step([(256, 256)], changes=changes)
+    assert not hasattr(builder.build(0, step.common), PLAN)
+    assert not engine.calls
+
+
+def test_a_window_that_the_builder_alone_knows_is_vllms(tmp_path: Path) -> None:
+    impl = OurImpl()
+    engine, builder = made(tmp_path, torch.inf, impl)
+    # Every step of the newer runner has lengths of prompts; they mean something with a window.
+    step = Step([(256, 256)], changes={"rswa_prefix_lens": torch.tensor([256])})
+    assert hasattr(builder.build(0, step.common), PLAN)
+    builder.rswa_window = 128  # type: ignore[attr-defined]
+    assert not hasattr(builder.build(0, step.common), PLAN)
+    chunked = SimpleNamespace(head_size=64, attention_chunk_size=8192)
+    builder.prepare({"layers.0.attn": SimpleNamespace(impl=impl)}, chunked, torch.float32)
+    assert engine.dense_layers == {0: Reason.SLIDING_WINDOW}
+    assert run(impl, step, builder.build(0, step.common)).allclose(step.expected(), atol=1e-6)
+
+
+def test_other_pages_of_the_same_step(tmp_path: Path) -> None:
+    impl = OurImpl()
+    engine, builder = made(tmp_path, -torch.inf, impl)
+    step, other = Step([(1, 100), (256, 256)]), Step([(1, 100), (256, 256)], seed=5)
+    metadata = builder.build(0, step.common)
+    changed = builder.update_block_table(
+        metadata, other.common.block_table_tensor, other.common.slot_mapping
+    )
+    other.query = step.query
+    torch.testing.assert_close(run(impl, other, changed), other.expected(), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(run(impl, step, metadata), step.expected(), atol=2e-6, rtol=1e-5)
+    assert engine.calls["exact"] == 2
+
+
+def test_capture_profiling_and_fused_scales_are_vllms(tmp_path: Path) -> None:
+    impl, step = OurImpl(), Step([(256, 256)])
+    engine, builder = made(tmp_path, torch.inf, impl)
+    assert not hasattr(builder.build_for_cudagraph_capture(step.common), PLAN)
+    assert not engine.calls
+    assert run(impl, step, None).eq(0).all()
+    scale = torch.ones(())
+    layer = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
+    with pytest.raises(NotImplementedError, match="fused output"):
+        impl.forward(
+            layer,
+            step.query,
+            None,
+            None,
+            step.cache,
+            builder.build(0, step.common),
+            step.query,
+            scale,
+        )
+
+
+def test_without_a_table_nothing_is_changed() -> None:
+    impl, step = OurImpl(), Step([(256, 256)])
+    impl.attach(None, CPU)
+    builder = OurBuilder()
+    layers = {"model.layers.0.attn": SimpleNamespace(impl=impl)}
+    builder.prepare(layers, standins.SPEC, torch.float32)
+    metadata = builder.build(0, step.common)
+    torch.testing.assert_close(run(impl, step, metadata), step.expected())
+    assert impl.tokens == 256
+
+
+def test_layers_beyond_the_table_are_vllms(tmp_path: Path) -> None:
+    impl, step = OurImpl(), Step([(256, 256)])
+    _, builder = made(tmp_path, torch.inf, impl)
+    metadata = builder.build(0, step.common)
+    # A draft head that predicts further tokens is numbered after the model's layers.
+    torch.testing.assert_close(run(impl, step, metadata, layer=7), step.expected())
