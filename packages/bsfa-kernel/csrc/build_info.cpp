@@ -10,13 +10,22 @@ namespace bsfa {
 namespace {
 
 template <class Params>
+std::string list_head_dims(const Kernel<Params>& kernel) {
+  std::string text;
+  for (int head_dim = kernel.least_head_dim(); head_dim <= kernel.head_dim; head_dim += kHeadDimStep) {
+    text += join(text.empty() ? "" : ", ", head_dim);
+  }
+  return text;
+}
+
+template <class Params>
 void append_kernels(std::string& text, const char* name,
                     const std::initializer_list<Kernel<Params>>& kernels) {
   for (const Kernel<Params>& kernel : kernels) {
     text += join(text.back() == '[' ? "" : ", ", "{\"name\": \"", name, "\", \"arch\": ", kernel.arch,
                  ", \"ptx\": ", kernel.arch == 80 && BSFA_SM80_PTX ? "true" : "false", ", \"dtype\": \"",
-                 dtype_name(kernel.dtype), "\", \"head_dim\": ", kernel.head_dim,
-                 ", \"geometries\": [\"128x64\", \"64x64\"]}");
+                 dtype_name(kernel.dtype), "\", \"head_dim\": ", kernel.head_dim, ", \"head_dims\": [",
+                 list_head_dims(kernel), "], \"geometries\": [\"128x64\", \"64x64\"]}");
   }
 }
 

@@ -65,8 +65,8 @@ namespace {
 
 template <class Params>
 bool matches(const Kernel<Params>& kernel, const Request& request) {
-  return kernel.dtype == request.dtype && kernel.head_dim == request.head_dim &&
-         (request.arch == 0 || kernel.arch == request.arch);
+  return kernel.dtype == request.dtype && kernel.least_head_dim() <= request.head_dim &&
+         request.head_dim <= kernel.head_dim && (request.arch == 0 || kernel.arch == request.arch);
 }
 
 std::string describe(const Request& request) {
@@ -81,8 +81,8 @@ template <class Params>
 std::string list(const std::initializer_list<Kernel<Params>>& kernels) {
   std::string text;
   for (const Kernel<Params>& kernel : kernels) {
-    text += join(text.empty() ? "" : ", ", dtype_name(kernel.dtype), " with head_dim ", kernel.head_dim,
-                 " on sm_", kernel.arch);
+    text += join(text.empty() ? "" : ", ", dtype_name(kernel.dtype), " with head_dim ",
+                 kernel.least_head_dim(), " to ", kernel.head_dim, " on sm_", kernel.arch);
   }
   return text;
 }

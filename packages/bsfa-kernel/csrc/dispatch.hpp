@@ -16,13 +16,20 @@ struct CUstream_st;
 
 namespace bsfa {
 
+// Head dimensions are multiples of this.
+inline constexpr int kHeadDimStep = 8;
+
 // One compiled kernel.
 template <class Params>
 struct Kernel {
   int arch;  // compute capability that it was written for, times ten
   bsfa_dtype dtype;
-  int head_dim;
+  int head_dim;  // the largest that it serves; of smaller ones it takes the columns that lack for zeros
   void (*launch)(const Params& params, CUstream_st* stream);
+
+  // Below this a narrower kernel would do: 64 is the narrowest that there is, and each doubles the one
+  // before.
+  constexpr int least_head_dim() const { return head_dim <= 64 ? kHeadDimStep : head_dim / 2 + kHeadDimStep; }
 };
 
 // Every kernel in the library; the rows come from kernels.cmake.

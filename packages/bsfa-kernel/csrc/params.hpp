@@ -54,6 +54,7 @@ struct Problem {
   int32_t batch;
   int32_t heads;
   int32_t kv_heads;
+  int32_t head_dim;  // at most that of the kernel, which takes further columns for zeros
   int32_t seqlen_q;  // packed: total_q
   int32_t seqlen_k;  // packed: total_k; with seqused_k the most keys that a sequence may have
 
@@ -72,6 +73,8 @@ struct Problem {
   int64_t block_table_stride;
   int32_t pages;
   Divisor page_size;  // a multiple of 16
+
+  const float* sinks;  // [heads], units of scaled scores; or null
 
   constexpr bool packs_queries() const { return cu_seqlens_q != nullptr; }
   constexpr bool packs_keys() const { return cu_seqlens_k != nullptr; }
@@ -109,6 +112,9 @@ struct ForwardParams : Problem {
 };
 
 struct SelectParams : Problem {
+  // Whether scores in 8 bits must be whole: otherwise all that they are compared with lacks the same.
+  constexpr bool needs_offset_scores() const { return rule == Rule::kAbsolute || sinks != nullptr; }
+
   const float* thresholds;  // [heads, threshold_rows], units of scaled scores
   int32_t threshold_rows;
 

@@ -109,8 +109,6 @@ void check_grid(int64_t sequences, int64_t heads, int64_t tiles) {
 
 // The fields of a problem but for its tensors.
 Problem check_problem(const bsfa_problem& args) {
-  BSFA_CHECK_SUPPORTED(args.sinks == nullptr,
-                       "sinks is reserved: this libbsfa has no use for it, and it must be 0");
   BSFA_CHECK(args.device >= 0, "device must be a CUDA device ordinal, 0 or more, got ", args.device);
   BSFA_CHECK(args.arch == 0 || args.arch == 80 || args.arch == 90,
              "arch must be 0 (pick by device), 80 or 90, got ", args.arch);
@@ -140,6 +138,9 @@ Problem check_problem(const bsfa_problem& args) {
 
   check_lengths(args);
   check_pages(args);
+  if (args.sinks != nullptr) {
+    check_pointer("sinks", args.sinks, sizeof(float));
+  }
   if (args.cu_seqlens_q != nullptr) {
     const bool has_keys = args.cu_seqlens_k != nullptr && args.seqlen_k > 0;
     BSFA_CHECK(args.batch >= 1 || (args.seqlen_q == 0 && !has_keys),
@@ -154,6 +155,7 @@ Problem check_problem(const bsfa_problem& args) {
   problem.batch = static_cast<int32_t>(args.batch);
   problem.heads = static_cast<int32_t>(args.heads);
   problem.kv_heads = static_cast<int32_t>(args.kv_heads);
+  problem.head_dim = static_cast<int32_t>(args.head_dim);
   problem.seqlen_q = static_cast<int32_t>(args.seqlen_q);
   problem.seqlen_k = static_cast<int32_t>(args.seqlen_k);
   problem.scale = args.scale;
@@ -164,6 +166,7 @@ Problem check_problem(const bsfa_problem& args) {
   problem.cu_seqlens_q = args.cu_seqlens_q;
   problem.cu_seqlens_k = args.cu_seqlens_k;
   problem.seqused_k = args.seqused_k;
+  problem.sinks = args.sinks;
   if (args.block_table != nullptr) {
     problem.block_table = args.block_table;
     problem.block_table_stride = args.block_table_stride;

@@ -4,8 +4,14 @@
 
 from __future__ import annotations
 
+import datetime
+import math
+import os
+import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +25,49 @@ INF = float("inf")
 VERDICT_MARGIN = 1e-3
 """Scaled scores summed in float32, in any order, err by much less than this for inputs as here; a
 verdict that is closer may fall either way."""
+
+
+HEAD_DIMS = tuple(range(8, 129, 8))
+"""Those that the kernels serve."""
+
+
+def head_dims_of_run() -> tuple[int, ...]:
+    """For tests that would take long with all of HEAD_DIMS, which they have at night.
+
+    Else the ends of what each kernel serves, and two more that change from day to day.
+    """
+    if os.environ.get("BSFA_HYPOTHESIS_PROFILE") == "nightly":
+        return HEAD_DIMS
+    ends = {8, 56, 72, 120}
+    others = [head_dim for head_dim in HEAD_DIMS if head_dim not in ends]
+    today = random.Random(datetime.date.today().toordinal())
+    return tuple(sorted({*ends, *today.sample(others, 2)}))
+
+
+SINKS = {
+    "usual": (0.3, -1.2, 2.5, 1.0),
+    "far": (30.0, -30.0, -INF, 3.0),
+    "above all": (200.0, 0.5, 1e4, -1e4),
+    "none": (-INF,),
+    "special": (math.nan, 1.0, INF, -INF),
+}
+"""Values of sinks, to be repeated over the heads."""
+
+
+def sinks_of(kind: str | None, heads: int, device: str = "cpu") -> dict[str, Tensor]:
+    """The argument `sinks` of a kind, of which None is the name of no argument."""
+    if kind is None:
+        return {}
+    values = SINKS[kind]
+    return {"sinks": torch.tensor([values[h % len(values)] for h in range(heads)], device=device)}
+
+
+def random_sinks(choose: Callable[[list[float | None]], float | None], heads: int) -> Tensor | None:
+    """Sinks [heads] of values that ``choose`` picks, float64; None where it picks that first."""
+    if choose([None, 0.0]) is None:
+        return None
+    values = [0.0, 0.7, -1.3, 2.5, 30.0, -30.0, 1e3, -INF, INF, math.nan]
+    return torch.tensor([choose(values) for _ in range(heads)], dtype=torch.float64)
 
 
 MIXED_LEVELS = {"absolute": 3.9, "running_max": 1.2, "peak_lse": -0.5}
@@ -229,6 +278,7 @@ def separating_thresholds(
     rows: int | None = None,
     tries: int = 6,
     voters: int = 1,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Thresholds that keep about a share of the blocks, and are far from every block's own value.
 
@@ -237,7 +287,8 @@ def separating_thresholds(
         bool [batch, heads, q_blocks]: the same in any arithmetic as good as float32.
     """
     rows = rows or rows_of(case, geometry)
-    options = {"causal": case.causal, "scale": case.scale, "rule": rule, "geometry": geometry}
+    options: dict[str, Any] = {"causal": case.causal, "scale": case.scale, "rule": rule}
+    options |= {"geometry": geometry, "sinks": sinks}
     generator = torch.Generator().manual_seed(case.seed)
     maxima = reference.block_maxima(q, k, compute_dtype=torch.float64, **options)
     middle, spread = _level(maxima, keep)

@@ -27,7 +27,13 @@ class Budget:
 
 
 def low_precision_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """What a good kernel with 16-bit inputs computes.
 
@@ -39,6 +45,7 @@ def low_precision_attention(
         v: as k.
         mask: bool [batch, heads, seqlen_q, seqlen_k], true where a score takes part.
         scale: factor of the scores.
+        sinks: [heads], which join last.
     """
     group = q.shape[2] // k.shape[2]
     keys, values = (x.transpose(1, 2).repeat_interleave(group, 1).float() for x in (k, v))
@@ -49,7 +56,12 @@ def low_precision_attention(
     weights = (scores - largest.masked_fill(largest == -torch.inf, 0)).exp()
     total = weights.sum(-1, keepdim=True)
     out = torch.matmul(weights.to(v.dtype).float(), values)
-    return (out / total.masked_fill(total == 0, 1)).transpose(1, 2).to(q.dtype)
+    out = out / total.masked_fill(total == 0, 1)
+    if sinks is not None:
+        lse = largest + total.log()
+        share = 1 / (1 + (sinks.float()[:, None, None] - lse).exp())
+        out = torch.where(lse == -torch.inf, 0, out * share)
+    return out.transpose(1, 2).to(q.dtype)
 
 
 def by_query(x: Tensor, seqlen_q: int, seqlen_k: int, geometry: Geometry, dim: int = 2) -> Tensor:
@@ -79,12 +91,14 @@ def error_budget(
     causal: bool,
     scale: float | None,
     geometry: Geometry,
+    sinks: Tensor | None = None,
 ) -> Budget:
     """Twice the errors of ``low_precision_attention`` on the same blocks, and one rounding more."""
     if 0 in (expected.out.numel(), k.numel()):
         return Budget(0.0, 0.0)
     mask = score_mask(expected.mask, q.shape[1], k.shape[1], causal, geometry)
-    error = low_precision_attention(q, k, v, mask, scale=scale).double() - expected.out.double()
+    emulated = low_precision_attention(q, k, v, mask, scale=scale, sinks=sinks)
+    error = emulated.double() - expected.out.double()
     rounding = torch.finfo(q.dtype).eps / 2
     return budget_of(error, expected.out, rounding)
 

@@ -32,6 +32,7 @@ NAMES = (
     *("kept by mask", "out by mask", "rms of out by mask", "lse by mask"),
     "selection in 8 bits",
 )
+WHOLE = {64, 128}  # head dimensions that fill a kernel's tiles: the likeliest
 LEVELS = {"absolute": 2.0, "running_max": 0.0, "peak_lse": -1.5}
 
 
@@ -57,6 +58,7 @@ class Call:
     special: float | None  # NaN or ±inf: an element of q and one of k
     voters: int
     page_size: int | None  # keys are in pages of so many
+    sinks: str | None  # which of cases.SINKS
 
     @classmethod
     def random(cls, seed: int, dtypes: list[torch.dtype], head_dims: list[int]) -> Call:
@@ -85,7 +87,7 @@ class Call:
             packed=packed,
             kv_heads=rng.randint(1, 3),
             group=rng.choice([1, 1, 2, 3, 4]),
-            head_dim=rng.choice(head_dims),
+            head_dim=rng.choice([rng.choice(head_dims), *WHOLE.intersection(head_dims)]),
             dtype=rng.choice(dtypes),
             causal=rng.random() < 0.7,
             scale=rng.choice([None, None, 0.05, 0.2]),
@@ -97,6 +99,7 @@ class Call:
             special=rng.choice([None] * 7 + [float("nan"), INF, -INF]),
             voters=rng.choice(VOTERS),
             page_size=rng.choice([None, None, 16, 48, 64, 128, 256]),
+            sinks=rng.choice([None, None, *cases.SINKS]),
         )
         if rng.random() > 0.03:
             return call
@@ -158,6 +161,7 @@ def arguments(call: Call, device: str) -> tuple[list[torch.Tensor], dict[str, ob
         "rule": call.rule,
         "geometry": call.geometry,
         "voters": call.voters,
+        **cases.sinks_of(call.sinks, heads, device),
     }
     if call.packed:
         q, k, v = q[0], k[0], v[0]
@@ -286,11 +290,12 @@ def with_two_steps() -> set[tuple[int, torch.dtype, int]]:
     """The architectures, element types and head dimensions that have both steps; 0 is the CPU."""
     kinds: dict[str, set[tuple[int, torch.dtype, int]]] = {}
     for kernel in bsfa_kernel.build_info().kernels:
-        kind = (kernel.arch, getattr(torch, kernel.dtype), kernel.head_dim)
-        kinds.setdefault(kernel.name, set()).add(kind)
+        kinds.setdefault(kernel.name, set()).update(
+            (kernel.arch, getattr(torch, kernel.dtype), size) for size in kernel.head_dims
+        )
     both = kinds.get("select_blocks", set()) & kinds.get("attend_blocks", set())
     return both | {
-        (0, dtype, size) for dtype in (torch.float16, torch.bfloat16) for size in (64, 128)
+        (0, dtype, size) for dtype in (torch.float16, torch.bfloat16) for size in cases.HEAD_DIMS
     }
 
 
@@ -311,11 +316,14 @@ def main() -> int:
     kernels = [kernel for kernel in bsfa_kernel.build_info().kernels if kernel.name == "forward"]
     steps = with_two_steps()
     dtypes = [torch.float16, torch.bfloat16]
-    head_dims = [64, 128]
+    head_dims = list(cases.HEAD_DIMS)
     if options.device == "cuda":
         names = [{kernel.dtype for kernel in kernels if kernel.arch == arch} for arch in archs]
         dtypes = [getattr(torch, name) for name in sorted(set.intersection(*names))]
-        sizes = [{kernel.head_dim for kernel in kernels if kernel.arch == arch} for arch in archs]
+        sizes = [
+            {size for kernel in kernels if kernel.arch == arch for size in kernel.head_dims}
+            for arch in archs
+        ]
         head_dims = sorted(set.intersection(*sizes))
     print(
         f"{options.count} calls from seed {options.seed} on {options.device}, architectures {archs}"

@@ -21,7 +21,7 @@ from bsfa_kernel._calls import (
     most_keys,
 )
 from bsfa_kernel.geometry import block_count
-from bsfa_kernel.reference.forward import run_attend
+from bsfa_kernel.reference.forward import run, run_attend
 from bsfa_kernel.reference.selection import run_select
 
 GUARD = 64
@@ -74,6 +74,7 @@ def forward(
     rule: str,
     geometry: Geometry,
     voters: int = 1,
+    sinks: Tensor | None = None,
 ) -> tuple[Guarded, Guarded, Guarded]:
     """bsfa_forward on CUDA tensors; on CPU tensors the reference, copied, to try the guards."""
     batch, seqlen_q, heads, _ = q.shape
@@ -82,14 +83,13 @@ def forward(
         *(q, k, v, thresholds, None, None, causal, None, rule, *geometry, voters),
         return_lse=True,
         return_kept=True,
+        sinks=sinks,
     )
     out = Guarded.rows(tuple(q.shape), q.dtype, device)
     lse = Guarded.flat((batch, heads, seqlen_q), torch.float32, device)
     kept = Guarded.flat(columns_shape(call), torch.int32, device)
     if not q.is_cuda:
-        expected = reference.attention(
-            q, k, v, thresholds, causal=causal, rule=rule, geometry=geometry, voters=voters
-        )
+        expected = run(call)
         for guarded, result in ((out, expected.out), (lse, expected.lse), (kept, expected.kept)):
             guarded.view.copy_(result)
         return out, lse, kept
@@ -122,7 +122,14 @@ def select_blocks(
 
 
 def attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor, *, causal: bool, geometry: Geometry
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Tensor,
+    *,
+    causal: bool,
+    geometry: Geometry,
+    sinks: Tensor | None = None,
 ) -> tuple[Guarded, Guarded, Guarded]:
     """bsfa_attend_blocks on CUDA tensors; on CPU tensors the reference, copied."""
     batch, seqlen_q, heads, _ = q.shape
@@ -134,6 +141,7 @@ def attend_blocks(
         *(q, k, v, block_mask, None, None, None, causal, None, *geometry),
         return_lse=True,
         return_kept=True,
+        sinks=sinks,
     )
     if q.is_cuda:
         _native.attend_blocks(call, out.view, lse.view, kept.view)

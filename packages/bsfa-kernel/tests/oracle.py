@@ -26,7 +26,9 @@ class Expected(NamedTuple):
 
 
 @np.errstate(invalid="ignore")
-def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters=1) -> Expected:
+def attend(
+    q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters=1, sinks=None
+) -> Expected:
     """All that the package's functions return, for arrays [batch, seqlen, heads, head_dim]."""
     batch, seqlen_q, heads, head_dim = q.shape
     _, seqlen_k, kv_heads, _ = k.shape
@@ -40,6 +42,7 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters
     for b in range(batch):
         for h in range(heads):
             kv_head = h // (heads // kv_heads)
+            sink = -INF if sinks is None else float(sinks[h])
             for i in range(q_blocks):
                 rows = blocks[i]
                 scores = {
@@ -58,23 +61,24 @@ def attend(q, k, v, thresholds, *, causal, scale, rule, q_block, k_block, voters
                     if i == q_blocks - 1 or votes(r, seqlen_q, seqlen_k, q_block, voters)
                 ]
                 kept_blocks, voted[b, h, i] = visit(
-                    scores, voting, k_blocks, k_block, rule, threshold
+                    scores, voting, k_blocks, k_block, rule, threshold, sink
                 )
-                _, maxima[b, h, i] = visit(scores, rows, k_blocks, k_block, rule, threshold)
+                _, maxima[b, h, i] = visit(scores, rows, k_blocks, k_block, rule, threshold, sink)
                 for block in kept_blocks:
                     mask[b, h, i, block] = True
                 for r in rows:
                     left = {j: s for j, s in scores[r].items() if j // k_block in kept_blocks}
-                    if left:
-                        lse[b, h, r] = log_sum_exp(list(left.values()))
-                    if lse[b, h, r] != -INF:
+                    lse[b, h, r] = log_sum_exp([*left.values(), sink])
+                    if math.isnan(lse[b, h, r]):
+                        out[b, r, h] = math.nan
+                    elif lse[b, h, r] != -INF:
                         for j, s in left.items():
                             out[b, r, h] += math.exp(s - lse[b, h, r]) * v[b, j, kv_head]
     return Expected(out, lse, mask.sum(-1), mask, maxima, voted)
 
 
 @np.errstate(invalid="ignore", over="ignore", divide="ignore")
-def select(q, k, thresholds, *, causal, scale, rule, q_block, voters, precision):
+def select(q, k, thresholds, *, causal, scale, rule, q_block, voters, precision, sinks=None):
     """A block mask of arrays [batch, seqlen, heads, head_dim], and how clear its verdicts are.
 
     Row by row and block by block, on whole arrays of scores: for longer sequences than ``attend``.
@@ -98,10 +102,11 @@ def select(q, k, thresholds, *, causal, scale, rule, q_block, voters, precision)
         if precision == "exact":
             scores = scale * queries @ keys.T
         else:
-            scores = rounded_scores(queries, keys, scale, rule)
+            scores = rounded_scores(queries, keys, scale, rule == "absolute" or sinks is not None)
         position = max((first + seqlen_k - seqlen_q) // q_block, 0)
         threshold = float(thresholds[h, min(position, thresholds.shape[1] - 1)])
-        references: list[list[float]] = [[] for _ in queries]
+        sink = -INF if sinks is None else float(sinks[h])
+        references: list[list[float]] = [[sink] for _ in queries]
         for j in reversed(range(k_blocks)):
             columns = slice(64 * j, 64 * j + 64)
             visible = seen[rows, columns]
@@ -116,7 +121,7 @@ def select(q, k, thresholds, *, causal, scale, rule, q_block, voters, precision)
                 if rule != "absolute":
                     reference = log_sum_exp(references[r])
                 if rule == "running_max" and not math.isnan(reference):
-                    reference = max(references[r], default=-INF)
+                    reference = max(references[r])
                 references[r].append(peak)
                 if i == q_blocks - 1 or votes(first + r, seqlen_q, seqlen_k, q_block, voters):
                     excess.append(peak - reference)  # -inf of both: NaN, which keeps
@@ -150,7 +155,7 @@ def sees(seqlen_q, seqlen_k, causal):
     return np.arange(seqlen_k) <= np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
 
 
-def rounded_scores(queries, keys, scale, rule):
+def rounded_scores(queries, keys, scale, with_offset):
     """Scores of one head in 8 bits, [queries, keys]."""
     sample = keys[:: -(-len(keys) // 1024)]
     offset = np.array([c[np.isfinite(c)].sum() / max(np.isfinite(c).sum(), 1) for c in sample.T])
@@ -161,7 +166,7 @@ def rounded_scores(queries, keys, scale, rule):
         whole_k, (scale_k,) = round_rows(block.reshape(1, -1))
         products = whole_q @ whole_k.reshape(block.shape).T
         scores[:, start : start + 64] = scale * scale_q[:, None] * scale_k * products
-    if rule == "absolute":
+    if with_offset:
         scores += (scale * queries @ offset)[:, None]
     return scores
 
@@ -179,7 +184,7 @@ def round_rows(x):
     return whole, scales
 
 
-def attend_mask(q, k, v, mask, *, causal, scale, q_block):
+def attend_mask(q, k, v, mask, *, causal, scale, q_block, sinks=None):
     """out, lse and kept of a mask, bool [batch, heads, q_blocks, k_blocks]."""
     batch, seqlen_q, heads, head_dim = q.shape
     _, seqlen_k, kv_heads, _ = k.shape
@@ -196,18 +201,19 @@ def attend_mask(q, k, v, mask, *, causal, scale, q_block):
         for r in blocks[i]:
             keys = [j for j in range(seqlen_k) if seen[r, j] and mask[b, h, i, j // 64]]
             scores = scale * k[b, keys, h // (heads // kv_heads)] @ q[b, r, h]
-            lse[b, h, r] = log_sum_exp(scores.tolist())
+            sink = -INF if sinks is None else float(sinks[h])
+            lse[b, h, r] = log_sum_exp([*scores.tolist(), sink])
             if lse[b, h, r] != -INF:
                 weights = np.exp(scores - lse[b, h, r])
                 out[b, r, h] = weights @ v[b, keys, h // (heads // kv_heads)]
     return out, lse, kept
 
 
-def visit(scores, voting, k_blocks, k_block, rule, threshold):
+def visit(scores, voting, k_blocks, k_block, rule, threshold, sink):
     """The blocks that a query block keeps, and for each the voters' max(score - reference)."""
     kept = []
     excesses = np.full(k_blocks, -INF)
-    seen: dict[int, list[float]] = {r: [] for r in voting}  # the row's peaks so far
+    seen: dict[int, list[float]] = {r: [sink] for r in voting}  # the row's peaks so far
     for block in range(k_blocks - 1, -1, -1):
         keys = range(block * k_block, (block + 1) * k_block)
         if not any(j in row for row in scores.values() for j in keys):
@@ -224,7 +230,7 @@ def visit(scores, voting, k_blocks, k_block, rule, threshold):
             elif rule == "running_max":
                 reference = log_sum_exp(seen[r])
                 if not math.isnan(reference):
-                    reference = max(seen[r], default=-INF)
+                    reference = max(seen[r])
             seen[r].append(peak)
             if peak != -INF:
                 excesses[block] = np.maximum(excesses[block], peak - reference)  # with NaN, NaN

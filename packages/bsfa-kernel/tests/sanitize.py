@@ -36,7 +36,9 @@ def masks(case: cases.Case, geometry: Geometry) -> list[torch.Tensor]:
     return [torch.full(shape, bits, device="cuda") for bits in (0, 0x5555555555555555, -1)]
 
 
-def call_on_pages(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> None:
+def call_on_pages(
+    kernel: str, dtype: torch.dtype, head_dim: int, arch: int, kind: str | None = None
+) -> None:
     """Call a kernel on keys in pages: none, one, a cut page, a missing page, too many keys."""
     generator = torch.Generator().manual_seed(1)
     lengths = (100, 0, 1, 333, 150)
@@ -51,7 +53,8 @@ def call_on_pages(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> 
         cache = paging.paged(keys, values, page_size, seed=page_size)
         cache.seqused_k[4] = 2**31 - 1
         cache.block_table[3, 1] = 2**30
-        options = {**cache.options, "rule": "peak_lse"}
+        sinks = cases.sinks_of(kind, 4, "cuda")
+        options = {**cache.options, "rule": "peak_lse", **sinks}
         with _native.force_arch(arch):
             if kernel == "block_maxima":
                 block_maxima(q, cache.k, **options)
@@ -60,12 +63,34 @@ def call_on_pages(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> 
                     select_blocks(q, cache.k, thresholds, precision=precision, **options)
             elif kernel == "attend_blocks":
                 mask = torch.full((len(q), 4, 3, 1), -1, device="cuda")
-                attend_blocks(q, cache.k, cache.v, mask, return_kept=True, **cache.options)
+                attend_blocks(q, cache.k, cache.v, mask, return_kept=True, **cache.options, **sinks)
             else:
                 for level in (-math.inf, 0.0):
                     block_sparse_attention(
                         q, cache.k, cache.v, thresholds + level, return_kept=True, **options
                     )
+
+
+def call_with_sinks(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> None:
+    """Call a kernel with sinks, on a head dimension that does not fill its tiles."""
+    case = cases.Case(
+        "sinks", "", seqlen_q=200, seqlen_k=333, heads=4, kv_heads=2, head_dim=head_dim
+    )
+    q, k, v = case.inputs(dtype, "cuda")
+    thresholds = torch.zeros((4, 1), device="cuda")
+    for kind, rule, geometry in itertools.product(("far", "special"), RULES, GEOMETRIES):
+        options = {"geometry": geometry, **cases.sinks_of(kind, 4, "cuda")}
+        with _native.force_arch(arch):
+            if kernel == "block_maxima":
+                block_maxima(q, k, rule=rule, **options)
+            elif kernel == "select_blocks":
+                for precision in PRECISIONS:
+                    select_blocks(q, k, thresholds, rule=rule, precision=precision, **options)
+            elif kernel == "attend_blocks":
+                for mask in masks(case, geometry):
+                    attend_blocks(q, k, v, mask, return_lse=True, **options)
+            else:
+                block_sparse_attention(q, k, v, thresholds, rule=rule, return_lse=True, **options)
 
 
 def main(arch: int) -> None:
@@ -124,6 +149,9 @@ def main(arch: int) -> None:
                     mask = torch.full((packed.heads, columns, 1), 5, device="cuda")
                     attend_blocks(q, k, v, mask, **starts, **outputs)
         call_on_pages(kernel.name, dtype, kernel.head_dim, arch)
+        for head_dim in (kernel.head_dims[0], kernel.head_dims[-2]):
+            call_on_pages(kernel.name, dtype, head_dim, arch, "usual")
+            call_with_sinks(kernel.name, dtype, head_dim, arch)
     torch.cuda.synchronize()
     if calls == 0:
         raise SystemExit(f"the library has no kernels for sm_{arch}")

@@ -117,7 +117,10 @@ def test_library_states_its_version_and_build() -> None:
     assert described["abi_version"] == _native.ABI_VERSION
     assert (described["cuda"] is None) == (not described["kernels"])
     for kernel in described["kernels"]:
-        assert set(kernel) == {"name", "arch", "ptx", "dtype", "head_dim", "geometries"}
+        members = {"name", "arch", "ptx", "dtype", "head_dim", "head_dims", "geometries"}
+        assert set(kernel) == members
+        least = {64: 8, 128: 72}[kernel["head_dim"]]
+        assert kernel["head_dims"] == list(range(least, kernel["head_dim"] + 1, 8))
         assert kernel["name"] in {"forward", "block_maxima", "select_blocks", "attend_blocks"}
         assert kernel["arch"] in {80, 90}
         assert kernel["geometries"] == ["128x64", "64x64"]

@@ -23,7 +23,6 @@ import bsfa_kernel
 from bsfa_kernel import _native
 from bsfa_kernel._calls import ForwardCall
 from bsfa_kernel._native import (
-    RESERVED,
     AttendBlocksArgs,
     BlockMaximaArgs,
     ForwardArgs,
@@ -32,7 +31,6 @@ from bsfa_kernel._native import (
     Strides,
     TensorArg,
 )
-from native_build import INCLUDE
 
 OK, INVALID, UNSUPPORTED, CUDA_ERROR = range(4)
 NO_SUCH_DEVICE = 9999
@@ -208,6 +206,7 @@ EVERY = [
     ("block_table_stride", 20, "block_table_stride must be 0 where block_table is null, got 20"),
     ("pages", 30, "pages must be 0 where block_table is null, got 30"),
     ("page_size", 16, "page_size must be 0 where block_table is null, got 16"),
+    ("sinks", 0x83001, "sinks must be aligned to 4 bytes, and is 1 bytes off"),
     ("q", None, "q must not be null"),
     ("k", None, "k must not be null"),
     ("q", 0x10008, "q must be aligned to 16 bytes, and is 8 bytes off"),
@@ -369,20 +368,6 @@ def test_block_maxima_refuses(name: str, value: object, message: str) -> None:
     assert re.search(message, said), said
 
 
-@pytest.mark.parametrize("make_args", ALL_ARGS)
-@pytest.mark.parametrize("name", RESERVED)
-def test_a_reserved_field_is_refused_by_name(name: str, make_args: Callable[..., Args]) -> None:
-    message = f"{name} is reserved: this libbsfa has no use for it, and it must be 0"
-    assert call(make_args(**{name: 0x100})) == (UNSUPPORTED, message)
-
-
-def test_the_header_reserves_what_is_refused() -> None:
-    header = (INCLUDE / "bsfa" / "bsfa.h").read_text()
-    block = header[header.index("/* Reserved:") : header.index("} bsfa_problem;")]
-    code = re.sub(r"/\*.*?\*/", "", block, flags=re.DOTALL)
-    assert tuple(re.findall(r"(\w+);", code)) == RESERVED
-
-
 def test_block_maxima_of_packed_sequences_are_refused() -> None:
     status, said = call(maxima_args(cu_seqlens_q=0x80000, cu_seqlens_k=0x80000))
     assert status == UNSUPPORTED
@@ -534,20 +519,26 @@ def test_a_workspace_query_is_checked(make_args: Callable[..., Any]) -> None:
     assert size.value == 0
 
 
+def too_wide(**changes: object) -> ForwardArgs:
+    """Right arguments, of a head dimension that no kernel serves."""
+    strides = Strides(SEQLEN_Q * HEADS * 136, HEADS * 136, 136)
+    return forward_args(head_dim=136, out_strides=strides, **changes)
+
+
 def test_kernel_that_was_not_built_is_named_with_those_that_were() -> None:
-    status, said = call(forward_args(head_dim=72))
+    status, said = call(too_wide())
     assert status == UNSUPPORTED
     if bsfa_kernel.build_info().kernels:
-        assert "no forward kernel for bfloat16 with head_dim 72; it has " in said
+        assert "no forward kernel for bfloat16 with head_dim 136; it has " in said
     else:
         assert "built without forward kernels: build it with nvcc 12.4 or newer" in said
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_architecture_that_is_insisted_on_is_named(arch: int) -> None:
-    status, said = call(forward_args(head_dim=72, arch=arch))
+    status, said = call(too_wide(arch=arch))
     assert status == UNSUPPORTED
-    assert not bsfa_kernel.build_info().kernels or f"head_dim 72 on sm_{arch}; it has" in said
+    assert not bsfa_kernel.build_info().kernels or f"head_dim 136 on sm_{arch}; it has" in said
 
 
 def test_device_that_is_not_there_is_reported_in_words() -> None:
@@ -588,7 +579,7 @@ def test_messages_belong_to_threads() -> None:
     ("changes", "error"),
     [
         ({"q_block": 32}, ValueError),
-        ({"q": torch.zeros(1, 10, 4, 72, dtype=torch.float16)}, NotImplementedError),
+        ({"q": torch.zeros(1, 10, 4, 136, dtype=torch.float16)}, NotImplementedError),
     ],
 )
 def test_python_raises_what_the_status_means(

@@ -87,14 +87,16 @@ def test_reference_matches_the_oracle(data):
     if data.draw(st.booleans()):
         place = data.draw(st.integers(0, case.seqlen_k - 1))
         k[0, place, 0, 0] = data.draw(st.sampled_from([math.nan, INF, -INF]))
+    sinks = cases.random_sinks(lambda x: data.draw(st.sampled_from(x)), case.heads)
     out, lse, kept = oracle.attend_mask(
         *(x.numpy() for x in (q, k, v, blocks)),
         causal=case.causal,
         scale=8**-0.5,
         q_block=geometry.q_block,
+        sinks=sinks,
     )
     result = reference.attend_blocks(
-        q, k, v, pack_blocks(blocks), causal=case.causal, geometry=geometry
+        q, k, v, pack_blocks(blocks), causal=case.causal, geometry=geometry, sinks=sinks
     )
     exactly = {"rtol": 0, "atol": 1e-12, "equal_nan": True}
     torch.testing.assert_close(result.lse, torch.from_numpy(lse), **exactly)

@@ -24,6 +24,7 @@ DESCRIPTION = {
             "ptx": arch == 80,
             "dtype": "bfloat16",
             "head_dim": 128,
+            "head_dims": [96, 128],
             "geometries": ["128x64", "64x64"],
         }
         for arch in (80, 90)
@@ -43,11 +44,14 @@ def test_build_info_tells_what_the_library_tells(monkeypatch):
     assert info.reason == ""
     assert (info.library_version, info.cuda) == ("1.2.3", "13.0")
     assert info.kernels[1] == Kernel(
-        "forward", 90, False, "bfloat16", 128, (Geometry(128, 64), Geometry(64, 64))
+        "forward", 90, False, "bfloat16", 128, (Geometry(128, 64), Geometry(64, 64)), (96, 128)
     )
-    assert (info.architectures, info.dtypes, info.head_dims) == ((80, 90), ("bfloat16",), (128,))
+    assert (info.architectures, info.dtypes) == ((80, 90), ("bfloat16",))
+    assert info.head_dims == (96, 128)
     words = str(info)
-    assert "forward: sm_80 and later, by PTX, bfloat16, head_dim 128, 128x64 and 64x64" in words
+    assert (
+        "forward: sm_80 and later, by PTX, bfloat16, head_dim 96 to 128, 128x64 and 64x64" in words
+    )
     assert "CUDA 13.0" in words
 
 

@@ -10,12 +10,12 @@ import pytest
 
 from native_build import INCLUDE, NATIVE_TESTS, PACKAGE, run_well, tool
 
-# Of the head dimensions, 128 has both architectures' kernels, 64 only sm_80's, 96 only sm_90's.
+# Of the widths, 128 has both architectures' kernels, 64 only sm_80's, 256 only sm_90's.
 KERNELS = """\
 {80, BSFA_FLOAT16, 64, nullptr},
 {80, BSFA_FLOAT16, 128, nullptr},
 {90, BSFA_FLOAT16, 128, nullptr},
-{90, BSFA_FLOAT16, 96, nullptr},
+{90, BSFA_FLOAT16, 256, nullptr},
 """
 FLOAT16, BFLOAT16 = 0, 1
 UNSUPPORTED = "2: "
@@ -69,7 +69,7 @@ def test_architecture_that_is_insisted_on_is_taken(dispatch: Path) -> None:
         (75, 0, 128, "compute capability 7.5"),
         (80, 90, 128, "compute capability 8.0"),
         (100, 90, 128, "compute capability 10.0"),
-        (80, 0, 96, "compute capability 8.0"),
+        (80, 0, 256, "compute capability 8.0"),
     ],
 )
 def test_gpu_that_runs_no_kernel_is_named_with_what_is_needed(
@@ -78,7 +78,24 @@ def test_gpu_that_runs_no_kernel_is_named_with_what_is_needed(
     said = ask(dispatch, capability=capability, arch=arch, head_dim=head_dim)
     assert said.startswith(UNSUPPORTED + f"this GPU has {words}")
     assert "(sm_80 kernels run on 8.0 and newer, sm_90 kernels on 9.0)" in said
-    assert "it has float16 with head_dim 64 on sm_80, float16 with head_dim 128 on sm_80" in said
+    assert "it has float16 with head_dim 8 to 64 on sm_80, float16 with head_dim 72 to 128" in said
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "expected"),
+    [(8, "80"), (56, "80"), (72, "90"), (96, "90"), (120, "90"), (136, "90"), (248, "90")],
+)
+def test_next_wider_kernel_serves_the_head_dims_between(
+    dispatch: Path, head_dim: int, expected: str
+) -> None:
+    assert ask(dispatch, capability=90, head_dim=head_dim) == expected
+    said = ask(dispatch, capability=90, arch=80, head_dim=head_dim)
+    assert said == "80" if head_dim <= 128 else said.startswith(UNSUPPORTED)
+
+
+def test_a_kernel_of_twice_the_width_does_not_stand_in_for_one_that_lacks(dispatch: Path) -> None:
+    said = ask(dispatch, capability=90, arch=90, head_dim=56)
+    assert "no forward kernel for float16 with head_dim 56 on sm_90" in said
 
 
 def test_kernel_that_was_not_built_is_named_with_those_that_were(dispatch: Path) -> None:

@@ -45,6 +45,9 @@ from conftest import SM80, SM90, Target, gpu_target
 
 INF = math.inf
 
+# Of all but those that are no numbers, which have tests of their own.
+kinds_of_sinks = st.sampled_from([None, "usual", "far", "above all", "none"])
+
 any_target = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -74,7 +77,11 @@ class Call:
     def inputs(self, target: Target):
         return self.case.inputs(self.dtype, target.device)
 
-    def thresholds(self, target: Target, q, k):
+    def sinks(self, kind: str | None, target: Target):
+        """As an argument, or none."""
+        return cases.sinks_of(kind, self.case.heads, target.device)
+
+    def thresholds(self, target: Target, q, k, sinks=None):
         """Separating ones, with some infinite: thresholds and where the verdicts are clear."""
         thresholds, clear = cases.separating_thresholds(
             self.case,
@@ -85,11 +92,12 @@ class Call:
             keep=self.keep,
             tries=3,
             voters=self.voters,
+            sinks=sinks,
         )
         if self.case.seed % 3 == 0:
             thresholds[0, 0] = -INF if self.case.seed % 2 else INF
             expected = reference.attention(
-                q, k, k, thresholds, compute_dtype=torch.float64, **self.options
+                q, k, k, thresholds, compute_dtype=torch.float64, sinks=sinks, **self.options
             )
             clear = expected.margin > cases.VERDICT_MARGIN
         return thresholds, clear
@@ -121,7 +129,7 @@ def calls(draw, *, voters=VOTERS, **fixed):
         "seqlen_k": seqlen_q if draw(st.booleans()) else draw(lengths),
         "heads": kv_heads * group,
         "kv_heads": kv_heads,
-        "head_dim": draw(st.sampled_from([64, 128])),
+        "head_dim": draw(st.one_of(st.sampled_from([64, 128]), st.sampled_from(cases.HEAD_DIMS))),
         "causal": draw(st.booleans()),
     }
     shape.update(fixed)
@@ -156,49 +164,51 @@ def assert_same(found, expected, target):
 
 
 @any_target
-@given(call=calls())
-def test_a_call_matches_the_reference(target, call):
+@given(call=calls(), kind=kinds_of_sinks)
+def test_a_call_matches_the_reference(target, call, kind):
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
-    thresholds, clear = call.thresholds(target, q, k)
-    expected = reference.attention(q, k, v, thresholds, compute_dtype=torch.float64, **call.options)
-    found = attend(q, k, v, thresholds, **call.options)
-    budget = error_budget(
-        q, k, v, expected, causal=call.case.causal, scale=None, geometry=call.geometry
-    )
+    sinks = call.sinks(kind, target)
+    thresholds, clear = call.thresholds(target, q, k, **sinks)
+    options = {**call.options, **sinks}
+    expected = reference.attention(q, k, v, thresholds, compute_dtype=torch.float64, **options)
+    found = attend(q, k, v, thresholds, **options)
+    budget = error_budget(q, k, v, expected, scale=None, **call.shape_options, **sinks)
     if clear.float().mean() >= 0.9:
         assert_matches(found, expected, clear, budget, call.geometry, k.shape[1])
 
 
 @any_target
-@given(call=calls())
-def test_exact_selection_and_attention_of_it_are_the_fused_kernel(target, call):
+@given(call=calls(), kind=kinds_of_sinks)
+def test_exact_selection_and_attention_of_it_are_the_fused_kernel(target, call, kind):
     for kernel in ("forward", "select_blocks", "attend_blocks"):
         target.require(kernel, call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
-    thresholds, clear = call.thresholds(target, q, k)
-    mask = select_blocks(q, k, thresholds, precision="exact", **call.options)
-    found = attend_blocks(q, k, v, mask, return_lse=True, return_kept=True, **call.shape_options)
+    sinks = call.sinks(kind, target)
+    options, shape = {**call.options, **sinks}, {**call.shape_options, **sinks}
+    thresholds, clear = call.thresholds(target, q, k, **sinks)
+    mask = select_blocks(q, k, thresholds, precision="exact", **options)
+    found = attend_blocks(q, k, v, mask, return_lse=True, return_kept=True, **shape)
     if not target.arch:
-        assert_same(found, attend(q, k, v, thresholds, **call.options), target)
+        assert_same(found, attend(q, k, v, thresholds, **options), target)
     elif clear.float().mean() >= 0.9:
-        expected = reference.attention(
-            q, k, v, thresholds, compute_dtype=torch.float64, **call.options
-        )
-        budget = error_budget(q, k, v, expected, scale=None, **call.shape_options)
+        expected = reference.attention(q, k, v, thresholds, compute_dtype=torch.float64, **options)
+        budget = error_budget(q, k, v, expected, scale=None, **shape)
         assert_matches(found, expected, clear, budget, call.geometry, k.shape[1])
 
 
 @any_target
-@given(call=calls())
-def test_int8_is_attention_of_what_is_selected(target, call):
+@given(call=calls(), kind=kinds_of_sinks)
+def test_int8_is_attention_of_what_is_selected(target, call, kind):
     for kernel in ("select_blocks", "attend_blocks"):
         target.require(kernel, call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
+    sinks = call.sinks(kind, target)
+    options, shape = {**call.options, **sinks}, {**call.shape_options, **sinks}
     thresholds = call.rough_thresholds(target, q, k)
-    mask = select_blocks(q, k, thresholds, precision="int8", **call.options)
-    expected = attend_blocks(q, k, v, mask, return_lse=True, return_kept=True, **call.shape_options)
-    found = attend(q, k, v, thresholds, selection="int8", **call.options)
+    mask = select_blocks(q, k, thresholds, precision="int8", **options)
+    expected = attend_blocks(q, k, v, mask, return_lse=True, return_kept=True, **shape)
+    found = attend(q, k, v, thresholds, selection="int8", **options)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -221,8 +231,8 @@ def test_each_sequence_of_a_batch_is_selected_alone(target, call, precision):
 
 
 @any_target
-@given(call=calls(), seed=st.integers(0, 2**32 - 1))
-def test_attention_of_any_mask_matches_the_reference(target, call, seed):
+@given(call=calls(), kind=kinds_of_sinks, seed=st.integers(0, 2**32 - 1))
+def test_attention_of_any_mask_matches_the_reference(target, call, kind, seed):
     target.require("attend_blocks", call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
     blocks = (
@@ -233,7 +243,7 @@ def test_attention_of_any_mask_matches_the_reference(target, call, seed):
     )
     generator = torch.Generator().manual_seed(seed)
     mask = pack_blocks(torch.rand(blocks, generator=generator) < call.keep).to(q.device)
-    options = call.shape_options
+    options = {**call.shape_options, **call.sinks(kind, target)}
     expected = reference.attend_blocks(q, k, v, mask, compute_dtype=torch.float64, **options)
     outputs = guarded.attend_blocks(q, k, v, mask, **options)
     budget = error_budget(q, k, v, expected, scale=None, **options)
@@ -245,12 +255,13 @@ def test_attention_of_any_mask_matches_the_reference(target, call, seed):
 
 
 @any_target
-@given(call=calls())
-def test_block_maxima_match_the_reference(target, call):
+@given(call=calls(), kind=kinds_of_sinks)
+def test_block_maxima_match_the_reference(target, call, kind):
     target.require("block_maxima", call.dtype, call.case.head_dim)
     q, k, _ = call.inputs(target)
-    expected = reference.block_maxima(q, k, compute_dtype=torch.float64, **call.options_of_maxima)
-    found = block_maxima(q, k, **call.options_of_maxima)
+    options = {**call.options_of_maxima, **call.sinks(kind, target)}
+    expected = reference.block_maxima(q, k, compute_dtype=torch.float64, **options)
+    found = block_maxima(q, k, **options)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -278,14 +289,18 @@ def test_block_maxima_write_nothing_outside_and_all_inside(target, call):
 
 
 @any_target
-@given(call=calls(batch=3))
-def test_order_of_batch_and_heads_does_not_matter(target, call):
+@given(call=calls(batch=3), kind=kinds_of_sinks)
+def test_order_of_batch_and_heads_does_not_matter(target, call, kind):
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
     thresholds = call.rough_thresholds(target, q, k)
-    out, lse, kept = attend(q, k, v, thresholds, **call.options)
+    sinks = call.sinks(kind, target)
+    out, lse, kept = attend(q, k, v, thresholds, **call.options, **sinks)
     turned = attend(
-        *(x.flip(0).flip(2).contiguous() for x in (q, k, v)), thresholds.flip(0), **call.options
+        *(x.flip(0).flip(2).contiguous() for x in (q, k, v)),
+        thresholds.flip(0),
+        **call.options,
+        **{name: x.flip(0) for name, x in sinks.items()},
     )
     expected = out.flip(0).flip(2), lse.flip(0).flip(1), kept.flip(0).flip(1)
     assert_same(turned, expected, target)
@@ -359,12 +374,13 @@ def test_block_maxima_of_expanded_tensors_are_those_of_their_copies(target, call
 
 
 @any_target
-@given(call=calls(), data=st.data())
-def test_packed_sequences_give_what_each_gives_alone(target, call, data):
+@given(call=calls(), kind=kinds_of_sinks, data=st.data())
+def test_packed_sequences_give_what_each_gives_alone(target, call, kind, data):
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = (x[0] for x in call.inputs(target))
     thresholds = torch.linspace(-3, 3, 2 * call.case.heads, device=target.device).view(-1, 2)
     thresholds += {"absolute": 2.0, "running_max": 0.0, "peak_lse": -1.5}[call.rule]
+    options = {**call.options, **call.sinks(kind, target)}
     count = data.draw(st.integers(1, 4))
 
     def split(total):
@@ -379,13 +395,13 @@ def test_packed_sequences_give_what_each_gives_alone(target, call, data):
         thresholds,
         cu_seqlens_q=torch.tensor(starts_q, dtype=torch.int32, device=target.device),
         cu_seqlens_k=torch.tensor(starts_k, dtype=torch.int32, device=target.device),
-        **call.options,
+        **options,
     )
     unused = torch.ones_like(kept, dtype=torch.bool)
     for index in range(count):
         queries = slice(starts_q[index], starts_q[index + 1])
         keys = slice(starts_k[index], starts_k[index + 1])
-        alone = attend(q[None, queries], k[None, keys], v[None, keys], thresholds, **call.options)
+        alone = attend(q[None, queries], k[None, keys], v[None, keys], thresholds, **options)
         first = starts_q[index] // call.geometry.q_block + 2 * index
         columns = slice(first, first + alone[2].shape[2])
         unused[:, columns] = False
@@ -447,16 +463,18 @@ def of_sequence(found, index, starts, columns, geometry, *, packed):
     layout=st.sampled_from(paging.LAYOUTS),
     packed=st.booleans(),
     selection=st.sampled_from(["exact", "int8"]),
+    kind=kinds_of_sinks,
 )
 def test_pages_and_unused_keys_give_what_each_sequence_gives_alone(
-    target, call, data, page_size, layout, packed, selection
+    target, call, data, page_size, layout, packed, selection, kind
 ):
     """Without a page size the keys are padded. NaN is wherever nothing may be read."""
     for kernel in ("forward", "select_blocks", "attend_blocks"):
         target.require(kernel, call.dtype, call.case.head_dim)
     thresholds = call.rough_thresholds(target, *call.inputs(target)[:2])
     queries, keys, values = sequences_of(data, call, target, packed=packed)
-    options = {**call.options, "selection": selection}
+    sinks = call.sinks(kind, target)
+    options = {**call.options, **sinks, "selection": selection}
     if page_size is None:
         lengths = torch.tensor([len(x) for x in keys], dtype=torch.int32, device=target.device)
         room = max(map(len, keys)) + data.draw(st.integers(0, 70))
@@ -498,13 +516,16 @@ def test_pages_and_unused_keys_give_what_each_sequence_gives_alone(
             unused[where[0], :, where[1]] = False
         assert_same(its_own, alone, target)
     assert (found[2][unused] == 0).all()
-    mask = select_blocks(q, k, thresholds, precision=selection, **given_keys, **call.options)
+    mask = select_blocks(
+        q, k, thresholds, precision=selection, **given_keys, **call.options, **sinks
+    )
     assert mask.shape[:-1] == unused.shape
     assert (mask[unused] == 0).all()
     attended = attend_blocks(
         *(q, k, v, mask),
         **{name: x for name, x in given_keys.items() if name != "max_seqlen_k"},
         **call.shape_options,
+        **sinks,
         return_lse=True,
         return_kept=True,
     )
@@ -537,25 +558,28 @@ def test_block_maxima_of_pages_and_unused_keys_are_those_of_each_sequence(
 
 
 @any_target
-@given(call=calls(causal=True, voters=[1]), data=st.data())
-def test_a_cut_anywhere_changes_only_the_query_blocks_that_it_goes_through(target, call, data):
+@given(call=calls(causal=True, voters=[1]), kind=kinds_of_sinks, data=st.data())
+def test_a_cut_anywhere_changes_only_the_query_blocks_that_it_goes_through(
+    target, call, kind, data
+):
     # All rows vote, as they do in a chunk's last block.
     target.require("forward", call.dtype, call.case.head_dim)
     q, k, v = call.inputs(target)
     length = min(call.case.seqlen_q, call.case.seqlen_k)
     q, k, v = q[:, :length], k[:, :length], v[:, :length]
+    options = {**call.options, **call.sinks(kind, target)}
     thresholds = call.rough_thresholds(target, q, k)
     dense = torch.full_like(thresholds, -INF)
-    whole, whole_dense = (attend(q, k, v, x, **call.options) for x in (thresholds, dense))
+    whole, whole_dense = (attend(q, k, v, x, **options) for x in (thresholds, dense))
     cuts = data.draw(st.lists(st.integers(1, length), max_size=4, unique=True).map(sorted))
     eps = torch.finfo(call.dtype).eps
     for start, stop in pairwise(sorted({0, *cuts, length})):
         tensors = q[:, start:stop], k[:, :stop], v[:, :stop]
-        part = attend(*tensors, dense, **call.options)
+        part = attend(*tensors, dense, **options)
         torch.testing.assert_close(
             part[0], whole_dense[0][:, start:stop], rtol=2 * eps, atol=2 * eps
         )
-        part = attend(*tensors, thresholds, **call.options)
+        part = attend(*tensors, thresholds, **options)
         blocks = torch.arange(start, stop, device=q.device) // call.geometry.q_block
         uncut = torch.ones_like(blocks, dtype=torch.bool)
         if start % call.geometry.q_block:
@@ -618,16 +642,17 @@ def test_a_higher_absolute_threshold_keeps_no_more(target, call):
 @pytest.mark.gpu
 @pytest.mark.sm80
 @pytest.mark.sm90
-@given(call=calls())
-def test_the_kernels_of_both_architectures_agree(call):
+@given(call=calls(), kind=kinds_of_sinks)
+def test_the_kernels_of_both_architectures_agree(call, kind):
     results = []
     for target in (SM80, SM90):
         gpu_target(target)
         target.require("forward", call.dtype, call.case.head_dim)
         q, k, v = call.inputs(target)
-        thresholds, clear = call.thresholds(target, q, k)
+        sinks = call.sinks(kind, target)
+        thresholds, clear = call.thresholds(target, q, k, **sinks)
         with target.insist():
-            results.append(attend(q, k, v, thresholds, **call.options))
+            results.append(attend(q, k, v, thresholds, **call.options, **sinks))
     (out80, lse80, kept80), (out90, lse90, kept90) = results
     if clear.float().mean() < 0.9:
         return

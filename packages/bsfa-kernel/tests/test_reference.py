@@ -245,6 +245,7 @@ def small_calls(draw):
         "rule": draw(st.sampled_from(RULES)),
         "geometry": Geometry(voters * draw(st.integers(1, 4 // voters)), draw(st.integers(1, 4))),
         "voters": voters,
+        "sinks": cases.random_sinks(lambda x: draw(st.sampled_from(x)), kv_heads * group),
     }
     return q, k, v, thresholds, options
 
@@ -261,6 +262,7 @@ def test_reference_matches_the_score_by_score_oracle(call):
         q_block=options["geometry"].q_block,
         k_block=options["geometry"].k_block,
         voters=options["voters"],
+        sinks=options["sinks"],
     )
     result = attention(q, k, v, thresholds, **options)
     if (result.margin > 1e-12).all():

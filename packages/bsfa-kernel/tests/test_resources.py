@@ -141,11 +141,12 @@ def test_shared_memory_of_the_kernels_fits_as_many_blocks_as_they_are_made_for(
 
 @pytest.mark.slow
 def test_dense_loop_of_head_dim_64_lies_where_it_is_fast() -> None:
-    """What ForwardConfig::kDensePadding is for: 4 % of its time (docs/lab/sm90.md)."""
+    """What Config::kDensePadding is for: 4 % of its time (docs/lab/sm90.md)."""
     kernels = [
         kernel
         for kernel in bsfa_kernel.build_info().kernels
-        if (kernel.name, kernel.arch, kernel.head_dim) == ("forward", 90, 64)
+        if (kernel.arch, kernel.head_dim) == (90, 64)
+        and kernel.name in ("forward", "attend_blocks")
     ]
     if not kernels:
         pytest.skip("the library has no sm_90 kernels for head_dim 64")
@@ -158,7 +159,7 @@ def test_dense_loop_of_head_dim_64_lies_where_it_is_fast() -> None:
     places = [
         dense_loop(function)
         for function in dump.split("Function : ")[1:]
-        if re.match(r"\S*sm9014forward_kernel\S*Li64E", function)
+        if re.match(r"\S*sm90\d+(forward_kernel|attend_shared_kernel)\S*Li64E", function)
     ]
     assert len(places) == len(kernels)
     assert {place % 128 for place in places} <= {32, 48}

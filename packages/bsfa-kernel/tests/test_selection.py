@@ -145,6 +145,7 @@ def selections(draw):
         "geometry": draw(st.sampled_from(GEOMETRIES)),
         "voters": draw(st.sampled_from(VOTERS)),
         "precision": draw(st.sampled_from(PRECISIONS)),
+        "sinks": cases.random_sinks(lambda x: draw(st.sampled_from(x)), kv_heads * group),
     }
     return q, k, thresholds, options
 
@@ -591,8 +592,8 @@ BOTH = ("select_blocks", "attend_blocks")
 @pytest.mark.parametrize(
     ("names", "capability", "dtype", "arch", "expected"),
     [
-        (BOTH, (9, 0), torch.bfloat16, 0, (128,)),
-        (BOTH, (9, 0), torch.bfloat16, 90, (128,)),
+        (BOTH, (9, 0), torch.bfloat16, 0, (96, 128)),
+        (BOTH, (9, 0), torch.bfloat16, 90, (96, 128)),
         (BOTH, (9, 0), torch.bfloat16, 80, ()),
         (BOTH, (9, 0), torch.float16, 0, ()),
         (BOTH, (8, 0), torch.bfloat16, 0, ()),
@@ -600,7 +601,9 @@ BOTH = ("select_blocks", "attend_blocks")
     ],
 )
 def test_auto_knows_which_gpus_have_kernels(monkeypatch, names, capability, dtype, arch, expected):
-    kernels = tuple(Kernel(name, 90, False, "bfloat16", 128, GEOMETRIES) for name in names)
+    kernels = tuple(
+        Kernel(name, 90, False, "bfloat16", 128, GEOMETRIES, (96, 128)) for name in names
+    )
     info = dataclasses.replace(build_info(), kernels=kernels)
     monkeypatch.setattr(_auto, "build_info", lambda: info)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -152,6 +152,16 @@ OPERATOR_CALLS = {
         *(None, None, True, None, "absolute", 128, 64, 1, True, True, "exact", None, None),
         torch.tensor([333, 7], dtype=torch.int32),
     ),
+    "sinks": (
+        *inputs(),
+        *(None, None, True, None, "peak_lse", 128, 64, 1, True, True, "exact", None, None, None),
+        torch.zeros(6),
+    ),
+    "sinks, two steps": (
+        *inputs(),
+        *(None, None, True, None, "peak_lse", 128, 64, 1, True, True, "int8", None, None, None),
+        torch.zeros(6),
+    ),
     "no query": (*inputs(0), None, None, True, None, "absolute", 128, 64, 1, True, True),
     "no key": (*inputs(seqlen_k=0), None, None, True, None, "absolute", 128, 64, 1, True, True),
 }
@@ -366,6 +376,56 @@ def test_the_two_steps_refuse_backward(which):
     assert not select_blocks(call[0], call[1], call[3]).requires_grad
     out = block_sparse_attention(*call, selection="int8")
     assert out.requires_grad
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        out.sum().backward()
+
+
+def test_opcheck_passes_for_the_other_operators_with_sinks():
+    q, k, v, thresholds = inputs()
+    sinks = torch.linspace(-1, 2, 6)
+    options = (None, None, True, None, "peak_lse", 64, 64, 2, "int8", None, None, None, sinks)
+    torch.library.opcheck(torch.ops.bsfa.select_blocks.default, (q, k, thresholds, *options))
+    mask = torch.ops.bsfa.select_blocks(q, k, thresholds, *options)
+    attend = (q, k, v, mask, None, None, None, True, None, 64, 64, True, True, None, None, sinks)
+    torch.library.opcheck(torch.ops.bsfa.attend_blocks.default, attend)
+    maxima = (q, k, True, None, "peak_lse", 128, 64, None, None, sinks)
+    torch.library.opcheck(torch.ops.bsfa.block_maxima.default, maxima)
+
+
+def with_sinks(q, k, v, thresholds, sinks):
+    """Every function with sinks, between other operations."""
+    sinks = sinks.float() * 2
+    how = {"return_lse": True, "return_kept": True, "sinks": sinks}
+    rule = {"rule": "running_max", "sinks": sinks}
+    exact = block_sparse_attention(q, k, v, thresholds, rule="running_max", **how)
+    int8 = block_sparse_attention(q, k, v, thresholds, rule="running_max", selection="int8", **how)
+    mask = select_blocks(q, k, thresholds, precision="exact", **rule)
+    return *exact, *int8, mask, *attend_blocks(q, k, v, mask, **how), block_maxima(q, k, **rule)
+
+
+class WithSinks(torch.nn.Module):
+    def forward(self, *arguments):
+        q, k, v, thresholds, sinks = arguments
+        return block_sparse_attention(q, k, v, thresholds, rule="peak_lse", sinks=sinks)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_sinks_compile_without_a_graph_break(dynamic):
+    sinks = torch.linspace(-1, 2, 6, dtype=torch.bfloat16)
+    compiled = torch.compile(with_sinks, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    assert_same(compiled(*inputs(), sinks), with_sinks(*inputs(), sinks))
+
+
+def test_sinks_export_and_take_other_values():
+    module, sinks = WithSinks(), torch.linspace(-1, 2, 6)
+    program = torch.export.export(module, (*inputs(), sinks))
+    for other in (sinks, sinks - 3):
+        torch.testing.assert_close(program.module()(*inputs(), other), module(*inputs(), other))
+
+
+def test_sinks_that_require_gradients_run_forward_and_refuse_backward():
+    sinks = torch.zeros(6, requires_grad=True)
+    out = block_sparse_attention(*inputs(), sinks=sinks)
     with pytest.raises(NotImplementedError, match="no backward pass"):
         out.sum().backward()
 

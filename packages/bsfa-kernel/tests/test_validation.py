@@ -116,6 +116,37 @@ REFUSED = {
         ValueError,
         "q and k must have the same batch, got 2 and 3",
     ),
+    "v of another head_dim": (
+        arguments(v=torch.zeros(2, 12, 2, 16)),
+        ValueError,
+        "v must have the head_dim of k: values that are narrower or wider than keys are not "
+        "supported, got 16 and 8",
+    ),
+    "sinks of other heads": (
+        arguments(sinks=torch.zeros(2)),
+        ValueError,
+        "sinks must be [heads], here [4]; got the shape [2]",
+    ),
+    "sinks of each batch": (
+        arguments(sinks=torch.zeros(2, 4)),
+        ValueError,
+        "sinks must be [heads], here [4]; got the shape [2, 4]",
+    ),
+    "sinks of another dtype": (
+        arguments(sinks=torch.zeros(4, dtype=torch.bfloat16)),
+        TypeError,
+        "sinks must be float32, got bfloat16",
+    ),
+    "sinks that are no tensor": (
+        arguments(sinks=0.0),
+        TypeError,
+        "sinks must be a torch.Tensor, got float",
+    ),
+    "sinks on another device": (
+        arguments(sinks=torch.zeros(4, device="meta")),
+        ValueError,
+        "sinks must be on the device of q (cpu), got meta",
+    ),
     "another head_dim": (
         arguments(k=torch.zeros(2, 12, 2, 16), v=torch.zeros(2, 12, 2, 16)),
         ValueError,
@@ -785,6 +816,36 @@ def test_native_arguments_of_paged_keys_arrive_in_their_fields(
         fake_library.calls.clear()
 
 
+@pytest.mark.parametrize("selection", ["exact", "int8"])
+def test_native_arguments_of_sinks_arrive_in_their_field(fake_library, monkeypatch, selection):
+    note_workspaces(monkeypatch)
+    kept_alive = note_lengths(monkeypatch)
+    q = torch.zeros(2, 10, 4, 40, dtype=torch.float16)
+    options = (True, None, "peak_lse", 128, 64)
+    rest = (q, q, torch.zeros(4, 1), None, None, *options, 1, True, True, selection, None, None)
+    strided = torch.zeros(8)[::2]
+    for sinks in (torch.zeros(4), strided):
+        _torch_op._forward_cuda(q, *rest, None, sinks)
+        _torch_op._block_maxima_cuda(q, q, *options, None, None, sinks)
+        mirrors = {
+            "exact": (_native.ForwardArgs, _native.BlockMaximaArgs),
+            "int8": (
+                _native.SelectBlocksArgs,
+                _native.AttendBlocksArgs,
+                _native.BlockMaximaArgs,
+            ),
+        }[selection]
+        for mirror, passed in zip(mirrors, fake_library.calls, strict=True):
+            problem = fields(mirror.from_buffer_copy(passed).problem)
+            given = kept_alive.pop(0).sinks
+            assert given.is_contiguous()
+            assert (given is sinks) == (sinks is not strided)
+            assert problem["sinks"] == given.data_ptr()
+            assert problem["head_dim"] == 40
+            assert problem["scale"] == pytest.approx(40**-0.5)
+        fake_library.calls.clear()
+
+
 class Operators(TorchDispatchMode):
     """The names of the operators that run within."""
 
@@ -814,12 +875,12 @@ def note_lengths(monkeypatch):
     """A list of what calls keep of their lengths, as they come."""
     noted = []
 
-    class Noted(_native._Lengths):
+    class Noted(_native._Arrays):
         def __init__(self, call):
             super().__init__(call)
             noted.append(self)
 
-    monkeypatch.setattr(_native, "_Lengths", Noted)
+    monkeypatch.setattr(_native, "_Arrays", Noted)
     return noted
 
 
@@ -1051,6 +1112,7 @@ def forward_call(arguments):
         selection=arguments.get("selection", "exact"),
         max_seqlen_k=arguments.get("max_seqlen_k"),
         **keys,
+        sinks=arguments.get("sinks"),
     )
 
 
@@ -1060,13 +1122,16 @@ def forward_call(arguments):
     "name",
     sorted(
         name
-        for name in REFUSED.keys() - {"a NaN threshold", "another device"}
+        for name in REFUSED.keys()
+        - {"a NaN threshold", "another device", "sinks on another device"}
         if "geometry" not in name
     ),
 )
 def test_nothing_that_is_refused_passes_the_fast_check(name):
     call = REFUSED[name][0]
-    if not all(isinstance(call[key], torch.Tensor) for key in ("q", "k", "v", "thresholds")):
+    tensors = [call[key] for key in ("q", "k", "v", "thresholds")]
+    tensors += [call["sinks"]] if "sinks" in call else []
+    if not all(isinstance(x, torch.Tensor) for x in tensors):
         return  # not asked about these
     # In the dtype of the kernels, so that it is not that which is refused.
     if all(call[key].dtype == torch.float32 for key in "qkv"):

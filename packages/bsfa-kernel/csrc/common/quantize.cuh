@@ -103,11 +103,11 @@ struct RoundedRows {
   float offset_score[2];  // q·c with the offset c, where asked for
 };
 
-// Rounds the rows that begin at `from`, or zeros where they do not exist. `offsets`: of the rows' kv head, or
-// null.
+// Rounds the rows of `head_dim` elements that begin at `from`, or zeros where they do not exist. `offsets`:
+// of the rows' kv head, or null.
 template <int kHeadDim, class Element>
 __device__ __forceinline__ void round_rows(const Element* const (&from)[2], const bool (&exists)[2],
-                                           const float* offsets, RoundedRows<kHeadDim>& rows) {
+                                           int head_dim, const float* offsets, RoundedRows<kHeadDim>& rows) {
   constexpr int kChunks = kHeadDim / 16;
   const int in_quad = threadIdx.x % 4;
   // Row by row, for the sake of registers.
@@ -117,7 +117,9 @@ __device__ __forceinline__ void round_rows(const Element* const (&from)[2], cons
     uint32_t pair = 0;   // magnitudes of 16 bits compare as integers, and NaN above all others
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      raw[i] = exists[row] ? *reinterpret_cast<const uint2*>(from[row] + i * 16 + in_quad * 4) : uint2{0, 0};
+      const int column = i * 16 + in_quad * 4;
+      raw[i] = exists[row] && column < head_dim ? *reinterpret_cast<const uint2*>(from[row] + column)
+                                                : uint2{0, 0};
       pair = __vmaxu2(pair, __vmaxu2(raw[i].x & 0x7fff7fff, raw[i].y & 0x7fff7fff));
     }
     uint32_t magnitude = max(pair >> 16, pair & 0xffff);
@@ -169,7 +171,8 @@ __global__ void __launch_bounds__(kOffsetThreads)
     if (key < sequence.seqlen_k && !sequence.oversized) {
       const auto* from = find_key(problem, static_cast<const Element*>(problem.k), problem.k_strides,
                                   sequence, static_cast<int>(key), kv_head);
-      const uint4 raw = from != nullptr ? reinterpret_cast<const uint4*>(from)[chunk] : uint4{0, 0, 0, 0};
+      const bool exists = from != nullptr && chunk * 8 < problem.head_dim;
+      const uint4 raw = exists ? reinterpret_cast<const uint4*>(from)[chunk] : uint4{0, 0, 0, 0};
       const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
       for (int channel = 0; channel < 8; ++channel) {
@@ -234,7 +237,7 @@ __global__ void __launch_bounds__(kRoundThreads)
     if (key < sequence.seqlen_k) {
       const auto* from = find_key(problem, static_cast<const Element*>(problem.k), problem.k_strides,
                                   sequence, key, kv_head);
-      if (from != nullptr) {
+      if (from != nullptr && chunk * 8 < problem.head_dim) {
         raw[pass] = reinterpret_cast<const uint4*>(from)[chunk];
       }
     }

@@ -8,6 +8,7 @@
 
 #include "../params.hpp"
 #include "ptx.cuh"
+#include "sink.cuh"
 
 namespace bsfa {
 
@@ -22,8 +23,10 @@ __device__ __forceinline__ int threshold_row(int first_query, int seqlen_q, int 
 struct RowReference {
   float value;  // -inf where a relative rule has seen nothing, NaN once it has seen NaN or +inf
 
-  __device__ __forceinline__ static RowReference first(Rule rule) {
-    return {rule == Rule::kAbsolute ? 0.0f : -CUDART_INF_F};
+  // By a relative rule, as if a peak of the sink's height had been seen.
+  __device__ __forceinline__ static RowReference first(const Problem& problem, int head) {
+    const float sink = problem.rule == Rule::kAbsolute ? 0.0f : sink_of(problem, head);
+    return {sink == CUDART_INF_F ? CUDART_NAN_F : sink};
   }
 
   // How far a peak is above the reference. The row votes to skip where this is below the threshold; NaN is

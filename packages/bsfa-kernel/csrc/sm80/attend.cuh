@@ -11,9 +11,9 @@
 
 namespace bsfa::sm80 {
 
-template <class Element, int kHeadDim>
-struct AttendConfig : ForwardConfig<Element, kHeadDim> {
-  using Forward = ForwardConfig<Element, kHeadDim>;
+template <class Element, int kHeadDim, Paging kPaging>
+struct AttendConfig : ForwardConfig<Element, kHeadDim, kPaging> {
+  using Forward = ForwardConfig<Element, kHeadDim, kPaging>;
 
   struct SharedStorage : Forward::SharedStorage {
     BlockList list;  // thread 0's, which alone walks it; as registers it would make others spill
@@ -120,17 +120,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   store_results<Config>(params, loop, storage, block);
 }
 
-template <class Element, int kHeadDim>
-void attend_blocks(const AttendParams& params, cudaStream_t stream) {
-  using Kernel = AttendConfig<Element, kHeadDim>;
-  const Schedule schedule =
-      make_schedule(params, params.query_blocks(Kernel::kTileQ), 2 * kHeadDim * sizeof(Element));
+template <class Kernel>
+void launch_attend(const AttendParams& params, cudaStream_t stream) {
+  const Schedule schedule = make_schedule(params, params.query_blocks(Kernel::kTileQ),
+                                          2 * Kernel::kHeadDim * sizeof(typename Kernel::Element));
   constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
   const auto kernel = attend_kernel<Kernel>;
   BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   kernel<<<static_cast<unsigned>(schedule.ctas()), Kernel::kThreads, kSharedBytes, stream>>>(params,
                                                                                              schedule);
   BSFA_CUDA_CHECK(cudaGetLastError());
+}
+
+template <class Element, int kHeadDim>
+void attend_blocks(const AttendParams& params, cudaStream_t stream) {
+  if (params.has_pages()) {
+    launch_attend<AttendConfig<Element, kHeadDim, Paging::kAlways>>(params, stream);
+  } else {
+    launch_attend<AttendConfig<Element, kHeadDim, Paging::kNever>>(params, stream);
+  }
 }
 
 }  // namespace bsfa::sm80

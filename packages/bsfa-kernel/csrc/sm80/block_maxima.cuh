@@ -46,7 +46,7 @@ class BlockMaxima {
                 (int64_t{tile.sequence.index} * params.heads + tile.head) * q_blocks() * k_blocks()),
         keys_(first_key_of(params, params.k, params.k_strides, tile)),
         queries_(first_query_of(params, tile)),
-        reference_(RowReference::first(params.rule)) {}
+        reference_(RowReference::first(params, tile.head)) {}
 
   __device__ __forceinline__ void run() {
     const KeyBlocks tile_keys =
@@ -63,7 +63,8 @@ class BlockMaxima {
       return;
     }
     load_tile<Config, SharedQueries<Config>>(ptx::shared_address(storage_.q), queries_,
-                                             params_.q_strides.seqlen, first_query_, sequence_.seqlen_q);
+                                             params_.q_strides.seqlen, first_query_, sequence_.seqlen_q,
+                                             params_.head_dim);
     request_keys(tile_keys.visible - 1);
     for (int key_block = tile_keys.visible - 1; key_block >= 0; --key_block) {
       ptx::wait_for_copies<0>();

@@ -12,7 +12,10 @@
 
 namespace bsfa::sm80 {
 
-// What both kernels share: the tile and how warps divide it.
+// Whether a kernel finds keys and values in pages.
+enum class Paging { kNever, kMaybe, kAlways };
+
+// What all kernels share: the tile and how warps divide it.
 template <class Element_, int kHeadDim_>
 struct Config {
   using Element = Element_;
@@ -35,15 +38,14 @@ struct Config {
   // CTA on an A100.
   static constexpr int kKeyStages = 2;
 
-  // Whether keys and values may lie in pages.
-  static constexpr bool kMayPage = true;
+  static constexpr Paging kPaging = Paging::kMaybe;
 };
 
-// Without kMayPage_, a few registers less are spilled at head_dim 64.
-template <class Element_, int kHeadDim_, bool kMayPage_ = true>
+// Where it is known whether there are pages, fewer registers are spilled.
+template <class Element_, int kHeadDim_, Paging kPaging_ = Paging::kMaybe>
 struct ForwardConfig : Config<Element_, kHeadDim_> {
   using Base = Config<Element_, kHeadDim_>;
-  static constexpr bool kMayPage = kMayPage_;
+  static constexpr Paging kPaging = kPaging_;
 
   // 16 KB x (2 Q + 2 K + 1 V) at head dimension 128: two CTAs of an A100's 164 KB, of which each takes 1 KB
   // more.

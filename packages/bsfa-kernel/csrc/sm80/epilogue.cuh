@@ -6,6 +6,7 @@
 
 #include <math_constants.h>
 
+#include "../common/sink.cuh"
 #include "config.cuh"
 #include "softmax.cuh"
 #include "tiles.cuh"
@@ -16,14 +17,15 @@ namespace bsfa::sm80 {
 // Normalises a warp's rows and stages them in shared memory, where its queries were: no other warp reads
 // those.
 template <class Config, class Output, int kRows>
-__device__ __forceinline__ void stage_output(Output& output, const Softmax<kRows>& softmax, float poison,
+__device__ __forceinline__ void stage_output(const ForwardParams& params, Output& output,
+                                             const Softmax<kRows>& softmax, float poison, float sink,
                                              uint8_t* staging) {
   using StagingTile = SharedTile<Config::kTileQ, Config::kHeadDim>;
   const int first_row = threadIdx.x / 32 * Config::kWarpRows;
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     const float sum = quad_sum(softmax.sum[row]) + poison;
-    const float factor = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+    const float factor = finish_row(params.scale * softmax.maximum[row], sum, sink).factor;
 #pragma unroll
     for (int chunk = 0; chunk < Config::kHeadDim / 8; ++chunk) {
       const int column = chunk * 2;
@@ -36,7 +38,7 @@ __device__ __forceinline__ void stage_output(Output& output, const Softmax<kRows
   __syncwarp();
 }
 
-// Writes a warp's rows, 16 bytes a thread, as far as they exist.
+// Writes a warp's rows, 16 bytes a thread, as far as rows and columns exist.
 template <class Config>
 __device__ __forceinline__ void store_output(const ForwardParams& params, const QueryTile& tile,
                                              const uint8_t* staging) {
@@ -54,7 +56,7 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
 #pragma unroll
   for (int step = 0; step < Config::kWarpRows; step += kRowsOfStep) {
     const int row = first_row + step;
-    if (sequence.has_query(tile.first_query + row)) {
+    if (sequence.has_query(tile.first_query + row) && chunk * 8 < params.head_dim) {
       *reinterpret_cast<uint4*>(out) =
           *reinterpret_cast<const uint4*>(staging + StagingTile::offset(row, chunk));
     }
@@ -64,7 +66,7 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
 
 template <class Config, int kRows>
 __device__ __forceinline__ void store_lse(const ForwardParams& params, const QueryTile& tile,
-                                          const Softmax<kRows>& softmax, float poison) {
+                                          const Softmax<kRows>& softmax, float poison, float sink) {
   using Output = Accumulators<Config::kRowBlocks, Config::kHeadDim / 8>;
   float* lse = params.lse + lse_line(params, tile) * params.seqlen_q + query_row(tile.sequence, 0);
 #pragma unroll
@@ -72,7 +74,7 @@ __device__ __forceinline__ void store_lse(const ForwardParams& params, const Que
     const int query = tile.first_query + threadIdx.x / 32 * Config::kWarpRows + Output::row_of_warp(row);
     const float sum = quad_sum(softmax.sum[row]) + poison;
     if (threadIdx.x % 4 == 0 && tile.sequence.has_query(query)) {
-      lse[query] = sum == 0.0f ? -CUDART_INF_F : params.scale * softmax.maximum[row] + logf(sum);
+      lse[query] = finish_row(params.scale * softmax.maximum[row], sum, sink).lse;
     }
   }
 }

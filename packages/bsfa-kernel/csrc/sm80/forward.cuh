@@ -40,10 +40,11 @@ __device__ __forceinline__ void store_results(const ForwardParams& params, Loop&
                                               const WarpsBlock& block) {
   const float poison = is_poisoned(block) ? CUDART_NAN_F : 0.0f;  // makes NaN of what it is added to
   uint8_t* staging = reinterpret_cast<uint8_t*>(storage.q);
-  stage_output<Config>(mainloop.output, mainloop.softmax, poison, staging);
+  const float sink = sink_of(params, storage.tile.head);
+  stage_output<Config>(params, mainloop.output, mainloop.softmax, poison, sink, staging);
   store_output<Config>(params, storage.tile, staging);
   if (params.lse != nullptr) {
-    store_lse<Config>(params, storage.tile, mainloop.softmax, poison);
+    store_lse<Config>(params, storage.tile, mainloop.softmax, poison, sink);
   }
   if (params.kept != nullptr && threadIdx.x == block.first_thread && block.index >= 0 &&
       block.index < storage.tile.sequence.blocks(params.q_block)) {
@@ -101,9 +102,9 @@ void launch_forward(const ForwardParams& params, cudaStream_t stream) {
 template <class Element, int kHeadDim>
 void forward(const ForwardParams& params, cudaStream_t stream) {
   if (params.has_pages()) {
-    launch_forward<ForwardConfig<Element, kHeadDim, true>>(params, stream);
+    launch_forward<ForwardConfig<Element, kHeadDim, Paging::kAlways>>(params, stream);
   } else {
-    launch_forward<ForwardConfig<Element, kHeadDim, false>>(params, stream);
+    launch_forward<ForwardConfig<Element, kHeadDim, Paging::kNever>>(params, stream);
   }
 }
 

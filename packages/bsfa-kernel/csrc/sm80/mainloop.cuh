@@ -37,7 +37,7 @@ class Mainloop {
   __device__ __forceinline__ void request_queries() {
     load_tile<Config, SharedQueries<Config>>(ptx::shared_address(storage_.q), first_query_of(params_, tile_),
                                              params_.q_strides.seqlen, tile_.first_query,
-                                             tile_.sequence.seqlen_q);
+                                             tile_.sequence.seqlen_q, params_.head_dim);
   }
 
   // Takes in the tile's key blocks [0, visible), from the last to the first: all of them, or (kVotes) those
@@ -167,7 +167,7 @@ class Mainloop {
   __device__ __forceinline__ void prepare_votes() const {
     static_assert(kRows == 4);
     const bool votes = is_voter(params_, block_, tile_.sequence, query(threadIdx.x % 4));
-    reference() = votes ? RowReference::first(params_.rule).value : CUDART_INF_F;
+    reference() = votes ? RowReference::first(params_, tile_.head).value : CUDART_INF_F;
   }
 
   // Whether the thread's row does, whose reference then takes in the block's peak. All lanes must come.

@@ -38,7 +38,7 @@ struct SelectConfig : Config<Element_, kHeadDim_> {
   struct KeyRow {
     static constexpr int kHeadDim = kRounded ? Base::kHeadDim / 2 : Base::kHeadDim;
     static constexpr int kThreads = Base::kThreads;
-    static constexpr bool kMayPage = true;
+    static constexpr Paging kPaging = Base::kPaging;
   };
   static constexpr int kKeyColumns = kRounded ? 64 : Base::kHeadDim;
   using KeyTile = SharedTile<Base::kTileK, kKeyColumns>;
@@ -88,7 +88,7 @@ class WarpVoters {
         sees_{tile.sequence.seqlen_q, tile.sequence.seqlen_k, params.causal},
         slots_{find_slot(params, tile, threadIdx.x / 32 * 2),
                find_slot(params, tile, threadIdx.x / 32 * 2 + 1)},
-        reference_(RowReference::first(params.rule)) {
+        reference_(RowReference::first(params, tile.head)) {
     const Slot slot = find_slot(params, tile, threadIdx.x / 32 * 2 + lane_slot());
     const int query = slot.query(lane_row());
     const bool exists = slot.exists && tile.sequence.has_query(query);
@@ -166,14 +166,14 @@ class WarpVoters {
   }
 
   __device__ __forceinline__ void load_rounded_queries(const RoundedKeys& rounded) {
-    const float* offsets = params_.rule == Rule::kAbsolute
+    const float* offsets = params_.needs_offset_scores()
                                ? rounded.offsets_of(params_, tile_.sequence, tile_.kv_head, Config::kHeadDim)
                                : nullptr;
 #pragma unroll
     for (int slot = 0; slot < Config::kWarpSlots; ++slot) {
       const Element* const from[2] = {query_data(2 * slot), query_data(2 * slot + 1)};
       const bool exist[2] = {exists(2 * slot), exists(2 * slot + 1)};
-      round_rows<Config::kHeadDim>(from, exist, offsets, queries_[slot]);
+      round_rows<Config::kHeadDim>(from, exist, params_.head_dim, offsets, queries_[slot]);
     }
     const bool second = threadIdx.x % 2 != 0;
     const auto of_lane = [&](const float (&first)[2], const float (&last)[2]) {
@@ -197,7 +197,7 @@ class WarpVoters {
       const int row = step + lane / kThreadsOfRow;
       const Slot& slot = slots_[step / kSlotRows];
       const int query = slot.query(step % kSlotRows + lane / kThreadsOfRow);
-      const bool exists = slot.exists && tile_.sequence.has_query(query);
+      const bool exists = slot.exists && tile_.sequence.has_query(query) && chunk * 8 < params_.head_dim;
       const Element* from =
           find_row(static_cast<const Element*>(params_.q), params_.q_strides, tile_.sequence,
                    query_row(tile_.sequence, exists ? query : 0), tile_.head);
@@ -218,7 +218,7 @@ class WarpVoters {
       if constexpr (Config::kRounded) {
         load_tile<typename Config::KeyRow, typename Config::KeyTile>(
             keys_address(key_block), keys_, Config::KeyRow::kHeadDim, key_block * Config::kTileK,
-            tile_.sequence.seqlen_k);
+            tile_.sequence.seqlen_k, Config::KeyRow::kHeadDim);
       } else {
         load_keys<typename Config::KeyRow, typename Config::KeyTile>(
             params_, tile_.sequence, keys_address(key_block), keys_, params_.k_strides,

@@ -10,6 +10,7 @@
 #include <cutlass/numeric_types.h>
 #include <cute/arch/mma_sm80.hpp>
 
+#include <climits>
 #include <cstdint>
 #include <type_traits>
 
@@ -166,11 +167,11 @@ __device__ __forceinline__ void multiply_values(Output& output, const Weights& w
 }
 
 // Starts the copy of the rows [first, first + rows of Tile) of a [seqlen, head_dim] matrix in global memory
-// to the tile at `shared`, with all threads of the CTA; rows outside [0, end) become 0. The stride is that of
-// a row, in elements.
+// to the tile at `shared`, with all threads of the CTA; rows outside [0, end) and columns from `head_dim` on
+// become 0. The stride is that of a row, in elements.
 template <class Config, class Tile>
 __device__ __forceinline__ void load_tile(uint32_t shared, const uint16_t* matrix, const int64_t& stride,
-                                          int first, int end) {
+                                          int first, int end, int head_dim) {
   constexpr int kThreadsOfRow = Config::kHeadDim / 8;
   constexpr int kRowsOfStep = Config::kThreads / kThreadsOfRow;
   static_assert(kRowsOfStep % 8 == 0);  // a thread stays at one place of the permutation
@@ -179,17 +180,18 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const uint16_t* matri
   const int chunk = thread % kThreadsOfRow;
   const uint32_t target = shared + Tile::offset(row, chunk);
   const uint16_t* source = matrix + (first + row) * stride + chunk * 8;
-  if (first >= 0 && first + Tile::kRows <= end) {
+  if (first >= 0 && first + Tile::kRows <= end && head_dim == Config::kHeadDim) {
     ptx::keep_branch();
 #pragma unroll
     for (int step = 0; step < Tile::kRows; step += kRowsOfStep) {
       ptx::copy_async(target + step * Tile::kRowBytes, source + step * stride);
     }
   } else {
+    const unsigned rows = chunk * 8 < head_dim ? end : 0;
 #pragma unroll
     for (int step = 0; step < Tile::kRows; step += kRowsOfStep) {
       ptx::copy_async_or_zero(target + step * Tile::kRowBytes, source + step * stride,
-                              static_cast<unsigned>(first + row + step) < static_cast<unsigned>(end));
+                              static_cast<unsigned>(first + row + step) < rows);
     }
   }
 }
@@ -198,8 +200,8 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const uint16_t* matri
 template <class Config, class Tile>
 __device__ __forceinline__ void load_keys(const Problem& problem, const Sequence& sequence, uint32_t shared,
                                           const uint16_t* matrix, const Strides& strides, int first) {
-  if (!Config::kMayPage || !problem.has_pages()) {
-    load_tile<Config, Tile>(shared, matrix, strides.seqlen, first, sequence.seqlen_k);
+  if (Config::kPaging == Paging::kNever || (Config::kPaging == Paging::kMaybe && !problem.has_pages())) {
+    load_tile<Config, Tile>(shared, matrix, strides.seqlen, first, sequence.seqlen_k, problem.head_dim);
     return;
   }
   ptx::keep_branch();
@@ -210,9 +212,10 @@ __device__ __forceinline__ void load_keys(const Problem& problem, const Sequence
   const int row = thread / kThreadsOfRow;
   const int chunk = thread % kThreadsOfRow;
   const uint32_t target = shared + Tile::offset(row, chunk);
+  const int first_key = chunk * 8 < problem.head_dim ? first + row : INT_MAX - Tile::kRows;
 #pragma unroll 1
   for (int step = 0; step < Tile::kRows; step += kRowsOfStep) {
-    const int key = first + row + step;
+    const int key = first_key + step;
     const uint16_t* source = matrix;
     bool exists = key < sequence.seqlen_k;
     if (exists) {

@@ -111,8 +111,7 @@ void attend_blocks(const AttendParams& params, cudaStream_t stream) {
   using Config = AttendConfig<Element, kHeadDim>;
   const int processors = count_multiprocessors();
   AttendKernelParams kernel_params;
-  static_cast<TensorMaps&>(kernel_params) =
-      make_tensor_maps<Element>(params, kHeadDim, kKeyBlock, Config::kBoxColumns);
+  static_cast<TensorMaps&>(kernel_params) = make_tensor_maps<Element>(params, kKeyBlock, Config::kBoxColumns);
   OrderParams& order = kernel_params.order;
   order.attend = params;
   order.schedule = make_schedule(params, params.query_blocks(kAttendTileQ), 2 * kHeadDim * sizeof(Element));

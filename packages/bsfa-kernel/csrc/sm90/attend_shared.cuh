@@ -33,6 +33,8 @@ struct SharedListConfig : ForwardConfig<Element_, kHeadDim_> {
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
 
+  static constexpr int kDensePadding = kHeadDim == 64 ? 5 : 0;  // as in the forward kernel
+
   using PublishedTile = SharedListTile;
   // Asked of the first places only.
   __device__ __forceinline__ static int key_block(const SharedListTile& tile, int place) {
@@ -156,11 +158,12 @@ struct SharedListProducer {
 
   // A warp for K and one for V. Follows the tiles that are published, as far ahead of the consumers as there
   // are stages. buffer_of: where a stage begins. kPaged: keys and values lie in pages.
-  template <bool kPaged, int kStages>
+  template <bool kPaged, int kStages, class BufferOf>
   __device__ __forceinline__ void load_blocks(const CUtensorMap& map,
                                               cutlass::arch::ClusterTransactionBarrier (&full)[kStages],
                                               cutlass::arch::ClusterBarrier (&empty)[kStages],
-                                              Element* blocks, auto buffer_of, int column_elements) const {
+                                              Element* blocks, const BufferOf& buffer_of,
+                                              int column_elements) const {
     const AttendParams& attend = params.order.attend;
     PipelineState<kStages> state;
     for (uint32_t count = 0;; ++count) {

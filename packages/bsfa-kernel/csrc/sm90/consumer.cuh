@@ -150,7 +150,7 @@ struct ConsumerPipelines {
   PipelineState<1> queries;
 
   // The tile whose queries come next.
-  __device__ const __forceinline__ typename Config::PublishedTile& published_tile(
+  const __device__ __forceinline__ typename Config::PublishedTile& published_tile(
       const typename Config::SharedStorage& storage) const {
     return storage.tiles[queries.count % Config::kTileSlots];
   }

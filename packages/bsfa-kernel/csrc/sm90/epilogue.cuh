@@ -4,6 +4,7 @@
 // A consumer warpgroup's results: output, log-sum-exp and the number of blocks kept.
 #pragma once
 
+#include "../common/sink.cuh"
 #include "consumer.cuh"
 
 namespace bsfa::sm90 {
@@ -44,16 +45,17 @@ __device__ __forceinline__ void store_output(const Context& context, Output& out
   const ConsumerThread who = context.who;
   const auto exists = [&](int row) { return sequence.has_query(context.first_query() + who.row(row)); };
 
+  const float sink = sink_of(params, context.tile.head);
   float factors[kThreadRows];
   CUTE_UNROLL
   for (int row = 0; row < kThreadRows; ++row) {
     const float sum = is_poisoned(context.block) ? CUDART_NAN_F : quad_sum(softmax.sum[row]);
-    // Not by a call, as 1 / sum would: ptxas serialises wgmma under way across calls.
-    factors[row] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+    const RowResult result = finish_row(params.scale * softmax.maximum[row], sum, sink);
+    factors[row] = result.factor;
     if (params.lse != nullptr && who.thread % 4 == 0 && exists(row)) {
       const int64_t line = lse_line(params, context.tile);
       params.lse[line * params.seqlen_q + sequence.first_q + context.first_query() + who.row(row)] =
-          sum == 0.0f ? -CUDART_INF_F : params.scale * softmax.maximum[row] + logf(sum);
+          result.lse;
     }
   }
   scale_rows(output, factors);
@@ -68,16 +70,17 @@ __device__ __forceinline__ void store_output(const Context& context, Output& out
   constexpr int kGroup = 8;
   CUTE_UNROLL
   for (int row = 0; row < kThreadRows; ++row) {
+    const int columns = exists(row) ? params.head_dim : 0;
     if constexpr (Config::kShortEnds) {
       // Pairs swap, so that a quad writes 32 bytes of a row at a time, a sector where rows are aligned to
       // one.
-      const bool is_stored = exists(row);
-      Element* line = out + who.row(row) * strides.seqlen + who.thread % 2 * kGroup + who.thread % 4 / 2 * 4;
+      const int first_column = who.thread % 2 * kGroup + who.thread % 4 / 2 * 4;
+      Element* line = out + who.row(row) * strides.seqlen + first_column;
       CUTE_UNROLL
       for (int group = 0; group < Config::kHeadDim / kGroup; group += 2) {
         const uint2 swapped =
             swap_in_pair(words(row + kThreadRows * group), words(row + kThreadRows * (group + 1)));
-        if (is_stored) {
+        if (group * kGroup + first_column < columns) {
           *reinterpret_cast<uint2*>(line + group * kGroup) = swapped;
         }
       }
@@ -91,7 +94,7 @@ __device__ __forceinline__ void store_output(const Context& context, Output& out
           swapped[i] = words(row + kThreadRows * (group + i));
         }
         transpose_in_quad(swapped);
-        if (exists(row)) {
+        if ((group + who.thread % 4) * kGroup < columns) {
           *reinterpret_cast<uint4*>(out + who.row(row) * strides.seqlen + (group + who.thread % 4) * kGroup) =
               uint4{swapped[0], swapped[1], swapped[2], swapped[3]};
         }

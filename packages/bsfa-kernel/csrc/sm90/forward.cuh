@@ -125,8 +125,7 @@ KernelParams make_kernel_params(const ForwardParams& params) {
   kernel_params.schedule =
       make_schedule(params, params.query_blocks(Config::kTileQ), 2 * Config::kHeadDim * sizeof(Element));
   kernel_params.tiles = static_cast<int>(kernel_params.schedule.ctas());
-  static_cast<TensorMaps&>(kernel_params) =
-      make_tensor_maps<Element>(params, Config::kHeadDim, kKeyBlock, Config::kBoxColumns);
+  static_cast<TensorMaps&>(kernel_params) = make_tensor_maps<Element>(params, kKeyBlock, Config::kBoxColumns);
   return kernel_params;
 }
 

@@ -329,8 +329,8 @@ SelectKernelParams make_select_kernel_params(const SelectParams& params) {
   } else {
     constexpr auto kType = std::is_same_v<Element, cutlass::half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    kernel_params.k = make_key_map(params, "k", kType, params.k, params.k_strides, Config::kHeadDim,
-                                   Config::kTileKeys, Config::kBoxColumns);
+    kernel_params.k =
+        make_key_map(params, "k", kType, params.k, params.k_strides, Config::kTileKeys, Config::kBoxColumns);
   }
   return kernel_params;
 }

@@ -136,9 +136,16 @@ struct VotingRow {
   float base;
   float sum;
 
-  __device__ __forceinline__ void reset() {
-    base = kRule == Rule::kRunningMax ? -CUDART_INF_F : -FLT_MAX;
+  // `sink`: what the reference begins with. A row that has seen NaN has a sum of NaN and a base that nothing
+  // exceeds.
+  __device__ __forceinline__ void reset(float sink) {
+    const float seen = sink < CUDART_INF_F ? sink : CUDART_NAN_F;
+    base = seen;
     sum = 0.0f;
+    if constexpr (kRule == Rule::kPeakLse) {
+      base = sink == -CUDART_INF_F ? -FLT_MAX : isnan(seen) ? FLT_MAX : seen;
+      sum = sink == -CUDART_INF_F ? 0.0f : isnan(seen) ? seen : 1.0f;
+    }
     if (kRule == Rule::kPeakLse && !votes) {
       // Scores of 0 and no bound to reach: a vote to skip without a test, except for NaN, which is
       // rebase()'s.
@@ -193,7 +200,6 @@ struct VotingRow {
     const float after = add_peak(between, second);
     if (vote.is_high || other_is_high) {
       vote.excess = votes ? x - ((voter.key_block() == 1 ? before : between) + threshold) : -1.0f;
-      // A row that has seen NaN gets a base that nothing exceeds.
       base = !votes ? base : isnan(after) ? FLT_MAX : after;
       sum = !votes ? vote.sum : isnan(after) ? after : 1.0f;
     }
@@ -234,14 +240,17 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
   const int in_quad = voter.lane % 4;
 
   bool exists[kQuadRows];
+  int columns[kQuadRows];  // others are 0
   const Element* from[kQuadRows];
   CUTE_UNROLL
   for (int row = 0; row < kQuadRows; ++row) {
     const int query = slot.query(voter.row(row));
     exists[row] = slot.exists && tile.sequence.has_query(query);
+    columns[row] = exists[row] ? params.head_dim : 0;
     from[row] = find_row(static_cast<const Element*>(params.q), params.q_strides, tile.sequence,
                          query_row(tile.sequence, exists[row] ? query : 0), tile.head);
   }
+  float sink = sink_of(params, tile.head) * CUDART_L2E_F;
   voting_row.votes = (voter.row_of_quad() == 0 ? exists[0] : exists[1]) && slot.threshold != CUDART_INF_F;
   voting_row.threshold = slot.threshold * CUDART_L2E_F;
 
@@ -253,7 +262,8 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
       for (int i = 0; i < 4; ++i) {
         const int row = i % 2;
         const int column = step * 16 + i / 2 * 8 + in_quad * 2;
-        words(step * 4 + i) = exists[row] ? *reinterpret_cast<const uint32_t*>(from[row] + column) : 0;
+        words(step * 4 + i) =
+            column < columns[row] ? *reinterpret_cast<const uint32_t*>(from[row] + column) : 0;
       }
     }
   } else {
@@ -262,12 +272,13 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
     for (int row = 0; row < kQuadRows; ++row) {
       CUTE_UNROLL
       for (int i = 0; i < 2 * kSteps; ++i) {
+        const int column = i * 16 + in_quad * 4;
         raw[row][i] =
-            exists[row] ? *reinterpret_cast<const uint2*>(from[row] + i * 16 + in_quad * 4) : uint2{0, 0};
+            column < columns[row] ? *reinterpret_cast<const uint2*>(from[row] + column) : uint2{0, 0};
       }
     }
     float scales[kQuadRows];
-    float lacks[kQuadRows];
+    float lacks[kQuadRows] = {0.0f, 0.0f};  // what the scores lack
     CUTE_UNROLL
     for (int row = 0; row < kQuadRows; ++row) {
       // Magnitudes of 16 bits compare as integers, and NaN above all others.
@@ -286,7 +297,7 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
         words(i / 2 * 4 + i % 2 * 2 + row) = round_to_bytes(to_floats<Element>(raw[row][i].x),
                                                             to_floats<Element>(raw[row][i].y), scale.inverse);
       }
-      if constexpr (kRule == Rule::kAbsolute) {
+      if (params.needs_offset_scores()) {
         const float* offsets = rounded.offsets_of(params, tile.sequence, tile.kv_head, Config::kHeadDim);
         float lack = 0.0f;
         CUTE_UNROLL
@@ -302,11 +313,10 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
       }
     }
     voting_row.scale = voter.row_of_quad() == 0 ? scales[0] : scales[1];
-    if constexpr (kRule == Rule::kAbsolute) {
-      voting_row.threshold -= voter.row_of_quad() == 0 ? lacks[0] : lacks[1];
-    }
+    const float lack = voter.row_of_quad() == 0 ? lacks[0] : lacks[1];
+    (kRule == Rule::kAbsolute ? voting_row.threshold : sink) -= lack;
   }
-  voting_row.reset();
+  voting_row.reset(sink);
 }
 
 }  // namespace bsfa::sm90

@@ -59,7 +59,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     const int row = who.row(kRelative ? who.thread % kThreadRows : i);
     votes[i] = is_voter(params, block, tile.sequence, context.first_query() + row);
   }
-  RowReference reference = RowReference::first(params.rule);
+  RowReference reference = RowReference::first(params, tile.head);
   // The row's peak in the block voted on last, from either half of the quad. The reference takes it in with
   // the next vote, so that nobody waits for the exchange.
   float half_peak = -CUDART_INF_F;

@@ -79,8 +79,9 @@ constexpr int page_box_rows(int page_size) {
 
 // A box of k and v; `box_rows`, unless they lie in pages.
 inline CUtensorMap make_key_map(const Problem& problem, const char* name, CUtensorMapDataType type,
-                                const void* data, const Strides& strides, int head_dim, uint32_t box_rows,
+                                const void* data, const Strides& strides, uint32_t box_rows,
                                 uint32_t box_columns) {
+  const int head_dim = problem.head_dim;
   // The copy engine knows no empty tensors. What stands in for one is never loaded.
   if (problem.seqlen_k == 0) {
     return make_tensor_map(name, type, problem.q, {1, 1, 1, head_dim}, {}, box_rows, box_columns);
@@ -100,15 +101,14 @@ struct TensorMaps {
 };
 
 template <class Element>
-TensorMaps make_tensor_maps(const ForwardParams& params, int head_dim, uint32_t box_rows,
-                            uint32_t box_columns) {
+TensorMaps make_tensor_maps(const ForwardParams& params, uint32_t box_rows, uint32_t box_columns) {
   constexpr auto kType = std::is_same_v<Element, cutlass::half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const int64_t batch = params.packs_queries() ? 1 : params.batch;
-  return {make_tensor_map("q", kType, params.q, {batch, params.seqlen_q, params.heads, head_dim},
+  return {make_tensor_map("q", kType, params.q, {batch, params.seqlen_q, params.heads, params.head_dim},
                           params.q_strides, box_rows, box_columns),
-          make_key_map(params, "k", kType, params.k, params.k_strides, head_dim, box_rows, box_columns),
-          make_key_map(params, "v", kType, params.v, params.v_strides, head_dim, box_rows, box_columns)};
+          make_key_map(params, "k", kType, params.k, params.k_strides, box_rows, box_columns),
+          make_key_map(params, "v", kType, params.v, params.v_strides, box_rows, box_columns)};
 }
 
 }  // namespace bsfa::sm90

@@ -83,7 +83,7 @@ typedef struct bsfa_problem {
   int64_t batch;
   int64_t heads;
   int64_t kv_heads; /* divides heads */
-  int64_t head_dim;
+  int64_t head_dim; /* a multiple of 8, of v too */
   int64_t seqlen_q; /* packed: total_q, the number of packed queries */
   int64_t seqlen_k; /* packed: total_k, the number of packed keys; in pages: the most keys that a sequence
                      * may have, no more than its row of the block table has room for */
@@ -104,8 +104,8 @@ typedef struct bsfa_problem {
   int64_t pages;              /* that k and v hold */
   int32_t page_size;          /* keys of a page, a multiple of 16 */
 
-  /* Reserved: anything but 0 is refused with BSFA_UNSUPPORTED. */
-  const float* sinks; /* [heads]: a score a head that takes part in the softmax and has no value */
+  const float* sinks; /* [heads], units of scaled scores: a score of each head that takes part in the softmax
+                       * of its rows and has no value; or NULL */
 } bsfa_problem;
 
 /* Arguments of bsfa_forward. Set abi_version and struct_size first; zero means "absent" everywhere else. */
@@ -202,7 +202,8 @@ BSFA_API uint32_t bsfa_abi_version(void);
 
 /* A JSON object that describes the build: version, abi_version, cuda (version of the toolkit, or null), and
  * kernels: a list of {"name": "forward" | "block_maxima" | "select_blocks" | "attend_blocks", "arch", "ptx",
- * "dtype", "head_dim", "geometries"}. */
+ * "dtype", "head_dim", "head_dims", "geometries"}: head_dims are those that the kernel serves, of which
+ * head_dim is the largest. */
 BSFA_API const char* bsfa_build_info(void);
 
 /* What went wrong in this thread's last call that did not return BSFA_OK; "" if none did. Valid until the

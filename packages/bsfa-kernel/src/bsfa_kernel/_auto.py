@@ -115,8 +115,9 @@ def _head_dims_with_both_steps(device: int, dtype: torch.dtype, arch: int) -> tu
 def _find_head_dims(device: int, dtype: torch.dtype, arch: int) -> tuple[int, ...]:
     major, _ = torch.cuda.get_device_capability(device)
     found = {
-        (kernel.name, kernel.head_dim)
+        (kernel.name, head_dim)
         for kernel in build_info().kernels
+        for head_dim in kernel.head_dims
         if kernel.dtype == str(dtype).removeprefix("torch.")
         and (kernel.arch == arch or arch == 0)
         and (kernel.arch // 10 == major or (kernel.ptx and major > 8))

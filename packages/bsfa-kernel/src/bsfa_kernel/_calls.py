@@ -36,6 +36,7 @@ class ForwardCall(NamedTuple):
     max_seqlen_k: int | None = None
     block_table: Tensor | None = None
     seqused_k: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 class BlockMaximaCall(NamedTuple):
@@ -50,6 +51,7 @@ class BlockMaximaCall(NamedTuple):
     k_block: int
     block_table: Tensor | None = None
     seqused_k: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 class SelectCall(NamedTuple):
@@ -70,6 +72,7 @@ class SelectCall(NamedTuple):
     max_seqlen_k: int | None
     block_table: Tensor | None = None
     seqused_k: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 class AttendCall(NamedTuple):
@@ -90,6 +93,7 @@ class AttendCall(NamedTuple):
     return_kept: bool
     block_table: Tensor | None = None
     seqused_k: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 AnyCall: TypeAlias = ForwardCall | BlockMaximaCall | SelectCall | AttendCall
@@ -174,6 +178,7 @@ def select_step(call: ForwardCall) -> SelectCall:
         call.max_seqlen_k,
         call.block_table,
         call.seqused_k,
+        call.sinks,
     )
 
 
@@ -195,6 +200,7 @@ def attend_step(call: ForwardCall, block_mask: Tensor) -> AttendCall:
         call.return_kept,
         call.block_table,
         call.seqused_k,
+        call.sinks,
     )
 
 

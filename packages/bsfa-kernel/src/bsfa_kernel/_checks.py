@@ -125,7 +125,7 @@ def check_types(call: AnyCall) -> None:
         check_precision(call.precision)
 
 
-_OPTIONAL = ("cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k")
+_OPTIONAL = ("cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k", "sinks")
 _TENSORS = ("q", "k", "v", "thresholds", "block_mask", *_OPTIONAL)
 
 
@@ -146,8 +146,8 @@ def check_forward(call: ForwardCall, *, any_geometry: bool = False) -> None:
 
     Args:
         call: the arguments.
-        any_geometry: whether this is for the reference, which takes any geometry, and thresholds in
-            float64.
+        any_geometry: whether this is for the reference, which takes any geometry, and thresholds
+            and sinks in float64.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -156,6 +156,7 @@ def check_forward(call: ForwardCall, *, any_geometry: bool = False) -> None:
     check_types(call)
     _check_options(call, any_geometry)
     _check_lengths(call)
+    _check_sinks(call, any_geometry)
     _check_values(call.v, call.k, call.q)
     _check_thresholds(call.thresholds, call.q, any_geometry)
 
@@ -168,6 +169,7 @@ def check_select(call: SelectCall, *, any_geometry: bool = False) -> None:
     check_types(call)
     _check_options(call, any_geometry)
     _check_lengths(call)
+    _check_sinks(call, any_geometry)
     _check_thresholds(call.thresholds, call.q, any_geometry)
 
 
@@ -179,6 +181,7 @@ def check_attend(call: AttendCall, *, any_geometry: bool = False) -> None:
     check_types(call)
     _check_options(call, any_geometry)
     _check_lengths(call)
+    _check_sinks(call, any_geometry)
     _check_values(call.v, call.k, call.q)
     if call.thresholds is not None:
         _check_thresholds(call.thresholds, call.q, any_geometry)
@@ -262,6 +265,11 @@ def _check_block_table(call: AnyCall, table: Tensor, batch: int) -> None:
 
 
 def _check_values(v: Tensor, k: Tensor, q: Tensor) -> None:
+    if v.shape[-1] != k.shape[-1] and v.shape[:-1] == k.shape[:-1]:
+        raise ValueError(
+            "v must have the head_dim of k: values that are narrower or wider than keys are not "
+            f"supported, got {v.shape[-1]} and {k.shape[-1]}"
+        )
     if v.shape != k.shape:
         raise ValueError(f"v must have the shape of k, got {_shape(v)} and {_shape(k)}")
     _check_like(v, "v", q)
@@ -282,6 +290,17 @@ def _check_thresholds(thresholds: Tensor, q: Tensor, any_geometry: bool) -> None
     ):
         raise TypeError(f"thresholds must be float32, got {_dtype(thresholds)}")
     _check_device(thresholds, "thresholds", q)
+
+
+def _check_sinks(call: AnyCall, any_dtype: bool) -> None:
+    sinks, heads = call.sinks, call.q.shape[-2]
+    if sinks is None:
+        return
+    if sinks.dim() != 1 or sinks.shape[0] != heads:
+        raise ValueError(f"sinks must be [heads], here [{heads}]; got the shape {_shape(sinks)}")
+    if sinks.dtype != torch.float32 and not (any_dtype and sinks.dtype == torch.float64):
+        raise TypeError(f"sinks must be float32, got {_dtype(sinks)}")
+    _check_device(sinks, "sinks", call.q)
 
 
 def _check_block_mask(call: AttendCall) -> None:
@@ -353,6 +372,14 @@ def passes_fast_check(call: ForwardCall) -> bool:
         and voters in VOTERS
         and call.selection in SELECTIONS
         and call.max_seqlen_k is None
+        and (
+            (sinks := call.sinks) is None
+            or (
+                sinks.shape == threshold_shape[:1]
+                and sinks.dtype == torch.float32
+                and sinks.get_device() == device
+            )
+        )
     )
 
 
@@ -366,6 +393,7 @@ def check_block_maxima(call: BlockMaximaCall, *, any_geometry: bool = False) -> 
     check_types(call)
     _check_options(call, any_geometry)
     _check_lengths(call)
+    _check_sinks(call, any_geometry)
 
 
 def _check_queries_and_keys(call: AnyCall) -> None:

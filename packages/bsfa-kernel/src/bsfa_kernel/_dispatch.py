@@ -22,13 +22,23 @@ def can_bypass_dispatcher(call: ForwardCall) -> bool:
     if torch.compiler.is_compiling():
         return False
     q, k, v, thresholds = call[:4]
+    sinks = call.sinks
     return not (
         type(q) not in _PLAIN
         or type(k) not in _PLAIN
         or type(v) not in _PLAIN
         or type(thresholds) not in _PLAIN
         or not q.is_cuda
-        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or (sinks is not None and type(sinks) not in _PLAIN)
+        or (
+            torch.is_grad_enabled()
+            and (
+                q.requires_grad
+                or k.requires_grad
+                or v.requires_grad
+                or (sinks is not None and sinks.requires_grad)
+            )
+        )
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -47,7 +57,8 @@ def dispatch(operator: Callable[..., Any], call: AnyCall) -> Any:
     """
     inputs = call[:3] if isinstance(call, (ForwardCall, AttendCall)) else call[:2]
     if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        torch.is_grad_enabled()
+        and any(x.requires_grad for x in (*inputs, call.sinks) if x is not None)
     ):
         return operator(*call)
     with torch._C._AutoDispatchBelowAutograd():

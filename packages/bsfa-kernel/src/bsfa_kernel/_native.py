@@ -99,10 +99,6 @@ class Problem(Structure):
     )
 
 
-RESERVED = ("sinks",)
-"""Members of bsfa_problem that must be 0 in this version."""
-
-
 class ForwardArgs(Structure):
     """bsfa_forward_args."""
 
@@ -178,16 +174,11 @@ _FORMATS = {
 
 
 def _format(mirror: type[Structure]) -> str:
-    """A structure's fields for ``struct``, those of inner ones written out; zeros for RESERVED."""
-    parts = []
-    for name, kind, *_ in mirror._fields_:
-        if name in RESERVED:
-            parts.append(f"{ctypes.sizeof(kind)}x")
-        elif issubclass(kind, Structure):
-            parts.append(_format(kind))
-        else:
-            parts.append(_FORMATS[kind])
-    return "".join(parts)
+    """A structure's fields for ``struct``, those of inner ones written out."""
+    return "".join(
+        _format(kind) if issubclass(kind, Structure) else _FORMATS[kind]
+        for _, kind, *_ in mirror._fields_
+    )
 
 
 def _packer(mirror: type[Structure]) -> struct.Struct:
@@ -295,12 +286,12 @@ def forward(call: ForwardCall, out: Tensor, lse: Tensor | None, kept: Tensor | N
         RuntimeError: a CUDA call failed, or a defect of the library.
     """
     thresholds = _contiguous(call.thresholds)
-    lengths = _Lengths(call)
+    arrays = _Arrays(call)
     status = library().bsfa_forward(
         _forward_packer.pack(
             ABI_VERSION,
             _FORWARD_SIZE,
-            *_problem(call, lengths),
+            *_problem(call, arrays),
             *_tensor(call.v),
             *_tensor(out),
             thresholds.data_ptr(),
@@ -325,12 +316,12 @@ def block_maxima(call: BlockMaximaCall, maxima: Tensor) -> None:
         NotImplementedError: no native library, or valid but unsupported by it or by the GPU.
         RuntimeError: a CUDA call failed, or a defect of the library.
     """
-    lengths = _Lengths(call)
+    arrays = _Arrays(call)
     status = library().bsfa_block_maxima(
         _block_maxima_packer.pack(
             ABI_VERSION,
             _BLOCK_MAXIMA_SIZE,
-            *_problem(call, lengths),
+            *_problem(call, arrays),
             maxima.data_ptr(),
         )
     )
@@ -348,11 +339,11 @@ def select_blocks(call: SelectCall, block_mask: Tensor) -> None:
     Raises: as ``forward``.
     """
     thresholds = _contiguous(call.thresholds)
-    lengths = _Lengths(call)
+    arrays = _Arrays(call)
     arguments = _select_blocks_packer.pack(
         ABI_VERSION,
         _SELECT_BLOCKS_SIZE,
-        *_problem(call, lengths),
+        *_problem(call, arrays),
         thresholds.data_ptr(),
         thresholds.shape[1],
         PRECISION_CODES[call.precision],
@@ -380,11 +371,11 @@ def attend_blocks(call: AttendCall, out: Tensor, lse: Tensor | None, kept: Tenso
     """
     block_mask = _contiguous(call.block_mask)
     thresholds = None if call.thresholds is None else _contiguous(call.thresholds)
-    lengths = _Lengths(call)
+    arrays = _Arrays(call)
     arguments = _attend_blocks_packer.pack(
         ABI_VERSION,
         _ATTEND_BLOCKS_SIZE,
-        *_problem(call, lengths),
+        *_problem(call, arrays),
         *_tensor(call.v),
         *_tensor(out),
         block_mask.data_ptr(),
@@ -420,15 +411,16 @@ def _contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
-class _Lengths:
-    """What the device knows of a call's lengths, contiguous; must live until the call is made."""
+class _Arrays:
+    """The small arrays of a problem, contiguous; must live until the call is made."""
 
-    __slots__ = ("cu_seqlens_k", "cu_seqlens_q", "seqused_k")
+    __slots__ = ("cu_seqlens_k", "cu_seqlens_q", "seqused_k", "sinks")
 
     def __init__(self, call: AnyCall) -> None:
         self.cu_seqlens_q = _contiguous_or_none(starts_of_queries(call))
         self.cu_seqlens_k = _contiguous_or_none(starts_of_keys(call))
         self.seqused_k = _contiguous_or_none(call.seqused_k)
+        self.sinks = _contiguous_or_none(call.sinks)
 
 
 def _contiguous_or_none(x: Tensor | None) -> Tensor | None:
@@ -447,8 +439,8 @@ def _tensor(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), 0, strides[0], strides[1]
 
 
-def _problem(call: AnyCall, lengths: _Lengths) -> tuple[float, ...]:
-    """The fields of Problem that are not reserved."""
+def _problem(call: AnyCall, arrays: _Arrays) -> tuple[float, ...]:
+    """The fields of Problem."""
     q, k, scale, table = call.q, call.k, call.scale, call.block_table
     seqlen_q, heads, head_dim = q.shape[-3:]
     batch = sequence_count(call)
@@ -472,13 +464,14 @@ def _problem(call: AnyCall, lengths: _Lengths) -> tuple[float, ...]:
         k.shape[-3] if table is None else most_keys(call),
         *_tensor(q),
         *_tensor(k),
-        _pointer(lengths.cu_seqlens_q),
-        _pointer(lengths.cu_seqlens_k),
-        _pointer(lengths.seqused_k),
+        _pointer(arrays.cu_seqlens_q),
+        _pointer(arrays.cu_seqlens_k),
+        _pointer(arrays.seqused_k),
         _pointer(table),
         0 if table is None else table.stride(0),
         0 if table is None else k.shape[0],
         0 if table is None else k.shape[1],
+        _pointer(arrays.sinks),
     )
 
 

@@ -44,27 +44,28 @@ _library.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor thresholds, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, bool causal, float? scale, str rule, int q_block, int k_block, "
     "int voters, bool return_lse, bool return_kept, str selection='exact', "
-    "SymInt? max_seqlen_k=None, Tensor? block_table=None, Tensor? seqused_k=None) "
-    "-> (Tensor out, Tensor lse, Tensor kept)",
+    "SymInt? max_seqlen_k=None, Tensor? block_table=None, Tensor? seqused_k=None, "
+    "Tensor? sinks=None) -> (Tensor out, Tensor lse, Tensor kept)",
     tags=_tags,
 )
 _library.define(
     "select_blocks(Tensor q, Tensor k, Tensor thresholds, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, bool causal, float? scale, str rule, int q_block, int k_block, "
     "int voters, str precision, SymInt? max_seqlen_k, Tensor? block_table=None, "
-    "Tensor? seqused_k=None) -> Tensor",
+    "Tensor? seqused_k=None, Tensor? sinks=None) -> Tensor",
     tags=_tags,
 )
 _library.define(
     "attend_blocks(Tensor q, Tensor k, Tensor v, Tensor block_mask, Tensor? thresholds, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float? scale, int q_block, "
     "int k_block, bool return_lse, bool return_kept, Tensor? block_table=None, "
-    "Tensor? seqused_k=None) -> (Tensor out, Tensor lse, Tensor kept)",
+    "Tensor? seqused_k=None, Tensor? sinks=None) -> (Tensor out, Tensor lse, Tensor kept)",
     tags=_tags,
 )
 _library.define(
     "block_maxima(Tensor q, Tensor k, bool causal, float? scale, str rule, int q_block, "
-    "int k_block, Tensor? block_table=None, Tensor? seqused_k=None) -> Tensor",
+    "int k_block, Tensor? block_table=None, Tensor? seqused_k=None, "
+    "Tensor? sinks=None) -> Tensor",
     tags=_tags,
 )
 

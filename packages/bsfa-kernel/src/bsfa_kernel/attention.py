@@ -37,6 +37,7 @@ def block_sparse_attention(
     block_table: Tensor | None = ...,
     seqused_k: Tensor | None = ...,
     max_seqlen_k: int | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     return_kept: Literal[False] = ...,
 ) -> Tensor: ...
@@ -61,6 +62,7 @@ def block_sparse_attention(
     block_table: Tensor | None = ...,
     seqused_k: Tensor | None = ...,
     max_seqlen_k: int | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[True],
     return_kept: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -85,6 +87,7 @@ def block_sparse_attention(
     block_table: Tensor | None = ...,
     seqused_k: Tensor | None = ...,
     max_seqlen_k: int | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     return_kept: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -109,6 +112,7 @@ def block_sparse_attention(
     block_table: Tensor | None = ...,
     seqused_k: Tensor | None = ...,
     max_seqlen_k: int | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[True],
     return_kept: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -132,6 +136,7 @@ def block_sparse_attention(
     block_table: Tensor | None = None,
     seqused_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     return_kept: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +187,10 @@ def block_sparse_attention(
             "int8" and "auto" it sets the size of the block mask, and is what "auto" takes for the
             call's length. On a GPU, where it cannot be checked, a longer sequence that does not fit
             gets NaN.
-        return_lse: also return the log-sum-exp of the scores kept.
+        sinks: float32 [heads], in units of scaled scores: a score of each head that takes part in
+            the softmax of its rows and has no value, -inf for none. Under the relative rules it
+            counts as a peak that each row has seen at first.
+        return_lse: also return the log-sum-exp of the scores kept, and of the sink.
         return_kept: also return how many key blocks each query block kept. Graphs that are exported
             with a dynamic seqlen_q then need two query blocks, as torch makes a case of its own of
             a dimension of 1; without it they take any lengths.
@@ -191,8 +199,8 @@ def block_sparse_attention(
         The output, as q; then, where asked for, lse: float32 [batch, heads, seqlen_q] (packed
         [heads, total_q]; float64 from float64 inputs), and kept: int32 [batch, heads, q_blocks]
         (packed [heads, total_q // q_block + 2 * batch]), whose columns that belong to no query
-        block hold 0. A query that keeps nothing has output 0 and
-        lse -inf.
+        block hold 0. A query that keeps nothing has output 0, and
+        as its lse the sink of its head or -inf.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -221,6 +229,7 @@ def block_sparse_attention(
         max_seqlen_k,
         block_table,
         seqused_k,
+        sinks,
     )
     direct = can_bypass_dispatcher(call) and passes_fast_check(call)
     if not direct:
@@ -253,6 +262,7 @@ def block_maxima(
     geometry: Geometry = DEFAULT_GEOMETRY,
     block_table: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The quantity that is compared with the thresholds, for every block.
 
@@ -268,7 +278,7 @@ def block_maxima(
     """
     check_geometry(geometry)
     call = BlockMaximaCall(
-        q, k, bool(causal), scale, rule, geometry[0], geometry[1], block_table, seqused_k
+        q, k, bool(causal), scale, rule, geometry[0], geometry[1], block_table, seqused_k, sinks
     )
     check_types(call)
     maxima: Tensor = dispatch(_block_maxima, call)

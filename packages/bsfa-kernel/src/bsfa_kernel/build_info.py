@@ -29,7 +29,10 @@ class Kernel:
     dtype: str
     """"float16" or "bfloat16"."""
     head_dim: int
+    """The largest that it serves."""
     geometries: tuple[Geometry, ...]
+    head_dims: tuple[int, ...]
+    """All that it serves, each at the cost of the largest."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,14 @@ class BuildInfo:
     def head_dims(self) -> tuple[int, ...]:
         """Those that there is a forward kernel for."""
         return tuple(
-            sorted({kernel.head_dim for kernel in self.kernels if kernel.name == "forward"})
+            sorted(
+                {
+                    head_dim
+                    for kernel in self.kernels
+                    if kernel.name == "forward"
+                    for head_dim in kernel.head_dims
+                }
+            )
         )
 
     def __str__(self) -> str:
@@ -88,7 +98,7 @@ class BuildInfo:
             )
             lines.extend(
                 f"    {kernel.name}: sm_{kernel.arch}{' and later, by PTX' if kernel.ptx else ''}, "
-                f"{kernel.dtype}, head_dim {kernel.head_dim}, "
+                f"{kernel.dtype}, head_dim {kernel.head_dims[0]} to {kernel.head_dims[-1]}, "
                 f"{' and '.join(map(str, kernel.geometries))}"
                 for kernel in self.kernels
             )
@@ -132,9 +142,11 @@ def build_info() -> BuildInfo:
 
 
 def _kernel(entry: dict[str, object]) -> Kernel:
-    geometries = entry["geometries"]
+    geometries, head_dims = entry["geometries"], entry["head_dims"]
     if not isinstance(geometries, list):
         raise TypeError(f"geometries must be a list, got {geometries!r}")
+    if not isinstance(head_dims, list) or not head_dims:
+        raise TypeError(f"head_dims must be a list of some, got {head_dims!r}")
     return Kernel(
         name=str(entry["name"]),
         arch=int(str(entry["arch"])),
@@ -142,6 +154,7 @@ def _kernel(entry: dict[str, object]) -> Kernel:
         dtype=str(entry["dtype"]),
         head_dim=int(str(entry["head_dim"])),
         geometries=tuple(_geometry(geometry) for geometry in geometries),
+        head_dims=tuple(map(int, head_dims)),
     )
 
 

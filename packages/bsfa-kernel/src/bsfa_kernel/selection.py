@@ -36,6 +36,7 @@ def select_blocks(
     block_table: Tensor | None = None,
     seqused_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The blocks that ``block_sparse_attention`` would keep, as a block mask.
 
@@ -75,6 +76,7 @@ def select_blocks(
         max_seqlen_k,
         block_table,
         seqused_k,
+        sinks,
     )
     check_types(call)
     block_mask: Tensor = dispatch(select_operator, call)
@@ -95,6 +97,7 @@ def attend_blocks(
     cu_seqlens_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
     seqused_k: Tensor | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     return_kept: Literal[False] = ...,
 ) -> Tensor: ...
@@ -114,6 +117,7 @@ def attend_blocks(
     cu_seqlens_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
     seqused_k: Tensor | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[True],
     return_kept: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -133,6 +137,7 @@ def attend_blocks(
     cu_seqlens_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
     seqused_k: Tensor | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     return_kept: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -152,6 +157,7 @@ def attend_blocks(
     cu_seqlens_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
     seqused_k: Tensor | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[True],
     return_kept: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -170,6 +176,7 @@ def attend_blocks(
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     return_kept: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +189,7 @@ def attend_blocks(
 
     Args:
         q: as in ``block_sparse_attention``, and so are ``k``, ``v``, ``causal``, ``scale``,
-            ``cu_seqlens_*``, ``block_table`` and ``seqused_k``.
+            ``cu_seqlens_*``, ``block_table``, ``seqused_k`` and ``sinks``.
         k: as there.
         v: as there.
         block_mask: int64 [batch, heads, q_blocks, words], of packed queries [heads, total_q //
@@ -196,12 +203,13 @@ def attend_blocks(
         cu_seqlens_k: int32 [batch + 1], from 0 to total_k.
         block_table: int32 [batch, max_pages], with ``seqused_k``.
         seqused_k: int32 [batch].
-        return_lse: also return the log-sum-exp of the scores attended to.
+        sinks: float32 [heads].
+        return_lse: also return the log-sum-exp of the scores attended to, and of the sink.
         return_kept: also return how many visible blocks each query block attended to.
 
     Returns:
-        As ``block_sparse_attention``. A query without a key in its blocks has output 0 and lse
-        -inf.
+        As ``block_sparse_attention``. A query without a key in its blocks has output 0, and
+        as its lse the sink of its head or -inf.
 
     Raises: as ``block_sparse_attention``.
     """
@@ -222,6 +230,7 @@ def attend_blocks(
         bool(return_kept),
         block_table,
         seqused_k,
+        sinks,
     )
     check_types(call)
     out, lse, kept = dispatch(attend_operator, call)

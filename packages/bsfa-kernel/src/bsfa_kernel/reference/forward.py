@@ -34,7 +34,7 @@ from bsfa_kernel.reference.scores import (
     scale_of,
     score_chunks,
 )
-from bsfa_kernel.reference.selection import Decision, decision_by_rule
+from bsfa_kernel.reference.selection import Decision, decision_by_rule, sinks_by_kv_head
 
 _INF = float("inf")
 
@@ -80,12 +80,14 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    sinks: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> AttentionResult:
     """``bsfa_kernel.block_sparse_attention``, and all that can be known of its verdicts.
 
     Args: as there; tensors may be float16, bfloat16, float32 or float64, on any device and with any
-    strides, thresholds also float64, and the geometry any, so that cases can be worked by hand.
+    strides, thresholds and sinks also float64, and the geometry any, so that cases can be worked by
+    hand.
     ``compute_dtype``, float32 or float64, is what is computed in and returned; by default float64
     inputs are computed in float64, all others in float32, and the output has q's dtype.
 
@@ -110,6 +112,7 @@ def attention(
             return_kept=True,
             block_table=block_table,
             seqused_k=seqused_k,
+            sinks=sinks,
         ),
         compute_dtype,
     )
@@ -129,6 +132,7 @@ def attend_blocks(
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    sinks: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> AttentionResult:
     """``bsfa_kernel.attend_blocks``, with the mask of what was attended; no margin is finite.
@@ -151,6 +155,7 @@ def attend_blocks(
             return_kept=True,
             block_table=block_table,
             seqused_k=seqused_k,
+            sinks=sinks,
         ),
         compute_dtype,
     )
@@ -171,6 +176,7 @@ def run(call: ForwardCall, compute_dtype: torch.dtype | None = None) -> Attentio
             rule=call.rule,
             geometry=geometry_of(call),
             voters=call.voters,
+            sinks=call.sinks,
         ),
     )
 
@@ -284,6 +290,8 @@ def _attend(
         lse[chunk, :, block.rows] = norm
         mask[chunk, :, block.index, : block.visible_blocks] = keep
 
+    if call.sinks is not None:
+        _add_sinks(out, lse, sinks_by_kv_head(call.sinks, batch, kv_heads)[..., None])
     result.out.copy_(out.view(batch, heads, seqlen_q, head_dim).transpose(1, 2))
     result.lse.copy_(lse.view(result.lse.shape))
     result.mask.copy_(mask.view(result.mask.shape))
@@ -340,6 +348,20 @@ def _attend_gathered(
             )
             out[kv_head, member], lse[kv_head, member] = weighted[0], norm[0, 0]
     return out.flatten(1, 2), lse
+
+
+def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Let a score without a value join each row's softmax.
+
+    Args:
+        out: [kv_heads, group, rows, head_dim], overwritten.
+        lse: [kv_heads, group, rows], overwritten.
+        sinks: [kv_heads, group, 1].
+    """
+    with_sink = torch.logaddexp(lse, sinks.to(lse.dtype).masked_fill(sinks == _INF, torch.nan))
+    share = (lse - with_sink).exp_().masked_fill_(with_sink == -_INF, 1.0)
+    out.mul_(share[..., None])
+    lse.copy_(with_sink)
 
 
 def _exp_(x: Tensor) -> Tensor:

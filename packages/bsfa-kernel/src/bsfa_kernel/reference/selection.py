@@ -73,6 +73,7 @@ def select_blocks(
     block_table: Tensor | None = None,
     seqused_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
+    sinks: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> SelectionResult:
     """``bsfa_kernel.select_blocks`` block by block, and how close its verdicts were.
@@ -94,6 +95,7 @@ def select_blocks(
         max_seqlen_k,
         block_table,
         seqused_k,
+        sinks,
     )
     return run_select(call, compute_dtype)
 
@@ -130,8 +132,17 @@ def _select(
     margin = torch.full((*shape, mask.shape[2]), _INF, dtype=dtype, device=q.device)
     geometry = geometry_of(call)
     decide = decision_by_rule(
-        call.thresholds, q, k, rule=call.rule, geometry=geometry, voters=call.voters
+        call.thresholds,
+        q,
+        k,
+        rule=call.rule,
+        geometry=geometry,
+        voters=call.voters,
+        sinks=call.sinks,
     )
+    rounded_for = call.rule if call.precision == "int8" else None
+    if rounded_for and call.sinks is not None:
+        rounded_for = "absolute"  # peaks are compared with the sink, too, which lacks nothing
     for block, chunk, scores in score_chunks(
         q,
         k,
@@ -139,7 +150,7 @@ def _select(
         scale=scale_of(q, call.scale),
         geometry=geometry,
         dtype=dtype,
-        rounded_for=call.rule if call.precision == "int8" else None,
+        rounded_for=rounded_for,
     ):
         keep, margin[chunk, :, block.index] = decide(block, chunk, scores)
         mask[chunk, :, block.index, : block.visible_blocks] = keep
@@ -148,13 +159,21 @@ def _select(
 
 
 def decision_by_rule(
-    thresholds: Tensor, q: Tensor, k: Tensor, *, rule: str, geometry: Geometry, voters: int
+    thresholds: Tensor,
+    q: Tensor,
+    k: Tensor,
+    *,
+    rule: str,
+    geometry: Geometry,
+    voters: int,
+    sinks: Tensor | None = None,
 ) -> Decision:
     """The rule's decision of padded tensors, by the scores that it is given."""
     batch, seqlen_q = q.shape[:2]
     seqlen_k, kv_heads = k.shape[1:3]
     rows = thresholds.shape[1]
     by_kv_head = thresholds.reshape(kv_heads, -1, rows).repeat(batch, 1, 1)
+    first = None if sinks is None else sinks_by_kv_head(sinks, batch, kv_heads)
 
     def decide(block: QueryBlock, chunk: slice, scores: Tensor) -> tuple[Tensor, Tensor]:
         row = threshold_row(block.start, seqlen_q, seqlen_k, geometry.q_block, rows)
@@ -163,11 +182,24 @@ def decision_by_rule(
             keep = scores.new_ones((*bounds.shape, block.visible_blocks), dtype=torch.bool)
             return keep, torch.full_like(bounds, _INF)
         peaks = in_blocks(scores[:, :, block.voting(voters)], block.k_block).amax(-1)
-        keep, excess = verdicts(peaks, bounds, rule=rule, full=block.full_blocks)
+        reference = None if first is None else first_reference(first[chunk], peaks)
+        keep, excess = verdicts(
+            peaks, bounds, rule=rule, reference=reference, full=block.full_blocks
+        )
         distance = (excess[..., : block.full_blocks] - bounds[..., None]).abs()
         return keep, distance.nan_to_num(_INF, _INF).amin(-1)
 
     return decide
+
+
+def sinks_by_kv_head(sinks: Tensor, batch: int, kv_heads: int) -> Tensor:
+    """[heads] -> [batch * kv_heads, group]."""
+    return sinks.reshape(kv_heads, -1).repeat(batch, 1)
+
+
+def first_reference(sinks: Tensor, peaks: Tensor) -> Tensor:
+    """What relative rules compare with at first: [kv_heads, group] -> [kv_heads, group, rows]."""
+    return sinks.to(peaks.dtype)[..., None].expand(peaks.shape[:-1])
 
 
 @torch.no_grad()
@@ -182,6 +214,7 @@ def block_maxima(
     voters: int = 1,
     block_table: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    sinks: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The quantity that is compared with the thresholds, for every block.
@@ -192,7 +225,7 @@ def block_maxima(
     errors are those of ``attention``.
     """
     sizes = check_two_sizes(geometry)
-    call = BlockMaximaCall(q, k, causal, scale, rule, *sizes, block_table, seqused_k)
+    call = BlockMaximaCall(q, k, causal, scale, rule, *sizes, block_table, seqused_k, sinks)
     return run_block_maxima(call, compute_dtype, voters)
 
 
@@ -217,6 +250,7 @@ def _maxima(call: BlockMaximaCall, q: Tensor, k: Tensor, result: Tensor, voters:
     kv_heads = k.shape[2]
     shape = (len(q) * kv_heads, q.shape[2] // kv_heads, *result.shape[-2:])
     maxima = result.new_full(shape, -_INF)
+    first = None if call.sinks is None else sinks_by_kv_head(call.sinks, len(q), kv_heads)
     for block, chunk, scores in score_chunks(
         q,
         k,
@@ -227,6 +261,7 @@ def _maxima(call: BlockMaximaCall, q: Tensor, k: Tensor, result: Tensor, voters:
         voters=voters,
     ):
         peaks = in_blocks(scores, call.k_block).amax(-1)
-        excess = row_excesses(peaks, call.rule).masked_fill(peaks == -_INF, -_INF)
+        reference = None if first is None else first_reference(first[chunk], peaks)
+        excess = row_excesses(peaks, call.rule, reference).masked_fill(peaks == -_INF, -_INF)
         maxima[chunk, :, block.index, : block.visible_blocks] = excess.amax(2)
     result.copy_(maxima.view(result.shape))
