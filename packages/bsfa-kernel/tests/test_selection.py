@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -522,7 +523,9 @@ def test_auto_takes_two_steps_from_the_crossover_on_where_there_are_kernels(monk
     monkeypatch.setattr(_auto, "_head_dims_with_both_steps", lambda *_: head_dims)
     monkeypatch.setattr(_auto, "check_tensor", lambda *_: None)
     long, q = 16384, OnGpu()
-    for voters, crossover in CROSSOVERS.items():
+    assert set(CROSSOVERS) == set(GEOMETRIES)
+    for geometry, voters in itertools.product(GEOMETRIES, VOTERS):
+        crossover = CROSSOVERS[geometry][voters]
         for share, seqlen_k, expected in (
             (crossover, long, "int8"),
             (crossover, long - 1, "exact"),
@@ -530,7 +533,7 @@ def test_auto_takes_two_steps_from_the_crossover_on_where_there_are_kernels(monk
             (1.0, 2**20, "int8"),
             (None, long, "exact"),
         ):
-            options = {"voters": voters, "expected_skipped": share}
+            options = {"geometry": geometry, "voters": voters, "expected_skipped": share}
             assert resolve_selection("auto", q, seqlen_k, **options) == expected
         for selection in PRECISIONS:
             assert resolve_selection(selection, q, 5, voters=voters) == selection
@@ -538,7 +541,6 @@ def test_auto_takes_two_steps_from_the_crossover_on_where_there_are_kernels(monk
     assert resolve_selection("auto", on_cpu, long, expected_skipped=1.0) == "exact"
     head_dims = (64,)
     assert resolve_selection("auto", q, long, expected_skipped=1.0) == "exact"
-    assert set(CROSSOVERS) == set(VOTERS)
 
 
 @pytest.mark.parametrize(
@@ -547,6 +549,7 @@ def test_auto_takes_two_steps_from_the_crossover_on_where_there_are_kernels(monk
         ({"selection": "fp8"}, ValueError, "selection must be one of exact, int8, auto; got 'fp8'"),
         ({"q": [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
         ({"voters": 3}, ValueError, "voters must be one of 1, 2, 4; got 3"),
+        ({"geometry": (32, 64)}, ValueError, "geometry must be one of"),
         ({"voters": 2.0}, ValueError, "voters must be one of 1, 2, 4; got 2.0"),
         ({"expected_skipped": 2}, ValueError, "expected_skipped must be between 0 and 1, got 2"),
         (

@@ -91,10 +91,10 @@ class State:
             q: its queries.
             seqlen_k: its keys; of packed sequences, those of the longest.
         """
-        expected = self.kernel_options["expected_skipped"]
-        return resolve_selection(
-            self.selection, q, seqlen_k, voters=self.voters, expected_skipped=expected
-        )
+        how = {
+            name: self.kernel_options[name] for name in ("geometry", "voters", "expected_skipped")
+        }
+        return resolve_selection(self.selection, q, seqlen_k, **how)
 
     def layer_thresholds(self, layer: int, device: torch.device) -> Tensor:
         """Thresholds of a layer, float32 [heads, rows], on a device."""

@@ -11,15 +11,22 @@ from types import MappingProxyType
 import torch
 
 from bsfa_kernel import _native
-from bsfa_kernel._checks import check_selection, check_tensor, check_voters
+from bsfa_kernel._checks import check_geometry, check_selection, check_tensor, check_voters
 from bsfa_kernel.build_info import build_info
+from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry
 from bsfa_kernel.rules import Precision, Selection
 
-CROSSOVERS: Mapping[int, float] = MappingProxyType({1: 0.72, 2: 0.6, 4: 0.55})
-"""By voters: the share of blocks skipped from which on ``selection="auto"`` takes two steps.
+CROSSOVERS: Mapping[Geometry, Mapping[int, float]] = MappingProxyType(
+    {
+        Geometry(128, 64): MappingProxyType({1: 0.5, 2: 0.4, 4: 0.3}),
+        Geometry(64, 64): MappingProxyType({1: 0.72, 2: 0.6, 4: 0.55}),
+    }
+)
+"""By geometry and voters: the share of blocks skipped from which on ``selection="auto"`` takes two
+steps.
 
-Measured on one H100 at 64K tokens, head_dim 128, blocks of 64x64, skipped irregularly; each has a
-margin, for which see docs/lab/selection.md. Other GPUs, head dimensions, geometries and lengths go
+Measured on one H100 at 64K tokens, head_dim 128, rule peak_lse, blocks skipped irregularly; each
+has a margin, for which see docs/lab/selection.md. Other GPUs, head dimensions, rules and lengths go
 by them too, without having been measured."""
 
 MIN_SEQLEN_K = 16384
@@ -55,20 +62,22 @@ def resolve_selection(
     q: torch.Tensor,
     seqlen_k: int,
     *,
+    geometry: Geometry = DEFAULT_GEOMETRY,
     voters: int = 1,
     expected_skipped: float | None = None,
 ) -> Precision:
     """How ``block_sparse_attention`` would find the blocks of a call; what "auto" comes to.
 
     "auto" is "int8", two steps, where ``q`` is on a GPU for which the library has kernels of both,
-    ``expected_skipped`` is at least ``CROSSOVERS[voters]`` and the call has at least 16384 keys;
-    else "exact", one kernel. Other selections are returned as they are.
+    ``expected_skipped`` is at least ``CROSSOVERS[geometry][voters]`` and the call has at least
+    16384 keys; else "exact", one kernel. Other selections are returned as they are.
 
     Args:
         selection: one of ``SELECTIONS``.
         q: the queries, or any tensor of their device, dtype and last dimension.
         seqlen_k: keys of the call; of packed and paged ones ``max_seqlen_k`` or, where that is not
             given, total_k or max_pages * page_size.
+        geometry: the sparsity block, one of ``GEOMETRIES``.
         voters: one of ``VOTERS``.
         expected_skipped: for "auto": the share of blocks that is expected to be skipped; "exact"
             where it is not known.
@@ -79,22 +88,25 @@ def resolve_selection(
     """
     check_selection(selection)
     check_tensor(q, "q")
+    check_geometry(geometry)
     check_voters(voters)
     check_expected_skipped(expected_skipped, selection)
     left = selection
     if selection == "auto":
-        left = resolve_but_for_length(expected_skipped, voters, q)
+        left = resolve_but_for_length(expected_skipped, geometry, voters, q)
     return "int8" if takes_two_steps(left, seqlen_k) else "exact"
 
 
 def resolve_but_for_length(
-    expected_skipped: float | None, voters: int, q: torch.Tensor
+    expected_skipped: float | None, geometry: Geometry, voters: int, q: torch.Tensor
 ) -> Selection:
     """What "auto" comes to before lengths are known: "exact", or still "auto".
 
     A graph that is traced for all lengths holds this, so that it holds no condition on them.
     """
-    if expected_skipped is None or expected_skipped < CROSSOVERS[voters] or not q.is_cuda:
+    if expected_skipped is None or not q.is_cuda:
+        return "exact"
+    if expected_skipped < CROSSOVERS[geometry][voters]:
         return "exact"
     head_dims = _head_dims_with_both_steps(q.get_device(), q.dtype, _native.insisted_arch())
     return "auto" if any(q.shape[-1] == head_dim for head_dim in head_dims) else "exact"

@@ -241,7 +241,7 @@ def block_sparse_attention(
             f"{max_seqlen_k} with 'exact' and none"
         )
     if selection == "auto":
-        resolved = resolve_but_for_length(expected_skipped, voters, q)
+        resolved = resolve_but_for_length(expected_skipped, Geometry(*geometry), voters, q)
         call = ForwardCall(*call[:14], resolved, *call[15:])
     outputs: Any = _torch_op.launch_forward(call) if direct else dispatch(_forward, call)
     out, lse, kept = outputs
