@@ -138,8 +138,10 @@ __device__ __forceinline__ SelectWork find_select_work(const SelectParams& param
                                                        int slots_of_tile, int lane) {
   const Slot slot = find_slot(params, tile, lane % slots_of_tile);
   SelectWork work;
-  work.oversized = tile.sequence.oversized ||
-                   (tile.sequence.seqlen_k + kKeyBlock - 1) / kKeyBlock > params.mask_words * kMaskBits;
+  const int key_blocks = (tile.sequence.seqlen_k + kKeyBlock - 1) / kKeyBlock;
+  // No branch: behind one, ptxas does not see that a warp's lanes go through the key tiles together, and
+  // keeps the operands' descriptors in registers of each lane.
+  work.oversized = tile.sequence.oversized | (key_blocks > params.mask_words * kMaskBits);
   work.votes = __any_sync(0xffffffff, slot.has_finite_threshold() && slot.keys.full > 0) && !work.oversized;
   work.key_tiles = (__shfl_sync(0xffffffff, slot.keys.visible, slots_of_tile - 1) + 1) / 2;
   work.full =
