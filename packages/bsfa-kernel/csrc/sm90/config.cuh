@@ -50,7 +50,7 @@ struct ForwardConfig {
   // slower. This and the next were found by measuring (docs/lab/sm90.md, versions 15 and 16).
   static constexpr bool kShortEnds = kHeadDim == 128;
   // No-ops in front of the dense pass, which put its loop at 32 or 48 modulo 128 bytes.
-  static constexpr int kDensePadding = kHeadDim == 64 ? 4 : 0;
+  static constexpr int kDensePadding = kHeadDim == 64 ? 5 : 0;
 
   // The copy engine moves boxes of 64 rows x 64 columns: 128 bytes a row, the width of the swizzle.
   static constexpr int kBoxColumns = 64;
