@@ -46,14 +46,20 @@ __device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
     }
     const int batch = key_batch(params.select, tile.sequence);
     const bool in_pages = !Config::kRounded && params.select.has_pages();
-    // Without pages it holds no load, and reads no table.
-    PagedRun<Config::kTileKeys> run(params.select, tile.sequence,
-                                    in_pages ? (work.key_tiles - 1) * Config::kTileKeys : -Config::kTileKeys);
+    const PagedLoads<Config::kTileKeys> loads(params.select, tile.sequence);
+    PagedRow next{};  // of the next key tile
+    if (in_pages) {
+      next = loads.find((work.key_tiles - 1) * Config::kTileKeys);
+    }
     const float4* scales =
         Config::kRounded ? params.rounded.scales_of(params.select, tile.sequence, tile.kv_head) : nullptr;
 #pragma unroll 1
     for (int key_tile = work.key_tiles - 1; key_tile >= 0; --key_tile) {
       const int stage = keys.stage();
+      const PagedRow found = next;
+      if (in_pages && key_tile > 0) {
+        next = loads.find((key_tile - 1) * Config::kTileKeys);
+      }
       wait(storage.k_empty[stage], keys.phase() ^ 1);
       if (lane == 0) {
         auto* full = reinterpret_cast<uint64_t*>(&storage.k_full[stage]);
@@ -70,10 +76,9 @@ __device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
       }
       __syncwarp();
       if (in_pages) {
-        run.template load<Config::kBoxes, Config::kBoxColumns>(params.k, storage.k_full[stage], tile.kv_head,
-                                                               storage.k + stage * Config::kTileElements,
-                                                               Config::kBoxElements);
-        run.advance();
+        loads.template load<Config::kBoxes, Config::kBoxColumns>(
+            params.k, storage.k_full[stage], found, tile.kv_head, storage.k + stage * Config::kTileElements,
+            Config::kBoxElements);
       }
       keys.advance();
     }
