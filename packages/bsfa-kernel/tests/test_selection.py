@@ -522,7 +522,7 @@ def test_auto_takes_two_steps_from_the_crossover_on_where_there_are_kernels(monk
     head_dims: tuple[int, ...] = (64, 128)
     monkeypatch.setattr(_auto, "_head_dims_with_both_steps", lambda *_: head_dims)
     monkeypatch.setattr(_auto, "check_tensor", lambda *_: None)
-    long, q = 16384, OnGpu()
+    long, q = _auto.MIN_SEQLEN_K, OnGpu()
     assert set(CROSSOVERS) == set(GEOMETRIES)
     for geometry, voters in itertools.product(GEOMETRIES, VOTERS):
         crossover = CROSSOVERS[geometry][voters]
@@ -566,13 +566,13 @@ def test_what_cannot_be_resolved_is_refused(changes, error, message):
 
 
 def test_auto_looks_at_the_length_when_it_is_run():
-    case = cases.Case("length", "", seqlen_q=256, seqlen_k=16384, heads=2, kv_heads=1)
+    case = cases.Case("length", "", seqlen_q=256, seqlen_k=8192, heads=2, kv_heads=1)
     q, k, v = case.inputs()
     thresholds = mixed_thresholds(case, q, k, rule="absolute", geometry=GEOMETRIES[0])
     shape = (True, None, "absolute", 128, 64, 1, True, True)
     starts = (
         torch.tensor([0, 256], dtype=torch.int32),
-        torch.tensor([0, 16384], dtype=torch.int32),
+        torch.tensor([0, 8192], dtype=torch.int32),
     )
     exact, int8, auto = (
         torch.ops.bsfa.forward(q, k, v, thresholds, None, None, *shape, selection)
@@ -584,7 +584,7 @@ def test_auto_looks_at_the_length_when_it_is_run():
     exact, auto = (torch.ops.bsfa.forward(*shorter, selection) for selection in ("exact", "auto"))
     assert all(torch.equal(a, b) for a, b in zip(auto, exact, strict=True))
     packed = (q[0], k[0], v[0], thresholds, *starts, *shape)
-    for longest in (None, 16384):
+    for longest in (None, 8192):
         found = torch.ops.bsfa.forward(*packed, "auto", longest)
         assert torch.equal(found[2][:, : int8[2].shape[2]], int8[2][0])
 
@@ -782,7 +782,7 @@ def test_nan_thresholds_select_everything_and_make_outputs_nan(arch, geometry):
 
 @pytest.mark.gpu
 def test_auto_gives_on_a_gpu_what_the_faster_way_gives(arch):
-    case = cases.Case("auto gpu", "", seqlen_q=300, seqlen_k=16384)
+    case = cases.Case("auto gpu", "", seqlen_q=300, seqlen_k=8192)
     for kernel in ("forward", "select_blocks", "attend_blocks"):
         arch.require(kernel, torch.bfloat16, case.head_dim)
     q, k, v = case.inputs(torch.bfloat16, "cuda")

@@ -18,21 +18,20 @@ from bsfa_kernel.rules import Precision, Selection
 
 CROSSOVERS: Mapping[Geometry, Mapping[int, float]] = MappingProxyType(
     {
-        Geometry(128, 64): MappingProxyType({1: 0.5, 2: 0.4, 4: 0.3}),
+        Geometry(128, 64): MappingProxyType({1: 0.45, 2: 0.3, 4: 0.2}),
         Geometry(64, 64): MappingProxyType({1: 0.72, 2: 0.6, 4: 0.55}),
     }
 )
 """By geometry and voters: the share of blocks skipped from which on ``selection="auto"`` takes two
 steps.
 
-Measured on one H100 at 64K tokens, head_dim 128, rule peak_lse, blocks skipped irregularly; each
-has a margin, for which see docs/lab/selection.md. Other GPUs, head dimensions, rules and lengths go
-by them too, without having been measured."""
+Measured at head_dim 128, rule peak_lse, blocks skipped irregularly: 128x64 on an H200 at 8K, 16K
+and 64K tokens, 64x64 on an H100 at 64K; each has a margin, for which see docs/lab/selection.md.
+Other GPUs, head dimensions and rules go by them too, without having been measured."""
 
-MIN_SEQLEN_K = 16384
+MIN_SEQLEN_K = 8192
 """Keys of a call below which ``selection="auto"`` stays in one kernel: shorter calls were not
-measured (the crossovers are from 65536 keys), and what two steps cost at least weighs more in them.
-"""
+measured, and what two steps cost at least weighs more in them."""
 
 
 def check_expected_skipped(expected_skipped: object, selection: str) -> None:
@@ -70,7 +69,7 @@ def resolve_selection(
 
     "auto" is "int8", two steps, where ``q`` is on a GPU for which the library has kernels of both,
     ``expected_skipped`` is at least ``CROSSOVERS[geometry][voters]`` and the call has at least
-    16384 keys; else "exact", one kernel. Other selections are returned as they are.
+    8192 keys; else "exact", one kernel. Other selections are returned as they are.
 
     Args:
         selection: one of ``SELECTIONS``.
