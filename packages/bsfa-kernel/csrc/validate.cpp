@@ -90,7 +90,7 @@ void check_pages(const bsfa_problem& args) {
              "block_table must come with seqused_k, which says how many keys there are, got null");
   check_pointer("block_table", args.block_table, sizeof(int32_t));
   check_range("block_table_stride", args.block_table_stride, 0, kMaxStride);
-  check_range("pages", args.pages, 0, kMaxExtent);
+  check_range("pages", args.pages, 1, kMaxExtent);
   check_range("page_size", args.page_size, kPageMultiple, kMaxSeqlen);
   BSFA_CHECK(args.page_size % kPageMultiple == 0, "page_size must be a multiple of ", kPageMultiple, ", got ",
              args.page_size);
@@ -172,9 +172,6 @@ Problem check_problem(const bsfa_problem& args) {
     problem.block_table_stride = args.block_table_stride;
     problem.pages = static_cast<int32_t>(args.pages);
     problem.page_size = Divisor::of(args.page_size);
-    if (args.pages == 0) {
-      problem.seqlen_k = 0;  // there is no room for keys
-    }
   }
   return problem;
 }

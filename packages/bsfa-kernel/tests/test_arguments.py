@@ -305,8 +305,9 @@ ATTEND: list[Refused] = [
 PAGES: list[Refused] = [
     ("block_table", 0x82001, "block_table must be aligned to 4 bytes", PAGED),
     ("block_table_stride", -1, "block_table_stride must be between 0 and .*, got -1", PAGED),
-    ("pages", -1, f"pages must be between 0 and {INT32_MAX}, got -1", PAGED),
-    ("pages", 2**31, f"pages must be between 0 and {INT32_MAX}, got 2147483648", PAGED),
+    ("pages", -1, f"pages must be between 1 and {INT32_MAX}, got -1", PAGED),
+    ("pages", 0, f"pages must be between 1 and {INT32_MAX}, got 0", PAGED),
+    ("pages", 2**31, f"pages must be between 1 and {INT32_MAX}, got 2147483648", PAGED),
     ("page_size", 0, "page_size must be between 16 and .*, got 0", PAGED),
     ("page_size", 24, "page_size must be a multiple of 16, got 24", PAGED),
     ("k_strides", Strides(12, 256, 128), "the pages stride of k must be a multiple of 8", PAGED),

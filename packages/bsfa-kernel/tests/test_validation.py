@@ -441,6 +441,11 @@ REFUSED = {
         "with block_table, k must be [pages, page_size, kv_heads, head_dim], got the shape "
         "[7, 16, 8]",
     ),
+    "no page": (
+        paged_arguments(**{name: torch.zeros(0, 16, 2, 8) for name in "kv"}),
+        ValueError,
+        "with block_table, k must hold a page at least, got the shape [0, 16, 2, 8]",
+    ),
     "pages of another shape": (
         paged_arguments(v=torch.zeros(8, 16, 2, 8)),
         ValueError,

@@ -412,6 +412,10 @@ def _check_queries_and_keys(call: AnyCall) -> None:
                 "with block_table, k must be [pages, page_size, kv_heads, head_dim], "
                 f"got the shape {_shape(k)}"
             )
+        if k.shape[0] == 0:
+            raise ValueError(
+                f"with block_table, k must hold a page at least, got the shape {_shape(k)}"
+            )
     elif starts_of_keys(call) is not None:
         if k.dim() != 3:
             raise ValueError(
