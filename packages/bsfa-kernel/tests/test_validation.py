@@ -18,6 +18,7 @@ from bsfa_kernel import (
     DEFAULT_GEOMETRY,
     GEOMETRIES,
     Geometry,
+    _auto,
     _checks,
     _native,
     _torch_op,
@@ -1039,7 +1040,7 @@ def test_native_arguments_of_both_steps_arrive_in_their_fields(fake_library, mon
         }
         assert {name: attend[name] for name in expected} == expected
         fake_library.calls.clear()
-    for selection, longest in (("auto", 16383), ("exact", None)):
+    for selection, longest in (("auto", _auto.MIN_SEQLEN_K - 1), ("exact", None)):
         _torch_op._forward_cuda(*call, selection, longest)
         (passed,) = fake_library.calls
         assert len(passed) == ctypes.sizeof(_native.ForwardArgs)
