@@ -35,8 +35,8 @@ def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor
     """Attention where a query sees the keys of a mask and none after its own."""
     seqlen = q.shape[1]
     seen = seen & torch.ones(seqlen, seqlen, dtype=torch.bool).tril()
-    rows = (x.transpose(1, 2) for x in (q, k, v))
-    out = scaled_dot_product_attention(*rows, attn_mask=seen, scale=0.2, enable_gqa=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.2, enable_gqa=True)
     return out.transpose(1, 2)
 
 
@@ -148,6 +148,7 @@ def small(vocabulary: int = 2048) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    options: dict[str, Any] = {"attn_implementation": "sdpa"}
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -157,9 +158,10 @@ def small(vocabulary: int = 2048) -> Any:
         num_key_value_heads=2,
         max_position_embeddings=8192,
         initializer_range=0.2,
-        attn_implementation="sdpa",
+        **options,
     )
-    return LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.eval()
 
 
 def test_prompts_that_are_answered_together_get_their_own_answers(tokenizer: Any) -> None:
