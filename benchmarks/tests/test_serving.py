@@ -92,7 +92,7 @@ def test_first_token_is_measured_in_turns(tmp_path: Path, monkeypatch: pytest.Mo
         assert record["speedup"].get("vllm", 1.0) == (2.0 if sparse else 1.0)
         assert record["self_test"]
     table = ThresholdTable.load(tmp_path / "scalar.safetensors")
-    assert (table.layers, table.heads, table.geometry) == (2, 4, "64x64")
+    assert (table.layers, table.heads, table.geometry) == (2, 4, "128x64")
     config = json.loads((tmp_path / "tiny" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     # Three of each of three configurations, but for what it takes to come close.
