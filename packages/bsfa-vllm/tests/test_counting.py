@@ -38,7 +38,7 @@ def ran(path: Path, *, size: int = 1, rank: int = 0, name: str = "one") -> Engin
     engine = engine_of(config, rank, CPU, required=True)
     assert engine is not None
     impl = OurImpl()
-    impl.attach(engine, CPU)
+    impl.attach(engine)
     builder = OurBuilder()
     layer = SimpleNamespace(impl=impl, layer_name="model.layers.0.attn")
     builder.prepare({layer.layer_name: layer}, standins.SPEC, torch.float32)
