@@ -40,7 +40,7 @@ import torch
 
 import bsfa_kernel
 import models
-from attention import list_of, parse_length, parse_sparsity
+from attention import DENSE, list_of, parse_length, parse_sparsity
 from bsfa_calib import ThresholdTable
 from bsfa_kernel import Geometry
 from harness import ROOT, Budget, Record, Results, clocks, environment, progress
@@ -106,6 +106,40 @@ def served(arguments: argparse.Namespace, folder: Path) -> Served:
     )
 
 
+@dataclass(frozen=True)
+class Thresholds:
+    """What thresholds hold for, and the modes to run with them."""
+
+    rule: str
+    geometry: Geometry
+    modes: tuple[Mode, ...]
+
+
+def thresholds_of(arguments: argparse.Namespace) -> Thresholds:
+    """Rule, sparsity block and voters of the table, or those that the options name.
+
+    Raises:
+        SystemExit: an option disagrees with the table.
+    """
+    if arguments.table is None:
+        return Thresholds(
+            arguments.rule or "peak_lse",
+            arguments.geometry or bsfa_kernel.DEFAULT_GEOMETRY,
+            arguments.modes or (EXACT,),
+        )
+    table = ThresholdTable.load(arguments.table)
+    geometry = Geometry(table.q_block, table.k_block)
+    modes: tuple[Mode, ...] = arguments.modes or (Mode("exact", table.voters),)
+    for option, given, held in (
+        ("--rule", arguments.rule, table.rule),
+        ("--geometry", arguments.geometry, geometry),
+        *(("--modes with voters of", mode.voters, table.voters) for mode in modes),
+    ):
+        if given is not None and given != held:
+            raise SystemExit(f"{option} {given}: the thresholds of {arguments.table} are of {held}")
+    return Thresholds(table.rule, geometry, modes)
+
+
 @dataclass
 class Run:
     """One way to compute the attention of a length, and its times in milliseconds."""
@@ -129,16 +163,15 @@ class FirstToken:
         self.environment = environment(self.device)
         self.records: list[Record] = []
         self.table = str(arguments.table or folder / "scalar.safetensors")
-        self.geometry: Geometry = arguments.geometry
-        self.rule: str = arguments.rule
+        self.thresholds = thresholds_of(arguments)
         if arguments.table is None:
             ThresholdTable(
                 thresholds=np.zeros((1, self.served.layers, self.served.heads, 1), np.float32),
                 points=(0.0,),
                 axis="target_sparsity",
-                rule=self.rule,
-                q_block=self.geometry.q_block,
-                k_block=self.geometry.k_block,
+                rule=self.thresholds.rule,
+                q_block=self.thresholds.geometry.q_block,
+                k_block=self.thresholds.geometry.k_block,
             ).save(self.table)
         # The threshold that came closest, by share asked for and voters, with its length.
         self._found: dict[tuple[str, int], tuple[float, int]] = {}
@@ -234,7 +267,7 @@ class FirstToken:
         ids = self._prompt(seqlen)
         dense = Run("fa3" if self.device.type == "cuda" else "vllm_cpu")
         runs = [dense]
-        for mode in self.arguments.modes:
+        for mode in self.thresholds.modes:
             runs += [Run("bsfa", asked, mode) for asked in self.arguments.sparsities]
         before = clocks(self.device)
         for run in runs:
@@ -258,8 +291,8 @@ class FirstToken:
                 "seqlen": seqlen,
                 "asked": run.asked,
                 "sparsity": run.sparsity,
-                "rule": self.rule if sparse else None,
-                "geometry": str(self.geometry) if sparse else None,
+                "rule": self.thresholds.rule if sparse else None,
+                "geometry": str(self.thresholds.geometry) if sparse else None,
                 **(run.mode._asdict() if run.mode else {}),
                 "dtype": self.arguments.dtype,
                 "vllm": _version(),
@@ -272,10 +305,10 @@ class FirstToken:
             self.results.append(record)
             self.records.append(record)
             ratios = ", ".join(f"{v:.3f}x {k}" for k, v in record["speedup"].items())
-            mode = f"{run.mode}" if run.mode else ""
+            shown = f"{run.mode}" if run.mode else ""
             progress(
                 f"  {run.implementation:5} {run.asked:5} {seqlen:7} {ms:10.1f} ms, "
-                f"s={run.sparsity:.3f} {ratios} {mode}"
+                f"s={run.sparsity:.3f} {ratios} {shown}"
             )
 
     def _warm_up(self, llm: Any, run: Run, ids: list[int]) -> None:
@@ -376,6 +409,11 @@ class Load:
         self.served = served(arguments, folder)
         self.environment = environment(self.device)
         self.records: list[Record] = []
+        self.thresholds = thresholds_of(arguments)
+        if len(self.thresholds.modes) > 1:
+            modes = ", ".join(map(str, self.thresholds.modes))
+            raise SystemExit(f"a server runs one of --modes, got {modes}")
+        (self.mode,) = self.thresholds.modes
 
     def run(self, budget: Budget) -> None:
         """Measure every configuration: vLLM's default, then each share."""
@@ -408,9 +446,10 @@ class Load:
             thresholds=np.where(skipped, np.inf, -np.inf).astype(np.float32),
             points=(float(asked),),
             axis="target_sparsity",
-            rule=self.arguments.rule,
-            q_block=self.arguments.geometry.q_block,
-            k_block=self.arguments.geometry.k_block,
+            rule=self.thresholds.rule,
+            q_block=self.thresholds.geometry.q_block,
+            k_block=self.thresholds.geometry.k_block,
+            voters=self.mode.voters,
         ).save(path)
         return str(path), float(asked)
 
@@ -427,7 +466,7 @@ class Load:
         if asked != "dense":
             path, point = self._table(asked)
             settings = {"thresholds": path, "target_sparsity": point, "check_model": False}
-            settings["selection"] = self.arguments.modes[0].selection
+            settings["selection"] = self.mode.selection
             command += ["--additional-config", json.dumps({"bsfa": settings})]
             if self.device.type == "cuda":
                 command += ["--attention-backend", "CUSTOM"]
@@ -461,7 +500,11 @@ class Load:
         raise RuntimeError(f"the server did not start: {log.read_text()[-3000:]}")
 
     def _client(self) -> dict[str, Any]:
-        """What vLLM's own benchmark client finds."""
+        """What vLLM's own benchmark client finds.
+
+        Raises:
+            RuntimeError: it failed, or some requests did.
+        """
         lengths = self.arguments.seqlens
         middle = (max(lengths) + min(lengths)) // 2
         spread = (max(lengths) - min(lengths)) / 2 / middle
@@ -481,10 +524,15 @@ class Load:
         if reply.returncode:
             raise RuntimeError(f"the client failed: {reply.stderr[-2000:]}")
         found: dict[str, Any] = json.loads((self.folder / "client.json").read_text())
+        if found["completed"] != self.arguments.requests:
+            raise RuntimeError(
+                f"of {self.arguments.requests} requests {found['completed']} were answered: "
+                f"{reply.stderr[-2000:]}"
+            )
         return found
 
     def _record(self, asked: str, found: dict[str, Any]) -> Record:
-        sparsity, mode = 0.0, self.arguments.modes[0]
+        sparsity = 0.0
         if asked != "dense":
             import bsfa_vllm
 
@@ -502,9 +550,9 @@ class Load:
             "requests": found["completed"],
             "asked": asked,
             "sparsity": sparsity,
-            "rule": None if asked == "dense" else self.arguments.rule,
-            "geometry": None if asked == "dense" else str(self.arguments.geometry),
-            **({} if asked == "dense" else mode._asdict()),
+            "rule": None if asked == "dense" else self.thresholds.rule,
+            "geometry": None if asked == "dense" else str(self.thresholds.geometry),
+            **({} if asked == "dense" else self.mode._asdict()),
             "dtype": self.arguments.dtype,
             "vllm": _version(),
             "ttft_ms": found["median_ttft_ms"],
@@ -512,6 +560,13 @@ class Load:
             "tokens_per_second": found["total_token_throughput"],
             "requests_per_second": found["request_throughput"],
         }
+
+
+def parse_share(text: str) -> str:
+    """A share from 0 to 1; dense attention is measured without being asked for."""
+    if parse_sparsity(text) == DENSE:
+        raise argparse.ArgumentTypeError("dense is measured in any case: name shares from 0 to 1")
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -529,10 +584,10 @@ def parser() -> argparse.ArgumentParser:
         add("--device", default="cuda", help="cuda, or cpu for a self-test")
         add("--seed", type=int, default=0)
         add("--seqlens", type=list_of(parse_length), default=(16384, 131072))
-        add("--sparsities", type=list_of(parse_sparsity), default=("0.75", "0.9"))
-        add("--rule", default="peak_lse", choices=bsfa_kernel.RULES)
-        add("--geometry", type=Geometry.parse, default=bsfa_kernel.DEFAULT_GEOMETRY)
-        add("--modes", type=list_of(Mode.parse), default=(EXACT,), help="of exact,int8,int8:4")
+        add("--sparsities", type=list_of(parse_share), default=("0.75", "0.9"))
+        add("--rule", choices=bsfa_kernel.RULES, help="that of --table, or peak_lse")
+        add("--geometry", type=Geometry.parse, help="that of --table, or the default")
+        add("--modes", type=list_of(Mode.parse), help="of exact,int8,int8:4; load takes one")
         add("--eager", action="store_true", help="without torch.compile and CUDA graphs")
         add("--budget-seconds", type=float, help="start nothing further after this time")
         add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "serving.jsonl")

@@ -20,6 +20,7 @@ import pytest
 import serving
 from bsfa_calib import ThresholdTable
 from harness import Budget, Results, read_records
+from kernels import Mode
 
 SHAPE = ["--model-shape", "tiny", "--device", "cpu", "--dtype", "float32"]
 
@@ -102,6 +103,7 @@ def test_first_token_is_measured_in_turns(tmp_path: Path, monkeypatch: pytest.Mo
 def test_load_is_measured_for_each_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    answered = [5, 5, 4]
     commands: list[list[str]] = []
 
     def start(command: list[str], **options: Any) -> Any:
@@ -111,17 +113,18 @@ def test_load_is_measured_for_each_configuration(
     def ask(command: list[str], **options: Any) -> Any:
         commands.append(command)
         found = {
-            "completed": 5,
+            "completed": answered.pop(0),
             "median_ttft_ms": 80.0,
             "p99_ttft_ms": 90.0,
             "total_token_throughput": 1000.0,
             "request_throughput": 0.4,
         }
         (tmp_path / "client.json").write_text(json.dumps(found))
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=0, stderr="connection reset")
 
     out = tmp_path / "serving.jsonl"
     options = ["--seqlens", "1K,3K", "--sparsities", "0.75", "--tokenizer", "words"]
+    options += ["--requests", "5", "--modes", "int8:4", "--geometry", "64x64"]
     arguments = serving.parser().parse_args(["load", *SHAPE, *options])
     benchmark = serving.Load(arguments, Results(out), tmp_path)
     monkeypatch.setattr(subprocess, "Popen", start)
@@ -140,9 +143,62 @@ def test_load_is_measured_for_each_configuration(
     settings = json.loads(servers[1][servers[1].index("--additional-config") + 1])["bsfa"]
     table = ThresholdTable.load(settings["thresholds"])
     assert float(np.isposinf(table.thresholds).mean()) == pytest.approx(0.75, abs=0.01)
+    assert settings["selection"] == sparse["selection"] == "int8"
+    assert table.voters == sparse["voters"] == 4
+    assert table.geometry == sparse["geometry"] == "64x64"
+    assert table.rule == sparse["rule"] == "peak_lse"
     client = commands[1]
     assert client[client.index("--random-input-len") + 1] == "2048"
     assert client[client.index("--random-range-ratio") + 1] == "0.5000"
+    with pytest.raises(RuntimeError, match="of 5 requests 4 were answered: connection reset"):
+        benchmark.run(Budget(None))
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A table that is unlike the defaults in all that it says of its thresholds."""
+    path = tmp_path / "table.safetensors"
+    ThresholdTable(
+        thresholds=np.zeros((1, 2, 4, 1), np.float32),
+        points=(0.75,),
+        axis="target_sparsity",
+        rule="absolute",
+        q_block=64,
+        k_block=64,
+        voters=4,
+    ).save(path)
+    return path
+
+
+def test_a_table_says_what_its_thresholds_hold_for(table: Path, tmp_path: Path) -> None:
+    options = ["--model", "m", "--table", str(table), "--device", "cpu"]
+    found = serving.thresholds_of(serving.parser().parse_args(["ttft", *options]))
+    assert (found.rule, str(found.geometry)) == ("absolute", "64x64")
+    assert found.modes == (Mode("exact", 4),)
+    both = ["--modes", "exact:4,int8:4", "--rule", "absolute", "--geometry", "64x64"]
+    found = serving.thresholds_of(serving.parser().parse_args(["ttft", *options, *both]))
+    assert [mode.selection for mode in found.modes] == ["exact", "int8"]
+    for option, value, held in (
+        ("--modes", "int8", "4"),
+        ("--rule", "peak_lse", "absolute"),
+        ("--geometry", "128x64", "64x64"),
+    ):
+        arguments = serving.parser().parse_args(["ttft", *options, option, value])
+        with pytest.raises(SystemExit, match=f"^{option}.*{table} are of {held}$"):
+            serving.thresholds_of(arguments)
+
+
+def test_a_server_runs_one_mode(tmp_path: Path) -> None:
+    options = [*SHAPE, "--tokenizer", "words", "--modes", "exact,int8:4"]
+    arguments = serving.parser().parse_args(["load", *options])
+    with pytest.raises(SystemExit, match="a server runs one of --modes, got exact, int8:4"):
+        serving.Load(arguments, Results(tmp_path / "out.jsonl"), tmp_path)
+
+
+def test_dense_is_no_share(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serving.parser().parse_args(["ttft", *SHAPE, "--sparsities", "dense,0.75"])
+    assert "dense is measured in any case" in capsys.readouterr().err
 
 
 def test_a_server_that_ends_is_told(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import bsfa_calib
 from bsfa_calib import ThresholdFileError, ThresholdTable
 from bsfa_calib.point import as_point
-from bsfa_calib.thresholds import table_files
+from bsfa_calib.thresholds import table_files, write_atomically
 from make_golden import golden_table
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -461,3 +461,26 @@ def test_a_table_knows_what_each_point_is_expected_to_skip() -> None:
     assert ThresholdTable(values[:1], (0.5,), **named).expected_sparsity() == 0.5
     with pytest.raises(ValueError, match="has no k=5"):
         blocks.expected_sparsity("k=5")
+
+
+def test_files_follow_the_umask_which_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "umask")
+            write_atomically(tmp_path / "folder" / "a.json", b"old")
+            write_atomically(tmp_path / "folder" / "a.json", b"new")
+    finally:
+        os.umask(before)
+    (path,) = (tmp_path / "folder").iterdir()
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.json" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"a\.json"):
+        write_atomically(tmp_path / "a.json", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

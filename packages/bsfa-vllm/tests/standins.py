@@ -33,6 +33,7 @@ def config(**changes: Any) -> Any:
         "use_mla": False,
         "speculative_config": None,
         "instance_id": "instance",
+        "dtype": torch.bfloat16,
     } | changes
     parallel = SimpleNamespace(
         tensor_parallel_size=values["tensor_parallel_size"],
@@ -44,6 +45,7 @@ def config(**changes: Any) -> Any:
     model = SimpleNamespace(
         model=values["model"],
         use_mla=values["use_mla"],
+        dtype=values["dtype"],
         hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS),
         get_num_attention_heads=lambda parallel: HEADS // parallel.tensor_parallel_size,
     )

@@ -15,8 +15,11 @@ import torch
 
 import standins
 from bsfa_calib.reasons import Reason
+from bsfa_kernel import BuildInfo, Geometry, Kernel
 from bsfa_vllm.binding import (
     engine_of,
+    engines,
+    kernel_head_dims,
     layer_index,
     layer_reason,
     local_heads,
@@ -25,7 +28,7 @@ from bsfa_vllm.binding import (
 )
 from standins import HEADS, LAYERS, Impl
 
-CPU = torch.device("cpu")
+CPU, WIDE = torch.device("cpu"), Geometry(128, 64)
 
 
 def configured(path: Path, **changes: Any) -> Any:
@@ -165,11 +168,61 @@ def test_layer_indices(name: str, index: int | None) -> None:
     ],
 )
 def test_reasons_of_layers(attributes: dict[str, Any], reason: Reason | None) -> None:
-    assert layer_reason(Impl(**attributes), CPU) is reason
+    assert layer_reason(Impl(**attributes)) is reason
 
 
-def test_a_head_dim_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bsfa_vllm.binding.kernel_head_dims", lambda: (64, 128))
-    cuda = torch.device("cuda", 0)
-    assert layer_reason(Impl(head_size=256), cuda) is Reason.NO_KERNEL
-    assert layer_reason(Impl(head_size=128), cuda) is None
+def test_a_head_dim_without_a_kernel() -> None:
+    assert layer_reason(Impl(head_size=256), {64, 128}) is Reason.NO_KERNEL
+    assert layer_reason(Impl(head_size=128), {64, 128}) is None
+
+
+def library(*kernels: tuple[str, int, bool, tuple[int, ...]], reason: str = "") -> BuildInfo:
+    """A library with kernels for bfloat16 and blocks of 128x64: name, arch, PTX and head_dims."""
+    found = tuple(
+        Kernel(name, arch, ptx, "bfloat16", max(dims), (WIDE,), dims)
+        for name, arch, ptx, dims in kernels
+    )
+    return BuildInfo("1", 1, Path("lib.so"), not reason, reason, "1", "13.0", found)
+
+
+def test_head_dims_that_can_be_served() -> None:
+    info = library(
+        ("forward", 80, True, (64,)),
+        ("forward", 90, False, (64, 128)),
+        ("select_blocks", 90, False, (128,)),
+        ("attend_blocks", 90, False, (64, 128)),
+    )
+    hopper = (info, (9, 0), torch.bfloat16, WIDE)
+    assert kernel_head_dims(*hopper, "auto") == kernel_head_dims(*hopper, "exact") == {64, 128}
+    assert kernel_head_dims(*hopper, "int8") == {128}
+    # Later architectures compile PTX; others run code of their own generation alone.
+    assert kernel_head_dims(info, (12, 0), torch.bfloat16, WIDE, "auto") == {64}
+    assert kernel_head_dims(info, (8, 6), torch.bfloat16, WIDE, "auto") == {64}
+    for capability, dtype, geometry, selection, message in (
+        ((7, 5), torch.bfloat16, WIDE, "auto", "forward for bfloat16.*compute capability 7.5"),
+        ((9, 0), torch.float32, WIDE, "auto", "no kernel forward for float32"),
+        ((9, 0), torch.bfloat16, Geometry(64, 64), "auto", "sparsity blocks of 64x64"),
+        ((8, 0), torch.bfloat16, WIDE, "int8", "no kernel select_blocks and attend_blocks for"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernel_head_dims(info, capability, dtype, geometry, selection)
+
+
+def test_a_gpu_without_a_kernel_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    none = library(reason="there is no native library")
+    monkeypatch.setattr("bsfa_vllm.binding.build_info", lambda: none)
+    with pytest.raises(ValueError, match=r"cannot run on this GPU.*there is no native library"):
+        engine_of(configured(tmp_path), 0, torch.device("cuda", 0), required=True)
+
+
+def test_a_copy_of_the_configuration_has_the_same_engine(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    engine = engine_of(config, 0, CPU, required=True)
+    copy = SimpleNamespace(**vars(config))
+    assert engine_of(copy, 0, CPU, required=True) is engine
+    assert engines() == [engine]
+    copy.instance_id = "another"
+    assert engine_of(copy, 0, CPU, required=True) is not engine

@@ -38,7 +38,7 @@ def ran(path: Path, *, size: int = 1, rank: int = 0, name: str = "one") -> Engin
     engine = engine_of(config, rank, CPU, required=True)
     assert engine is not None
     impl = OurImpl()
-    impl.attach(engine, CPU)
+    impl.attach(engine)
     builder = OurBuilder()
     layer = SimpleNamespace(impl=impl, layer_name="model.layers.0.attn")
     builder.prepare({layer.layer_name: layer}, standins.SPEC, torch.float32)
@@ -99,6 +99,68 @@ def test_what_changed_is_written_and_logged(
     del engine
 
 
+def test_a_full_disk_does_not_end_the_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", "1000")
+    engine = ran(tmp_path)
+    writer, tried = counting._writer, list[Path]()
+    assert writer is not None
+
+    def full(path: Path, data: bytes) -> None:
+        tried.append(path)
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(counting, "write_atomically", full)
+        writer.write()
+    assert len(tried) == 1
+    assert "statistics of one cannot be written" in caplog.messages[0]
+    assert bsfa_vllm.reports(counting.statistics_folder()) == []
+    writer.write()
+    assert [report.engine for report in bsfa_vllm.reports(counting.statistics_folder())] == ["one"]
+    del engine
+
+
+def test_a_folder_that_is_gone_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", "1000")
+    engine, folder = ran(tmp_path), counting.statistics_folder()
+    assert folder.is_dir()
+    folder.rmdir()
+    assert counting._writer is not None
+    counting._writer.write()
+    assert not folder.exists()
+    del engine
+
+
+def test_files_of_others_are_passed_over(tmp_path: Path) -> None:
+    engine, folder = ran(tmp_path), counting.statistics_folder()
+    for name, text in (
+        ("bsfa-cut.json", '{"engine": "o'),
+        ("bsfa-list.json", "[1]"),
+        ("bsfa-other.json", '{"engine": "other"}'),
+        ("settings.json", "{}"),
+    ):
+        (folder / name).write_text(text)
+    (folder / "bsfa-folder.json").mkdir()
+    assert [report.engine for report in bsfa_vllm.reports()] == ["one"]
+    del engine
+
+
+def test_an_engine_that_has_counted_nothing_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ran(tmp_path)
+    config = standins.config(
+        additional_config={"bsfa": {"thresholds": standins.table(tmp_path / "t.safetensors", 0)}}
+    )
+    idle = engine_of(config, 0, CPU, required=True)
+    assert idle is not None
+    assert [report.engine for report in bsfa_vllm.reports()] == [engine.identity]
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan"])
 def test_an_interval_must_be_positive(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", text)
@@ -129,6 +191,19 @@ def test_prometheus_shows_them(tmp_path: Path) -> None:
     assert 'bsfa_calls_total{engine="one",path="sparse",reason="exact"} 1.0' in text
     assert 'bsfa_calls_total{engine="one",path="dense",reason="decode step"} 1.0' in text
     assert len(engine.state.thresholds) == LAYERS
+
+
+def test_the_page_of_metrics_outlives_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(metrics, "reports", fail)
+    registry = CollectorRegistry()
+    registry.register(metrics.Collector())
+    assert "bsfa_calls_total{" not in generate_latest(registry).decode()
+    assert caplog.messages == ["BSFA: statistics cannot be read"]
 
 
 def test_metrics_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,13 @@ def test_cuda_gets_a_custom_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.found == {"custom": "bsfa_vllm.cuda.CUDABackend"}
 
 
+def test_an_interval_that_is_none_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    Registry(monkeypatch, "0.26.0", cpu=False, names=False)
+    monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", "soon")
+    with pytest.raises(ValueError, match="BSFA_STATISTICS_INTERVAL must be a positive number"):
+        plugin.register()
+
+
 def test_newer_releases_have_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(monkeypatch, "0.33.0", cpu=False, names=True)
     plugin.register()

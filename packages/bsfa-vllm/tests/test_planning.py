@@ -56,7 +56,7 @@ def test_every_query_is_in_one_part(batch: list[Row], geometry: Geometry, two_st
         assert part.tokens == slice(token, token + sum(row.queries for row in inside))
         assert part.max_keys == max(row.keys for row in inside)
         token = part.tokens.stop
-        sparse = [reason_of(row, geometry) is None for row in inside]
+        sparse = [row.real and reason_of(row, geometry) is None for row in inside]
         assert set(sparse) == {part.selection is not None}
         if part.selection == "int8":
             assert len(inside) == 1
@@ -64,12 +64,23 @@ def test_every_query_is_in_one_part(batch: list[Row], geometry: Geometry, two_st
         for row in inside:
             assert part.selection is None or count_full(row.queries, row.keys, geometry) > 0
     assert token == sum(row.queries for row in batch)
-    real = [row for row in batch if row.queries]
+    real = [row for row in batch if row.real]
     reasons = Counter(reason_of(row, geometry) for row in real)
     assert plan.sparse == reasons.pop(None, 0)
     assert plan.dense == reasons
     for before, after in zip(plan.parts, plan.parts[1:], strict=False):
         assert before.selection != after.selection or before.selection == "int8"
+
+
+def test_rows_of_dummy_steps_run_dense_uncounted() -> None:
+    dummy = Row(300, 300, False)
+    assert not dummy.real
+    assert Row(300, 300, True).real
+    assert Row(300, 300).real
+    plan = split([dummy, Row(300, 300, True)], WIDE, lambda _: "exact")
+    assert [part.selection for part in plan.parts] == [None, "exact"]
+    assert plan.sparse == 1
+    assert not plan.dense
 
 
 def test_nothing_to_do() -> None:

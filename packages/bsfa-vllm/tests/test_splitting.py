@@ -28,7 +28,7 @@ def made(path: Path, value: float, *impls: OurImpl, **changes: Any) -> tuple[Eng
     assert engine is not None
     layers = {}
     for index, impl in enumerate(impls):
-        impl.attach(engine, CPU)
+        impl.attach(engine)
         layers[f"model.layers.{index}.self_attn.attn"] = SimpleNamespace(impl=impl)
     builder = OurBuilder()
     builder.prepare(layers, standins.SPEC, torch.float32)
@@ -133,15 +133,88 @@ def test_layers_that_run_dense_are_counted_with_the_reason(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"causal": False}, {"causal": torch.tensor([True])}, {"mm_req_doc_ranges": {0: [(0, 9)]}}],
+    ("changes", "reason"),
+    [
+        ({"causal": False}, Reason.NOT_CAUSAL),
+        ({"causal": torch.tensor([True])}, Reason.NOT_CAUSAL),
+        ({"mm_req_doc_ranges": {0: [], 1: [(0, 9)]}}, Reason.OWN_MASK),
+        ({"seq_lens_cpu_upper_bound": None}, Reason.UNKNOWN_LENGTHS),
+    ],
 )
-def test_other_masks_are_vllms(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_other_masks_are_vllms(tmp_path: Path, changes: dict[str, Any], reason: Reason) -> None:
     impl = OurImpl()
     engine, builder = made(tmp_path, torch.inf, impl)
-    step = Step([(256, 256)], changes=changes)
+    step = Step([(256, 256), (1, 9)], padding=2)
+    for name, value in changes.items():
+        setattr(step.common, name, value)
     assert not hasattr(builder.build(0, step.common), PLAN)
+    assert +engine.calls == {reason: 2}
+
+
+def test_rows_of_text_have_no_mask_of_their_own(tmp_path: Path) -> None:
+    _, builder = made(tmp_path, torch.inf, OurImpl())
+    step = Step([(256, 256)], changes={"mm_req_doc_ranges": {0: []}})
+    assert hasattr(builder.build(0, step.common), PLAN)
+
+
+def test_rows_that_pad_a_graph_may_have_no_flag(tmp_path: Path) -> None:
+    engine, builder = made(tmp_path, torch.inf, OurImpl())
+    flags = torch.zeros(3, dtype=torch.bool)
+    step = Step([(1, 300)] * 3, padding=1, changes={"is_prefilling": flags})
+    assert not hasattr(builder.build(0, step.common), PLAN)
+    assert +engine.calls == {Reason.DECODE: 3}
+
+
+def test_steps_before_the_engine_serves_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impl, noted = OurImpl(), list[Engine]()
+    monkeypatch.setattr("bsfa_vllm.splitting.changed", noted.append)
+    engine, builder = made(tmp_path, torch.inf, impl)
+    # Dummies have all their keys in the step, and are no prompts.
+    dummy = Step([(300, 300)], changes={"is_prefilling": torch.tensor([False])})
+    assert not hasattr(builder.build(0, dummy.common), PLAN)
+    step = Step([(300, 300)], changes={"is_prefilling": torch.tensor([True])})
+
+    def compile_or_warm_up_model() -> None:
+        run(impl, step, builder.build(0, step.common))
+
+    compile_or_warm_up_model()
+    served = [engine.served]
     assert not engine.calls
+    assert not noted
+    assert engine.state.statistics.sparse_calls == 0
+    run(impl, step, builder.build(0, step.common))
+    assert +engine.calls == {"exact": 1}
+    assert [*served, engine.served] == [False, True]
+    assert noted == [engine]
+    assert engine.state.statistics.sparse_calls == 1
+
+
+def test_a_model_without_a_layer_to_run_block_sparse_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    impl = OurImpl(sliding_window=(127, 0))
+    engine, builder = made(tmp_path, torch.inf, impl)
+    step = Step([(256, 256)])
+    with caplog.at_level("WARNING", logger="vllm.bsfa"):
+        for _ in range(2):
+            assert not hasattr(builder.build(0, step.common), PLAN)
+    assert caplog.messages == ["BSFA: no layer can run block-sparse: sliding-window layer"]
+    # The whole step, and no part of it.
+    assert builder.built == [(1, False)] * 2
+    assert +engine.calls == {Reason.SLIDING_WINDOW: 2}
+
+
+def test_a_layer_without_a_number_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    impl = OurImpl()
+    _, builder = made(tmp_path, torch.inf, impl)
+    layers = {"model.attn": SimpleNamespace(impl=impl)}
+    with caplog.at_level("WARNING", logger="vllm.bsfa"):
+        builder.prepare(layers, standins.SPEC, torch.float32)
+    assert caplog.messages[0].endswith("do not hold one number: model.attn")
 
 
 def test_a_window_that_the_builder_alone_knows_is_vllms(tmp_path: Path) -> None:
@@ -172,6 +245,19 @@ def test_other_pages_of_the_same_step(tmp_path: Path) -> None:
     assert engine.calls["exact"] == 2
 
 
+def test_pages_of_a_builder_without_an_engine(tmp_path: Path) -> None:
+    impl, other = OurImpl(), OurBuilder()
+    engine, builder = made(tmp_path, torch.inf, impl)
+    other.prepare({}, standins.SPEC, torch.float32)
+    step = Step([(256, 256)])
+    metadata = builder.build(0, step.common)
+    changed = other.update_block_table(
+        metadata, step.common.block_table_tensor, step.common.slot_mapping
+    )
+    assert not hasattr(changed, PLAN)
+    assert engine.calls["exact"] == 1
+
+
 def test_capture_profiling_and_fused_scales_are_vllms(tmp_path: Path) -> None:
     impl, step = OurImpl(), Step([(256, 256)])
     engine, builder = made(tmp_path, torch.inf, impl)
@@ -195,7 +281,7 @@ def test_capture_profiling_and_fused_scales_are_vllms(tmp_path: Path) -> None:
 
 def test_without_a_table_nothing_is_changed() -> None:
     impl, step = OurImpl(), Step([(256, 256)])
-    impl.attach(None, CPU)
+    impl.attach(None)
     builder = OurBuilder()
     layers = {"model.layers.0.attn": SimpleNamespace(impl=impl)}
     builder.prepare(layers, standins.SPEC, torch.float32)

@@ -25,6 +25,7 @@ class Reason(str, enum.Enum):
     OWN_NAME = "the model chooses its keys itself"
     PART_OF_BLOCK = "prefill within a query block"
     HEAD_DIMS = "keys and values differ in head_dim"
+    UNKNOWN_LENGTHS = "lengths that the host does not know"
 
     def __str__(self) -> str:
         return self.value

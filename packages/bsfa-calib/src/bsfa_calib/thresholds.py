@@ -9,9 +9,9 @@ import itertools
 import json
 import math
 import os
+import secrets
 import shlex
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -334,13 +334,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file under a temporary name in the same directory, then give it its name."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    # Not by tempfile: its files are for their owner alone, and a process's umask, which others'
+    # are to follow, cannot be read without setting it, in all threads.
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)

@@ -12,15 +12,16 @@ import threading
 import time
 import weakref
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bsfa_calib.binding import ModelShape, State, bind
-from bsfa_calib.dense import kernel_head_dims
+from bsfa_calib.convert import load_table
 from bsfa_calib.reasons import Reason
-from bsfa_kernel import Geometry
+from bsfa_kernel import BuildInfo, Geometry, build_info
 from bsfa_vllm.settings import KEY, Settings, read_settings
 
 _HOW = (
@@ -40,25 +41,37 @@ class Engine:
         calls: rows of steps times the layers that ran them, by what became of them: a `Reason`, or
             "exact" or "int8" for block-sparse ones.
         dense_layers: layers that run dense whatever the step, and why.
+        able_layers: layers that can run block-sparse.
         identity: the same for all ranks of an engine.
         rank: name of this rank.
         counts_rows: whether this rank's calls count: the others of its tensor-parallel group run
             the same rows.
         started: seconds since the epoch.
         enabled: whether steps are split; a benchmark turns it off to time vLLM's own attention.
+        served: whether a step of a user has been counted; graphs are captured before.
+        head_dims: those that there are kernels for; None for all.
     """
 
-    def __init__(self, state: State, config: Any, rank: int = 0) -> None:
+    def __init__(
+        self,
+        state: State,
+        config: Any,
+        rank: int = 0,
+        head_dims: Collection[int] | None = None,
+    ) -> None:
         """Start with nothing counted.
 
         Args:
             state: thresholds of this rank.
             config: vLLM's, kept so that no other object gets its identity meanwhile.
             rank: of this process in its tensor-parallel group.
+            head_dims: those that there are kernels for; None for all.
         """
         self.state, self._config, self.enabled = state, config, True
+        self.head_dims, self.served = head_dims, False
         self.calls: Counter[str] = Counter()
         self.dense_layers: dict[int, Reason] = {}
+        self.able_layers: set[int] = set()
         self.identity, self.started = str(config.instance_id), time.time()
         parallel = config.parallel_config
         ranks = (getattr(parallel, "data_parallel_rank", 0), getattr(parallel, "rank", rank))
@@ -84,8 +97,9 @@ class Engine:
         }
 
 
-# By the identity of the configuration, which each engine keeps alive.
-_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+# By vLLM's name and the identity of the model's configuration, which each engine keeps alive: a
+# draft is loaded with a copy of the rest.
+_engines: weakref.WeakValueDictionary[tuple[str, int], Engine] = weakref.WeakValueDictionary()
 
 
 def engine_of(config: Any, rank: int, device: torch.device, *, required: bool) -> Engine | None:
@@ -102,15 +116,17 @@ def engine_of(config: Any, rank: int, device: torch.device, *, required: bool) -
 
     Raises:
         FileNotFoundError: there is no such table.
-        ValueError: a setting is wrong or missing, the table does not fit the model, or the engine
-            is configured in a way that the back end does not support.
+        ValueError: a setting is wrong or missing, the table does not fit the model, there is no
+            kernel for the device, or the engine is configured in a way that the back end does not
+            support.
     """
     speculative = getattr(config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
     if draft is not None and draft is config.model_config:
         return None
     with _lock:
-        engine = _engines.get(id(config))
+        key = (str(config.instance_id), id(config.model_config))
+        engine = _engines.get(key)
         if engine is None:
             settings = read_settings(getattr(config, "additional_config", None))
             if settings is None:
@@ -120,7 +136,7 @@ def engine_of(config: Any, rank: int, device: torch.device, *, required: bool) -
             refused = refusals(config)
             if refused:
                 raise ValueError(refused[0])
-            engine = _engines[id(config)] = _make(config, settings, rank, device)
+            engine = _engines[key] = _make(config, settings, rank, device)
     return engine
 
 
@@ -199,8 +215,16 @@ def local_heads(heads: int, size: int, rank: int) -> slice:
 def _make(config: Any, settings: Settings, rank: int, device: torch.device) -> Engine:
     parallel = config.parallel_config
     shape = model_shape(config)
+    table = load_table(settings.thresholds)
+    head_dims = None
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        geometry = Geometry(table.q_block, table.k_block)
+        head_dims = kernel_head_dims(
+            build_info(), capability, config.model_config.dtype, geometry, settings.selection
+        )
     state = bind(
-        settings.thresholds,
+        table,
         shape,
         settings.point,
         devices=[device],
@@ -208,7 +232,50 @@ def _make(config: Any, settings: Settings, rank: int, device: torch.device) -> E
         check_model=settings.check_model,
         selection=settings.selection,
     )
-    return Engine(state, config, rank)
+    return Engine(state, config, rank, head_dims)
+
+
+def kernel_head_dims(
+    info: BuildInfo,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    geometry: Geometry,
+    selection: str,
+) -> frozenset[int]:
+    """Head dimensions that can be served on a GPU.
+
+    Args:
+        info: of the native library.
+        capability: of the GPU, major and minor.
+        dtype: of queries, keys and values.
+        geometry: the sparsity block.
+        selection: from what scores blocks are chosen; "int8" needs kernels of its own.
+
+    Raises:
+        ValueError: there are none; the message tells why.
+    """
+    names = ["forward", *(["select_blocks", "attend_blocks"] if selection == "int8" else [])]
+    wanted, major = str(dtype).removeprefix("torch."), capability[0]
+    found = {
+        name: {
+            head_dim
+            for kernel in info.kernels
+            if (kernel.name, kernel.dtype) == (name, wanted)
+            and geometry in kernel.geometries
+            and (kernel.arch // 10 == major or (kernel.ptx and kernel.arch // 10 < major))
+            for head_dim in kernel.head_dims
+        }
+        for name in names
+    }
+    common = frozenset.intersection(*map(frozenset, found.values()))
+    if not common:
+        lacking = [name for name in names if not found[name]] or names
+        raise ValueError(
+            f"bsfa-kernel cannot run on this GPU: no kernel {' and '.join(lacking)} for {wanted}, "
+            f"sparsity blocks of {geometry} and compute capability "
+            f"{'.'.join(map(str, capability))}; {info.reason or info}"
+        )
+    return common
 
 
 def layer_index(name: str) -> int | None:
@@ -221,8 +288,13 @@ def layer_index(name: str) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def layer_reason(impl: Any, device: torch.device) -> Reason | None:
-    """Why a layer runs dense whatever the step, from the attributes of vLLM's implementation."""
+def layer_reason(impl: Any, head_dims: Collection[int] | None = None) -> Reason | None:
+    """Why a layer runs dense whatever the step.
+
+    Args:
+        impl: vLLM's implementation, of which attributes are read.
+        head_dims: those that there are kernels for; None for all.
+    """
     if getattr(impl, "attn_type", "decoder") != "decoder":
         return Reason.NOT_CAUSAL
     window: Any = getattr(impl, "sliding_window", None)
@@ -236,9 +308,6 @@ def layer_reason(impl: Any, device: torch.device) -> Reason | None:
         return Reason.SINKS
     if getattr(impl, "alibi_slopes", None) is not None:
         return Reason.BIAS
-    if device.type == "cuda":
-        # Without any kernel the call is left to bsfa-kernel, whose error tells why there is none.
-        head_dims = kernel_head_dims()
-        if head_dims and impl.head_size not in head_dims:
-            return Reason.NO_KERNEL
+    if head_dims is not None and impl.head_size not in head_dims:
+        return Reason.NO_KERNEL
     return None

@@ -31,6 +31,7 @@ from bsfa_vllm.binding import Engine, engines
 
 FOLDER, INTERVAL = "BSFA_STATISTICS", "BSFA_STATISTICS_INTERVAL"
 _SECONDS = 10.0
+_PREFIX = "bsfa-"
 SPARSE = ("exact", "int8")
 """How block-sparse calls choose their blocks; every other outcome of a call is a reason."""
 
@@ -128,13 +129,16 @@ def reports(folder: str | os.PathLike[str] | None = None) -> list[Report]:
 
     Args:
         folder: by default that of the engines that this process starts, or what BSFA_STATISTICS
-            names.
+            names; one that is named keeps those of processes that have ended.
     """
     if folder is None:
         for engine in engines():
-            _write(engine)
-    paths = sorted(Path(folder or statistics_folder()).glob("*.json"))
-    return merged(json.loads(path.read_text()) for path in paths)
+            # One that has counted nothing may be about to capture graphs: its device is let alone.
+            if engine.served:
+                _make_folder()
+                _write(engine)
+    paths = sorted(Path(folder or statistics_folder()).glob(f"{_PREFIX}*.json"))
+    return merged(content for content in map(_read, paths) if content is not None)
 
 
 def statistics(folder: str | os.PathLike[str] | None = None) -> Report:
@@ -158,8 +162,8 @@ def statistics(folder: str | os.PathLike[str] | None = None) -> Report:
 def statistics_folder() -> Path:
     """Where this process and those that it starts write statistics.
 
-    It is made when something is written, and removed when the process that chose it ends; one that
-    BSFA_STATISTICS names stays.
+    It is made when something is first written, and removed when the process that chose it ends;
+    one that BSFA_STATISTICS names stays.
     """
     if not os.environ.get(FOLDER):
         path = Path(tempfile.gettempdir()) / f"bsfa-vllm-{os.getpid()}-{secrets.token_hex(8)}"
@@ -189,12 +193,28 @@ def _remove(path: Path, process: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _make_folder() -> None:
+    statistics_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a rank has written; None where that is not what the file holds, or it is gone."""
+    try:
+        content = json.loads(path.read_text())
+        merged([content])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        logger.debug("BSFA: no statistics in %s", path, exc_info=True)
+        return None
+    return dict(content)
+
+
 def _write(engine: Engine) -> Report:
     content = snapshot(engine)
     folder = statistics_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    name = f"{engine.identity}-{engine.rank}-{os.getpid()}.json"
-    write_atomically(folder / name, json.dumps(content).encode())
+    # Once removed, by the process that chose it, it is not made again.
+    if folder.is_dir():
+        name = f"{_PREFIX}{engine.identity}-{engine.rank}-{os.getpid()}.json"
+        write_atomically(folder / name, json.dumps(content).encode())
     (report,) = merged([content])
     return report
 
@@ -208,6 +228,7 @@ class _Writer(threading.Thread):
         self._lock = threading.Lock()
         self._seconds = interval()
         self._stop = threading.Event()
+        _make_folder()
         atexit.register(self.finish)
 
     def add(self, engine: Engine) -> None:
@@ -222,7 +243,13 @@ class _Writer(threading.Thread):
         with self._lock:
             pending, self._changed = self._changed, set()
         for engine in pending:
-            report = _write(engine)
+            try:
+                report = _write(engine)
+            except Exception:
+                # As where the disk is full: the next time may do.
+                logger.exception("BSFA: statistics of %s cannot be written", engine.identity)
+                self.add(engine)
+                continue
             if engine.counts_rows:
                 logger.info("BSFA, %s: %s", report.description, report)
 

@@ -62,8 +62,7 @@ class CPUImpl(SparseImpl, CPUAttentionBackendImpl):
         """As vLLM's."""
         super().__init__(*args, **kwargs)
         config, rank = get_current_vllm_config(), get_tensor_model_parallel_rank()
-        device = torch.device("cpu")
-        self.attach(engine_of(config, rank, device, required=False), device)
+        self.attach(engine_of(config, rank, torch.device("cpu"), required=False))
 
     def pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [pages, page_size, kv_heads, head_dim], as views of the cache.

@@ -63,7 +63,7 @@ class CUDAImpl(SparseImpl, FlashAttentionImpl):
         super().__init__(*args, **kwargs)
         config, rank = get_current_vllm_config(), get_tensor_model_parallel_rank()
         device = torch.device("cuda", torch.cuda.current_device())
-        self.attach(engine_of(config, rank, device, required=True), device)
+        self.attach(engine_of(config, rank, device, required=True))
 
     def pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [pages, page_size, kv_heads, head_dim], as views of the cache."""

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bsfa_vllm.counting import SPARSE, Report, reports
 
+logger = logging.getLogger("vllm.bsfa")
 _registered = False
 
 
@@ -21,7 +23,13 @@ class Collector:
 
     def collect(self) -> Iterator[Any]:
         """The families of metrics."""
-        return families(reports())
+        try:
+            found = reports()
+        except Exception:
+            # The page has vLLM's own metrics too.
+            logger.exception("BSFA: statistics cannot be read")
+            found = []
+        return families(found)
 
 
 def families(found: Iterable[Report]) -> Iterator[Any]:

@@ -31,6 +31,14 @@ class Row(NamedTuple):
     keys: int
     prefilling: bool | None = None
 
+    @property
+    def real(self) -> bool:
+        """Whether it may be a request's: not padding, nor made up by vLLM for a dummy step.
+
+        A request without a key in the cache has its prompt before it.
+        """
+        return self.queries > 0 and not (self.prefilling is False and self.queries == self.keys)
+
 
 @dataclass
 class Part:
@@ -72,13 +80,15 @@ class Plan:
         parts: calls, in the order of their rows.
         sparse: rows that run block-sparse.
         int8: how many of them choose their blocks from 8-bit scores.
-        dense: rows that do not, by reason.
+        dense: rows of requests that do not, by reason.
+        counted: whether statistics have the step; those of vLLM's warm-up are not.
     """
 
     parts: list[Part] = field(default_factory=list)
     sparse: int = 0
     int8: int = 0
     dense: Counter[Reason] = field(default_factory=Counter)
+    counted: bool = True
 
 
 def reason_of(row: Row, geometry: Geometry) -> Reason | None:
@@ -109,7 +119,7 @@ def split(rows: Sequence[Row], geometry: Geometry, selection: Callable[[int], st
     token = 0
     for index, row in enumerate(rows):
         chosen = None
-        if row.queries:
+        if row.real:
             reason = reason_of(row, geometry)
             chosen = selection(row.keys) if reason is None else None
             if reason is not None:

@@ -8,7 +8,7 @@ import logging
 import os
 
 from bsfa_vllm import metrics
-from bsfa_vllm.counting import statistics_folder
+from bsfa_vllm.counting import interval, statistics_folder
 from bsfa_vllm.versions import check_version, is_supported, window
 
 logger = logging.getLogger("vllm.bsfa")
@@ -20,6 +20,10 @@ def register() -> None:
     On the CPU platform vLLM takes no other back end than its own, so that one is replaced; it does
     what it did where no table is named. Outside the supported window the back end refuses to be
     chosen, and nothing else is touched.
+
+    Raises:
+        UnsupportedVersionError: a table is named, and this release is outside the window.
+        ValueError: BSFA_STATISTICS_INTERVAL is not a positive number.
     """
     import vllm
     from vllm.platforms import current_platform
@@ -40,4 +44,5 @@ def register() -> None:
             register_backend("BSFA", "bsfa_vllm.cuda.NamedCUDABackend")
     # Processes that are started from here on write their statistics to the same place.
     statistics_folder()
+    interval()
     metrics.register()

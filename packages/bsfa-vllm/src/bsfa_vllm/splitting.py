@@ -9,6 +9,9 @@ those, with metadata that they made themselves.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +24,12 @@ from bsfa_vllm.binding import Engine, layer_index, layer_reason
 from bsfa_vllm.counting import changed
 from bsfa_vllm.planning import Part, Plan, Row, split
 
+logger = logging.getLogger("vllm.bsfa")
+
 PLAN = "bsfa_plan"
 """Attribute of a step's metadata: its `Plan`, where some row runs block-sparse."""
+# Methods of vLLM's workers under which steps are no user's, and graphs are captured.
+_WARM_UP = frozenset({"compile_or_warm_up_model", "determine_available_memory"})
 
 
 class SparseBuilder:
@@ -41,10 +48,13 @@ class SparseBuilder:
         """
         chunked = getattr(spec, "attention_chunk_size", None) is not None
         self._able, self._dense_layers = 0, dict[int, Reason]()
+        unnumbered = []
         for name, layer in layers.items():
             impl: Any = getattr(layer, "impl", None)
             engine: Engine | None = getattr(impl, "bsfa_engine", None)
             index = layer_index(name)
+            if engine is not None and index is None:
+                unnumbered.append(name)
             if engine is None or index is None or index >= engine.layers:
                 continue
             self._engine = engine
@@ -53,10 +63,17 @@ class SparseBuilder:
                 impl.bsfa_reason = Reason.SLIDING_WINDOW
             if impl.bsfa_reason is None:
                 self._able += 1
+                engine.able_layers.add(index)
             else:
                 self._dense_layers[index] = impl.bsfa_reason
         if self._engine is not None:
             self._engine.dense_layers.update(self._dense_layers)
+        if unnumbered:
+            logger.warning(
+                "BSFA: these layers run dense and are not counted, for their names do not hold one "
+                "number: %s",
+                ", ".join(unnumbered),
+            )
         device: torch.device = self.device  # type: ignore[attr-defined]
         self._probe = torch.empty((1, spec.head_size), dtype=dtype, device=device)
 
@@ -73,7 +90,7 @@ class SparseBuilder:
         plan = self._plan(common_attn_metadata)
         if plan is not None:
             self._count(plan)
-            if plan.sparse:
+            if plan.sparse and self._able:
                 self._describe(plan, common_attn_metadata)
                 setattr(metadata, PLAN, plan)
         return metadata
@@ -92,7 +109,8 @@ class SparseBuilder:
         parent: Any = super()
         changed_metadata = parent.update_block_table(metadata, blk_table, slot_mapping)
         plan: Plan | None = getattr(metadata, PLAN, None)
-        if plan is not None:
+        # Without a layer that runs block-sparse here, the whole step is dense.
+        if plan is not None and self._engine is not None:
             parts = []
             for part in plan.parts:
                 inner = part.metadata
@@ -105,27 +123,45 @@ class SparseBuilder:
         return changed_metadata
 
     def _plan(self, common: Any) -> Plan | None:
-        """How to split a step; None if it has no layer or no row for that."""
-        engine, bounds = self._engine, common.seq_lens_cpu_upper_bound
-        if engine is None or bounds is None or not engine.enabled or self._capturing:
+        """How to split a step; None if no layer of this builder is of an engine that splits any."""
+        engine = self._engine
+        if engine is None or not engine.enabled or self._capturing:
             return None
-        other_masks = (
-            getattr(common, "mm_req_doc_ranges", None),
-            getattr(common, "encoder_seq_lens", None),
-            getattr(self, "rswa_window", None),
-        )
-        if common.causal is not True or any(mask is not None for mask in other_masks):
-            return None
-        starts = common.query_start_loc_cpu.tolist()
-        keys = bounds.tolist()
-        prefilling: Any = getattr(common, "is_prefilling", None)
+        rows, reason = self._rows(common), self._reason(common)
+        if reason is None:
+            plan = split(rows, engine.geometry, self._selection)
+        else:
+            plan = Plan(dense=Counter({reason: sum(row.real for row in rows)}))
+        # Graphs are captured once, before a user's first step: from then on nothing is warm-up.
+        plan.counted = engine.served or not warming_up()
+        return plan
+
+    def _reason(self, common: Any) -> Reason | None:
+        """Why all rows of a step run dense."""
+        if common.causal is not True or getattr(common, "encoder_seq_lens", None) is not None:
+            return Reason.NOT_CAUSAL
+        # By row, the tokens that see each other; there are none in rows of text.
+        ranges = getattr(common, "mm_req_doc_ranges", None)
+        if ranges and any(ranges.values()):
+            return Reason.OWN_MASK
+        if getattr(self, "rswa_window", None) is not None:
+            return Reason.SLIDING_WINDOW
+        return Reason.UNKNOWN_LENGTHS if common.seq_lens_cpu_upper_bound is None else None
+
+    def _rows(self, common: Any) -> list[Row]:
+        """The rows of a step; keys are -1 where the host does not know them."""
+        starts, bounds = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound
+        keys = [-1] * common.num_reqs if bounds is None else bounds.tolist()
+        flags: Any = getattr(common, "is_prefilling", None)
         # A tensor on a GPU is not looked at: that would wait for it.
-        known = prefilling is not None and prefilling.device.type == "cpu"
-        prefilling = prefilling.tolist() if known else [None] * common.num_reqs
-        rows = [
+        known = flags is not None and flags.device.type == "cpu"
+        prefilling: list[bool | None] = flags.tolist() if known else []
+        # Rows that pad the batch for a graph may have no flag.
+        fill = False if known else None
+        prefilling += [fill] * (common.num_reqs - len(prefilling))
+        return [
             Row(starts[i + 1] - starts[i], keys[i], prefilling[i]) for i in range(common.num_reqs)
         ]
-        return split(rows, engine.geometry, self._selection)
 
     def _selection(self, keys: int) -> str:
         assert self._engine is not None
@@ -149,6 +185,12 @@ class SparseBuilder:
     def _count(self, plan: Plan) -> None:
         engine = self._engine
         assert engine is not None
+        if not plan.counted or not (plan.sparse or plan.dense.total()):
+            return
+        if not engine.served and not engine.able_layers:
+            reasons = sorted({str(reason) for reason in engine.dense_layers.values()})
+            logger.warning("BSFA: no layer can run block-sparse: %s", "; ".join(reasons))
+        engine.served = True
         for reason, rows in plan.dense.items():
             engine.calls[reason] += rows * self._able
         engine.calls["int8"] += plan.int8 * self._able
@@ -157,6 +199,19 @@ class SparseBuilder:
         for reason in self._dense_layers.values():
             engine.calls[reason] += rows
         changed(engine)
+
+
+def warming_up() -> bool:
+    """Whether the caller is run by vLLM's worker before it serves anything.
+
+    Its steps look like requests of a user, and no argument tells them apart.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name in _WARM_UP:
+            return True
+    return False
 
 
 def sliced(common: Any, part: Part, starts: Tensor) -> Any:
@@ -208,15 +263,14 @@ class SparseImpl:
     bsfa_engine: Engine | None = None
     bsfa_reason: Reason | None = None
 
-    def attach(self, engine: Engine | None, device: torch.device) -> None:
+    def attach(self, engine: Engine | None) -> None:
         """Tell the layer which engine it is part of.
 
         Args:
             engine: None for one that runs without a table.
-            device: where it computes.
         """
         self.bsfa_engine = engine
-        self.bsfa_reason = None if engine is None else layer_reason(self, device)
+        self.bsfa_reason = None if engine is None else layer_reason(self, engine.head_dims)
 
     def pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [pages, page_size, kv_heads, head_dim], as views of the cache."""
@@ -297,6 +351,8 @@ class SparseImpl:
             )
             output[tokens].copy_(out.view_as(output[tokens]))
             kept.append(blocks)
+        if not plan.counted:
+            return output
         lengths = [each for part in plan.parts if part.selection for each in part.lengths]
         selection = "int8" if plan.int8 else "exact"
         engine.state.statistics.count_sparse(index, kept, lengths, engine.geometry, selection)
