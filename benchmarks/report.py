@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,11 @@ def _name(record: Record) -> str:
 def _row_name(record: Record) -> str:
     note = f" ({record['note']})" if record.get("note") else ""
     return f"{_name(record)}, {record['geometry']}" if record["geometry"] else _name(record) + note
+
+
+def _is_default(record: Record) -> bool:
+    _, voters = _mode(record)
+    return (record["rule"], record["geometry"], voters) == DEFAULT
 
 
 def _is_dense(record: Record) -> bool:
@@ -513,7 +518,10 @@ def grouped(records: Sequence[Record], names: Sequence[str]) -> list[list[Record
 
 
 def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Speed-up against sparsity: one picture a group, one panel a baseline. Returns the files."""
+    """Speed-up against sparsity: one picture a group, one panel a baseline. Returns the files.
+
+    A picture has the length that most lines are of, the longest of several.
+    """
     pyplot = load_pyplot()
     files = []
     chosen = [record for record in records if record["kind"] == "attention"]
@@ -524,12 +532,19 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
         lines = [line for line in lines if len({r["asked"] for r in line}) > 2]
         if not lines or not baselines:
             continue
+        lengths = Counter(line[0]["seqlen"] for line in lines)
+        length = max(lengths, key=lambda seqlen: (lengths[seqlen], seqlen))
+        lines = [line for line in lines if line[0]["seqlen"] == length]
         figure, axes = pyplot.subplots(
-            1, len(baselines), figsize=(5 * len(baselines), 4.2), squeeze=False, sharex=True
+            *(1, len(baselines)),
+            figsize=(5 * len(baselines), 5.6),
+            squeeze=False,
+            sharex=True,
+            layout="constrained",
         )
         shares = [i / 100 for i in range(101)]
         for axis, baseline in zip(axes[0], baselines, strict=True):
-            for line in sorted(lines, key=lambda x: (x[0]["seqlen"], _row_name(x[0]))):
+            for line in sorted(lines, key=lambda x: _row_name(x[0])):
                 compared = [r for r in line if baseline in r["speedup"]]
                 dense, points = (
                     sorted((r["sparsity"], r["speedup"][baseline]) for r in compared if test(r))
@@ -537,26 +552,33 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
                 )
                 if not points:  # this baseline was not in the line's run
                     continue
-                rule = f", {line[0]['rule']}" if line[0]["rule"] not in (None, "absolute") else ""
-                how = "" if _mode(line[0]) == ("exact", 1) else f", {_mode_text(*_mode(line[0]))}"
-                label = f"{_row_name(line[0])}{rule}{how}, {_length(line[0]['seqlen'])}"
+                rule = f", {line[0]['rule']}" if line[0]["rule"] is not None else ""
                 (drawn,) = axis.plot(
-                    *zip(*points, strict=True), marker="o", markersize=3, label=label
+                    *zip(*points, strict=True),
+                    marker="o",
+                    markersize=3,
+                    linewidth=3 if _is_default(line[0]) else 1.2,
+                    label=f"{_row_name(line[0])}{rule}, {_mode_text(*_mode(line[0]))}",
                 )
                 if dense:  # a kernel that is told to keep everything need not vote
                     axis.plot(*zip(*dense, strict=True), "D", color=drawn.get_color(), mfc="none")
             for mode in sorted({_mode(record) for record in ours}) if baseline != "fa2" else ():
                 limits = [float(_flop_limit(f"{share}", *mode)) for share in shares]
-                axis.plot(shares, limits, "k--", lw=1, label=f"{_LIMIT}, {_mode_text(*mode)}")
+                axis.plot(shares, limits, "--", color="grey", lw=0.8, label=_LIMIT)
             axis.axhline(1.0, color="grey", lw=0.8)
             axis.set(
                 xlabel="share of the blocks skipped",
                 ylabel=f"times {_NAMES.get(baseline, baseline)}",
             )
+            axis.set_ylim(0, 1.1 * max(r["speedup"].get(baseline, 0) for x in lines for r in x))
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
+        named: dict[str, Any] = {}
+        for axis in axes[0]:
+            named |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        figure.legend(named.values(), named, fontsize=7, loc="outside lower center", ncols=2)
         first = group[0]
-        figure.suptitle(f"{describe(first)}, {first['inputs']} inputs", fontsize=9)
+        title = f"{describe(first)}, {_length(length)} tokens, {first['inputs']} inputs"
+        figure.suptitle(title, fontsize=9)
         rules = "" if any(r["rule"] == "absolute" for r in ours) else "-relative"
         name = (
             f"attention-{first['dtype']}-d{first['head_dim']}-h{first['heads']}-{first['kv_heads']}"
