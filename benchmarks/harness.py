@@ -79,6 +79,20 @@ _POINT: dict[str, tuple[type, ...]] = {
     "sparsity": (list,),
 }
 
+# Times to first token.
+_FIRST_TOKEN: dict[str, tuple[type, ...]] = {
+    "implementation": (str,),
+    "model": (str,),
+    "seqlen": (int,),
+    "asked": (str,),
+    "sparsity": _NUMBER,
+    "rule": _OPTIONAL_TEXT,
+    "geometry": _OPTIONAL_TEXT,
+    "ms": _NUMBER,
+    "repetitions": (int,),
+    "speedup": (dict,),
+}
+
 # The fields that a record must have, by its kind, with their types. More are welcome.
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "attention": {
@@ -109,34 +123,8 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "voters": (int,),
     },
     "attend_blocks": {**_COMMON, **_STEP, "asked": (str,), "kept": _NUMBER},
-    "prefill": {
-        **_COMMON,
-        "implementation": (str,),
-        "model": (str,),
-        "seqlen": (int,),
-        "asked": (str,),
-        "sparsity": _NUMBER,
-        "rule": _OPTIONAL_TEXT,
-        "geometry": _OPTIONAL_TEXT,
-        "ms": _NUMBER,
-        "attention_ms": _NUMBER,
-        "repetitions": (int,),
-        "speedup": (dict,),
-    },
-    "serving": {
-        **_COMMON,
-        "implementation": (str,),
-        "model": (str,),
-        "seqlen": (int,),
-        "asked": (str,),
-        "sparsity": _NUMBER,
-        "rule": _OPTIONAL_TEXT,
-        "geometry": _OPTIONAL_TEXT,
-        "vllm": (str,),
-        "ms": _NUMBER,
-        "repetitions": (int,),
-        "speedup": (dict,),
-    },
+    "prefill": {**_COMMON, **_FIRST_TOKEN, "attention_ms": _NUMBER},
+    "serving": {**_COMMON, **_FIRST_TOKEN, "vllm": (str,)},
     "serving_load": {
         **_COMMON,
         "implementation": (str,),

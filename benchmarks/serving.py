@@ -152,18 +152,26 @@ class Run:
     times: list[float] = field(default_factory=list)
 
 
-class FirstToken:
-    """Measures the time to first token of one model."""
+class Measurement:
+    """Of one model, whose files are in a folder."""
 
     def __init__(self, arguments: argparse.Namespace, results: Results, folder: Path) -> None:
-        """Describe the model, and write a table of the engine's shape."""
+        """Describe the model, and how it is served."""
         self.arguments, self.results, self.folder = arguments, results, folder
         self.device = torch.device(arguments.device)
         self.served = served(arguments, folder)
         self.environment = environment(self.device)
         self.records: list[Record] = []
-        self.table = str(arguments.table or folder / "scalar.safetensors")
         self.thresholds = thresholds_of(arguments)
+
+
+class FirstToken(Measurement):
+    """Measures the time to first token of one model."""
+
+    def __init__(self, arguments: argparse.Namespace, results: Results, folder: Path) -> None:
+        """Describe the model, and write a table of the engine's shape."""
+        super().__init__(arguments, results, folder)
+        self.table = str(arguments.table or folder / "scalar.safetensors")
         if arguments.table is None:
             ThresholdTable(
                 thresholds=np.zeros((1, self.served.layers, self.served.heads, 1), np.float32),
@@ -399,17 +407,12 @@ def _version() -> str:
     return str(vllm.__version__)
 
 
-class Load:
+class Load(Measurement):
     """Measures servers under load."""
 
     def __init__(self, arguments: argparse.Namespace, results: Results, folder: Path) -> None:
-        """Describe the model."""
-        self.arguments, self.results, self.folder = arguments, results, folder
-        self.device = torch.device(arguments.device)
-        self.served = served(arguments, folder)
-        self.environment = environment(self.device)
-        self.records: list[Record] = []
-        self.thresholds = thresholds_of(arguments)
+        """Describe the model, which is served in one way."""
+        super().__init__(arguments, results, folder)
         if len(self.thresholds.modes) > 1:
             modes = ", ".join(map(str, self.thresholds.modes))
             raise SystemExit(f"a server runs one of --modes, got {modes}")
