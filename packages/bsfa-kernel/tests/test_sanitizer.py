@@ -36,7 +36,7 @@ def test_the_sanitizer_finds_no_error(arch, tool):
         command, capture_output=True, text=True, env=environment, check=False, timeout=1800
     )
     printed = done.stdout + done.stderr
-    first = printed.find("=========", printed.find("=========") + 1)  # behind the sanitizer's greeting
+    first = printed.find("=========", printed.find("=========") + 1)  # behind the greeting
     shown = printed[first : first + 4000] + printed[-1000:]
     assert done.returncode == 0, shown
     assert "ERROR SUMMARY: 0 errors" in printed, shown
