@@ -48,8 +48,8 @@ struct AttendConfig : ForwardConfig<Element_, kHeadDim_> {
 
   // K and V have stages of their own. Any that is free will do, so that a consumer that waits for its next
   // block does not hold up the other.
-  static constexpr int kStages = kHeadDim == 128 ? 6 : 13;  // of each
-  static constexpr int kPairs = 16;                         // of places; a power of two
+  static constexpr int kStages = Base::kListStages;  // of each
+  static constexpr int kPairs = 16;                  // of places; a power of two
   static constexpr int kPlaces = 2 * kPairs;
   // A pair that has not been read holds a stage at least, so that none is written over.
   static_assert(kPairs > kStages + 2);

@@ -16,6 +16,24 @@ enum class Bounds {
   kRelative      // the threshold and a reference, which each row makes of its peaks
 };
 
+// Whether a pass reads the queries from shared memory once, not with each block.
+template <class Config>
+inline constexpr bool kReadsQueriesOnce = Config::kSparseRegisterColumns == Config::kHeadDim;
+
+// The left operand of Q K^T.
+template <class Config, class Mma>
+__device__ __forceinline__ auto sparse_queries(typename Config::SharedStorage& storage,
+                                               const ConsumerThread& who, const Mma& mma) {
+  if constexpr (kReadsQueriesOnce<Config>) {
+    auto queries = queries_fragment<Config, Config::kHeadDim>(storage, mma);
+    load_queries<Config, Config::kHeadDim>(storage, who, mma, queries);
+    return queries;
+  } else {
+    return mma.get_slice(0).partition_fragment_A(
+        queries_in_memory<Config, Config::kHeadDim>(storage, uniform(who.warpgroup)));
+  }
+}
+
 // Returns the number of blocks kept.
 template <class Config, Bounds kBounds, class Output>
 __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context, Output& output,
@@ -23,6 +41,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   using namespace cute;
   using Element = typename Config::Element;
   constexpr bool kRelative = kBounds == Bounds::kRelative;
+  constexpr int kInHand = Config::kScoresInHand;
+  constexpr int kAhead = kInHand - 2;  // blocks that have been voted on after the one that a step handles
   auto& storage = context.storage;
   auto& pipelines = context.pipelines;
   const ForwardParams& params = context.params;
@@ -33,14 +53,13 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   const float scale_log2 = params.scale * CUDART_L2E_F;
 
   // Operands.
-  typename Config::ScoresMma scores_mma;
+  typename Config::SparseScoresMma scores_mma;
   typename Config::ValuesMma values_mma;
   const auto scores_slice = scores_mma.get_slice(who.thread);
   const auto values_slice = values_mma.get_slice(who.thread);
   const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemK{});
   const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
-  auto tSrQ = queries_fragment<Config>(scores_mma);  // (MMA, 1, MMA_K)
-  load_queries<Config>(storage, who, scores_mma, tSrQ);
+  auto tSrQ = sparse_queries<Config>(storage, who, scores_mma);  // (MMA, 1, MMA_K)
   const auto tSrK = scores_slice.partition_fragment_B(smem_k);  // (MMA, 1, MMA_K, stage)
   const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
   using Accumulators = decltype(partition_fragment_C(scores_mma, Shape<_64, _64>{}));
@@ -195,7 +214,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   };
 
   // The blocks with masked scores, one by one; and the rest too where there is nothing to overlap.
-  const int overlapped = tile.full / 3 * 3;
+  const int overlapped = tile.full / kInHand * kInHand;
   int visible[kThreadRows];
   context.visible_keys(visible);
   for (int key_block = tile.key_blocks - 1; key_block >= overlapped; --key_block) {
@@ -226,13 +245,13 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   }
 
   // From here on the scores of later blocks are computed while a step handles one, so that the tensor cores
-  // have work while consumers vote and exponentiate. When a step begins, `current` and the block after it
+  // have work while consumers vote and exponentiate. When a step begins, `current` and kAhead blocks after it
   // have been voted on, and the GEMM of the one after that, `last`, is in flight. When it ends, so is the
   // GEMM of one more, in the registers of `current`. The vote on `last` is computed while wgmma are issued.
   // What both arms end with stands after them, so that ptxas puts no further branch into either.
   const auto step = [&](auto& current, auto& last) BSFA_INLINE_LAMBDA {
     float values[kThreadRows];
-    if (keeps(1)) {
+    if (keeps(kAhead)) {
       exponentiate(current);
       finish_gemm<0>(last);
       release_keys(0);
@@ -247,7 +266,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
         pingpong_signal(who.warpgroup);
       }
       cast_vote(passes(values));
-      look_for_votes(1);
+      look_for_votes(kAhead);
       finish_gemm<1>(output);
       release_values();
     } else {
@@ -256,10 +275,10 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       start_scores(current);
       cast_vote(passes(values));
       release_keys(0);
-      look_for_votes(1);
+      look_for_votes(kAhead);
     }
     look_for_keys();
-    judge_early(1);
+    judge_early(kAhead);
   };
   const auto finish = [&](auto& scores, int after) BSFA_INLINE_LAMBDA {
     if (keeps(after)) {
@@ -278,28 +297,38 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   pipelines.keys.advance();
   release_keys(1);
   vote_on(scores0);
-  finish_gemm<0>(scores1);
-  start_scores(scores2);
-  look_for_keys();
-  release_keys(1);
-  vote_on(scores1);
-  decide(1);
-#pragma unroll 1
-  for (int steps = overlapped - 3; steps > 0; steps -= 3) {
-    step(scores0, scores2);
-    step(scores1, scores0);
-    step(scores2, scores1);
+  if constexpr (kInHand == 3) {
+    finish_gemm<0>(scores1);
+    start_scores(scores2);
+    look_for_keys();
+    release_keys(1);
+    vote_on(scores1);
   }
-  finish_gemm<0>(scores2);
+  decide(kAhead);
+#pragma unroll 1
+  for (int steps = overlapped - kInHand; steps > 0; steps -= kInHand) {
+    if constexpr (kInHand == 3) {
+      step(scores0, scores2);
+      step(scores1, scores0);
+      step(scores2, scores1);
+    } else {
+      step(scores0, scores1);
+      step(scores1, scores0);
+    }
+  }
 
-  // The last three blocks.
+  // The blocks in hand.
+  auto& last = kInHand == 3 ? scores2 : scores1;
+  finish_gemm<0>(last);
   release_keys(0);
-  vote_on(scores2);
-  finish(scores0, 2);
-  decide(1);
-  finish(scores1, 1);
+  vote_on(last);
+  finish(scores0, kInHand - 1);
+  if constexpr (kInHand == 3) {
+    decide(1);
+    finish(scores1, 1);
+  }
   decide(0);
-  finish(scores2, 0);
+  finish(last, 0);
   return kept;
 }
 
