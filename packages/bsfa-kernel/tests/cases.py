@@ -27,7 +27,7 @@ VERDICT_MARGIN = 1e-3
 verdict that is closer may fall either way."""
 
 
-HEAD_DIMS = tuple(range(8, 129, 8))
+HEAD_DIMS = tuple(range(8, 257, 8))
 """Those that the kernels serve."""
 
 
@@ -38,7 +38,7 @@ def head_dims_of_run() -> tuple[int, ...]:
     """
     if os.environ.get("BSFA_HYPOTHESIS_PROFILE") == "nightly":
         return HEAD_DIMS
-    ends = {8, 56, 72, 120}
+    ends = {8, 56, 72, 120, 136, 248}
     others = [head_dim for head_dim in HEAD_DIMS if head_dim not in ends]
     today = random.Random(datetime.date.today().toordinal())
     return tuple(sorted({*ends, *today.sample(others, 2)}))
