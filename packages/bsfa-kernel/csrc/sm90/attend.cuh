@@ -15,6 +15,7 @@
 #include "attend_pass.cuh"
 #include "attend_producer.cuh"
 #include "attend_shared.cuh"
+#include "attend_union.cuh"
 
 namespace bsfa::sm90 {
 
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
 template <class Element, int kHeadDim>
 void attend_blocks(const AttendParams& params, cudaStream_t stream) {
-  using Config = AttendConfig<Element, kHeadDim>;
+  using Config = ForwardConfig<Element, kHeadDim>;
   const int processors = count_multiprocessors();
   AttendKernelParams kernel_params;
   static_cast<TensorMaps&>(kernel_params) = make_tensor_maps<Element>(params, kKeyBlock, Config::kBoxColumns);
@@ -139,8 +140,12 @@ void attend_blocks(const AttendParams& params, cudaStream_t stream) {
   if (params.q_block == kAttendTileQ) {
     using SharedConfig = SharedListConfig<Element, kHeadDim>;
     launch_over_tiles(attend_shared_kernel<SharedConfig>, SharedConfig{});
+  } else if constexpr (Config::kStepBlocks == 1) {
+    using LocalConfig = UnionConfig<Element, kHeadDim>;
+    launch_over_tiles(attend_union_kernel<LocalConfig>, LocalConfig{});
   } else {
-    launch_over_tiles(attend_kernel<Config>, Config{});
+    using LocalConfig = AttendConfig<Element, kHeadDim>;
+    launch_over_tiles(attend_kernel<LocalConfig>, LocalConfig{});
   }
 }
 

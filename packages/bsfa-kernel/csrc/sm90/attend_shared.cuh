@@ -242,16 +242,15 @@ __device__ __forceinline__ void consume_shared_lists(const AttendParams& params,
   if (who.warpgroup == 1) {
     pingpong_signal(1);  // consumer 0 goes first
   }
+  bool goes_on = true;
 #pragma unroll 1
-  while (true) {
+  while (goes_on) {
     wait(storage.q_full, pipelines.queries.phase());
     const SharedListTile& tile = pipelines.published_tile(storage);
-    if (uniform(tile.is_end)) {
-      return;
-    }
+    goes_on = uniform(!tile.is_end);
     if (uniform(tile.key_blocks > 0)) {
       attend_dense_tiles<Config>(storage, pipelines, params, who, INT_MAX);
-    } else {
+    } else if (goes_on) {
       release(storage.q_empty, who);
       pipelines.queries.advance();
       const ConsumerBlock block = tile.block_of(who.warpgroup);

@@ -9,6 +9,67 @@
 
 namespace bsfa::sm90 {
 
+// The scores of a warpgroup's queries and of one key block. Columns of Q for which there are registers are
+// read from there, the others from shared memory.
+template <class Config>
+class BlockScores {
+  using Storage = typename Config::SharedStorage;
+  static constexpr int kRegisterColumns = Config::kDenseRegisterColumns;
+  static constexpr int kSteps = Config::kHeadDim / 16;  // of the GEMM
+  static constexpr int kRegisterSteps = kRegisterColumns / 16;
+
+ public:
+  __device__ __forceinline__ explicit BlockScores(Storage& storage, const ConsumerThread& who)
+      : registers_(queries_fragment<Config, kRegisterColumns>(storage, mma_)),
+        shared_(typename Config::SharedScoresMma{}.get_slice(0).partition_fragment_A(
+            queries_in_memory<Config, Config::kHeadDim>(storage, uniform(who.warpgroup)))) {}
+
+  // Reads what goes to registers; the rest must stay in shared memory.
+  __device__ __forceinline__ void load(Storage& storage, const ConsumerThread& who) {
+    load_queries<Config, kRegisterColumns>(storage, who, mma_, registers_);
+  }
+
+  // Starts scores = Q K^T. Columns in registers and in shared memory take turns, since the latter need all of
+  // its bandwidth.
+  template <class Scores>
+  __device__ __forceinline__ void start(Storage& storage, int stage, Scores& scores) {
+    using namespace cute;
+    const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemK{});
+    const auto keys = mma_.get_slice(0).partition_fragment_B(smem_k)(_, _, _, stage);  // (MMA, 1, MMA_K)
+    typename Config::SharedScoresMma shared_mma;
+    warpgroup_fence_operand(registers_);
+    warpgroup_fence_operand(scores);
+    warpgroup_arrive();
+    mma_.accumulate_ = GMMA::ScaleOut::Zero;
+    shared_mma.accumulate_ = GMMA::ScaleOut::One;
+    CUTE_UNROLL
+    for (int k = 0; k < kRegisterSteps; ++k) {
+      gemm(mma_, registers_(_, _, k), keys(_, _, k), scores);
+      mma_.accumulate_ = GMMA::ScaleOut::One;
+      const int other = k + kRegisterSteps;
+      if (other < kSteps) {
+        gemm(shared_mma, shared_(_, _, other), keys(_, _, other), scores);
+      }
+    }
+    CUTE_UNROLL
+    for (int k = 2 * kRegisterSteps; k < kSteps; ++k) {
+      gemm(shared_mma, shared_(_, _, k), keys(_, _, k), scores);
+    }
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(scores);
+  }
+
+ private:
+  using Registers = decltype(queries_fragment<Config, kRegisterColumns>(
+      std::declval<Storage&>(), std::declval<const typename Config::ScoresMma&>()));
+  using Descriptors = decltype(typename Config::SharedScoresMma{}.get_slice(0).partition_fragment_A(
+      queries_in_memory<Config, Config::kHeadDim>(std::declval<Storage&>(), 0)));
+
+  typename Config::ScoresMma mma_;
+  Registers registers_;  // (MMA, 1, MMA_K)
+  Descriptors shared_;   // (MMA, 1, MMA_K), of all columns
+};
+
 // As attend_dense(), a block at a time.
 template <class Config>
 __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorage& storage,
@@ -17,22 +78,15 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
                                                    int tiles) {
   using namespace cute;
   using Element = typename Config::Element;
-  constexpr int kRegisterColumns = Config::kDenseRegisterColumns;
   const float scale_log2 = params.scale * CUDART_L2E_F;
 
   // Operands.
-  typename Config::ScoresMma scores_mma;
-  typename Config::SharedScoresMma shared_scores_mma;
+  BlockScores<Config> block_scores(storage, who);
   typename Config::ValuesMma values_mma;
   const auto values_slice = values_mma.get_slice(who.thread);
-  const auto smem_q = queries_in_memory<Config, Config::kHeadDim>(storage, uniform(who.warpgroup));
-  const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemK{});
   const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
-  auto tSrQ = queries_fragment<Config, kRegisterColumns>(storage, scores_mma);            // (MMA, 1, MMA_K)
-  const auto tSsQ = shared_scores_mma.get_slice(0).partition_fragment_A(smem_q);          // (MMA, 1, MMA_K)
-  const auto tSrK = scores_mma.get_slice(who.thread).partition_fragment_B(smem_k);        // (.., stage)
-  const auto tOrV = values_slice.partition_fragment_B(smem_v);                            // (.., stage)
-  auto scores = partition_fragment_C(scores_mma, Shape<_64, _64>{});
+  const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
+  auto scores = partition_fragment_C(typename Config::ScoresMma{}, Shape<_64, _64>{});
   auto output = partition_fragment_C(values_mma, Shape<_64, Int<Config::kHeadDim>>{});
   auto probabilities = make_tensor<Element>(
       values_slice.partition_fragment_A(make_tensor<Element>(Shape<_64, _64>{})).layout());
@@ -57,27 +111,8 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
   const auto await_values = [&]() BSFA_INLINE_LAMBDA {
     wait_unless(values_are_there, storage.v_full[pipelines.values.stage()], pipelines.values.phase());
   };
-  // The columns in registers and those in shared memory in turns: the latter need all the bandwidth.
   const auto start_scores = [&]() BSFA_INLINE_LAMBDA {
-    constexpr int kRegisterSteps = kRegisterColumns / 16;
-    const auto keys = tSrK(_, _, _, pipelines.keys.stage());
-    warpgroup_fence_operand(tSrQ);
-    warpgroup_fence_operand(scores);
-    warpgroup_arrive();
-    scores_mma.accumulate_ = GMMA::ScaleOut::Zero;
-    shared_scores_mma.accumulate_ = GMMA::ScaleOut::One;
-    CUTE_UNROLL
-    for (int k = 0; k < Config::kHeadDim / 16; ++k) {
-      if (k < kRegisterSteps) {
-        gemm(scores_mma, tSrQ(_, _, k), keys(_, _, k), scores);
-        scores_mma.accumulate_ = GMMA::ScaleOut::One;
-      }
-      if (k + kRegisterSteps < Config::kHeadDim / 16) {
-        gemm(shared_scores_mma, tSsQ(_, _, k + kRegisterSteps), keys(_, _, k + kRegisterSteps), scores);
-      }
-    }
-    warpgroup_commit_batch();
-    warpgroup_fence_operand(scores);
+    block_scores.start(storage, pipelines.keys.stage(), scores);
   };
   // `key_block`: whose scores have been computed. With the last one the queries have been read.
   const auto release_keys = [&](int key_block) BSFA_INLINE_LAMBDA {
@@ -117,8 +152,9 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
     auto matrix = accumulator_matrix(scores);
     softmax.exponentiate(matrix, scale_log2);
   };
-  // Ping-pong: one consumer's GEMMs overlap the other's exponentials. P V of the last block takes as long as
-  // the exponentials of this one. The keys of the step are there when it begins.
+  // Ping-pong: one consumer's GEMMs overlap the other's exponentials, for which they take long enough. So V is
+  // released before this consumer's exponentials, not beside them. The keys of the step are there when it
+  // begins.
   const auto step = [&](int key_block, auto masked) BSFA_INLINE_LAMBDA {
     pingpong_wait(who.warpgroup);
     start_scores();
@@ -133,22 +169,20 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
     }
     float factors[kThreadRows];
     const bool raised = raise_maxima(factors);
-    exponentiate();
-    warpgroup_fence_operand(scores);
-    // A branch, so that the compiler leaves the exponentials before the wait for P V.
-    if (key_block >= 1) {
-      await_keys();
-    }
     finish_gemm<0>(output);
     release_values();
+    exponentiate();
     round_to(probabilities, scores);
     if (raised) {
       scale_rows(output, factors);
     }
+    if (key_block >= 1) {
+      await_keys();
+    }
   };
 
   const auto next_queries = [&]() BSFA_INLINE_LAMBDA {
-    load_queries<Config, kRegisterColumns>(storage, who, scores_mma, tSrQ);
+    block_scores.load(storage, who);
     pipelines.queries.advance();
     await_keys();
   };

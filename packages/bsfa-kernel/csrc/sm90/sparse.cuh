@@ -42,7 +42,6 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   using Element = typename Config::Element;
   constexpr bool kRelative = kBounds == Bounds::kRelative;
   constexpr int kInHand = Config::kScoresInHand;
-  constexpr int kAhead = kInHand - 2;  // blocks that have been voted on after the one that a step handles
   auto& storage = context.storage;
   auto& pipelines = context.pipelines;
   const ForwardParams& params = context.params;
@@ -245,13 +244,13 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   }
 
   // From here on the scores of later blocks are computed while a step handles one, so that the tensor cores
-  // have work while consumers vote and exponentiate. When a step begins, `current` and kAhead blocks after it
+  // have work while consumers vote and exponentiate. When a step begins, `current` and the block after it
   // have been voted on, and the GEMM of the one after that, `last`, is in flight. When it ends, so is the
   // GEMM of one more, in the registers of `current`. The vote on `last` is computed while wgmma are issued.
   // What both arms end with stands after them, so that ptxas puts no further branch into either.
   const auto step = [&](auto& current, auto& last) BSFA_INLINE_LAMBDA {
     float values[kThreadRows];
-    if (keeps(kAhead)) {
+    if (keeps(1)) {
       exponentiate(current);
       finish_gemm<0>(last);
       release_keys(0);
@@ -266,7 +265,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
         pingpong_signal(who.warpgroup);
       }
       cast_vote(passes(values));
-      look_for_votes(kAhead);
+      look_for_votes(1);
       finish_gemm<1>(output);
       release_values();
     } else {
@@ -275,10 +274,35 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       start_scores(current);
       cast_vote(passes(values));
       release_keys(0);
-      look_for_votes(kAhead);
+      look_for_votes(1);
     }
     look_for_keys();
-    judge_early(kAhead);
+    judge_early(1);
+  };
+  // Where only two blocks are in hand, `last` follows `current`. It is voted on before `current` is handled,
+  // so that the verdict is there a step later.
+  const auto step_of_two = [&](auto& current, auto& last) BSFA_INLINE_LAMBDA {
+    finish_gemm<0>(last);
+    release_keys(0);
+    vote_on(last);
+    decide(1);
+    if (keeps(1)) {
+      exponentiate(current);
+      await_values();
+      if (ping_pong != 0) {
+        pingpong_wait(who.warpgroup);
+      }
+      start_values();
+      start_scores(current);
+      if (ping_pong != 0) {
+        pingpong_signal(who.warpgroup);
+      }
+      finish_gemm<1>(output);
+      release_values();
+    } else {
+      start_scores(current);
+    }
+    look_for_keys();
   };
   const auto finish = [&](auto& scores, int after) BSFA_INLINE_LAMBDA {
     if (keeps(after)) {
@@ -303,8 +327,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     look_for_keys();
     release_keys(1);
     vote_on(scores1);
+    decide(1);
   }
-  decide(kAhead);
 #pragma unroll 1
   for (int steps = overlapped - kInHand; steps > 0; steps -= kInHand) {
     if constexpr (kInHand == 3) {
@@ -312,8 +336,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       step(scores1, scores0);
       step(scores2, scores1);
     } else {
-      step(scores0, scores1);
-      step(scores1, scores0);
+      step_of_two(scores0, scores1);
+      step_of_two(scores1, scores0);
     }
   }
 
@@ -322,10 +346,13 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   finish_gemm<0>(last);
   release_keys(0);
   vote_on(last);
-  finish(scores0, kInHand - 1);
   if constexpr (kInHand == 3) {
+    finish(scores0, 2);
     decide(1);
     finish(scores1, 1);
+  } else {
+    decide(1);
+    finish(scores0, 1);
   }
   decide(0);
   finish(last, 0);

@@ -48,9 +48,9 @@ template <>
 struct Tuning<256> {
   static constexpr int kStepBlocks = 1;
   static constexpr int kScoresInHand = 2;
-  static constexpr int kDenseRegisterColumns = 128;
+  static constexpr int kDenseRegisterColumns = 64;
   static constexpr int kSparseRegisterColumns = 0;
-  static constexpr int kKeyStages = 2;
+  static constexpr int kKeyStages = 3;
   static constexpr int kValueStages = 2;
   static constexpr bool kShortEnds = true;
   static constexpr int kDensePadding = 0;

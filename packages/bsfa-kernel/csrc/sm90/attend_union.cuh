@@ -1,0 +1,301 @@
+// SPDX-FileCopyrightText: 2026 The BSFA developers
+// SPDX-License-Identifier: BSD-3-Clause
+
+// attend_blocks in the geometry 64x64 where there are few stages: both consumers walk over the blocks in
+// either list, and each leaves out those that are not in its own.
+#pragma once
+
+#include "attend_pass.cuh"
+#include "attend_producer.cuh"
+#include "dense_single.cuh"
+#include "producer.cuh"
+
+namespace bsfa::sm90 {
+
+// What the consumers are told of a block in shared memory: what BlockList::next() returns, and this bit if
+// there is none after it.
+inline constexpr int kLastBlock = 1 << 30;
+
+template <class Element_, int kHeadDim_>
+struct UnionConfig : ForwardConfig<Element_, kHeadDim_> {
+  using Base = ForwardConfig<Element_, kHeadDim_>;
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static_assert(Base::kTileQ == kAttendTileQ);
+
+  // The loaders need more registers than those of the forward kernel.
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+
+  struct SharedStorage {
+    alignas(1024) Element q[Base::kTileQ * kHeadDim];
+    alignas(1024) Element k[Base::kKeyStages * Base::kBlockElements];
+    alignas(1024) Element v[Base::kValueStages * Base::kBlockElements];
+
+    ListTile tiles[Base::kTileSlots];
+    cutlass::arch::ClusterBarrier tile_full[Base::kTileSlots];
+    cutlass::arch::ClusterBarrier tile_empty[Base::kTileSlots];
+    cutlass::arch::ClusterTransactionBarrier q_full;
+    cutlass::arch::ClusterBarrier q_empty;
+    cutlass::arch::ClusterTransactionBarrier k_full[Base::kKeyStages];
+    cutlass::arch::ClusterBarrier k_empty[Base::kKeyStages];
+    cutlass::arch::ClusterTransactionBarrier v_full[Base::kValueStages];
+    cutlass::arch::ClusterBarrier v_empty[Base::kValueStages];
+    int blocks[Base::kKeyStages];  // which there are; written with K
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+template <class Config>
+struct UnionProducer : ListProducer<Config> {
+  using Base = ListProducer<Config>;
+  using Element = typename Config::Element;
+  using Base::params;
+  using Base::storage;
+
+  __device__ __forceinline__ UnionProducer(const AttendKernelParams& params,
+                                           typename Config::SharedStorage& storage)
+      : Base{params, storage} {}
+
+  // A warp for K and one for V. kPaged: keys and values lie in pages. kTells: tells the consumers what the
+  // blocks are.
+  template <bool kPaged, bool kTells, int kStages>
+  __device__ __forceinline__ void load_union(const CUtensorMap& map,
+                                             cutlass::arch::ClusterTransactionBarrier (&full)[kStages],
+                                             cutlass::arch::ClusterBarrier (&empty)[kStages],
+                                             Element* blocks) const {
+    const AttendParams& attend = params.order.attend;
+    PipelineState<kStages> state;
+    for (uint32_t count = 0;; ++count) {
+      const int slot = count % Config::kTileSlots;
+      wait(storage.tile_full[slot], count / Config::kTileSlots % 2);
+      const ListTile& tile = storage.tiles[slot];
+      if (tile.is_end) {
+        return;
+      }
+      const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
+      BlockList list(attend, tile, tile.blocks[0], tile.blocks[1]);
+      int next = list.next();
+#pragma unroll 1
+      while (next >= 0) {
+        const int listed = next;
+        const int key_block = listed / 4;
+        next = list.next();
+        PagedRow found{};
+        if constexpr (kPaged) {
+          found = loads.find(key_block * kKeyBlock);
+        }
+        const int stage = state.stage();
+        wait(empty[stage], state.phase() ^ 1);
+        Element* to = blocks + stage * Config::kBlockElements;
+        if (threadIdx.x % 32 == 0) {
+          if constexpr (kTells) {
+            storage.blocks[stage] = listed | (next < 0 ? kLastBlock : 0);
+          }
+          full[stage].arrive_and_expect_tx(Config::kBlockBytes);
+          if constexpr (!kPaged) {
+            Base::load(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST, to,
+                       key_row(tile.sequence, key_block), tile.kv_head, key_batch(attend, tile.sequence));
+          }
+        }
+        if constexpr (kPaged) {
+          loads.template load<Config::kBoxes, Config::kBoxColumns>(map, full[stage], found, tile.kv_head, to,
+                                                                   Config::kBoxElements);
+        }
+        state.advance();
+      }
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) {
+        storage.tile_empty[slot].arrive();
+      }
+    }
+  }
+
+  template <bool kPaged>
+  __device__ __forceinline__ void load_keys() const {
+    load_union<kPaged, true>(params.k, storage.k_full, storage.k_empty, storage.k);
+  }
+  template <bool kPaged>
+  __device__ __forceinline__ void load_values() const {
+    load_union<kPaged, false>(params.v, storage.v_full, storage.v_empty, storage.v);
+  }
+};
+
+// The next tile, which has key blocks for some consumer. Within a run of blocks that are the consumer's own,
+// S of one is computed beside P V of the one before. Before a block that is not, P V is finished: a consumer
+// that held V while it waits for a later K could keep the other one from getting there.
+template <class Config>
+__device__ __forceinline__ void attend_union(typename Config::SharedStorage& storage,
+                                             ConsumerPipelines<Config>& pipelines, const AttendParams& params,
+                                             const ConsumerThread& who) {
+  using namespace cute;
+  using Element = typename Config::Element;
+  const float scale_log2 = params.scale * CUDART_L2E_F;
+  const int slot = pipelines.queries.count % Config::kTileSlots;
+  const ListTile& tile = storage.tiles[slot];
+
+  // Operands.
+  BlockScores<Config> block_scores(storage, who);
+  typename Config::ValuesMma values_mma;
+  const auto values_slice = values_mma.get_slice(who.thread);
+  const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
+  const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
+  auto scores = partition_fragment_C(typename Config::ScoresMma{}, Shape<_64, _64>{});
+  auto output = partition_fragment_C(values_mma, Shape<_64, Int<Config::kHeadDim>>{});
+  auto probabilities = make_tensor<Element>(
+      values_slice.partition_fragment_A(make_tensor<Element>(Shape<_64, _64>{})).layout());
+  Softmax softmax;
+  clear(output);
+
+  const int full = uniform(tile.blocks[who.warpgroup].keys.full);
+  int visible[kThreadRows];
+  const Visibility sees{tile.sequence.seqlen_q, tile.sequence.seqlen_k, params.causal};
+  CUTE_UNROLL
+  for (int row = 0; row < kThreadRows; ++row) {
+    visible[row] = sees.keys(tile.first_query + who.warpgroup * Config::kWarpgroupQ + who.row(row));
+  }
+  bool pending = false;  // P of the block before, whose V is next
+
+  const auto await_values = [&]() BSFA_INLINE_LAMBDA {
+    wait(storage.v_full[pipelines.values.stage()], pipelines.values.phase());
+  };
+  const auto start_values = [&]() BSFA_INLINE_LAMBDA {
+    start_gemm<true>(values_mma, probabilities, tOrV(_, _, _, pipelines.values.stage()), output);
+  };
+  const auto release_values = [&]() BSFA_INLINE_LAMBDA {
+    release(storage.v_empty[pipelines.values.stage()], who);
+    pipelines.values.advance();
+  };
+  const auto multiply_pending = [&]() BSFA_INLINE_LAMBDA {
+    start_values();
+    finish_gemm<0>(output);
+    release_values();
+  };
+
+  block_scores.load(storage, who);
+  pipelines.queries.advance();
+  bool is_last = false;
+#pragma unroll 1
+  while (!is_last) {
+    wait(storage.k_full[pipelines.keys.stage()], pipelines.keys.phase());
+    const int listed = uniform(storage.blocks[pipelines.keys.stage()]);
+    is_last = (listed & kLastBlock) != 0;
+    const int key_block = (listed & ~kLastBlock) / 4;
+    const bool is_mine = (listed >> who.warpgroup & 1) != 0;
+    if (!uniform(is_mine)) {
+      __syncwarp();
+      release(storage.k_empty[pipelines.keys.stage()], who);
+      pipelines.keys.advance();
+      if (pending) {
+        multiply_pending();
+        pending = false;
+      }
+      await_values();
+      release_values();
+      continue;
+    }
+    block_scores.start(storage, pipelines.keys.stage(), scores);
+    if (pending) {
+      multiply_pending();
+    }
+    finish_gemm<0>(scores);
+    release(storage.k_empty[pipelines.keys.stage()], who);
+    pipelines.keys.advance();
+    auto matrix = accumulator_matrix(scores);
+    if (key_block >= full) {
+      mask_scores(matrix, who, visible, key_block * kKeyBlock);
+    }
+    const RowFlags rows = softmax.exceeded_by_scores(matrix, scale_log2);
+    if (rows.any()) {
+      float maxima[kThreadRows];
+      float factors[kThreadRows];
+      row_maxima(matrix, maxima);
+      if (softmax.raise(rows, maxima, scale_log2, factors)) {
+        scale_rows(output, factors);
+      }
+    }
+    softmax.exponentiate(matrix, scale_log2);
+    round_to(probabilities, scores);
+    await_values();
+    clear_foreign_values<Config>(params, tile.sequence, who,
+                                 storage.v + pipelines.values.stage() * Config::kBlockElements, key_block);
+    pending = true;
+  }
+  release(storage.q_empty, who);
+  if (pending) {
+    multiply_pending();
+  }
+  store_list<Config>(storage, params, who, slot, output, softmax);
+}
+
+template <class Config>
+__device__ __forceinline__ void consume_unions(const AttendParams& params,
+                                               typename Config::SharedStorage& storage,
+                                               const ConsumerThread& who) {
+  using namespace cute;
+  ConsumerPipelines<Config> pipelines;
+#pragma unroll 1
+  while (true) {
+    wait(storage.q_full, pipelines.queries.phase());
+    const int slot = pipelines.queries.count % Config::kTileSlots;
+    const ListTile& tile = storage.tiles[slot];
+    if (uniform(tile.is_end)) {
+      return;
+    }
+    if (uniform(max(tile.lengths[0], tile.lengths[1]) > 0)) {
+      attend_union<Config>(storage, pipelines, params, who);
+    } else {
+      release(storage.q_empty, who);
+      pipelines.queries.advance();
+      auto output = partition_fragment_C(typename Config::ValuesMma{}, Shape<_64, Int<Config::kHeadDim>>{});
+      clear(output);
+      store_list<Config>(storage, params, who, slot, output, Softmax{});
+    }
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    attend_union_kernel(const __grid_constant__ AttendKernelParams params) {
+  static_assert(kRegistersFit<Config>);
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(&params.q);
+    cute::prefetch_tma_descriptor(&params.k);
+    cute::prefetch_tma_descriptor(&params.v);
+    initialize_load_barriers<Config>(storage);
+    for (int slot = 0; slot < Config::kTileSlots; ++slot) {
+      storage.tile_full[slot].init(1);
+      storage.tile_empty[slot].init(Config::kConsumerWarps + 2);  // and the loaders
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  ptx::wait_for_earlier_grids();
+
+  // The same in all lanes, and known to be: the roles must be uniform for setmaxnreg.
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    const UnionProducer<Config> producer(params, storage);
+    if (threadIdx.x == 0) {
+      producer.take_tiles();
+    } else if (params.order.attend.has_pages()) {
+      if (warp == 1) {
+        producer.template load_keys<true>();
+      } else if (warp == 2) {
+        producer.template load_values<true>();
+      }
+    } else if (warp == 1) {
+      producer.template load_keys<false>();
+    } else if (warp == 2) {
+      producer.template load_values<false>();
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    consume_unions<Config>(params.order.attend, storage, {warp / 4 - 1, static_cast<int>(threadIdx.x % 128)});
+  }
+}
+
+}  // namespace bsfa::sm90
