@@ -56,7 +56,7 @@ struct SelectConfig : Config<Element_, kHeadDim_, Tuning<kHeadDim_>::kWarps * 32
     alignas(1024) uint16_t k[kKeyStages][Base::kTileK * kKeyColumns];
     alignas(1024) uint16_t q[kRounded || Base::kHoldsQueries ? 8 : Base::kTileQ * Base::kHeadDim];
   };
-  static_assert(sizeof(SharedStorage) <= kMostSharedBytes);
+  static_assert(kFits<SharedStorage, kCtasPerSm>);
 };
 
 // sums (16 x 8) += left (16 x 32) * right^T (8 x 32), of 8-bit integers.
