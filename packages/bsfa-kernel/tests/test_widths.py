@@ -179,7 +179,7 @@ def test_a_library_with_all_kernels_serves_every_multiple_of_8_up_to_256():
     info = build_info()
     widths = {(kernel.name, kernel.arch, kernel.dtype, kernel.head_dim) for kernel in info.kernels}
     for name, arch, dtype in {kernel[:3] for kernel in widths}:
-        if {(name, arch, dtype, width) for width in (64, 128, 256)} <= widths:
+        if {(name, arch, dtype, width) for width in cases.KERNEL_HEAD_DIMS} <= widths:
             served = [
                 head_dim
                 for kernel in info.kernels

@@ -42,8 +42,11 @@ struct Tuning<256> {
   static constexpr int kCtasPerSmRounded = 1;
 };
 
-// The most shared memory that a CTA can have on compute capability 8.6 and 8.9; 8.0 has more.
-inline constexpr int kMostSharedBytes = 99 * 1024;
+// Whether a CTA has what it needs on compute capability 8.6 and 8.9, and so many of them on 8.0, where each
+// takes 1 KB more.
+template <class SharedStorage, int kCtasPerSm>
+inline constexpr bool kFits =
+    sizeof(SharedStorage) <= 99 * 1024 && kCtasPerSm * (sizeof(SharedStorage) + 1024) <= 164 * 1024;
 
 // What all kernels share: the tile and how warps divide it.
 template <class Element_, int kHeadDim_, int kTileQ_ = 128>
@@ -112,8 +115,7 @@ struct ForwardConfig : Config<Element_, kHeadDim_> {
   };
 
   static constexpr int kCtasPerSm = Base::Tuned::kCtasPerSm;
-  static_assert(sizeof(SharedStorage) <= kMostSharedBytes);
-  static_assert(kCtasPerSm * (sizeof(SharedStorage) + 1024) <= 164 * 1024);
+  static_assert(kFits<SharedStorage, kCtasPerSm>);
 };
 
 template <class Element_, int kHeadDim_>
@@ -126,7 +128,7 @@ struct BlockMaximaConfig : Config<Element_, kHeadDim_> {
   };
 
   static constexpr int kCtasPerSm = Base::Tuned::kCtasPerSm;
-  static_assert(sizeof(SharedStorage) <= kMostSharedBytes);
+  static_assert(kFits<SharedStorage, kCtasPerSm>);
 };
 
 }  // namespace bsfa::sm80

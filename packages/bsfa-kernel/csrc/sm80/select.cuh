@@ -56,7 +56,7 @@ struct SelectConfig : Config<Element_, kHeadDim_, Tuning<kHeadDim_>::kWarps * 32
     alignas(1024) uint16_t k[kKeyStages][Base::kTileK * kKeyColumns];
     alignas(1024) uint16_t q[kRounded || Base::kHoldsQueries ? 8 : Base::kTileQ * Base::kHeadDim];
   };
-  static_assert(sizeof(SharedStorage) <= kMostSharedBytes);
+  static_assert(kFits<SharedStorage, kCtasPerSm>);
 };
 
 // sums (16 x 8) += left (16 x 32) * right^T (8 x 32), of 8-bit integers.
@@ -351,11 +351,8 @@ void select_with(const SelectParams& params, cudaStream_t stream) {
   }
   const Schedule schedule =
       make_select_schedule(params, Config::kSlots, sizeof(uint16_t) * Config::KeyRow::kHeadDim);
-  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
-  const auto kernel = select_kernel<Config>;
-  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  launch<80>(kernel, dim3(static_cast<unsigned>(schedule.ctas())), Config::kThreads, kSharedBytes, stream,
-             params, rounded, schedule);
+  launch<80>(select_kernel<Config>, dim3(static_cast<unsigned>(schedule.ctas())), Config::kThreads,
+             sizeof(typename Config::SharedStorage), stream, params, rounded, schedule);
 }
 
 template <class Element, int kHeadDim>

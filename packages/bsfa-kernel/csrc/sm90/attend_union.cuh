@@ -8,7 +8,7 @@
 #include "attend_pass.cuh"
 #include "attend_producer.cuh"
 #include "dense_single.cuh"
-#include "producer.cuh"
+#include "roles.cuh"
 
 namespace bsfa::sm90 {
 
@@ -17,15 +17,10 @@ namespace bsfa::sm90 {
 inline constexpr int kLastBlock = 1 << 30;
 
 template <class Element_, int kHeadDim_>
-struct UnionConfig : ForwardConfig<Element_, kHeadDim_> {
-  using Base = ForwardConfig<Element_, kHeadDim_>;
+struct UnionConfig : ListConfig<Element_, kHeadDim_> {
+  using Base = ListConfig<Element_, kHeadDim_>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static_assert(Base::kTileQ == kAttendTileQ);
-
-  // The loaders need more registers than those of the forward kernel.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
 
   struct SharedStorage {
     alignas(1024) Element q[Base::kTileQ * kHeadDim];
@@ -48,14 +43,9 @@ struct UnionConfig : ForwardConfig<Element_, kHeadDim_> {
 
 template <class Config>
 struct UnionProducer : ListProducer<Config> {
-  using Base = ListProducer<Config>;
   using Element = typename Config::Element;
-  using Base::params;
-  using Base::storage;
-
-  __device__ __forceinline__ UnionProducer(const AttendKernelParams& params,
-                                           typename Config::SharedStorage& storage)
-      : Base{params, storage} {}
+  using ListProducer<Config>::params;
+  using ListProducer<Config>::storage;
 
   // A warp for K and one for V. kPaged: keys and values lie in pages. kTells: tells the consumers what the
   // blocks are.
@@ -94,8 +84,9 @@ struct UnionProducer : ListProducer<Config> {
           }
           full[stage].arrive_and_expect_tx(Config::kBlockBytes);
           if constexpr (!kPaged) {
-            Base::load(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST, to,
-                       key_row(tile.sequence, key_block), tile.kv_head, key_batch(attend, tile.sequence));
+            load_rows<Config>(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST, to, Config::kBoxElements,
+                              key_row(tile.sequence, key_block), tile.kv_head,
+                              key_batch(attend, tile.sequence));
           }
         }
         if constexpr (kPaged) {
@@ -234,22 +225,23 @@ __device__ __forceinline__ void consume_unions(const AttendParams& params,
                                                const ConsumerThread& who) {
   using namespace cute;
   ConsumerPipelines<Config> pipelines;
-#pragma unroll 1
-  while (true) {
+  const auto slot = [&]() BSFA_INLINE_LAMBDA { return pipelines.queries.count % Config::kTileSlots; };
+  const auto is_end = [&]() BSFA_INLINE_LAMBDA {
     wait(storage.q_full, pipelines.queries.phase());
-    const int slot = pipelines.queries.count % Config::kTileSlots;
-    const ListTile& tile = storage.tiles[slot];
-    if (uniform(tile.is_end)) {
-      return;
-    }
+    return read_flag(storage.tiles[slot()].is_end);
+  };
+#pragma unroll 1
+  while (!is_end()) {
+    const ListTile& tile = storage.tiles[slot()];
     if (uniform(max(tile.lengths[0], tile.lengths[1]) > 0)) {
       attend_union<Config>(storage, pipelines, params, who);
     } else {
+      const int stored = slot();
       release(storage.q_empty, who);
       pipelines.queries.advance();
       auto output = partition_fragment_C(typename Config::ValuesMma{}, Shape<_64, Int<Config::kHeadDim>>{});
       clear(output);
-      store_list<Config>(storage, params, who, slot, output, Softmax{});
+      store_list<Config>(storage, params, who, stored, output, Softmax{});
     }
   }
 }
@@ -257,30 +249,16 @@ __device__ __forceinline__ void consume_unions(const AttendParams& params,
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     attend_union_kernel(const __grid_constant__ AttendKernelParams params) {
-  static_assert(kRegistersFit<Config>);
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
-  if (threadIdx.x == 0) {
-    cute::prefetch_tma_descriptor(&params.q);
-    cute::prefetch_tma_descriptor(&params.k);
-    cute::prefetch_tma_descriptor(&params.v);
+  using Storage = typename Config::SharedStorage;
+  const auto initialize = [&](Storage& storage) {
+    prefetch(params);
     initialize_load_barriers<Config>(storage);
-    for (int slot = 0; slot < Config::kTileSlots; ++slot) {
-      storage.tile_full[slot].init(1);
-      storage.tile_empty[slot].init(Config::kConsumerWarps + 2);  // and the loaders
-    }
-    cutlass::arch::fence_barrier_init();
-  }
-  __syncthreads();
-  ptx::wait_for_earlier_grids();
-
-  // The same in all lanes, and known to be: the roles must be uniform for setmaxnreg.
-  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-  if (warp < 4) {
-    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-    const UnionProducer<Config> producer(params, storage);
+    initialize_stages(storage.tile_full, storage.tile_empty, Config::kConsumerWarps + 2);  // and the loaders
+  };
+  const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
+    const UnionProducer<Config> producer{{params, storage}};
     if (threadIdx.x == 0) {
-      producer.take_tiles();
+      producer.take_all_tiles();
     } else if (params.order.attend.has_pages()) {
       if (warp == 1) {
         producer.template load_keys<true>();
@@ -292,10 +270,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     } else if (warp == 2) {
       producer.template load_values<false>();
     }
-  } else {
-    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    consume_unions<Config>(params.order.attend, storage, {warp / 4 - 1, static_cast<int>(threadIdx.x % 128)});
-  }
+  };
+  run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {
+    consume_unions<Config>(params.order.attend, storage, who);
+  });
 }
 
 }  // namespace bsfa::sm90

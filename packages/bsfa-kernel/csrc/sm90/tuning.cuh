@@ -26,8 +26,10 @@ struct Tuning<64> {
   static constexpr int kListStages = 13;  // of each, where the consumers have lists of their own
   // Shorter code at the start of dense tiles and at the end of all; it makes this dense loop slower.
   static constexpr bool kShortEnds = false;
-  // No-ops in front of the dense pass, which put its loop at 32 or 48 modulo 128 bytes.
+  // No-ops in front of the dense pass, which put its loop at 32 or 48 modulo 128 bytes: in the forward kernel,
+  // and in that of lists.
   static constexpr int kDensePadding = 5;
+  static constexpr int kListPadding = 4;
 };
 
 template <>
@@ -41,6 +43,7 @@ struct Tuning<128> {
   static constexpr int kListStages = 6;
   static constexpr bool kShortEnds = true;
   static constexpr int kDensePadding = 0;
+  static constexpr int kListPadding = 0;
 };
 
 // The output takes 128 registers of a thread, Q half of what other kernels have for K and V.
@@ -54,6 +57,7 @@ struct Tuning<256> {
   static constexpr int kValueStages = 2;
   static constexpr bool kShortEnds = true;
   static constexpr int kDensePadding = 0;
+  static constexpr int kListPadding = 0;
 };
 
 }  // namespace bsfa::sm90
