@@ -116,7 +116,7 @@ def test_options_of_an_earlier_preset_do_not_linger(tmp_path: Path) -> None:
         assert match is not None
         return match[1]
 
-    everything = "float16;bfloat16 / 64;128 / 80;90a"
+    everything = "float16;bfloat16 / 64;128;256 / 80;90a"
     assert chosen() == everything
     assert chosen("-DBSFA_PRESET=dev") == "float16 / 128 / 90a"
     assert chosen("-DBSFA_PRESET=dev", "-DBSFA_HEAD_DIMS=64,128") == "float16 / 64;128 / 90a"
