@@ -72,7 +72,7 @@ struct ForwardConfig : Tuning<kHeadDim_> {
   // K, (key, column, stage). Where the dense pass takes pairs of blocks, the boxes of two neighbouring stages
   // interleave, so that the pair is at once a block of 128 keys: box (column / 64, stage % 2) lies at
   // kBoxElements * (2 * (column / 64) + stage % 2).
-  static constexpr int kInterleaved = Tuned::kStepBlocks;  // stages
+  static constexpr int kInterleaved = Tuned::kStepBlocks;                 // stages
   static constexpr int kKeyColumnElements = kInterleaved * kBoxElements;  // from box to box of a block
   __device__ __forceinline__ static int key_buffer(int stage) {
     return stage / kInterleaved * kInterleaved * kBlockElements + stage % kInterleaved * kBoxElements;
@@ -82,11 +82,11 @@ struct ForwardConfig : Tuning<kHeadDim_> {
       cute::ComposedLayout<cute::Swizzle<3, 4, 3>, cute::smem_ptr_flag_bits<16>, cute::Layout<Shape, Stride>>;
   using KeyColumns = cute::Shape<cute::Int<kBoxColumns>, cute::Int<kBoxes>>;
   using KeyColumnStrides = cute::Stride<cute::_1, cute::Int<kKeyColumnElements>>;
-  using SmemK = Swizzled<
-      cute::Shape<cute::Int<kKeyBlock>, KeyColumns,
-                  cute::Shape<cute::Int<kInterleaved>, cute::Int<kKeyStages / kInterleaved>>>,
-      cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides,
-                   cute::Stride<cute::Int<kBoxElements>, cute::Int<kInterleaved * kBlockElements>>>>;
+  using SmemK =
+      Swizzled<cute::Shape<cute::Int<kKeyBlock>, KeyColumns,
+                           cute::Shape<cute::Int<kInterleaved>, cute::Int<kKeyStages / kInterleaved>>>,
+               cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides,
+                            cute::Stride<cute::Int<kBoxElements>, cute::Int<kInterleaved * kBlockElements>>>>;
   using SmemKPair =
       Swizzled<cute::Shape<cute::Int<2 * kKeyBlock>, KeyColumns, cute::Int<kKeyStages / 2>>,
                cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides, cute::Int<2 * kBlockElements>>>;

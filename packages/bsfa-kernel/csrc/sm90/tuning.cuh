@@ -26,8 +26,8 @@ struct Tuning<64> {
   static constexpr int kListStages = 13;  // of each, where the consumers have lists of their own
   // Shorter code at the start of dense tiles and at the end of all; it makes this dense loop slower.
   static constexpr bool kShortEnds = false;
-  // No-ops in front of the dense pass, which put its loop at 32 or 48 modulo 128 bytes: in the forward kernel,
-  // and in that of lists.
+  // No-ops in front of the dense pass, which put its loop at 32 or 48 modulo 128 bytes: in the forward
+  // kernel, and in that of lists.
   static constexpr int kDensePadding = 5;
   static constexpr int kListPadding = 4;
 };
@@ -53,7 +53,7 @@ struct Tuning<256> {
   static constexpr int kScoresInHand = 2;
   static constexpr int kDenseRegisterColumns = 64;
   static constexpr int kSparseRegisterColumns = 0;
-  static constexpr int kKeyStages = 3;
+  static constexpr int kKeyStages = 2;
   static constexpr int kValueStages = 2;
   static constexpr bool kShortEnds = true;
   static constexpr int kDensePadding = 0;
