@@ -8,6 +8,8 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
+#include <type_traits>
+
 #include "../params.hpp"
 #include "tuning.cuh"
 #include "work.cuh"
@@ -105,8 +107,7 @@ struct ForwardConfig : Tuning<kHeadDim_> {
   using SharedScoresMma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float,
                                  cute::Shape<cute::_64, cute::_64, cute::Int<kHeadDim>>>()));
-  using SparseScoresMma =
-      std::conditional_t<Tuned::kSparseRegisterColumns == kHeadDim, ScoresMma, SharedScoresMma>;
+  using SparseScoresMma = std::conditional_t<Tuned::kSparseQueriesInRegisters, ScoresMma, SharedScoresMma>;
   using PairScoresMma = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<cute::_64, cute::_128, cute::Int<kHeadDim>>>()));

@@ -20,6 +20,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
                                             const ConsumerThread& who, int tiles) {
   using namespace cute;
   using Element = typename Config::Element;
+  static_assert(Config::kStepBlocks == 2 && Config::kDenseRegisterColumns == Config::kHeadDim);
   const float scale_log2 = params.scale * CUDART_L2E_F;
 
   // Operands.

@@ -78,6 +78,7 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
                                                    int tiles) {
   using namespace cute;
   using Element = typename Config::Element;
+  static_assert(Config::kStepBlocks == 1);
   const float scale_log2 = params.scale * CUDART_L2E_F;
 
   // Operands.

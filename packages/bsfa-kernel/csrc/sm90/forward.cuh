@@ -41,7 +41,7 @@ __device__ __forceinline__ void attend_voting(typename Config::SharedStorage& st
     } else {
       kept = attend_sparse<Config, Bounds::kNotPositive>(context, output, softmax);
     }
-    if (!kReadsQueriesOnce<Config> && tile.key_blocks > 0) {
+    if (!Config::kSparseQueriesInRegisters && tile.key_blocks > 0) {
       release(storage.q_empty, who);
     }
   }

@@ -16,15 +16,11 @@ enum class Bounds {
   kRelative      // the threshold and a reference, which each row makes of its peaks
 };
 
-// Whether a pass reads the queries from shared memory once, not with each block.
-template <class Config>
-inline constexpr bool kReadsQueriesOnce = Config::kSparseRegisterColumns == Config::kHeadDim;
-
 // The left operand of Q K^T.
 template <class Config, class Mma>
 __device__ __forceinline__ auto sparse_queries(typename Config::SharedStorage& storage,
                                                const ConsumerThread& who, const Mma& mma) {
-  if constexpr (kReadsQueriesOnce<Config>) {
+  if constexpr (Config::kSparseQueriesInRegisters) {
     auto queries = queries_fragment<Config, Config::kHeadDim>(storage, mma);
     load_queries<Config, Config::kHeadDim>(storage, who, mma, queries);
     return queries;

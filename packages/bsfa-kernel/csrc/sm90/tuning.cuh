@@ -16,10 +16,10 @@ struct Tuning<64> {
   static constexpr int kStepBlocks = 2;
   // Key blocks whose scores the sparse pass has in registers.
   static constexpr int kScoresInHand = 3;
-  // Columns of Q that the dense and the sparse pass keep in registers; the others are read from shared memory
-  // by each wgmma.
+  // Columns of Q that the dense pass keeps in registers, and whether the sparse pass keeps all there; wgmma
+  // reads the others from shared memory each time.
   static constexpr int kDenseRegisterColumns = 64;
-  static constexpr int kSparseRegisterColumns = 64;
+  static constexpr bool kSparseQueriesInRegisters = true;
   // Blocks of K and V in shared memory.
   static constexpr int kKeyStages = 8;
   static constexpr int kValueStages = 8;
@@ -37,7 +37,7 @@ struct Tuning<128> {
   static constexpr int kStepBlocks = 2;
   static constexpr int kScoresInHand = 3;
   static constexpr int kDenseRegisterColumns = 128;
-  static constexpr int kSparseRegisterColumns = 128;
+  static constexpr bool kSparseQueriesInRegisters = true;
   static constexpr int kKeyStages = 8;
   static constexpr int kValueStages = 4;
   static constexpr int kListStages = 6;
@@ -52,7 +52,7 @@ struct Tuning<256> {
   static constexpr int kStepBlocks = 1;
   static constexpr int kScoresInHand = 2;
   static constexpr int kDenseRegisterColumns = 64;
-  static constexpr int kSparseRegisterColumns = 0;
+  static constexpr bool kSparseQueriesInRegisters = false;
   static constexpr int kKeyStages = 2;
   static constexpr int kValueStages = 2;
   static constexpr bool kShortEnds = true;
