@@ -114,12 +114,16 @@ void attend_blocks(const AttendParams& params, cudaStream_t stream) {
   if (params.q_block == kAttendTileQ) {
     using SharedConfig = SharedListConfig<Element, kHeadDim>;
     launch_persistent<SharedConfig>(attend_shared_kernel<SharedConfig>, order.tiles, kernel_params, stream);
-  } else if constexpr (Config::kStepBlocks == 1) {
-    using OwnConfig = UnionConfig<Element, kHeadDim>;
-    launch_persistent<OwnConfig>(attend_union_kernel<OwnConfig>, order.tiles, kernel_params, stream);
   } else {
-    using OwnConfig = AttendConfig<Element, kHeadDim>;
-    launch_persistent<OwnConfig>(attend_kernel<OwnConfig>, order.tiles, kernel_params, stream);
+    using OwnConfig = OwnListsConfig<Element, kHeadDim>;
+    constexpr auto kernel = [] {
+      if constexpr (OwnConfig::kStepBlocks == 1) {
+        return attend_union_kernel<OwnConfig>;
+      } else {
+        return attend_kernel<OwnConfig>;
+      }
+    }();
+    launch_persistent<OwnConfig>(kernel, order.tiles, kernel_params, stream);
   }
 }
 

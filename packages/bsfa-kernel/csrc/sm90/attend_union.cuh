@@ -12,35 +12,6 @@
 
 namespace bsfa::sm90 {
 
-// What the consumers are told of a block in shared memory: what BlockList::next() returns, and this bit if
-// there is none after it.
-inline constexpr int kLastBlock = 1 << 30;
-
-template <class Element_, int kHeadDim_>
-struct UnionConfig : ListConfig<Element_, kHeadDim_> {
-  using Base = ListConfig<Element_, kHeadDim_>;
-  using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_;
-
-  struct SharedStorage {
-    alignas(1024) Element q[Base::kTileQ * kHeadDim];
-    alignas(1024) Element k[Base::kKeyStages * Base::kBlockElements];
-    alignas(1024) Element v[Base::kValueStages * Base::kBlockElements];
-
-    ListTile tiles[Base::kTileSlots];
-    cutlass::arch::ClusterBarrier tile_full[Base::kTileSlots];
-    cutlass::arch::ClusterBarrier tile_empty[Base::kTileSlots];
-    cutlass::arch::ClusterTransactionBarrier q_full;
-    cutlass::arch::ClusterBarrier q_empty;
-    cutlass::arch::ClusterTransactionBarrier k_full[Base::kKeyStages];
-    cutlass::arch::ClusterBarrier k_empty[Base::kKeyStages];
-    cutlass::arch::ClusterTransactionBarrier v_full[Base::kValueStages];
-    cutlass::arch::ClusterBarrier v_empty[Base::kValueStages];
-    int blocks[Base::kKeyStages];  // which there are; written with K
-  };
-  static_assert(sizeof(SharedStorage) <= 227 * 1024);
-};
-
 template <class Config>
 struct UnionProducer : ListProducer<Config> {
   using Element = typename Config::Element;
@@ -84,8 +55,8 @@ struct UnionProducer : ListProducer<Config> {
           }
           full[stage].arrive_and_expect_tx(Config::kBlockBytes);
           if constexpr (!kPaged) {
-            load_rows<Config>(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST, to, Config::kBoxElements,
-                              key_row(tile.sequence, key_block), tile.kv_head,
+            load_rows<Config>(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST, to,
+                              Config::kBoxElements, key_row(tile.sequence, key_block), tile.kv_head,
                               key_batch(attend, tile.sequence));
           }
         }

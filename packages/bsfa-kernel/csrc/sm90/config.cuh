@@ -8,6 +8,8 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
+#include <type_traits>
+
 #include "../params.hpp"
 #include "tuning.cuh"
 #include "work.cuh"
@@ -72,7 +74,7 @@ struct ForwardConfig : Tuning<kHeadDim_> {
   // K, (key, column, stage). Where the dense pass takes pairs of blocks, the boxes of two neighbouring stages
   // interleave, so that the pair is at once a block of 128 keys: box (column / 64, stage % 2) lies at
   // kBoxElements * (2 * (column / 64) + stage % 2).
-  static constexpr int kInterleaved = Tuned::kStepBlocks;  // stages
+  static constexpr int kInterleaved = Tuned::kStepBlocks;                 // stages
   static constexpr int kKeyColumnElements = kInterleaved * kBoxElements;  // from box to box of a block
   __device__ __forceinline__ static int key_buffer(int stage) {
     return stage / kInterleaved * kInterleaved * kBlockElements + stage % kInterleaved * kBoxElements;
@@ -82,11 +84,11 @@ struct ForwardConfig : Tuning<kHeadDim_> {
       cute::ComposedLayout<cute::Swizzle<3, 4, 3>, cute::smem_ptr_flag_bits<16>, cute::Layout<Shape, Stride>>;
   using KeyColumns = cute::Shape<cute::Int<kBoxColumns>, cute::Int<kBoxes>>;
   using KeyColumnStrides = cute::Stride<cute::_1, cute::Int<kKeyColumnElements>>;
-  using SmemK = Swizzled<
-      cute::Shape<cute::Int<kKeyBlock>, KeyColumns,
-                  cute::Shape<cute::Int<kInterleaved>, cute::Int<kKeyStages / kInterleaved>>>,
-      cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides,
-                   cute::Stride<cute::Int<kBoxElements>, cute::Int<kInterleaved * kBlockElements>>>>;
+  using SmemK =
+      Swizzled<cute::Shape<cute::Int<kKeyBlock>, KeyColumns,
+                           cute::Shape<cute::Int<kInterleaved>, cute::Int<kKeyStages / kInterleaved>>>,
+               cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides,
+                            cute::Stride<cute::Int<kBoxElements>, cute::Int<kInterleaved * kBlockElements>>>>;
   using SmemKPair =
       Swizzled<cute::Shape<cute::Int<2 * kKeyBlock>, KeyColumns, cute::Int<kKeyStages / 2>>,
                cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides, cute::Int<2 * kBlockElements>>>;
@@ -105,8 +107,7 @@ struct ForwardConfig : Tuning<kHeadDim_> {
   using SharedScoresMma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float,
                                  cute::Shape<cute::_64, cute::_64, cute::Int<kHeadDim>>>()));
-  using SparseScoresMma =
-      std::conditional_t<Tuned::kSparseRegisterColumns == kHeadDim, ScoresMma, SharedScoresMma>;
+  using SparseScoresMma = std::conditional_t<Tuned::kSparseQueriesInRegisters, ScoresMma, SharedScoresMma>;
   using PairScoresMma = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<cute::_64, cute::_128, cute::Int<kHeadDim>>>()));

@@ -78,6 +78,7 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
                                                    int tiles) {
   using namespace cute;
   using Element = typename Config::Element;
+  static_assert(Config::kStepBlocks == 1);
   const float scale_log2 = params.scale * CUDART_L2E_F;
 
   // Operands.
@@ -152,8 +153,8 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
     auto matrix = accumulator_matrix(scores);
     softmax.exponentiate(matrix, scale_log2);
   };
-  // Ping-pong: one consumer's GEMMs overlap the other's exponentials, for which they take long enough. So V is
-  // released before this consumer's exponentials, not beside them. The keys of the step are there when it
+  // Ping-pong: one consumer's GEMMs overlap the other's exponentials, for which they take long enough. So V
+  // is released before this consumer's exponentials, not beside them. The keys of the step are there when it
   // begins.
   const auto step = [&](int key_block, auto masked) BSFA_INLINE_LAMBDA {
     pingpong_wait(who.warpgroup);

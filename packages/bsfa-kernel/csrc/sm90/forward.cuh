@@ -41,7 +41,7 @@ __device__ __forceinline__ void attend_voting(typename Config::SharedStorage& st
     } else {
       kept = attend_sparse<Config, Bounds::kNotPositive>(context, output, softmax);
     }
-    if (!kReadsQueriesOnce<Config> && tile.key_blocks > 0) {
+    if (!Config::kSparseQueriesInRegisters && tile.key_blocks > 0) {
       release(storage.q_empty, who);
     }
   }
@@ -85,16 +85,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   };
   const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
     const Producer<Config> producer{params, storage};
-    if (params.forward.has_pages()) {
-      if (warp == 0) {
-        producer.template load_queries_and_keys<true>();
-      } else if (warp == 1) {
-        producer.template load_values<true>();
-      }
-    } else if (threadIdx.x == 0) {
-      producer.template load_queries_and_keys<false>();
+    const bool paged = params.forward.has_pages();
+    if (threadIdx.x == 0) {
+      paged ? producer.template load_queries_and_keys<true>()
+            : producer.template load_queries_and_keys<false>();
     } else if (threadIdx.x == 32) {
-      producer.template load_values<false>();
+      paged ? producer.template load_values<true>() : producer.template load_values<false>();
     }
   };
   run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {

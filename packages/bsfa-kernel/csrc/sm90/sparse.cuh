@@ -16,15 +16,11 @@ enum class Bounds {
   kRelative      // the threshold and a reference, which each row makes of its peaks
 };
 
-// Whether a pass reads the queries from shared memory once, not with each block.
-template <class Config>
-inline constexpr bool kReadsQueriesOnce = Config::kSparseRegisterColumns == Config::kHeadDim;
-
 // The left operand of Q K^T.
 template <class Config, class Mma>
 __device__ __forceinline__ auto sparse_queries(typename Config::SharedStorage& storage,
                                                const ConsumerThread& who, const Mma& mma) {
-  if constexpr (kReadsQueriesOnce<Config>) {
+  if constexpr (Config::kSparseQueriesInRegisters) {
     auto queries = queries_fragment<Config, Config::kHeadDim>(storage, mma);
     load_queries<Config, Config::kHeadDim>(storage, who, mma, queries);
     return queries;
@@ -59,8 +55,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemK{});
   const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
   auto tSrQ = sparse_queries<Config>(storage, who, scores_mma);  // (MMA, 1, MMA_K)
-  const auto tSrK = scores_slice.partition_fragment_B(smem_k);  // (MMA, 1, MMA_K, stage)
-  const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
+  const auto tSrK = scores_slice.partition_fragment_B(smem_k);   // (MMA, 1, MMA_K, stage)
+  const auto tOrV = values_slice.partition_fragment_B(smem_v);   // (MMA, 1, MMA_K, stage)
   using Accumulators = decltype(partition_fragment_C(scores_mma, Shape<_64, _64>{}));
   Accumulators scores0;
   Accumulators scores1;

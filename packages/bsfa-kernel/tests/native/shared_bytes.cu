@@ -27,7 +27,7 @@ void print_all(const char* dtype) {
   print<bsfa::sm90::ForwardConfig<Element, kHeadDim>>("sm_90a", "forward", dtype);
   print<bsfa::sm90::SelectConfig<Element, int8_t, kHeadDim>>("sm_90a", "select_int8", dtype);
   print<bsfa::sm90::SelectConfig<Element, Element, kHeadDim>>("sm_90a", "select_exact", dtype);
-  print<bsfa::sm90::AttendConfig<Element, kHeadDim>>("sm_90a", "attend", dtype);
+  print<bsfa::sm90::OwnListsConfig<Element, kHeadDim>>("sm_90a", "attend", dtype);
 }
 
 int main() {
