@@ -44,7 +44,7 @@ bsfa_option(BSFA_ARCHITECTURES "Architectures to write kernels for"
 bsfa_option(BSFA_DTYPES "Element types"
   ALLOWED float16 bfloat16  RELEASE float16 bfloat16  CI bfloat16  DEV float16)
 bsfa_option(BSFA_HEAD_DIMS "Head dimensions"
-  ALLOWED 64 128  RELEASE 64 128  CI 128  DEV 128)
+  ALLOWED 64 128 256  RELEASE 64 128 256  CI 128  DEV 128)
 # The sm_80 kernels run on an H100 without being compiled at load (90-real), and as PTX on whatever comes later.
 bsfa_option(BSFA_SM80_TARGETS "What the sm_80 kernels are compiled for"
   ALLOWED 80-real 90-real 80-virtual  RELEASE 80-real 90-real 80-virtual  CI 80-real  DEV 80-real)

@@ -16,9 +16,6 @@ struct CUstream_st;
 
 namespace bsfa {
 
-// Head dimensions are multiples of this.
-inline constexpr int kHeadDimStep = 8;
-
 // One compiled kernel.
 template <class Params>
 struct Kernel {
@@ -28,7 +25,7 @@ struct Kernel {
   void (*launch)(const Params& params, CUstream_st* stream);
 
   // Below this a narrower kernel would do: 64 is the narrowest that there is, and each doubles the one
-  // before.
+  // before. So 8 to 64 run by the kernel of 64, 72 to 128 by that of 128, 136 to 256 by that of 256.
   constexpr int least_head_dim() const { return head_dim <= 64 ? kHeadDimStep : head_dim / 2 + kHeadDimStep; }
 };
 

@@ -11,6 +11,10 @@ namespace bsfa {
 // Keys in a sparsity block, in every geometry; the number of queries is a run-time argument (128 or 64).
 inline constexpr int kKeyBlock = 64;
 
+// Head dimensions are multiples of kHeadDimStep, which are 16 bytes, up to kMaxHeadDim.
+inline constexpr int kHeadDimStep = 8;
+inline constexpr int kMaxHeadDim = 256;
+
 // Bits in a word of a block mask.
 inline constexpr int kMaskBits = 64;
 

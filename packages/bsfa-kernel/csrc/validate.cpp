@@ -15,8 +15,7 @@ namespace {
 
 constexpr int64_t kMaxExtent = INT32_MAX;  // the kernels count in int32_t
 constexpr int64_t kMaxTiles = (int64_t{1} << 30) - 1;
-constexpr int64_t kMaxSeqlen = int64_t{1} << 30;  // ... and round lengths up to whole blocks
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxSeqlen = int64_t{1} << 30;      // ... and round lengths up to whole blocks
 constexpr int64_t kAlignment = 16;                    // bytes; a thread moves no less
 constexpr int64_t kRowAlignment = kAlignment / 2;     // elements; float16 and bfloat16 have two bytes
 constexpr uint64_t kWorkspaceAlignment = 256;         // bytes
@@ -131,8 +130,8 @@ Problem check_problem(const bsfa_problem& args) {
   BSFA_CHECK(args.heads % args.kv_heads == 0, "heads must be a multiple of kv_heads, got ", args.heads,
              " and ", args.kv_heads);
   BSFA_CHECK(
-      args.head_dim >= kRowAlignment && args.head_dim <= kMaxHeadDim && args.head_dim % kRowAlignment == 0,
-      "head_dim must be a multiple of ", kRowAlignment, " up to ", kMaxHeadDim, ", got ", args.head_dim);
+      args.head_dim >= kHeadDimStep && args.head_dim <= kMaxHeadDim && args.head_dim % kHeadDimStep == 0,
+      "head_dim must be a multiple of ", kHeadDimStep, " up to ", kMaxHeadDim, ", got ", args.head_dim);
   check_range("seqlen_q", args.seqlen_q, 0, kMaxSeqlen);
   check_range("seqlen_k", args.seqlen_k, 0, kMaxSeqlen);
 

@@ -27,7 +27,10 @@ VERDICT_MARGIN = 1e-3
 verdict that is closer may fall either way."""
 
 
-HEAD_DIMS = tuple(range(8, 129, 8))
+KERNEL_HEAD_DIMS = (64, 128, 256)
+"""Those that there are kernels for, which serve those below, too."""
+
+HEAD_DIMS = tuple(range(8, 257, 8))
 """Those that the kernels serve."""
 
 
@@ -38,7 +41,7 @@ def head_dims_of_run() -> tuple[int, ...]:
     """
     if os.environ.get("BSFA_HYPOTHESIS_PROFILE") == "nightly":
         return HEAD_DIMS
-    ends = {8, 56, 72, 120}
+    ends = {8, 56, 72, 120, 136, 248}
     others = [head_dim for head_dim in HEAD_DIMS if head_dim not in ends]
     today = random.Random(datetime.date.today().toordinal())
     return tuple(sorted({*ends, *today.sample(others, 2)}))
@@ -115,7 +118,8 @@ CORRECTNESS = (
     Case("one_block", "the smallest call that fills a tile", seqlen_q=128, seqlen_k=128),
     Case("two_query_blocks", "a diagonal and a block below it"),
     Case("long", "many verdicts a query block", seqlen_q=1024, seqlen_k=1024),
-    Case("head_dim_128", "the other head dimension", seqlen_q=512, seqlen_k=512, head_dim=128),
+    Case("head_dim_128", "another head dimension", seqlen_q=512, seqlen_k=512, head_dim=128),
+    Case("head_dim_256", "the largest one", seqlen_q=512, seqlen_k=512, head_dim=256),
     Case("full", "no causal mask", causal=False, seqlen_q=384, seqlen_k=640),
     Case(
         "grouped", "4 query heads read one kv head", heads=8, kv_heads=2, seqlen_q=384, seqlen_k=384
@@ -142,6 +146,9 @@ RAGGED = (
         seqlen_k=333,
         head_dim=128,
     ),
+    Case(
+        "odd_256", "the same, at 256", seqlen_q=217, seqlen_k=217, heads=3, kv_heads=1, head_dim=256
+    ),
     Case("odd_full", "ragged keys without a mask", causal=False, seqlen_q=200, seqlen_k=333),
     Case("full_one_key", "a single key without a mask", causal=False, seqlen_q=130, seqlen_k=1),
     Case("full_whole_blocks", "without forced blocks", causal=False, seqlen_q=130, seqlen_k=256),
@@ -149,6 +156,7 @@ RAGGED = (
 
 OFFSET = (
     Case("chunk", "a later chunk of a prefill", seqlen_q=256, seqlen_k=1024, heads=4, kv_heads=2),
+    Case("chunk_256", "the same, at 256", seqlen_q=256, seqlen_k=1024, head_dim=256),
     Case("chunk_odd", "the diagonal crosses blocks at odd places", seqlen_q=200, seqlen_k=777),
     Case("offset_63", "row 0 sees exactly one whole block", seqlen_q=128, seqlen_k=191),
     Case("offset_64", "the diagonal starts one key into a block", seqlen_q=128, seqlen_k=192),
@@ -232,6 +240,12 @@ PACKED = (
     ),
     PackedCase(
         "more_queries", "some queries see no key", ((200, 60), (300, 310)), heads=3, kv_heads=1
+    ),
+    PackedCase(
+        "chunks_256",
+        "the same, at 256",
+        ((128, 500), (40, 300), (200, 200)),
+        head_dim=256,
     ),
     PackedCase("full", "no causal mask", ((100, 260), (260, 100)), causal=False),
 )

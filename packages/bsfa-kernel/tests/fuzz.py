@@ -32,7 +32,7 @@ NAMES = (
     *("kept by mask", "out by mask", "rms of out by mask", "lse by mask"),
     "selection in 8 bits",
 )
-WHOLE = {64, 128}  # head dimensions that fill a kernel's tiles: the likeliest
+WHOLE = set(cases.KERNEL_HEAD_DIMS)  # head dimensions that fill a kernel's tiles: the likeliest
 LEVELS = {"absolute": 2.0, "running_max": 0.0, "peak_lse": -1.5}
 
 

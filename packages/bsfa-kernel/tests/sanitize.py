@@ -110,7 +110,7 @@ def main(arch: int) -> None:
             q, k, v = case.inputs(dtype, "cuda")
             if case.head_dim != kernel.head_dim:
                 q, k, v = (
-                    x.repeat(1, 1, 1, 2)[..., : kernel.head_dim].contiguous() for x in (q, k, v)
+                    x.repeat(1, 1, 1, 4)[..., : kernel.head_dim].contiguous() for x in (q, k, v)
                 )
             rule, geometry = RULES[calls % 3], GEOMETRIES[calls // 3 % 2]
             options = {"causal": case.causal, "rule": rule, "geometry": geometry}
@@ -137,7 +137,7 @@ def main(arch: int) -> None:
         if kernel.name != "block_maxima":
             packed = next(case for case in cases.PACKED if case.name == "with_empty")
             q, k, v = packed.inputs(dtype, "cuda")
-            q, k, v = (x.repeat(1, 1, 2)[..., : kernel.head_dim].contiguous() for x in (q, k, v))
+            q, k, v = (x.repeat(1, 1, 4)[..., : kernel.head_dim].contiguous() for x in (q, k, v))
             starts_q, starts_k = packed.cu_seqlens("cuda")
             starts = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k}
             outputs = {"return_lse": True, "return_kept": True}

@@ -91,7 +91,7 @@ def test_build_without_cuda_asks_for_no_nvcc(tmp_path: Path) -> None:
             "BSFA_DTYPES=float16,float8",
             "BSFA_DTYPES must name some of float16, bfloat16, got float8",
         ),
-        ("BSFA_HEAD_DIMS=63", "BSFA_HEAD_DIMS must name some of 64, 128, got 63"),
+        ("BSFA_HEAD_DIMS=63", "BSFA_HEAD_DIMS must name some of 64, 128, 256, got 63"),
         ("BSFA_ARCHITECTURES=70", "BSFA_ARCHITECTURES must name some of 80, 90a, got 70"),
         ("BSFA_SM80_TARGETS=100", "BSFA_SM80_TARGETS must name some of 80-real, .*, got 100"),
     ],
@@ -116,7 +116,7 @@ def test_options_of_an_earlier_preset_do_not_linger(tmp_path: Path) -> None:
         assert match is not None
         return match[1]
 
-    everything = "float16;bfloat16 / 64;128 / 80;90a"
+    everything = "float16;bfloat16 / 64;128;256 / 80;90a"
     assert chosen() == everything
     assert chosen("-DBSFA_PRESET=dev") == "float16 / 128 / 90a"
     assert chosen("-DBSFA_PRESET=dev", "-DBSFA_HEAD_DIMS=64,128") == "float16 / 64;128 / 90a"

@@ -225,7 +225,7 @@ def test_a_call_gives_the_same_bits_each_time(target, dtype, rule):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 def test_dense_error_is_at_most_twice_that_of_torch_flash_attention(arch, dtype, head_dim):
     arch.require("forward", dtype, head_dim)
     case = cases.Case(
@@ -245,7 +245,7 @@ def test_dense_error_is_at_most_twice_that_of_torch_flash_attention(arch, dtype,
     assert_lse_close(lse, expected.lse, LSE_TOLERANCE / 4)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 @pytest.mark.parametrize("value", [math.nan, INF, -INF], ids=str)
 @pytest.mark.parametrize("name", ["q", "k"])
 def test_scores_that_are_not_finite_are_never_hidden(target, rule, geometry, head_dim, name, value):
@@ -288,7 +288,7 @@ def test_block_maxima_show_scores_that_are_not_finite(target, rule, geometry, na
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_nan_thresholds_poison_their_query_blocks_and_no_others(arch, rule, geometry, head_dim):
     """Two tiles for each multiprocessor, so that poisoned, dense and sparse ones meet."""

@@ -177,7 +177,7 @@ def attend(batch: Batch, thresholds: Tensor, **options):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("page_size", [*PAGE_SIZES, None])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 def test_attention_is_that_of_each_sequence(target, dtype, geometry, head_dim, page_size, packed):
     target.require("forward", dtype, head_dim)
     layout = paging.LAYOUTS[(page_size or 0) // 16 % 3]
@@ -216,7 +216,7 @@ def test_attention_is_that_of_each_sequence(target, dtype, geometry, head_dim, p
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("page_size", [*PAGE_SIZES, None])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 def test_a_mask_is_attended_in_each_sequence(target, dtype, geometry, head_dim, page_size, packed):
     target.require("attend_blocks", dtype, head_dim)
     batch = make_batch(target, dtype, head_dim, page_size, packed=packed, layout="heads first")
@@ -259,7 +259,7 @@ def test_a_mask_is_attended_in_each_sequence(target, dtype, geometry, head_dim, 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("page_size", [*PAGE_SIZES, None])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 def test_blocks_are_selected_as_in_each_sequence(
     target, dtype, geometry, head_dim, page_size, precision, packed
 ):
@@ -289,7 +289,7 @@ def test_blocks_are_selected_as_in_each_sequence(
 
 
 @pytest.mark.parametrize("page_size", [*PAGE_SIZES, None])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 def test_block_maxima_are_those_of_each_sequence(
     target, dtype, geometry, rule, head_dim, page_size
 ):
@@ -321,7 +321,7 @@ def random_cuts(length: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 def test_chunks_cut_at_random_give_the_prefill(target, dtype, geometry, head_dim, page_size):
     """Two prompts that grow in one cache, in chunks of any length, against one call on each."""
     target.require("forward", dtype, head_dim)

@@ -129,7 +129,9 @@ def calls(draw, *, voters=VOTERS, **fixed):
         "seqlen_k": seqlen_q if draw(st.booleans()) else draw(lengths),
         "heads": kv_heads * group,
         "kv_heads": kv_heads,
-        "head_dim": draw(st.one_of(st.sampled_from([64, 128]), st.sampled_from(cases.HEAD_DIMS))),
+        "head_dim": draw(
+            st.one_of(st.sampled_from(cases.KERNEL_HEAD_DIMS), st.sampled_from(cases.HEAD_DIMS))
+        ),
         "causal": draw(st.booleans()),
     }
     shape.update(fixed)

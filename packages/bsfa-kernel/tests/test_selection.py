@@ -278,8 +278,10 @@ def test_selects_at_every_length(target, dtype, geometry, first):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("how", SPOILT)
-def test_unusual_inputs_are_judged_as_they_should(target, how, rule, precision):
-    case = cases.Case(how, "", batch=2, seqlen_q=300, seqlen_k=450, heads=4, kv_heads=2)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_unusual_inputs_are_judged_as_they_should(target, how, rule, precision, head_dim):
+    shape = {"batch": 2, "seqlen_q": 300, "seqlen_k": 450, "heads": 4, "kv_heads": 2}
+    case = cases.Case(how, "", **shape, head_dim=head_dim)
     target.require("select_blocks", torch.bfloat16, case.head_dim)
     q, k, _ = case.inputs(torch.bfloat16, target.device)
     spoil(how, q, k)

@@ -91,7 +91,7 @@ def test_references_begin_with_the_sink(rule):
 
 @pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("keep", [1.0, 0.3])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 def test_outputs_match_float64(target, dtype, rule, geometry, kind, keep, head_dim):
     target.require("forward", dtype, head_dim)
     case = named("sinks", seqlen_q=333, seqlen_k=517, head_dim=head_dim)
@@ -163,7 +163,7 @@ def test_under_the_absolute_rule_verdicts_do_not_change(target, dtype, geometry)
 
 
 @pytest.mark.parametrize("selection", ["exact", "int8"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 def test_sinks_that_are_no_numbers_make_their_heads_nan(
     target, rule, geometry, selection, head_dim
 ):
@@ -208,7 +208,7 @@ def test_block_maxima_match_float64(target, dtype, rule, geometry, kind):
 @pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("voters", [1, 2])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 def test_selections_match_the_oracle(target, rule, geometry, kind, voters, precision, head_dim):
     case = named("selected", seqlen_q=200, seqlen_k=400, heads=2, kv_heads=1, head_dim=head_dim)
     target.require("select_blocks", torch.bfloat16, head_dim)
@@ -239,7 +239,7 @@ def test_selections_match_the_oracle(target, rule, geometry, kind, voters, preci
 
 @pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
 def test_attention_of_a_mask_matches_float64(target, dtype, geometry, kind, density, head_dim):
     case = named("masked", seqlen_q=333, seqlen_k=517, head_dim=head_dim)
     target.require("attend_blocks", dtype, head_dim)

@@ -45,6 +45,12 @@ __device__ __forceinline__ Value quad_row_max(const Value (&rows)[4]) {
                 __shfl_xor_sync(0xffffffff, upper ? pair[0] : pair[1], 2));
 }
 
+// The same of one of two rows: thread i has row i % 2.
+__device__ __forceinline__ float quad_row_max(const float (&rows)[2]) {
+  const float pair = pair_row_max(rows);
+  return larger(pair, __shfl_xor_sync(0xffffffff, pair, 2));
+}
+
 __device__ __forceinline__ bool quad_any(bool x) {
   return __ballot_sync(0xffffffff, x) >> threadIdx.x % 32 / 4 * 4 & 0xf;
 }

@@ -20,7 +20,7 @@ struct AttendConfig : ForwardConfig<Element, kHeadDim, kPaging> {
     int listed[2];   // what it has found: of this step or the one after the next, and of the next
   };
 
-  static_assert(kHeadDim != 128 || 2 * (sizeof(SharedStorage) + 1024) <= 164 * 1024);
+  static_assert(kFits<SharedStorage, Forward::kCtasPerSm>);
 };
 
 template <class Config>

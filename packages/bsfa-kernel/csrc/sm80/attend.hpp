@@ -10,8 +10,8 @@
 
 namespace bsfa::sm80 {
 
-// Launches attend_blocks on `stream`. Element: cutlass::half_t or cutlass::bfloat16_t; kHeadDim: 64 or 128.
-// Instantiated in instantiations/{half,bfloat16}_{64,128}_attend.cu.
+// Launches attend_blocks on `stream`. Element: cutlass::half_t or cutlass::bfloat16_t; kHeadDim: 64, 128 or
+// 256. Instantiated in instantiations/{half,bfloat16}_{64,128,256}_attend.cu.
 template <class Element, int kHeadDim>
 void attend_blocks(const AttendParams& params, cudaStream_t stream);
 

@@ -62,9 +62,17 @@ class BlockMaxima {
     if (tile_keys.visible == 0) {
       return;
     }
-    load_tile<Config, SharedQueries<Config>>(ptx::shared_address(storage_.q), queries_,
-                                             params_.q_strides.seqlen, first_query_, sequence_.seqlen_q,
-                                             params_.head_dim);
+    HeldQueries<Config> held;
+    if constexpr (Config::kHoldsQueries) {
+      held.load(params_.head_dim, [&](int row) {
+        const int query = first_query_of_warp() + Scores::row_of_warp(row);
+        return sequence_.has_query(query) ? queries_ + query * params_.q_strides.seqlen : nullptr;
+      });
+    } else {
+      load_tile<Config, SharedQueries<Config>>(ptx::shared_address(storage_.q), queries_,
+                                               params_.q_strides.seqlen, first_query_, sequence_.seqlen_q,
+                                               params_.head_dim);
+    }
     request_keys(tile_keys.visible - 1);
     for (int key_block = tile_keys.visible - 1; key_block >= 0; --key_block) {
       ptx::wait_for_copies<0>();
@@ -72,10 +80,12 @@ class BlockMaxima {
       request_keys(key_block - 1);
       store_previous(key_block + 1, tile_keys.visible);
       Scores scores;
-      const uint32_t lane_queries = ptx::shared_address(storage_.q) + SharedQueries<Config>::lane_of_left() +
-                                    threadIdx.x / 32 * (Config::kWarpRows * SharedQueries<Config>::kRowBytes);
-      multiply_scores<Config>(scores, lane_queries,
-                              keys_address(key_block) + SharedKeys<Config>::lane_of_right());
+      const uint32_t lane_keys = keys_address(key_block) + SharedKeys<Config>::lane_of_right();
+      if constexpr (Config::kHoldsQueries) {
+        multiply_scores(scores, held, lane_keys);
+      } else {
+        multiply_scores<Config>(scores, shared_queries_of_warp<Config>(storage_.q), lane_keys);
+      }
       if (key_block >= tile_keys.full) {
         ptx::keep_branch();
         mask(scores, key_block);
@@ -93,6 +103,10 @@ class BlockMaxima {
   __device__ __forceinline__ int q_blocks() const { return params_.query_blocks(params_.q_block); }
   __device__ __forceinline__ int k_blocks() const { return (params_.seqlen_k + kKeyBlock - 1) / kKeyBlock; }
 
+  __device__ __forceinline__ int first_query_of_warp() const {
+    return first_query_ + threadIdx.x / 32 * Config::kWarpRows;
+  }
+
   __device__ __forceinline__ uint32_t keys_address(int key_block) const {
     return ptx::shared_address(storage_.k[key_block % Config::kKeyStages]);
   }
@@ -109,7 +123,7 @@ class BlockMaxima {
   __device__ __forceinline__ void mask(Scores& scores, int key_block) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const int query = first_query_ + threadIdx.x / 32 * Config::kWarpRows + scores.row_of_warp(row);
+      const int query = first_query_of_warp() + scores.row_of_warp(row);
       const int end = sees_.keys(query) - key_block * Config::kTileK - scores.column_of_warp(0);
 #pragma unroll
       for (int column = 0; column < scores.kColumns; ++column) {
@@ -120,14 +134,13 @@ class BlockMaxima {
     }
   }
 
-  // How far the peak of the thread's row, one of the four that its quad shares, is above the row's reference,
+  // How far the peak of the thread's row, one of those that its quad shares, is above the row's reference,
   // which then takes it in.
   __device__ __forceinline__ float take(Scores& scores) {
     float maxima[kRows];
     row_maxima(scores, maxima);
     const float peak = params_.scale * quad_row_max(maxima);
-    const int query =
-        first_query_ + threadIdx.x / 32 * Config::kWarpRows + scores.row_of_warp(threadIdx.x % kRows);
+    const int query = first_query_of_warp() + scores.row_of_warp(threadIdx.x % kRows);
     const bool counts = peak != -CUDART_INF_F && sequence_.has_query(query);
     const float excess = counts ? reference_.excess(peak) : -CUDART_INF_F;
     if (params_.rule != Rule::kAbsolute) {

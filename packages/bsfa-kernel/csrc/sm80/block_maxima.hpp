@@ -10,8 +10,8 @@
 
 namespace bsfa::sm80 {
 
-// Launches block_maxima on `stream`. Element: cutlass::half_t or cutlass::bfloat16_t; kHeadDim: 64 or 128.
-// Instantiated in instantiations/{half,bfloat16}_{64,128}_maxima.cu.
+// Launches block_maxima on `stream`. Element: cutlass::half_t or cutlass::bfloat16_t; kHeadDim: 64, 128 or
+// 256. Instantiated in instantiations/{half,bfloat16}_{64,128,256}_maxima.cu.
 template <class Element, int kHeadDim>
 void block_maxima(const BlockMaximaParams& params, cudaStream_t stream);
 

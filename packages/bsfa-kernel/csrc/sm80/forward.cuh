@@ -49,7 +49,7 @@ __device__ __forceinline__ void store_results(const ForwardParams& params, Loop&
                                               typename Config::SharedStorage& storage,
                                               const WarpsBlock& block) {
   const float poison = is_poisoned(block) ? CUDART_NAN_F : 0.0f;  // makes NaN of what it is added to
-  uint8_t* staging = reinterpret_cast<uint8_t*>(storage.q);
+  uint8_t* staging = storage.staging();
   const float sink = sink_of(params, storage.tile.head);
   stage_output<Config>(params, mainloop.output, mainloop.softmax, poison, sink, staging);
   store_output<Config>(params, storage.tile, staging);

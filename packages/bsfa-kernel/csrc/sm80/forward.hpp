@@ -10,8 +10,8 @@
 
 namespace bsfa::sm80 {
 
-// Launches attention on `stream`. Element: cutlass::half_t or cutlass::bfloat16_t; kHeadDim: 64 or 128.
-// Instantiated in instantiations/{half,bfloat16}_{64,128}.cu.
+// Launches attention on `stream`. Element: cutlass::half_t or cutlass::bfloat16_t; kHeadDim: 64, 128 or 256.
+// Instantiated in instantiations/{half,bfloat16}_{64,128,256}.cu.
 template <class Element, int kHeadDim>
 void forward(const ForwardParams& params, cudaStream_t stream);
 

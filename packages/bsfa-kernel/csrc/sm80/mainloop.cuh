@@ -35,9 +35,17 @@ class Mainloop {
   }
 
   __device__ __forceinline__ void request_queries() {
-    load_tile<Config, SharedQueries<Config>>(ptx::shared_address(storage_.q), first_query_of(params_, tile_),
-                                             params_.q_strides.seqlen, tile_.first_query,
-                                             tile_.sequence.seqlen_q, params_.head_dim);
+    if constexpr (Config::kHoldsQueries) {
+      const uint16_t* matrix = first_query_of(params_, tile_);
+      queries_.load(params_.head_dim, [&](int row) {
+        const int query = this->query(row);
+        return tile_.sequence.has_query(query) ? matrix + query * params_.q_strides.seqlen : nullptr;
+      });
+    } else {
+      load_tile<Config, SharedQueries<Config>>(ptx::shared_address(storage_.q),
+                                               first_query_of(params_, tile_), params_.q_strides.seqlen,
+                                               tile_.first_query, tile_.sequence.seqlen_q, params_.head_dim);
+    }
   }
 
   // Takes in the tile's key blocks [0, visible), from the last to the first: all of them, or (kVotes) those
@@ -120,10 +128,15 @@ class Mainloop {
 
   // S = Q K^T, -inf where masked.
   __device__ __forceinline__ void score(Scores& scores, int key_block, int stage) const {
-    const uint32_t lane_queries =
-        ptx::shared_address(storage_.q) + SharedQueries<Config>::lane_of_left() +
-        ptx::forget(threadIdx.x) / 32 * (Config::kWarpRows * SharedQueries<Config>::kRowBytes);
-    multiply_scores<Config>(scores, lane_queries, keys_address(stage) + SharedKeys<Config>::lane_of_right());
+    const uint32_t lane_keys = keys_address(stage) + SharedKeys<Config>::lane_of_right();
+    if constexpr (Config::kHoldsQueries) {
+      multiply_scores(scores, queries_, lane_keys);
+    } else {
+      const uint32_t lane_queries =
+          ptx::shared_address(storage_.q) + SharedQueries<Config>::lane_of_left() +
+          ptx::forget(threadIdx.x) / 32 * (Config::kWarpRows * SharedQueries<Config>::kRowBytes);
+      multiply_scores<Config>(scores, lane_queries, lane_keys);
+    }
     if (key_block >= keys_.full) {
       ptx::keep_branch();
       mask(scores, key_block);
@@ -160,13 +173,12 @@ class Mainloop {
     softmax.exponentiate(scores, scale_log2_);
   }
 
-  // What the peaks of the thread's row, one of the four that its quad shares, are compared with; +inf, which
+  // What the peaks of the thread's row, one of those that its quad shares, are compared with; +inf, which
   // is no reference, where the row does not vote. In shared memory: as a register it would make others spill.
   __device__ __forceinline__ float& reference() const { return storage_.references[threadIdx.x]; }
 
   __device__ __forceinline__ void prepare_votes() const {
-    static_assert(kRows == 4);
-    const bool votes = is_voter(params_, block_, tile_.sequence, query(threadIdx.x % 4));
+    const bool votes = is_voter(params_, block_, tile_.sequence, query(threadIdx.x % kRows));
     reference() = votes ? RowReference::first(params_, tile_.head).value : CUDART_INF_F;
   }
 
@@ -194,6 +206,7 @@ class Mainloop {
   WarpsBlock& block_;
   const KeyBlocks& keys_;
   const float scale_log2_;
+  HeldQueries<Config> queries_;
 };
 
 }  // namespace bsfa::sm80

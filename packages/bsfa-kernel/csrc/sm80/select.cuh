@@ -22,14 +22,14 @@
 
 namespace bsfa::sm80 {
 
-// A tile of 128 voting rows. A row of 8-bit keys takes the 128 bytes of a row of 64 16-bit elements, at
-// head_dim 64, too, where half of them stay empty.
+// A tile of voting rows, 32 a warp. A row of 8-bit keys takes whole panels of 128 bytes, at head_dim 64, too,
+// where half of one stays empty.
 template <class Element_, int kHeadDim_, bool kRounded_>
-struct SelectConfig : Config<Element_, kHeadDim_> {
-  using Base = Config<Element_, kHeadDim_>;
+struct SelectConfig : Config<Element_, kHeadDim_, Tuning<kHeadDim_>::kWarps * 32> {
+  using Base = Config<Element_, kHeadDim_, Tuning<kHeadDim_>::kWarps * 32>;
   static constexpr bool kRounded = kRounded_;
   static constexpr int kKeyStages = kRounded ? 4 : 2;
-  static constexpr int kCtasPerSm = Base::kHeadDim == 64 || kRounded ? 3 : 2;
+  static constexpr int kCtasPerSm = kRounded ? Base::Tuned::kCtasPerSmRounded : Base::Tuned::kCtasPerSm;
   static constexpr int kSlots = Base::kTileQ / kSlotRows;
   static constexpr int kWarpSlots = kSlots / Base::kWarps;
   static_assert(kWarpSlots == 2);
@@ -40,7 +40,7 @@ struct SelectConfig : Config<Element_, kHeadDim_> {
     static constexpr int kThreads = Base::kThreads;
     static constexpr Paging kPaging = Base::kPaging;
   };
-  static constexpr int kKeyColumns = kRounded ? 64 : Base::kHeadDim;
+  static constexpr int kKeyColumns = kRounded ? (Base::kHeadDim + 127) / 128 * 64 : Base::kHeadDim;
   using KeyTile = SharedTile<Base::kTileK, kKeyColumns>;
 
   using Score = std::conditional_t<kRounded, int, float>;
@@ -54,8 +54,9 @@ struct SelectConfig : Config<Element_, kHeadDim_> {
 
   struct SharedStorage {
     alignas(1024) uint16_t k[kKeyStages][Base::kTileK * kKeyColumns];
-    alignas(1024) uint16_t q[kRounded ? 8 : Base::kTileQ * Base::kHeadDim];
+    alignas(1024) uint16_t q[kRounded || Base::kHoldsQueries ? 8 : Base::kTileQ * Base::kHeadDim];
   };
+  static_assert(kFits<SharedStorage, kCtasPerSm>);
 };
 
 // sums (16 x 8) += left (16 x 32) * right^T (8 x 32), of 8-bit integers.
@@ -185,9 +186,15 @@ class WarpVoters {
     offset_score_ = of_lane(queries_[0].offset_score, queries_[1].offset_score);
   }
 
-  // 16-bit queries go to shared memory, row by row of each slot.
+  // 16-bit queries go to shared memory, row by row of each slot, or to registers.
   __device__ __forceinline__ void request_queries() {
     scale_ = params_.scale;
+    if constexpr (Config::kHoldsQueries) {
+      held_.load(params_.head_dim, [&](int row) {
+        return exists(row) ? reinterpret_cast<const uint16_t*>(query_data(row)) : nullptr;
+      });
+      return;
+    }
     constexpr int kThreadsOfRow = Config::kHeadDim / 8;
     constexpr int kRowsOfStep = 32 / kThreadsOfRow;
     const int lane = threadIdx.x % 32;
@@ -246,10 +253,10 @@ class WarpVoters {
           }
         }
       }
+    } else if constexpr (Config::kHoldsQueries) {
+      multiply_scores(scores, held_, lane_keys);
     } else {
-      const uint32_t lane_queries = ptx::shared_address(storage_.q) + SharedQueries<Config>::lane_of_left() +
-                                    threadIdx.x / 32 * (Config::kWarpRows * SharedQueries<Config>::kRowBytes);
-      multiply_scores<Config>(scores, lane_queries, lane_keys);
+      multiply_scores<Config>(scores, shared_queries_of_warp<Config>(storage_.q), lane_keys);
     }
   }
 
@@ -301,6 +308,7 @@ class WarpVoters {
   const uint16_t* keys_;  // of the sequence and kv head: the rounded ones, or by first_key_of()
   const float* key_scales_;
   RoundedRows<Config::kHeadDim> queries_[Config::kRounded ? Config::kWarpSlots : 1];
+  HeldQueries<Config> held_;  // 16-bit ones
 
   // Of the row that the lane follows.
   bool votes_;

@@ -112,27 +112,81 @@ using SharedQueries = SharedTile<Config::kTileQ, Config::kHeadDim>;
 template <class Config>
 using SharedKeys = SharedTile<Config::kTileK, Config::kHeadDim>;
 
+// 16 columns of a warp's queries, as the left operand.
+template <class Config>
+using QueryFragment = uint32_t[Config::kRowBlocks][4];
+
+// A warp's queries in registers, where the config says so.
+template <class Config, bool kHolds = Config::kHoldsQueries>
+struct HeldQueries {};
+template <class Config>
+struct HeldQueries<Config, true> {
+  QueryFragment<Config> fragments[Config::kHeadDim / 16];
+
+  // `row_at(row)`: where the row that the thread's accumulators have as `row` begins; null makes zeros, as do
+  // columns from `head_dim` on.
+  template <class RowAt>
+  __device__ __forceinline__ void load(int head_dim, const RowAt& row_at) {
+#pragma unroll
+    for (int row = 0; row < Config::kThreadRows; ++row) {
+      const uint16_t* from = row_at(row);
+#pragma unroll
+      for (int i = 0; i < Config::kHeadDim / 8; ++i) {
+        const int column = i * 8 + threadIdx.x % 4 * 2;
+        fragments[i / 2][row / 2][i % 2 * 2 + row % 2] =
+            from != nullptr && column < head_dim ? *reinterpret_cast<const uint32_t*>(from + column) : 0;
+      }
+    }
+  }
+};
+
+// scores += queries * keys^T, of 16 columns.
+template <class Config, class Scores>
+__device__ __forceinline__ void multiply_fragment(Scores& scores, const QueryFragment<Config>& queries,
+                                                  uint32_t lane_keys, int step) {
+#pragma unroll
+  for (int column = 0; column < Config::kTileK / 16; ++column) {
+    uint32_t keys[4];
+    ptx::load_matrices(keys, SharedKeys<Config>::at(lane_keys, column, step));
+#pragma unroll
+    for (int row = 0; row < Config::kRowBlocks; ++row) {
+      multiply<typename Config::Element>(scores.block[row][2 * column], queries[row], keys[0], keys[1]);
+      multiply<typename Config::Element>(scores.block[row][2 * column + 1], queries[row], keys[2], keys[3]);
+    }
+  }
+}
+
 // scores = queries * keys^T: a warp's rows of the tile of queries, and all of the tile of keys.
+template <class Config, class Scores>
+__device__ __forceinline__ void multiply_scores(Scores& scores, const HeldQueries<Config>& queries,
+                                                uint32_t lane_keys) {
+  scores.clear();
+#pragma unroll
+  for (int step = 0; step < Config::kHeadDim / 16; ++step) {
+    multiply_fragment<Config>(scores, queries.fragments[step], lane_keys, step);
+  }
+}
+
+// The lane's address in its warp's rows of the queries in shared memory.
+template <class Config>
+__device__ __forceinline__ uint32_t shared_queries_of_warp(const uint16_t* queries) {
+  using Tile = SharedQueries<Config>;
+  return ptx::shared_address(queries) + Tile::lane_of_left() +
+         threadIdx.x / 32 * (Config::kWarpRows * Tile::kRowBytes);
+}
+
+// The same with the queries in shared memory.
 template <class Config, class Scores>
 __device__ __forceinline__ void multiply_scores(Scores& scores, uint32_t lane_queries, uint32_t lane_keys) {
   scores.clear();
 #pragma unroll 4
   for (int step = 0; step < Config::kHeadDim / 16; ++step) {
-    uint32_t queries[Config::kRowBlocks][4];
+    QueryFragment<Config> queries;
 #pragma unroll
     for (int row = 0; row < Config::kRowBlocks; ++row) {
       ptx::load_matrices(queries[row], SharedQueries<Config>::at(lane_queries, row, step));
     }
-#pragma unroll
-    for (int column = 0; column < Config::kTileK / 16; ++column) {
-      uint32_t keys[4];
-      ptx::load_matrices(keys, SharedKeys<Config>::at(lane_keys, column, step));
-#pragma unroll
-      for (int row = 0; row < Config::kRowBlocks; ++row) {
-        multiply<typename Config::Element>(scores.block[row][2 * column], queries[row], keys[0], keys[1]);
-        multiply<typename Config::Element>(scores.block[row][2 * column + 1], queries[row], keys[2], keys[3]);
-      }
-    }
+    multiply_fragment<Config>(scores, queries, lane_keys, step);
   }
 }
 

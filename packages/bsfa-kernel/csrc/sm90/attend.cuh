@@ -12,6 +12,7 @@
 #include "attend_pass.cuh"
 #include "attend_producer.cuh"
 #include "attend_shared.cuh"
+#include "attend_union.cuh"
 #include "roles.cuh"
 
 namespace bsfa::sm90 {
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
 template <class Element, int kHeadDim>
 void attend_blocks(const AttendParams& params, cudaStream_t stream) {
-  using Config = AttendConfig<Element, kHeadDim>;
+  using Config = ForwardConfig<Element, kHeadDim>;
   AttendKernelParams kernel_params;
   static_cast<TensorMaps&>(kernel_params) = make_tensor_maps<Element>(params, kKeyBlock, Config::kBoxColumns);
   OrderParams& order = kernel_params.order;
@@ -114,7 +115,15 @@ void attend_blocks(const AttendParams& params, cudaStream_t stream) {
     using SharedConfig = SharedListConfig<Element, kHeadDim>;
     launch_persistent<SharedConfig>(attend_shared_kernel<SharedConfig>, order.tiles, kernel_params, stream);
   } else {
-    launch_persistent<Config>(attend_kernel<Config>, order.tiles, kernel_params, stream);
+    using OwnConfig = OwnListsConfig<Element, kHeadDim>;
+    constexpr auto kernel = [] {
+      if constexpr (OwnConfig::kStepBlocks == 1) {
+        return attend_union_kernel<OwnConfig>;
+      } else {
+        return attend_kernel<OwnConfig>;
+      }
+    }();
+    launch_persistent<OwnConfig>(kernel, order.tiles, kernel_params, stream);
   }
 }
 

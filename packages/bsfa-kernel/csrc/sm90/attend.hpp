@@ -38,8 +38,9 @@ inline uint64_t attend_blocks_workspace(const AttendParams& params) {
 }
 
 // Launches attention over the blocks of params.block_mask on `stream`. Element: cutlass::half_t or
-// cutlass::bfloat16_t; kHeadDim: 64 or 128. The strides of q, k and v must be multiples of 8 elements and
-// every pointer aligned to 16 bytes. Instantiated in instantiations/{half,bfloat16}_{64,128}_attend.cu.
+// cutlass::bfloat16_t; kHeadDim: 64, 128 or 256. The strides of q, k and v must be multiples of 8 elements
+// and every pointer aligned to 16 bytes. Instantiated in
+// instantiations/{half,bfloat16}_{64,128,256}_attend.cu.
 template <class Element, int kHeadDim>
 void attend_blocks(const AttendParams& params, cudaStream_t stream);
 

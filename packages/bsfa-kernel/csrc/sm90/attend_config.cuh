@@ -4,6 +4,8 @@
 // What the sm_90a kernel of attend_blocks knows at compile time and keeps in shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "attend.hpp"
 #include "config.cuh"
 
@@ -55,8 +57,8 @@ struct AttendConfig : ListConfig<Element_, kHeadDim_> {
 
   // K and V have stages of their own. Any that is free will do, so that a consumer that waits for its next
   // block does not hold up the other.
-  static constexpr int kStages = kHeadDim == 128 ? 6 : 13;  // of each
-  static constexpr int kPairs = 16;                         // of places; a power of two
+  static constexpr int kStages = Base::kListStages;  // of each
+  static constexpr int kPairs = 16;                  // of places; a power of two
   static constexpr int kPlaces = 2 * kPairs;
   // A pair that has not been read holds a stage at least, so that none is written over.
   static_assert(kPairs > kStages + 2);
@@ -93,5 +95,40 @@ struct AttendConfig : ListConfig<Element_, kHeadDim_> {
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
+
+// What the consumers are told of a block in either list: what BlockList::next() returns, and this bit if
+// there is none after it.
+inline constexpr int kLastBlock = 1 << 30;
+
+// Where there are few stages: the blocks in either list, in order.
+template <class Element_, int kHeadDim_>
+struct UnionConfig : ListConfig<Element_, kHeadDim_> {
+  using Base = ListConfig<Element_, kHeadDim_>;
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+
+  struct SharedStorage {
+    alignas(1024) Element q[Base::kTileQ * kHeadDim];
+    alignas(1024) Element k[Base::kKeyStages * Base::kBlockElements];
+    alignas(1024) Element v[Base::kValueStages * Base::kBlockElements];
+
+    ListTile tiles[Base::kTileSlots];
+    cutlass::arch::ClusterBarrier tile_full[Base::kTileSlots];
+    cutlass::arch::ClusterBarrier tile_empty[Base::kTileSlots];
+    cutlass::arch::ClusterTransactionBarrier q_full;
+    cutlass::arch::ClusterBarrier q_empty;
+    cutlass::arch::ClusterTransactionBarrier k_full[Base::kKeyStages];
+    cutlass::arch::ClusterBarrier k_empty[Base::kKeyStages];
+    cutlass::arch::ClusterTransactionBarrier v_full[Base::kValueStages];
+    cutlass::arch::ClusterBarrier v_empty[Base::kValueStages];
+    int blocks[Base::kKeyStages];  // which there are; written with K
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+// Of the kernel in which each consumer has a list of its own.
+template <class Element, int kHeadDim>
+using OwnListsConfig = std::conditional_t<Tuning<kHeadDim>::kStepBlocks == 1, UnionConfig<Element, kHeadDim>,
+                                          AttendConfig<Element, kHeadDim>>;
 
 }  // namespace bsfa::sm90

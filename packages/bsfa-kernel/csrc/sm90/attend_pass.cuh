@@ -64,9 +64,9 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
   const auto values_slice = values_mma.get_slice(who.thread);
   const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemK{});
   const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
-  auto tSrQ = queries_fragment<Config>(scores_mma);             // (MMA, 1, MMA_K)
-  const auto tSrK = scores_slice.partition_fragment_B(smem_k);  // (MMA, 1, MMA_K, stage)
-  const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
+  auto tSrQ = queries_fragment<Config, Config::kHeadDim>(storage, scores_mma);  // (MMA, 1, MMA_K)
+  const auto tSrK = scores_slice.partition_fragment_B(smem_k);                  // (MMA, 1, MMA_K, stage)
+  const auto tOrV = values_slice.partition_fragment_B(smem_v);                  // (MMA, 1, MMA_K, stage)
   // Of the pair's first (upper) and second block.
   const auto half_scores = partition_fragment_C(scores_mma, Shape<_64, _64>{}).layout();
   auto scores = make_tensor<float>(Layout<Shape<_64>>{});
@@ -222,7 +222,7 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
   };
 
   const auto next_tile = [&]() BSFA_INLINE_LAMBDA {
-    load_queries<Config>(storage, who, scores_mma, tSrQ);
+    load_queries<Config, Config::kHeadDim>(storage, who, scores_mma, tSrQ);
     ++pipelines.tiles;
     await_unless(false, storage.keys, pipelines.pairs, next);
   };

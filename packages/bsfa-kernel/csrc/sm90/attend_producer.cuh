@@ -68,9 +68,8 @@ struct ListProducer {
 
   // A warp, for K or for V. Even lanes follow the list of the first consumer, odd ones that of the second;
   // lane i looks after stage i. A block in either list is loaded once. kPaged: keys and values lie in pages.
-  template <bool kPaged>
-  __device__ __forceinline__ void load_blocks(const CUtensorMap& map, Element* blocks,
-                                              typename Storage::Ring& ring) const {
+  template <bool kPaged, class Ring>
+  __device__ __forceinline__ void load_blocks(const CUtensorMap& map, Element* blocks, Ring& ring) const {
     constexpr int kWords = 32 / Config::kConsumers;  // of each list, in the lanes
     const AttendParams& attend = params.order.attend;
     const int lane = threadIdx.x % 32;
@@ -158,8 +157,9 @@ struct ListProducer {
 
  private:
   // By the first of a consumer's lanes.
-  __device__ __forceinline__ static void write(typename Storage::Ring& ring, int consumer, uint32_t number,
-                                               uint32_t where, int key_block) {
+  template <class Ring>
+  __device__ __forceinline__ static void write(Ring& ring, int consumer, uint32_t number, uint32_t where,
+                                               int key_block) {
     const uint32_t round = number / Config::kPlaces % 2 == 0 ? place::kRound : 0;  // memory begins with 0
     if (threadIdx.x % 32 < Config::kConsumers) {
       ptx::store_volatile(cute::cast_smem_ptr_to_uint(&ring.places[consumer][number % Config::kPlaces]),

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "attend_producer.cuh"
-#include "dense.cuh"
+#include "dense_single.cuh"
 #include "roles.cuh"
 
 namespace bsfa::sm90 {
@@ -33,7 +33,7 @@ struct SharedListConfig : ListConfig<Element_, kHeadDim_> {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
 
-  static constexpr int kDensePadding = kHeadDim == 64 ? 4 : 0;  // for the same place as in the forward kernel
+  static constexpr int kDensePadding = Base::kListPadding;
 
   using PublishedTile = SharedListTile;
   // Asked of the first places only.
@@ -62,17 +62,17 @@ struct SharedListConfig : ListConfig<Element_, kHeadDim_> {
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 
-// A walk over the places of a list, whose number is even: an empty one where the list is odd, then its blocks
-// from the last to the first.
+// A walk over the places of a list, whose number is a multiple of `step`, 1 or 2: an empty one where the list
+// is odd and the step is not, then its blocks from the last to the first.
 class Places {
  public:
   __device__ __forceinline__ Places(const AttendParams& params, const QueryTile& tile,
-                                    const QueryBlock& block, int length)
+                                    const QueryBlock& block, int length, int step)
       : words_(find_words(params, tile, block.index)),
         visible_(length > 0 ? block.keys.visible : 0),
         word_((visible_ + kMaskBits - 1) / kMaskBits),
         bits_(0),
-        begins_empty_(length % 2 == 1) {}
+        begins_empty_(length % step == 1) {}
 
   // The next place's key block, or kNoBlock where it is empty.
   __device__ __forceinline__ int next() {
@@ -117,9 +117,10 @@ struct SharedListProducer {
       published.first = published.second = block;
       published.dense = true;
       published.length = length;
-      published.key_blocks = (max(length, 0) + 1) / 2 * 2;
+      published.key_blocks =
+          (max(length, 0) + Config::kStepBlocks - 1) / Config::kStepBlocks * Config::kStepBlocks;
       published.full = published.key_blocks;
-      Places places(attend, published, block, length);
+      Places places(attend, published, block, length, Config::kStepBlocks);
 #pragma unroll 1
       for (int i = 0; i < min(published.key_blocks, SharedListTile::kFirstPlaces); ++i) {
         published.first_blocks[i] = places.next();
@@ -147,7 +148,7 @@ struct SharedListProducer {
       }
       const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
       const int kv_head = tile.kv_head;
-      Places places(attend, tile, tile.first, tile.length);
+      Places places(attend, tile, tile.first, tile.length, Config::kStepBlocks);
       // A place ahead, so that nobody waits for the mask and the page table.
       int next_block = places.next();
       PagedRow next_found{};
@@ -190,11 +191,9 @@ struct SharedListProducer {
 
   template <bool kPaged>
   __device__ __forceinline__ void load_keys() const {
-    const auto buffer_of = [](int stage) {
-      return stage / 2 * 2 * Config::kBlockElements + stage % 2 * Config::kBoxElements;
-    };
+    const auto buffer_of = [](int stage) { return Config::key_buffer(stage); };
     load_blocks<kPaged>(params.k, storage.k_full, storage.k_empty, storage.k, buffer_of,
-                        2 * Config::kBoxElements);
+                        Config::kKeyColumnElements);
   }
 
   template <bool kPaged>
@@ -222,7 +221,7 @@ __device__ __forceinline__ void consume_shared_lists(const AttendParams& params,
   while (!is_end()) {
     const SharedListTile& tile = pipelines.published_tile(storage);
     if (uniform(tile.key_blocks > 0)) {
-      attend_dense<Config>(storage, pipelines, params, who, INT_MAX);
+      attend_dense_tiles<Config>(storage, pipelines, params, who, INT_MAX);
     } else {
       release(storage.q_empty, who);
       pipelines.queries.advance();

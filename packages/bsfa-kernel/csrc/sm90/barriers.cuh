@@ -13,12 +13,11 @@
 
 namespace bsfa::sm90 {
 
-// Where a thread is in a pipeline of stages. The phase changes with every round.
+// Where a thread is in a pipeline of stages. The phase changes with every round. A stage is found by masking
+// if their number is a power of two.
 template <int kStages>
 struct PipelineState {
-  static_assert((kStages & (kStages - 1)) == 0, "a stage is found by masking");
-
-  uint32_t count = 0;
+  uint32_t count = 0;  // no kernel comes to 2^32
 
   __device__ __forceinline__ int stage() const { return count % kStages; }
   __device__ __forceinline__ uint32_t phase() const { return count / kStages % 2; }

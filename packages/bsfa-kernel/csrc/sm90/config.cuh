@@ -8,7 +8,10 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
+#include <type_traits>
+
 #include "../params.hpp"
+#include "tuning.cuh"
 #include "work.cuh"
 
 // For lambdas that hold a step of a pass: called as a function, one would pass accumulators through memory.
@@ -24,7 +27,10 @@ inline constexpr bool kRegistersFit =
     (1 + Config::kConsumers) * 168;
 
 template <class Element_, int kHeadDim_>
-struct ForwardConfig {
+struct ForwardConfig : Tuning<kHeadDim_> {
+  using Tuned = Tuning<kHeadDim_>;
+  using Tuned::kKeyStages;
+  using Tuned::kValueStages;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
 
@@ -38,19 +44,11 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = 240;
 
   // K and V travel in blocks of 64 keys, each through its own pipeline, since V is loaded for kept blocks
-  // only. Two neighbouring stages of K can serve as one block of 128 keys (dense tiles). A consumer may
-  // release a stage of V without waiting for it, which takes four stages at least (docs/kernel-sm90.md,
-  // Votes).
-  static constexpr int kKeyStages = 8;
-  static constexpr int kValueStages = kHeadDim == 128 ? 4 : 8;
+  // only. A consumer may release a stage of V without waiting for it: see docs/kernel-sm90.md, Votes, for why
+  // that takes so many stages.
+  static_assert(kValueStages >= (Tuned::kScoresInHand == 3 ? 4 : 2));
   static constexpr int kTileSlots = 4;   // of published tiles
   static constexpr int kVoteStages = 8;  // how far the loader of V may be behind the votes
-
-  // Shorter code at the start of dense tiles and at the end of all; it makes the dense loop of head_dim 64
-  // slower. This and the next were found by measuring (docs/lab/sm90.md, versions 15 and 16).
-  static constexpr bool kShortEnds = kHeadDim == 128;
-  // No-ops in front of the dense pass, which put its loop at 32 or 48 modulo 128 bytes.
-  static constexpr int kDensePadding = kHeadDim == 64 ? 5 : 0;
 
   // The copy engine moves boxes of 64 rows x 64 columns: 128 bytes a row, the width of the swizzle.
   static constexpr int kBoxColumns = 64;
@@ -73,17 +71,24 @@ struct ForwardConfig {
       cute::GMMA::Layout_K_SW128_Atom<Element>{},
       cute::Shape<cute::Int<kWarpgroupQ>, cute::Int<kHeadDim>, cute::Int<kConsumers>>{}));
 
-  // K, (key, column, stage). The boxes of a pair of stages interleave, so that the pair is at once a block of
-  // 128 keys: box (column / 64, stage % 2) lies at kBoxElements * (2 * (column / 64) + stage % 2).
+  // K, (key, column, stage). Where the dense pass takes pairs of blocks, the boxes of two neighbouring stages
+  // interleave, so that the pair is at once a block of 128 keys: box (column / 64, stage % 2) lies at
+  // kBoxElements * (2 * (column / 64) + stage % 2).
+  static constexpr int kInterleaved = Tuned::kStepBlocks;                 // stages
+  static constexpr int kKeyColumnElements = kInterleaved * kBoxElements;  // from box to box of a block
+  __device__ __forceinline__ static int key_buffer(int stage) {
+    return stage / kInterleaved * kInterleaved * kBlockElements + stage % kInterleaved * kBoxElements;
+  }
   template <class Shape, class Stride>
   using Swizzled =
       cute::ComposedLayout<cute::Swizzle<3, 4, 3>, cute::smem_ptr_flag_bits<16>, cute::Layout<Shape, Stride>>;
   using KeyColumns = cute::Shape<cute::Int<kBoxColumns>, cute::Int<kBoxes>>;
-  using KeyColumnStrides = cute::Stride<cute::_1, cute::Int<2 * kBoxElements>>;
-  using SmemK = Swizzled<
-      cute::Shape<cute::Int<kKeyBlock>, KeyColumns, cute::Shape<cute::_2, cute::Int<kKeyStages / 2>>>,
-      cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides,
-                   cute::Stride<cute::Int<kBoxElements>, cute::Int<2 * kBlockElements>>>>;
+  using KeyColumnStrides = cute::Stride<cute::_1, cute::Int<kKeyColumnElements>>;
+  using SmemK =
+      Swizzled<cute::Shape<cute::Int<kKeyBlock>, KeyColumns,
+                           cute::Shape<cute::Int<kInterleaved>, cute::Int<kKeyStages / kInterleaved>>>,
+               cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides,
+                            cute::Stride<cute::Int<kBoxElements>, cute::Int<kInterleaved * kBlockElements>>>>;
   using SmemKPair =
       Swizzled<cute::Shape<cute::Int<2 * kKeyBlock>, KeyColumns, cute::Int<kKeyStages / 2>>,
                cute::Stride<cute::Int<kBoxColumns>, KeyColumnStrides, cute::Int<2 * kBlockElements>>>;
@@ -98,6 +103,11 @@ struct ForwardConfig {
   using ScoresMma = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<cute::_64, cute::_64, cute::Int<kHeadDim>>>()));
+  // With what there are no registers for in shared memory.
+  using SharedScoresMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 cute::Shape<cute::_64, cute::_64, cute::Int<kHeadDim>>>()));
+  using SparseScoresMma = std::conditional_t<Tuned::kSparseQueriesInRegisters, ScoresMma, SharedScoresMma>;
   using PairScoresMma = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<cute::_64, cute::_128, cute::Int<kHeadDim>>>()));

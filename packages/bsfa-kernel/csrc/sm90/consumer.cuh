@@ -9,6 +9,8 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/tensor.hpp>
 
+#include <type_traits>
+
 #include "barriers.cuh"
 #include "config.cuh"
 #include "softmax.cuh"
@@ -30,7 +32,8 @@ __device__ __forceinline__ void round_to(Probabilities& probabilities, const Acc
   }
 }
 
-// Issues accumulators (+)= left right. Left: registers (MMA, M, K); right: descriptors (MMA, N, K).
+// Issues accumulators (+)= left right. Left: registers or descriptors (MMA, M, K); right: descriptors
+// (MMA, N, K).
 template <bool kAccumulate, class Mma, class Left, class Right, class Accumulators>
 __device__ __forceinline__ void multiply(Mma& mma, const Left& left, const Right& right,
                                          Accumulators& accumulators) {
@@ -48,7 +51,9 @@ template <bool kAccumulate, class Mma, class Left, class Right, class Accumulato
 __device__ __forceinline__ void start_gemm(Mma& mma, Left& left, const Right& right,
                                            Accumulators& accumulators) {
   using namespace cute;
-  warpgroup_fence_operand(left);
+  if constexpr (!std::is_same_v<typename Left::value_type, GmmaDescriptor>) {
+    warpgroup_fence_operand(left);
+  }
   warpgroup_fence_operand(accumulators);
   warpgroup_arrive();
   multiply<kAccumulate>(mma, left, right, accumulators);
@@ -189,27 +194,34 @@ struct TileContext {
   }
 };
 
-// Registers for the warpgroup's queries as the left operand of Q K^T.
-template <class Config, class Mma>
-__device__ __forceinline__ auto queries_fragment(const Mma& mma) {
+// The first kColumns columns of the warpgroup's queries in shared memory.
+template <class Config, int kColumns>
+__device__ __forceinline__ auto queries_in_memory(typename Config::SharedStorage& storage, int warpgroup) {
   using namespace cute;
-  using Queries = decltype(typename Config::SmemQ{}(_, _, 0));
-  return mma.get_slice(0).partition_fragment_A(
-      make_tensor(make_smem_ptr(static_cast<typename Config::Element*>(nullptr)), Queries{}));
+  const auto smem_q = make_tensor(make_smem_ptr(storage.q), typename Config::SmemQ{})(_, _, warpgroup);
+  return local_tile(smem_q, Shape<Int<Config::kWarpgroupQ>, Int<kColumns>>{}, Coord<_0, _0>{});
 }
 
-// Fills them, and gives the queries' place in shared memory back.
-template <class Config, class Mma, class Queries>
+// Registers for some of them as the left operand of Q K^T.
+template <class Config, int kColumns, class Mma>
+__device__ __forceinline__ auto queries_fragment(typename Config::SharedStorage& storage, const Mma& mma) {
+  return mma.get_slice(0).partition_fragment_A(queries_in_memory<Config, kColumns>(storage, 0));
+}
+
+// Fills them. Where those are all columns, gives the queries' place in shared memory back.
+template <class Config, int kColumns, class Mma, class Queries>
 __device__ __forceinline__ void load_queries(typename Config::SharedStorage& storage,
                                              const ConsumerThread& who, const Mma& mma, Queries& queries) {
   using namespace cute;
   using Element = typename Config::Element;
-  const auto smem_q = make_tensor(make_smem_ptr(storage.q), typename Config::SmemQ{})(_, _, who.warpgroup);
+  const auto smem_q = queries_in_memory<Config, kColumns>(storage, who.warpgroup);
   const auto copy_q = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma);
   const auto copy_slice = copy_q.get_thread_slice(who.thread);
   auto to = copy_slice.retile_D(queries);
   copy(copy_q, copy_slice.partition_S(smem_q), to);
-  release(storage.q_empty, who);
+  if constexpr (kColumns == Config::kHeadDim) {
+    release(storage.q_empty, who);
+  }
 }
 
 }  // namespace bsfa::sm90

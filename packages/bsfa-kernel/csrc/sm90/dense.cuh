@@ -20,6 +20,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
                                             const ConsumerThread& who, int tiles) {
   using namespace cute;
   using Element = typename Config::Element;
+  static_assert(Config::kStepBlocks == 2 && Config::kDenseRegisterColumns == Config::kHeadDim);
   const float scale_log2 = params.scale * CUDART_L2E_F;
 
   // Operands.
@@ -29,9 +30,9 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
   const auto values_slice = values_mma.get_slice(who.thread);
   const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemKPair{});
   const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
-  auto tSrQ = queries_fragment<Config>(scores_mma);             // (MMA, 1, MMA_K)
-  const auto tSrK = scores_slice.partition_fragment_B(smem_k);  // (MMA, 1, MMA_K, pair)
-  const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
+  auto tSrQ = queries_fragment<Config, Config::kHeadDim>(storage, scores_mma);  // (MMA, 1, MMA_K)
+  const auto tSrK = scores_slice.partition_fragment_B(smem_k);                  // (MMA, 1, MMA_K, pair)
+  const auto tOrV = values_slice.partition_fragment_B(smem_v);                  // (MMA, 1, MMA_K, stage)
   auto scores = partition_fragment_C(scores_mma, Shape<_64, _128>{});
   auto output = partition_fragment_C(values_mma, Shape<_64, Int<Config::kHeadDim>>{});
   // Of the pair's first (upper) and second block.
@@ -157,7 +158,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
   };
 
   const auto next_queries = [&]() BSFA_INLINE_LAMBDA {
-    load_queries<Config>(storage, who, scores_mma, tSrQ);
+    load_queries<Config, Config::kHeadDim>(storage, who, scores_mma, tSrQ);
     pipelines.queries.advance();
     await_keys();
   };

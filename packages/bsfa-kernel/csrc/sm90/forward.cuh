@@ -4,7 +4,7 @@
 // The forward kernel of sm_90a and its launch. docs/kernel-sm90.md has the schedule of copies and barriers.
 #pragma once
 
-#include "dense.cuh"
+#include "dense_single.cuh"
 #include "epilogue.cuh"
 #include "forward.hpp"
 #include "producer.cuh"
@@ -41,6 +41,9 @@ __device__ __forceinline__ void attend_voting(typename Config::SharedStorage& st
     } else {
       kept = attend_sparse<Config, Bounds::kNotPositive>(context, output, softmax);
     }
+    if (!Config::kSparseQueriesInRegisters && tile.key_blocks > 0) {
+      release(storage.q_empty, who);
+    }
   }
   pipelines.queries.advance();
   // Once more: the passes have no registers for what the epilogue needs to know.
@@ -64,7 +67,7 @@ __device__ __forceinline__ void consume(const KernelParams& params, typename Con
     wait(storage.q_full, pipelines.queries.phase());
     const Tile& published = pipelines.published_tile(storage);
     if (uniform(published.dense && published.key_blocks > 0)) {
-      tiles = attend_dense<Config>(storage, pipelines, params.forward, who, tiles);
+      tiles = attend_dense_tiles<Config>(storage, pipelines, params.forward, who, tiles);
     } else {
       attend_voting<Config>(storage, pipelines, params.forward, who);
       --tiles;

@@ -95,7 +95,7 @@ struct Producer {
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
       // Before the thresholds are read, to hide that, even for a tile that turns out to have no keys.
       load_tile_queries<Config>(params, params.forward, tile, storage);
-      find_blocks(params.forward, Config::kTileQ, tile);
+      find_blocks<Config::kStepBlocks>(params.forward, Config::kTileQ, tile);
       storage.tiles[queries.count % Config::kTileSlots] = tile;
       storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
       queries.advance();
@@ -109,9 +109,8 @@ struct Producer {
           wait(storage.votes_empty[vote_state.stage()], vote_state.phase() ^ 1);
           vote_state.advance();
         }
-        loads.load(params.k, storage.k_full[stage],
-                   storage.k + stage / 2 * 2 * Config::kBlockElements + stage % 2 * Config::kBoxElements,
-                   2 * Config::kBoxElements, key_block);
+        loads.load(params.k, storage.k_full[stage], storage.k + Config::key_buffer(stage),
+                   Config::kKeyColumnElements, key_block);
         keys.advance();
       }
     });
@@ -125,7 +124,7 @@ struct Producer {
     for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
       Tile tile;
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
-      find_blocks(params.forward, Config::kTileQ, tile);
+      find_blocks<Config::kStepBlocks>(params.forward, Config::kTileQ, tile);
       KeyLoads<Config, kPaged> loads(params.forward, tile);
 #pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {

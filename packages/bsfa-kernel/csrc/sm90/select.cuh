@@ -14,9 +14,6 @@
 
 namespace bsfa::sm90 {
 
-// Of a tile: two operands of four warps for each of two consumers.
-inline constexpr int kSlots = 16;
-
 struct SelectKernelParams {
   CUtensorMap k;  // (column, row, head, batch); of 16-bit keys in pages (column, row, head, page)
   SelectParams select;
@@ -31,11 +28,11 @@ __device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
                                                typename Config::SharedStorage& storage, int lane) {
   PipelineState<Config::kStages> keys;
   for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
-    const SelectTile tile = find_select_tile(params.select, params.schedule, index, kSlots);
+    const SelectTile tile = find_select_tile(params.select, params.schedule, index, Config::kSlots);
     if (!tile.exists) {
       return;
     }
-    const SelectWork work = find_select_work(params.select, tile, kSlots, lane);
+    const SelectWork work = find_select_work(params.select, tile, Config::kSlots, lane);
     if (!work.votes) {
       return;
     }
@@ -117,9 +114,10 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
   const auto queries_of = make_tensor(make_smem_ptr(static_cast<typename Config::Operand*>(nullptr)),
                                       Layout<Shape<_64, Int<Config::kHeadDim>>>{});
   auto queries0 = slice.partition_fragment_A(queries_of);  // (MMA, 1, MMA_K)
-  auto queries1 = slice.partition_fragment_A(queries_of);
+  auto queries1 = slice.partition_fragment_A(queries_of);  // of the second operand, if there is one
   auto scores0 = partition_fragment_C(mma, Shape<_64, Int<kTileKeys>>{});
 
+  constexpr bool kTwoOperands = Config::kOperands == 2;
   const VoterLane voter{who.thread % 32};
   const int warp = uniform(who.thread / 32);
   const Visibility sees{tile.sequence.seqlen_q, tile.sequence.seqlen_k, params.select.causal};
@@ -150,7 +148,9 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
   };
   Voters voters0, voters1;
   load(0, queries0, voters0);
-  load(1, queries1, voters1);
+  if constexpr (kTwoOperands) {
+    load(1, queries1, voters1);
+  }
 
   // Takes the lane's votes on its key block of a tile. `masked`: there may be hidden scores, forced blocks
   // and invisible ones.
@@ -159,11 +159,16 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
     constexpr bool kMasked = decltype(masked)::value;
     const auto is_hidden = [&](Value peak) { return kMasked && peak == hidden_peak<Value>(); };
     Vote vote0 = voters0.row.vote(peak0, key_scale, is_hidden(peak0), voter);
-    Vote vote1 = voters1.row.vote(peak1, key_scale, is_hidden(peak1), voter);
+    [[maybe_unused]] Vote vote1{};
+    if constexpr (kTwoOperands) {
+      vote1 = voters1.row.vote(peak1, key_scale, is_hidden(peak1), voter);
+    }
     if constexpr (kRule == Rule::kPeakLse) {
       if (__any_sync(0xffffffff, vote0.is_high || vote1.is_high)) {
         voters0.row.rebase(vote0, voter);
-        voters1.row.rebase(vote1, voter);
+        if constexpr (kTwoOperands) {
+          voters1.row.rebase(vote1, voter);
+        }
       }
     }
     const auto take = [&](Voters& voters, const Vote& vote) {
@@ -177,12 +182,16 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
       voters.skips = __funnelshift_l(__float_as_uint(excess), voters.skips, 1);  // the sign
     };
     take(voters0, vote0);
-    take(voters1, vote1);
+    if constexpr (kTwoOperands) {
+      take(voters1, vote1);
+    }
     if (key_tile % 32 == 0) {
       add_votes(voters0.words, key_tile / 32, ~voters0.skips, voter);
-      add_votes(voters1.words, key_tile / 32, ~voters1.skips, voter);
       voters0.skips = ~0u;
-      voters1.skips = ~0u;
+      if constexpr (kTwoOperands) {
+        add_votes(voters1.words, key_tile / 32, ~voters1.skips, voter);
+        voters1.skips = ~0u;
+      }
     }
   };
   const auto find_peaks = [&](const auto& scores, const Voters& voters, int key_tile, auto masked,
@@ -206,9 +215,32 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
   };
   Pending pending{hidden_peak<Value>(), hidden_peak<Value>(), 1.0f};
 
+  // The GEMM of the operand with the tile is in flight. The other consumer's runs while scores are reduced.
+  const auto step_of_one = [&](int key_tile, auto masked, auto more) BSFA_INLINE_LAMBDA {
+    constexpr bool kMore = decltype(more)::value;
+    const int stage = keys.stage();
+    const PipelineState<Config::kStages> next{keys.count + 1};
+    Value peaks[kQuadRows][kTileBlocks];
+
+    const float key_scale = Config::kRounded ? storage.key_scales[stage][voter.key_block()] : 1.0f;
+    if constexpr (kMore) {
+      wait(storage.k_full[next.stage()], next.phase());
+    }
+    vote(pending.peak0, pending.peak1, pending.key_scale, key_tile + 1, masked);
+    finish_gemm<0>(scores0);
+    release_branchless(storage.k_empty[stage], who);
+    find_peaks(scores0, voters0, key_tile, masked, peaks);
+    if constexpr (kMore) {
+      start_gemm<false>(mma, queries0, tSrK(_, _, _, next.stage()), scores0);
+    }
+    pending.peak0 = quad_peak(peaks, voter);
+    pending.key_scale = key_scale;
+    keys.advance();
+  };
+
   // The GEMM of operand 0 with the tile is in flight. While a GEMM runs, the scores before it are reduced.
   // One at a time: ptxas serialises two that are both in flight where a loop begins. `more`: a tile follows.
-  const auto step = [&](int key_tile, auto masked, auto more) BSFA_INLINE_LAMBDA {
+  const auto step_of_two = [&](int key_tile, auto masked, auto more) BSFA_INLINE_LAMBDA {
     constexpr bool kMore = decltype(more)::value;
     const int stage = keys.stage();
     const PipelineState<Config::kStages> next{keys.count + 1};
@@ -234,6 +266,14 @@ __device__ __forceinline__ void vote_on_tile(const SelectKernelParams& params,
     find_peaks(scores1, voters1, key_tile, masked, peaks);
     pending.peak1 = quad_peak(peaks, voter);
     keys.advance();
+  };
+
+  const auto step = [&](int key_tile, auto masked, auto more) BSFA_INLINE_LAMBDA {
+    if constexpr (kTwoOperands) {
+      step_of_two(key_tile, masked, more);
+    } else {
+      step_of_one(key_tile, masked, more);
+    }
   };
 
   wait(storage.k_full[keys.stage()], keys.phase());
@@ -267,11 +307,11 @@ __device__ __forceinline__ void consume_key_tiles(const SelectKernelParams& para
                                                   const ConsumerThread& who) {
   PipelineState<Config::kStages> keys;
   for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
-    const SelectTile tile = find_select_tile(params.select, params.schedule, index, kSlots);
+    const SelectTile tile = find_select_tile(params.select, params.schedule, index, Config::kSlots);
     if (!tile.exists) {
       return;
     }
-    const SelectWork work = find_select_work(params.select, tile, kSlots, who.thread % 32);
+    const SelectWork work = find_select_work(params.select, tile, Config::kSlots, who.thread % 32);
     if (work.votes) {
       vote_on_tile<Config, kRule>(params, storage, keys, tile, work, who);
     } else {
@@ -304,7 +344,7 @@ SelectKernelParams make_select_kernel_params(const SelectParams& params) {
   SelectKernelParams kernel_params{};
   kernel_params.select = params;
   kernel_params.schedule =
-      make_select_schedule(params, kSlots, Config::kHeadDim * sizeof(typename Config::Operand));
+      make_select_schedule(params, Config::kSlots, Config::kHeadDim * sizeof(typename Config::Operand));
   kernel_params.tiles = static_cast<int>(kernel_params.schedule.ctas());
   if constexpr (Config::kRounded) {
     kernel_params.rounded = {make_select_workspace(params, Config::kHeadDim), params.workspace};

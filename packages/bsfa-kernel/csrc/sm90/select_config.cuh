@@ -15,6 +15,33 @@
 
 namespace bsfa::sm90 {
 
+// What suits keys of so many bytes. A thread holds an eighth of that in registers for each operand of its
+// consumer's queries, and 64 scores.
+template <int kKeyBytes>
+struct SelectTuning;
+template <>
+struct SelectTuning<64> {
+  static constexpr int kOperands = 2;
+  static constexpr int kStages = 8;
+};
+template <>
+struct SelectTuning<128> {
+  static constexpr int kOperands = 2;
+  static constexpr int kStages = 8;
+};
+template <>
+struct SelectTuning<256> {
+  static constexpr int kOperands = 2;
+  static constexpr int kStages = 4;
+};
+// 128 registers of queries leave room for the scores of one operand: a consumer's GEMM runs while the other
+// consumer reduces.
+template <>
+struct SelectTuning<512> {
+  static constexpr int kOperands = 1;
+  static constexpr int kStages = 3;
+};
+
 // Element_: of q and k. Operand_: of the GEMM, int8_t or Element_.
 template <class Element_, class Operand_, int kHeadDim_>
 struct SelectConfig {
@@ -24,10 +51,12 @@ struct SelectConfig {
   static constexpr bool kRounded = std::is_same_v<Operand, int8_t>;
   using Accumulator = std::conditional_t<kRounded, int32_t, float>;
 
-  // A consumer warpgroup has two operands of 64 voting rows: the GEMM of one runs while the other's scores
-  // are reduced. K travels in tiles of two key blocks.
+  // A consumer warpgroup has one operand of 64 voting rows or two: then the GEMM of one runs while the
+  // other's scores are reduced. K travels in tiles of two key blocks.
+  using Tuning = SelectTuning<kHeadDim * sizeof(Operand)>;
   static constexpr int kConsumers = 2;
-  static constexpr int kOperands = 2;
+  static constexpr int kOperands = Tuning::kOperands;
+  static constexpr int kSlots = kConsumers * kOperands * 4;  // of a tile: a warp's in each operand
   static constexpr int kConsumerWarps = kConsumers * 4;
   static constexpr int kThreads = (1 + kConsumers) * 128;
   static constexpr int kProducerRegisters = 40;
@@ -36,7 +65,7 @@ struct SelectConfig {
   static constexpr int kTileKeys = 2 * kKeyBlock;
   static constexpr int kTileElements = kTileKeys * kHeadDim;
   static constexpr int kTileBytes = kTileElements * sizeof(Operand);
-  static constexpr int kStages = kTileBytes > 16384 ? 4 : 8;
+  static constexpr int kStages = Tuning::kStages;
 
   // The copy engine moves boxes of one swizzle's width: 128 bytes of a key, 64 where it has no more.
   static constexpr int kBoxBytes = kHeadDim * sizeof(Operand) < 128 ? 64 : 128;

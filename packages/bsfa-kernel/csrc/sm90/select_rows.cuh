@@ -237,16 +237,13 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
   auto words = recast<uint32_t>(queries);  // of a k step: rows 0, 1 of the quad, then both with later columns
   constexpr int kSteps = decltype(size(words))::value / 4;
   const float unit = params.scale * CUDART_L2E_F;
-  const int in_quad = voter.lane % 4;
 
   bool exists[kQuadRows];
-  int columns[kQuadRows];  // others are 0
   const Element* from[kQuadRows];
   CUTE_UNROLL
   for (int row = 0; row < kQuadRows; ++row) {
     const int query = slot.query(voter.row(row));
     exists[row] = slot.exists && tile.sequence.has_query(query);
-    columns[row] = exists[row] ? params.head_dim : 0;
     from[row] = find_row(static_cast<const Element*>(params.q), params.q_strides, tile.sequence,
                          query_row(tile.sequence, exists[row] ? query : 0), tile.head);
   }
@@ -261,59 +258,27 @@ __device__ __forceinline__ void load_voters(const SelectParams& params, const Ro
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int row = i % 2;
-        const int column = step * 16 + i / 2 * 8 + in_quad * 2;
-        words(step * 4 + i) =
-            column < columns[row] ? *reinterpret_cast<const uint32_t*>(from[row] + column) : 0;
+        const int column = step * 16 + i / 2 * 8 + voter.lane % 4 * 2;
+        const bool has_column = exists[row] && column < params.head_dim;
+        words(step * 4 + i) = has_column ? *reinterpret_cast<const uint32_t*>(from[row] + column) : 0;
       }
     }
   } else {
-    uint2 raw[kQuadRows][2 * kSteps];  // four elements each
+    const float* offsets = params.needs_offset_scores()
+                               ? rounded.offsets_of(params, tile.sequence, tile.kv_head, Config::kHeadDim)
+                               : nullptr;
+    RoundedRows<Config::kHeadDim> rows;
+    round_rows<Config::kHeadDim>(from, exists, params.head_dim, offsets, rows);
     CUTE_UNROLL
-    for (int row = 0; row < kQuadRows; ++row) {
-      CUTE_UNROLL
-      for (int i = 0; i < 2 * kSteps; ++i) {
-        const int column = i * 16 + in_quad * 4;
-        raw[row][i] =
-            column < columns[row] ? *reinterpret_cast<const uint2*>(from[row] + column) : uint2{0, 0};
-      }
+    for (int i = 0; i < 4 * kSteps; ++i) {
+      words(i) = rows.words[i / 4][i % 4];
     }
-    float scales[kQuadRows];
-    float lacks[kQuadRows] = {0.0f, 0.0f};  // what the scores lack
-    CUTE_UNROLL
-    for (int row = 0; row < kQuadRows; ++row) {
-      // Magnitudes of 16 bits compare as integers, and NaN above all others.
-      uint32_t pair = 0;
-      CUTE_UNROLL
-      for (int i = 0; i < 2 * kSteps; ++i) {
-        pair = __vmaxu2(pair, __vmaxu2(raw[row][i].x & 0x7fff7fff, raw[row][i].y & 0x7fff7fff));
-      }
-      uint32_t magnitude = max(pair >> 16, pair & 0xffff);
-      magnitude = max(magnitude, __shfl_xor_sync(0xffffffff, magnitude, 1));
-      magnitude = max(magnitude, __shfl_xor_sync(0xffffffff, magnitude, 2));
-      const RoundingScale scale = rounding_scale(to_floats<Element>(magnitude).x);
-      scales[row] = scale.scale * unit;
-      CUTE_UNROLL
-      for (int i = 0; i < 2 * kSteps; ++i) {
-        words(i / 2 * 4 + i % 2 * 2 + row) = round_to_bytes(to_floats<Element>(raw[row][i].x),
-                                                            to_floats<Element>(raw[row][i].y), scale.inverse);
-      }
-      if (params.needs_offset_scores()) {
-        const float* offsets = rounded.offsets_of(params, tile.sequence, tile.kv_head, Config::kHeadDim);
-        float lack = 0.0f;
-        CUTE_UNROLL
-        for (int i = 0; i < 2 * kSteps; ++i) {
-          const float4 offset = *reinterpret_cast<const float4*>(offsets + i * 16 + in_quad * 4);
-          const float2 low = to_floats<Element>(raw[row][i].x);
-          const float2 high = to_floats<Element>(raw[row][i].y);
-          lack += low.x * offset.x + low.y * offset.y + high.x * offset.z + high.y * offset.w;
-        }
-        lack += __shfl_xor_sync(0xffffffff, lack, 1);
-        lack += __shfl_xor_sync(0xffffffff, lack, 2);
-        lacks[row] = lack * unit;
-      }
-    }
-    voting_row.scale = voter.row_of_quad() == 0 ? scales[0] : scales[1];
-    const float lack = voter.row_of_quad() == 0 ? lacks[0] : lacks[1];
+    const auto of_lane = [&](const float (&x)[kQuadRows]) {
+      return unit * (voter.row_of_quad() == 0 ? x[0] : x[1]);
+    };
+    voting_row.scale = of_lane(rows.scale);
+    // What the row's scores lack.
+    const float lack = of_lane(rows.offset_score);
     (kRule == Rule::kAbsolute ? voting_row.threshold : sink) -= lack;
   }
   voting_row.reset(sink);

@@ -16,6 +16,20 @@ enum class Bounds {
   kRelative      // the threshold and a reference, which each row makes of its peaks
 };
 
+// The left operand of Q K^T.
+template <class Config, class Mma>
+__device__ __forceinline__ auto sparse_queries(typename Config::SharedStorage& storage,
+                                               const ConsumerThread& who, const Mma& mma) {
+  if constexpr (Config::kSparseQueriesInRegisters) {
+    auto queries = queries_fragment<Config, Config::kHeadDim>(storage, mma);
+    load_queries<Config, Config::kHeadDim>(storage, who, mma, queries);
+    return queries;
+  } else {
+    return mma.get_slice(0).partition_fragment_A(
+        queries_in_memory<Config, Config::kHeadDim>(storage, uniform(who.warpgroup)));
+  }
+}
+
 // Returns the number of blocks kept.
 template <class Config, Bounds kBounds, class Output>
 __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context, Output& output,
@@ -23,6 +37,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   using namespace cute;
   using Element = typename Config::Element;
   constexpr bool kRelative = kBounds == Bounds::kRelative;
+  constexpr int kInHand = Config::kScoresInHand;
   auto& storage = context.storage;
   auto& pipelines = context.pipelines;
   const ForwardParams& params = context.params;
@@ -33,16 +48,15 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   const float scale_log2 = params.scale * CUDART_L2E_F;
 
   // Operands.
-  typename Config::ScoresMma scores_mma;
+  typename Config::SparseScoresMma scores_mma;
   typename Config::ValuesMma values_mma;
   const auto scores_slice = scores_mma.get_slice(who.thread);
   const auto values_slice = values_mma.get_slice(who.thread);
   const auto smem_k = make_tensor(make_smem_ptr(storage.k), typename Config::SmemK{});
   const auto smem_v = make_tensor(make_smem_ptr(storage.v), typename Config::SmemV{});
-  auto tSrQ = queries_fragment<Config>(scores_mma);  // (MMA, 1, MMA_K)
-  load_queries<Config>(storage, who, scores_mma, tSrQ);
-  const auto tSrK = scores_slice.partition_fragment_B(smem_k);  // (MMA, 1, MMA_K, stage)
-  const auto tOrV = values_slice.partition_fragment_B(smem_v);  // (MMA, 1, MMA_K, stage)
+  auto tSrQ = sparse_queries<Config>(storage, who, scores_mma);  // (MMA, 1, MMA_K)
+  const auto tSrK = scores_slice.partition_fragment_B(smem_k);   // (MMA, 1, MMA_K, stage)
+  const auto tOrV = values_slice.partition_fragment_B(smem_v);   // (MMA, 1, MMA_K, stage)
   using Accumulators = decltype(partition_fragment_C(scores_mma, Shape<_64, _64>{}));
   Accumulators scores0;
   Accumulators scores1;
@@ -195,7 +209,7 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   };
 
   // The blocks with masked scores, one by one; and the rest too where there is nothing to overlap.
-  const int overlapped = tile.full / 3 * 3;
+  const int overlapped = tile.full / kInHand * kInHand;
   int visible[kThreadRows];
   context.visible_keys(visible);
   for (int key_block = tile.key_blocks - 1; key_block >= overlapped; --key_block) {
@@ -261,6 +275,31 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     look_for_keys();
     judge_early(1);
   };
+  // Where only two blocks are in hand, `last` follows `current`. It is voted on before `current` is handled,
+  // so that the verdict is there a step later.
+  const auto step_of_two = [&](auto& current, auto& last) BSFA_INLINE_LAMBDA {
+    finish_gemm<0>(last);
+    release_keys(0);
+    vote_on(last);
+    decide(1);
+    if (keeps(1)) {
+      exponentiate(current);
+      await_values();
+      if (ping_pong != 0) {
+        pingpong_wait(who.warpgroup);
+      }
+      start_values();
+      start_scores(current);
+      if (ping_pong != 0) {
+        pingpong_signal(who.warpgroup);
+      }
+      finish_gemm<1>(output);
+      release_values();
+    } else {
+      start_scores(current);
+    }
+    look_for_keys();
+  };
   const auto finish = [&](auto& scores, int after) BSFA_INLINE_LAMBDA {
     if (keeps(after)) {
       exponentiate(scores);
@@ -278,28 +317,41 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   pipelines.keys.advance();
   release_keys(1);
   vote_on(scores0);
-  finish_gemm<0>(scores1);
-  start_scores(scores2);
-  look_for_keys();
-  release_keys(1);
-  vote_on(scores1);
-  decide(1);
-#pragma unroll 1
-  for (int steps = overlapped - 3; steps > 0; steps -= 3) {
-    step(scores0, scores2);
-    step(scores1, scores0);
-    step(scores2, scores1);
+  if constexpr (kInHand == 3) {
+    finish_gemm<0>(scores1);
+    start_scores(scores2);
+    look_for_keys();
+    release_keys(1);
+    vote_on(scores1);
+    decide(1);
   }
-  finish_gemm<0>(scores2);
+#pragma unroll 1
+  for (int steps = overlapped - kInHand; steps > 0; steps -= kInHand) {
+    if constexpr (kInHand == 3) {
+      step(scores0, scores2);
+      step(scores1, scores0);
+      step(scores2, scores1);
+    } else {
+      step_of_two(scores0, scores1);
+      step_of_two(scores1, scores0);
+    }
+  }
 
-  // The last three blocks.
+  // The blocks in hand.
+  auto& last = kInHand == 3 ? scores2 : scores1;
+  finish_gemm<0>(last);
   release_keys(0);
-  vote_on(scores2);
-  finish(scores0, 2);
-  decide(1);
-  finish(scores1, 1);
+  vote_on(last);
+  if constexpr (kInHand == 3) {
+    finish(scores0, 2);
+    decide(1);
+    finish(scores1, 1);
+  } else {
+    decide(1);
+    finish(scores0, 1);
+  }
   decide(0);
-  finish(scores2, 0);
+  finish(last, 0);
   return kept;
 }
 

@@ -30,7 +30,7 @@ __device__ __forceinline__ ConsumerBlock find_consumer_block(const ForwardParams
 struct Tile : QueryTile {
   ConsumerBlock first;   // of consumer 0
   ConsumerBlock second;  // of consumer 1; the same where the geometry is 128x64
-  int key_blocks;        // visited, from the last to the first; even
+  int key_blocks;        // visited, from the last to the first; a multiple of a dense step
   int full;              // key blocks [0, full) hold no masked score
   bool dense;            // nothing to vote on
 
@@ -52,14 +52,15 @@ __device__ __forceinline__ void place_tile(const ForwardParams& params, const Sc
   static_cast<QueryTile&>(tile) = find_tile(params, schedule, index, tile_q);
 }
 
-// The tile's query blocks and key blocks, which depend on the thresholds.
+// The tile's query blocks and key blocks, which depend on the thresholds. A dense step takes kStepBlocks.
+template <int kStepBlocks>
 __device__ __forceinline__ void find_blocks(const ForwardParams& params, int tile_q, Tile& tile) {
   tile.first = find_consumer_block(params, tile.sequence, tile.head, tile.first_query);
   tile.second = params.q_block < tile_q
                     ? find_consumer_block(params, tile.sequence, tile.head, tile.first_query + params.q_block)
                     : tile.first;
   const int visible = max(tile.first.keys.visible, tile.second.keys.visible);
-  tile.key_blocks = (visible + 1) / 2 * 2;
+  tile.key_blocks = (visible + kStepBlocks - 1) / kStepBlocks * kStepBlocks;
   const auto counts = [](const ConsumerBlock& block) { return block.exists && !is_poisoned(block); };
   tile.full = !counts(tile.first)   ? tile.second.keys.full
               : counts(tile.second) ? min(tile.first.keys.full, tile.second.keys.full)

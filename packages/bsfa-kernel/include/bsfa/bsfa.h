@@ -83,7 +83,7 @@ typedef struct bsfa_problem {
   int64_t batch;
   int64_t heads;
   int64_t kv_heads; /* divides heads */
-  int64_t head_dim; /* a multiple of 8, of v too */
+  int64_t head_dim; /* a multiple of 8 up to 256, of v too */
   int64_t seqlen_q; /* packed: total_q, the number of packed queries */
   int64_t seqlen_k; /* packed: total_k, the number of packed keys; in pages: the most keys that a sequence
                      * may have, no more than its row of the block table has room for */
