@@ -80,7 +80,7 @@ class PageWalk {
     const int number = problem.page_size.quotient(max(key_, 0));
     row_ = max(key_, 0) - number * problem.page_size.value;
     entry_ += number;
-    page_ = key_ < end_ ? *entry_ : problem.pages;
+    page_ = key_ >= 0 && key_ - row_ < end_ ? *entry_ : problem.pages;  // its first boxes may be in use
     next_ = entry_before();
   }
 
