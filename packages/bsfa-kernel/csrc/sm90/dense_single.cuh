@@ -137,16 +137,8 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
       mask_scores(matrix, who, visible, first_key);
     }
   };
-  // Returns whether the output must be multiplied by `factors`: where a score is far above the maximum.
   const auto raise_maxima = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
-    const RowFlags rows = softmax.exceeded_by_scores(accumulator_matrix(scores), scale_log2);
-    bool raised = false;
-    if (rows.any()) {
-      float maxima[kThreadRows];
-      row_maxima(accumulator_matrix(scores), maxima);
-      raised = softmax.raise(rows, maxima, scale_log2, factors);
-    }
-    return raised;
+    return softmax.raise_where_exceeded(accumulator_matrix(scores), scale_log2, factors);
   };
   // P = exp(S - m), in place.
   const auto exponentiate = [&]() BSFA_INLINE_LAMBDA {
