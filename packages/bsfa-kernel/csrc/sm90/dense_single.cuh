@@ -78,7 +78,7 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
                                                    int tiles) {
   using namespace cute;
   using Element = typename Config::Element;
-  static_assert(Config::kStepBlocks == 1);
+  static_assert(Config::kStepBlocks == 1 && !Config::kReleasesUnread);
   const float scale_log2 = params.scale * CUDART_L2E_F;
 
   // Operands.
@@ -180,10 +180,6 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
     await_keys();
   };
 
-  // Once both consumers are here, the stages of V that one released unread in a sparse tile have been filled.
-  if (params.q_block < Config::kTileQ) {
-    sync(NamedBarrier::kTiles, 0, 2 * 128);
-  }
   next_queries();
   start_scores();
 #pragma unroll 1
