@@ -24,8 +24,12 @@ _HARMLESS = frozenset(
     }
 )
 _UNDERSTOOD = frozenset(
-    {"dropout", "position_bias", "s_aux", "scaling", "sliding_window", "softcap"}
+    {"dropout", "position_bias", "s_aux", "scaling", "sinks", "sliding_window", "softcap"}
 )
+# Arguments that SDPA passes over or refuses.
+_EAGER = ("softcap", "s_aux", "sinks")
+# Scores that an eager function computes at a time.
+_SCORES_AT_A_TIME = 1 << 26
 
 
 def unknown_arguments(options: Mapping[str, Any]) -> list[str]:
@@ -68,7 +72,7 @@ def dense_reason(
         return Reason.NOT_CAUSAL
     if options.get("softcap") is not None:
         return Reason.SOFTCAP
-    if options.get("s_aux") is not None:
+    if options.get("sinks") is not None or not are_sinks(options.get("s_aux"), query.shape[1]):
         return Reason.SINKS
     if options.get("position_bias") is not None:
         return Reason.BIAS
@@ -76,6 +80,29 @@ def dense_reason(
     if window is not None and window < key.shape[2]:
         return Reason.SLIDING_WINDOW
     return head_dim_reason(query, key, value)
+
+
+def are_sinks(sinks: Any, heads: int) -> bool:
+    """Whether a layer's sinks are of the kind that bsfa-kernel knows: none, or one for each head.
+
+    Args:
+        sinks: the argument ``s_aux`` of its attention function. Other models pass another kind,
+            a sink for each query, as ``sinks``.
+        heads: query heads of the call, of this rank under tensor parallelism.
+    """
+    if not isinstance(sinks, Tensor):
+        return sinks is None
+    return sinks.shape == (heads,) and sinks.is_floating_point()
+
+
+def sinks_of(options: Mapping[str, Any]) -> Tensor | None:
+    """The sinks of a layer as bsfa-kernel takes them, float32 [heads]; None without.
+
+    Args:
+        options: the further arguments of the attention function; `are_sinks` holds of ``s_aux``.
+    """
+    sinks: Tensor | None = options.get("s_aux")
+    return None if sinks is None else sinks.float()
 
 
 def head_dim_reason(query: Tensor, key: Tensor, value: Tensor) -> Reason | None:
@@ -108,6 +135,9 @@ def model_attention(
 ) -> Tensor:
     """What SDPA computes, or the model's own eager function where SDPA cannot.
 
+    The eager function is given some queries at a time, and computed again in a backward pass, so
+    that memory does not grow with the square of a prompt's length.
+
     Args:
         module: the attention module.
         query: [batch, heads, seqlen_q, head_dim].
@@ -124,15 +154,14 @@ def model_attention(
         NotImplementedError: scores are capped or there are sinks, and the model has no eager
             function.
     """
+    from torch.utils.checkpoint import checkpoint
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    eager = options.get("softcap") is not None or options.get("s_aux") is not None
-    if mask is None and causal and seqlen_q > 1 and (eager or seqlen_q != seqlen_k):
-        last_seen = torch.arange(seqlen_q, device=query.device)[:, None] + seqlen_k - seqlen_q
-        mask = (torch.arange(seqlen_k, device=query.device) <= last_seen)[None, None]
-    if not eager:
+    if not any(options.get(name) is not None for name in _EAGER):
+        if mask is None and causal and 1 < seqlen_q != seqlen_k:
+            mask = _causal_mask(slice(0, seqlen_q), seqlen_k - seqlen_q, seqlen_k, query.device)
         out, _ = sdpa_attention_forward(
             module, query, key, value, mask, is_causal=is_causal, **options
         )
@@ -143,11 +172,32 @@ def model_attention(
             f"{type(module).__name__} caps its scores or has attention sinks, which SDPA cannot "
             "compute, and its module has no eager_attention_forward to compute them with"
         )
-    if mask is not None and mask.dtype == torch.bool:
-        hidden = torch.finfo(query.dtype).min
-        mask = torch.where(mask, 0.0, hidden).to(query.dtype)
-    computed: Tensor = function(module, query, key, value, mask, **options)[0]
-    return computed
+    rows = seqlen_q
+    if options.get("position_bias") is None and options.get("sinks") is None:  # these have rows too
+        rows = max(_SCORES_AT_A_TIME // (query.shape[0] * query.shape[1] * seqlen_k), 1)
+    parts: list[Tensor] = []
+    for start in range(0, seqlen_q, rows):
+        here, seen = slice(start, min(start + rows, seqlen_q)), seqlen_k
+        part = None if mask is None else mask[:, :, here]
+        if mask is None and causal and seqlen_q > 1:
+            seen = here.stop + seqlen_k - seqlen_q
+            part = _causal_mask(here, seqlen_k - seqlen_q, seen, query.device)
+        if part is not None and part.dtype == torch.bool:
+            part = torch.where(part, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        arguments = query[:, :, here], key[:, :, :seen], value[:, :, :seen], part
+        if torch.is_grad_enabled():
+            again: Any = checkpoint
+            computed = again(function, module, *arguments, use_reentrant=False, **options)
+        else:
+            computed = function(module, *arguments, **options)
+        parts.append(computed[0])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _causal_mask(queries: slice, offset: int, seqlen_k: int, device: torch.device) -> Tensor:
+    """Bool [1, 1, queries, seqlen_k]: key j is seen by query i iff j <= i + offset."""
+    last_seen = torch.arange(queries.start, queries.stop, device=device)[:, None] + offset
+    return (torch.arange(seqlen_k, device=device) <= last_seen)[None, None]
 
 
 def named(dense: Mapping[int, str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bsfa_calib.dense import dense_reason, model_attention, unknown_arguments
+from bsfa_calib.dense import dense_reason, model_attention, sinks_of, unknown_arguments
 from bsfa_calib.reasons import Reason
 from bsfa_calib.switch import register, switched
 from bsfa_kernel import DEFAULT_GEOMETRY, Geometry, block_sparse_attention, reference
@@ -48,10 +48,11 @@ class Method(Protocol):
     """Computes causal attention for one layer of one prompt."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, sinks: Tensor | None
     ) -> Attended | None:
         """Attention of q [1, seqlen_q, heads, head_dim] to k, v [1, seqlen_k, kv_heads, ...].
 
+        ``sinks`` are the layer's, float32 [heads], or None (docs/semantics.md).
         None leaves the layer to the model's dense attention; so a method may look on only.
         """
         ...
@@ -150,7 +151,15 @@ class BlockSparse:
     selection: str = "exact"
     expected_skipped: float | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Attended:
         """See ``Method``."""
         thresholds = self.thresholds[layer]
         options: dict[str, Any] = {
@@ -158,6 +167,7 @@ class BlockSparse:
             "rule": self.rule,
             "geometry": self.geometry,
             "voters": self.voters,
+            "sinks": sinks,
         }
         if self.backend == "reference":
             result = reference.attention(q, k, v, thresholds, **options)
@@ -223,7 +233,7 @@ def _attention(
     elif isinstance(layer, int) and current.method is not None:
         scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        attended = current.method(q, k, v, layer, scale)
+        attended = current.method(q, k, v, layer, scale, sinks_of(options))
     if attended is not None:
         current.meter.add(layer, attended.skipped)  # type: ignore[arg-type]
         return attended.out, None

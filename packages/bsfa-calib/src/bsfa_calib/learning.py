@@ -303,7 +303,15 @@ class _Training:
     learner: _Learner
     rows: Tensor
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Attended:
         """See ``hook.Method``."""
         learner = self.learner
         found = gated_attention(
@@ -313,6 +321,7 @@ class _Training:
             scale=scale,
             voters=learner.voters,
             width=learner.settings.width,
+            sinks=sinks,
         )
         learner.skipped[layer] = found.skipped
         learner.slopes[layer] = found.slope

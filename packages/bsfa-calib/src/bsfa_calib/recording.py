@@ -58,11 +58,24 @@ class Recorder:
         """The sparsity block."""
         return Geometry(self.q_block, self.k_block)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> None:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> None:
         """See ``Method``; prompts are whole, so that there is nothing to record of others."""
         if q.shape[1] != k.shape[1]:
             return
-        options: dict[str, Any] = {"scale": scale, "rule": self.rule, "geometry": self.geometry}
+        options: dict[str, Any] = {
+            "scale": scale,
+            "rule": self.rule,
+            "geometry": self.geometry,
+            "sinks": sinks,
+        }
         if self.voters == 1:
             maxima = bsfa_kernel.block_maxima(q, k, **options)
         else:
