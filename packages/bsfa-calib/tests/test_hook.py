@@ -102,6 +102,7 @@ def test_layers_that_run_dense_run_as_the_model_would(
     kind: str, extra: dict[str, object], scores_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dense, "_SCORES_AT_A_TIME", scores_at_a_time)
+    monkeypatch.setattr(dense, "_ROWS", 100)
     implementation = "eager" if kind in ("gemma2", "gpt_oss") else "sdpa"
     model = tiny_model(kind, implementation=implementation, **extra)
     tokens = torch.arange(3, 253)[None].repeat(1, 2)
@@ -164,8 +165,29 @@ def test_sinks_of_another_kind_run_dense(shape: tuple[int, ...]) -> None:
     assert dense.dense_reason(None, query, query, query, True, options) is None
 
 
+@pytest.mark.parametrize("sinks", [(-30.0, 0.5, 3.0, 30.0), (-math.inf,) * 4], ids=str)
+def test_sinks_beside_a_kernel_that_knows_none(sinks: tuple[float, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 300, 16, generator=generator)
+    k, v = torch.randn(2, 1, 2, 300, 16, generator=generator)
+    found = dense.flash_with_sinks(q, k, v, torch.tensor(sinks), None)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    assert torch.allclose(found.double(), naive(q, k, v, torch.tensor(sinks)), atol=2e-6)
+
+
+def test_the_keys_that_some_queries_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_ROWS", 4)
+    mask = torch.ones(10, 10).tril().triu(-2).bool()[None, None]
+    assert dense._seen_keys(mask) == [slice(0, 4), slice(2, 8), slice(6, 10)]
+    mask[0, 0, 5] = False  # sees nothing, and so the mean of all values
+    assert dense._seen_keys(mask) == [slice(0, 4), slice(0, 10), slice(6, 10)]
+    assert dense._seen_keys(mask.float()) is None
+    assert dense._seen_keys(mask.repeat(1, 2, 1, 1)) is None
+
+
 def test_gradients_go_through_layers_that_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense, "_SCORES_AT_A_TIME", 1 << 16)
+    monkeypatch.setattr(dense, "_ROWS", 100)
     model = tiny_model("gpt_oss", implementation="eager", **GPT_OSS)
     tokens = torch.arange(3, 253)[None]
     embedded = model.get_input_embeddings()(tokens).detach()
