@@ -8,7 +8,7 @@ import copy
 import io
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -453,13 +453,31 @@ def test_a_prompt_too_short_is_told_so(model: LlamaForCausalLM, samples: list[li
     assert calibration.reachable(256, GEOMETRY) == ()
 
 
-def test_layers_that_run_dense_have_no_share_in_what_is_learned() -> None:
-    model = tiny_model(
-        "gemma3_text",
-        sliding_window=256,
-        query_pre_attn_scalar=16,
-        layer_types=["sliding_attention", "full_attention"],
-    )
+WINDOW = {
+    "sliding_window": 256,
+    "query_pre_attn_scalar": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "reason"),
+    [
+        ("gemma3_text", WINDOW, "sliding-window layer"),
+        ("qwen3_5_text", LINEAR, "it has no causal softmax attention of its own"),
+    ],
+)
+def test_layers_that_skip_nothing_have_no_share_in_what_is_learned(
+    kind: str, extra: dict[str, Any], reason: str
+) -> None:
+    model = tiny_model(kind, **extra)
     samples = np.random.default_rng(1).integers(3, 256, (2, LENGTH)).tolist()
     settings = Settings(steps=30, further_steps=1)
     (learned,) = learn(
@@ -485,4 +503,4 @@ def test_layers_that_run_dense_have_no_share_in_what_is_learned() -> None:
     assert found.expected[0].sparsity == pytest.approx(0.4, abs=0.05)
     assert np.isneginf(found.table.thresholds[:, 0]).all()
     assert np.isfinite(found.table.thresholds[:, 1]).all()
-    assert found.table.provenance["dense_layers"] == "layers 0: sliding-window layer"
+    assert found.table.provenance["dense_layers"] == f"layers 0: {reason}"

@@ -45,7 +45,9 @@ def spied() -> Iterator[list[Call]]:
     """Note the calls of the attention function "bsfa"."""
     calls: list[Call] = []
 
-    def spy(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    def spy(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> Any:
         found = bsfa_attention(module, query, key, value, mask, **options)
         calls.append(Call(module.layer_idx, query, key, value, mask, options, found[0]))
         return found

@@ -105,9 +105,9 @@ def test_a_sink_of_minus_infinity_is_none(model: Any, rule: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_sink_that_is_no_number_is_not_hidden(model: Any, rule: str, sink: float) -> None:
     set_sinks(model, (0.0, sink, 0.0, 0.0), layers=(1,))
-    with bsfa_hf.enabled(model, table(math.inf if rule == "absolute" else 9.0, rule=rule)) as stats:
-        with spied() as calls:
-            model(tokens(450))
+    high = table(math.inf if rule == "absolute" else 9.0, rule=rule)
+    with bsfa_hf.enabled(model, high) as stats, spied() as calls:
+        model(tokens(450))
     out = calls[1].out
     assert out[:, :, 1].isnan().all()
     assert out[:, :, [0, 2, 3]].isfinite().all()

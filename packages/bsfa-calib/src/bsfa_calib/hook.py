@@ -65,10 +65,12 @@ class Meter:
     Attributes:
         dense: calls that ran dense for another reason than that there was no method, by reason.
         dense_layers: layers that run dense whatever the prompt, and why.
+        called: layers that have called the attention function.
     """
 
     dense: dict[str, int] = field(default_factory=dict)
     dense_layers: dict[int, str] = field(default_factory=dict)
+    called: set[int] = field(default_factory=set)
     _skipped: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def add(self, layer: int, skipped: Tensor) -> None:
@@ -80,6 +82,12 @@ class Meter:
         self.dense[str(reason)] = self.dense.get(str(reason), 0) + 1
         if reason is not Reason.DECODE:
             self.dense_layers[layer] = str(reason)
+
+    def skip_nothing(self, layers: int) -> dict[int, str]:
+        """The layers, of so many, that skip nothing whatever the prompt, and why."""
+        others = set(range(layers)) - self.called
+        why = dict.fromkeys(others, "it has no causal softmax attention of its own")
+        return dict(sorted((why | self.dense_layers).items()))
 
     def take(self) -> list[list[float]]:
         """Mean skipped share of the prompts since the last call, [layers][heads]; forgets them."""
@@ -228,6 +236,8 @@ def _attention(
     elif reason is None and attention_mask is not None:
         reason = Reason.OWN_MASK
     attended = None
+    if isinstance(layer, int):
+        current.meter.called.add(layer)
     if isinstance(layer, int) and reason is not None:
         current.meter.count_dense(layer, reason)
     elif isinstance(layer, int) and current.method is not None:

@@ -206,7 +206,7 @@ class _Learner:
         self.skipped = torch.zeros(shape, device=device)
         with applied(model, None) as meter:
             self.dense[0] = self.language_model.predict(samples[0]).hidden.clone()
-        dense_layers = check_layers(meter.dense_layers, model)
+        dense_layers = check_layers(meter, model)
         # Sparsities are those of the layers that can skip; the others stay at 0.
         self.free = [layer for layer in range(shape[0]) if layer not in dense_layers]
 

@@ -211,10 +211,7 @@ def measure(
     with torch.inference_mode(), capturing(model, recorder) as meter:
         model(input_ids=torch.tensor([list(tokens)], device=model.device), **options)
         measured = reduction.finish()
-    dense = dict(meter.dense_layers)
-    for layer in range(layers):
-        if layer not in measured and layer not in dense:
-            dense[layer] = "it has no causal softmax attention of its own"
+    dense = meter.skip_nothing(layers)
     kept = {layer: tensor for layer, tensor in measured.items() if layer not in dense}
     return Measured(len(tokens), dense), kept
 
