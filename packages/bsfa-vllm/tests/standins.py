@@ -144,7 +144,8 @@ class Impl:
 
     def __init__(self, **attributes: Any) -> None:
         self.head_size, self.scale, self.attn_type = HEAD_DIM, HEAD_DIM**-0.5, "decoder"
-        self.num_heads, self.sinks = HEADS, None
+        self.num_heads = HEADS
+        self.sinks: Any = None
         self.sliding_window: Any = (-1, -1)
         self.tokens = 0
         for name, value in attributes.items():

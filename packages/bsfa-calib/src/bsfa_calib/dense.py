@@ -295,7 +295,8 @@ def _seen_keys(mask: Tensor) -> list[slice] | None:
         return known[1]
     seqlen_k = mask.shape[-1]
     ends = []
-    for rows in mask[0, 0].split(_ROWS):
+    for start in range(0, mask.shape[2], _ROWS):
+        rows = mask[0, 0, start : start + _ROWS]
         some, place = rows.any(0), torch.arange(seqlen_k, device=mask.device)
         all_see = rows.any(1).all()
         first = torch.where(some, place, seqlen_k).amin()
