@@ -313,6 +313,10 @@ def small_gpt_oss() -> Any:
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
     """The model, and its folder."""
+    import vllm
+
+    if tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 32):
+        pytest.skip("this release's own kernel for CPUs takes no sinks of a model in float32")
     model, path = small_gpt_oss(), tmp_path_factory.mktemp("model") / "small-gpt-oss"
     model.save_pretrained(path)
     return model, str(path)
