@@ -160,7 +160,7 @@ def test_the_mass_of_a_profile_is_that_which_rows_lose_on_average(
     given = {}
 
     def record(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float, _: Any
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float, sinks: Any
     ) -> None:
         given[layer] = (q, k, v, scale)
 
