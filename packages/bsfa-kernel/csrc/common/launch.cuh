@@ -28,11 +28,13 @@ inline int count_multiprocessors() {
   return count;
 }
 
-// Launches a kernel compiled for kArch. On 9.0 its start, up to begin<kArch>(), may overlap the end of the
-// stream's work before it.
+// Launches a kernel compiled for kArch with as much shared memory as it asks for. On 9.0 its start, up to
+// begin<kArch>(), may overlap the end of the stream's work before it.
 template <int kArch, class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
+  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(shared_bytes)));
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;

@@ -92,17 +92,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
 
-  const QueryTile tile = find_tile(params, schedule, blockIdx.x, Config::kTileQ);
-  if (params.has_spare_blocks() && params.kept != nullptr) {
-    clear_spare_kept(params, tile, Config::kTileQ, threadIdx.x, Config::kThreads);
-  }
-  if (!tile.exists()) {
+  const auto find_block = [&](const QueryTile& tile, int first_query) {
+    return find_attended_block(params, tile.sequence, first_query, is_poisoned(params, tile, first_query));
+  };
+  if (!begin_tile<Config>(params, schedule, storage, find_block)) {
     return;
   }
-  publish_tile<Config>(params, tile, storage, [&](int half) {
-    const int first_query = tile.first_query + half * params.q_block;
-    return find_attended_block(params, tile.sequence, first_query, is_poisoned(params, tile, first_query));
-  });
   const bool halved = params.q_block < Config::kTileQ;
   const int half = half_of_thread(params, Config::kTileQ, Config::kThreads);
   WarpsBlock& block = storage.blocks[half];
@@ -113,31 +108,22 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   if (max(first.keys.visible, second.keys.visible) > 0) {
     loop.request_queries();
     if (threadIdx.x == 0) {
-      storage.list = BlockList(params, tile, first, second);
+      storage.list = BlockList(params, storage.tile, first, second);
     }
     loop.run();
   }
   store_results<Config>(params, loop, storage, block);
 }
 
-template <class Kernel>
-void launch_attend(const AttendParams& params, cudaStream_t stream) {
-  const Schedule schedule = make_schedule(params, params.query_blocks(Kernel::kTileQ),
-                                          2 * Kernel::kHeadDim * sizeof(typename Kernel::Element));
-  constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
-  const auto kernel = attend_kernel<Kernel>;
-  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  kernel<<<static_cast<unsigned>(schedule.ctas()), Kernel::kThreads, kSharedBytes, stream>>>(params,
-                                                                                             schedule);
-  BSFA_CUDA_CHECK(cudaGetLastError());
-}
-
 template <class Element, int kHeadDim>
 void attend_blocks(const AttendParams& params, cudaStream_t stream) {
+  constexpr int kKeyBytes = 2 * kHeadDim * sizeof(Element);
   if (params.has_pages()) {
-    launch_attend<AttendConfig<Element, kHeadDim, Paging::kAlways>>(params, stream);
+    using Config = AttendConfig<Element, kHeadDim, Paging::kAlways>;
+    launch_over_tiles<Config>(attend_kernel<Config>, params, kKeyBytes, stream);
   } else {
-    launch_attend<AttendConfig<Element, kHeadDim, Paging::kNever>>(params, stream);
+    using Config = AttendConfig<Element, kHeadDim, Paging::kNever>;
+    launch_over_tiles<Config>(attend_kernel<Config>, params, kKeyBytes, stream);
   }
 }
 

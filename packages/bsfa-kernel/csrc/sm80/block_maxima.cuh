@@ -180,14 +180,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 template <class Element, int kHeadDim>
 void block_maxima(const BlockMaximaParams& params, cudaStream_t stream) {
   using Kernel = BlockMaximaConfig<Element, kHeadDim>;
-  const Schedule schedule =
-      make_schedule(params, params.query_blocks(Kernel::kTileQ), kHeadDim * sizeof(Element));
-  constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
-  const auto kernel = block_maxima_kernel<Kernel>;
-  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  kernel<<<static_cast<unsigned>(schedule.ctas()), Kernel::kThreads, kSharedBytes, stream>>>(params,
-                                                                                             schedule);
-  BSFA_CUDA_CHECK(cudaGetLastError());
+  launch_over_tiles<Kernel>(block_maxima_kernel<Kernel>, params, kHeadDim * sizeof(Element), stream);
 }
 
 }  // namespace bsfa::sm80

@@ -16,14 +16,23 @@ __device__ __forceinline__ int half_of_thread(const Problem& problem, int tile_q
   return problem.q_block < tile_q && static_cast<int>(threadIdx.x) >= threads / 2 ? 1 : 0;
 }
 
-// Makes the tile known to all threads. `find_block(half)` finds a block of its queries.
+// Finds the CTA's tile and makes it known to all threads. find_block(tile, first_query) finds a block of its
+// queries. Returns whether there are any.
 template <class Config, class FindBlock>
-__device__ __forceinline__ void publish_tile(const ForwardParams& params, const QueryTile& tile,
-                                             typename Config::SharedStorage& storage,
-                                             const FindBlock& find_block) {
+__device__ __forceinline__ bool begin_tile(const ForwardParams& params, const Schedule& schedule,
+                                           typename Config::SharedStorage& storage,
+                                           const FindBlock& find_block) {
+  const QueryTile tile = find_tile(params, schedule, blockIdx.x, Config::kTileQ);
+  if (params.has_spare_blocks() && params.kept != nullptr) {
+    clear_spare_kept(params, tile, Config::kTileQ, threadIdx.x, Config::kThreads);
+  }
+  if (!tile.exists()) {
+    return false;
+  }
   const int half = half_of_thread(params, Config::kTileQ, Config::kThreads);
   if (threadIdx.x == half * (Config::kThreads / 2)) {
-    storage.blocks[half] = {find_block(half), static_cast<int>(threadIdx.x), 0, -1};
+    const int first_query = tile.first_query + half * params.q_block;
+    storage.blocks[half] = {find_block(tile, first_query), static_cast<int>(threadIdx.x), 0, -1};
   }
   if (threadIdx.x == 0) {
     storage.tile = tile;
@@ -31,6 +40,7 @@ __device__ __forceinline__ void publish_tile(const ForwardParams& params, const 
     storage.values = first_key_of(params, params.v, params.v_strides, tile);
   }
   __syncthreads();
+  return true;
 }
 
 // Writes what is asked for of the tile.
@@ -58,16 +68,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
 
-  const QueryTile tile = find_tile(params, schedule, blockIdx.x, Config::kTileQ);
-  if (params.has_spare_blocks() && params.kept != nullptr) {
-    clear_spare_kept(params, tile, Config::kTileQ, threadIdx.x, Config::kThreads);
-  }
-  if (!tile.exists()) {
+  const auto find_block = [&](const QueryTile& tile, int first_query) {
+    return find_query_block(params, tile.sequence, tile.head, first_query);
+  };
+  if (!begin_tile<Config>(params, schedule, storage, find_block)) {
     return;
   }
-  publish_tile<Config>(params, tile, storage, [&](int half) {
-    return find_query_block(params, tile.sequence, tile.head, tile.first_query + half * params.q_block);
-  });
   const bool halved = params.q_block < Config::kTileQ;
   const int half = half_of_thread(params, Config::kTileQ, Config::kThreads);
   WarpsBlock& block = storage.blocks[half];
@@ -87,24 +93,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   store_results<Config>(params, mainloop, storage, block);
 }
 
-template <class Kernel>
-void launch_forward(const ForwardParams& params, cudaStream_t stream) {
-  const Schedule schedule = make_schedule(params, params.query_blocks(Kernel::kTileQ),
-                                          2 * Kernel::kHeadDim * sizeof(typename Kernel::Element));
-  constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
-  const auto kernel = forward_kernel<Kernel>;
-  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  kernel<<<static_cast<unsigned>(schedule.ctas()), Kernel::kThreads, kSharedBytes, stream>>>(params,
-                                                                                             schedule);
-  BSFA_CUDA_CHECK(cudaGetLastError());
-}
-
 template <class Element, int kHeadDim>
 void forward(const ForwardParams& params, cudaStream_t stream) {
+  constexpr int kKeyBytes = 2 * kHeadDim * sizeof(Element);
   if (params.has_pages()) {
-    launch_forward<ForwardConfig<Element, kHeadDim, Paging::kAlways>>(params, stream);
+    using Config = ForwardConfig<Element, kHeadDim, Paging::kAlways>;
+    launch_over_tiles<Config>(forward_kernel<Config>, params, kKeyBytes, stream);
   } else {
-    launch_forward<ForwardConfig<Element, kHeadDim, Paging::kNever>>(params, stream);
+    using Config = ForwardConfig<Element, kHeadDim, Paging::kNever>;
+    launch_over_tiles<Config>(forward_kernel<Config>, params, kKeyBytes, stream);
   }
 }
 

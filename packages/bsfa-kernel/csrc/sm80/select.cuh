@@ -343,11 +343,8 @@ void select_with(const SelectParams& params, cudaStream_t stream) {
   }
   const Schedule schedule =
       make_select_schedule(params, Config::kSlots, sizeof(uint16_t) * Config::KeyRow::kHeadDim);
-  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
-  const auto kernel = select_kernel<Config>;
-  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  launch<80>(kernel, dim3(static_cast<unsigned>(schedule.ctas())), Config::kThreads, kSharedBytes, stream,
-             params, rounded, schedule);
+  launch<80>(select_kernel<Config>, dim3(static_cast<unsigned>(schedule.ctas())), Config::kThreads,
+             sizeof(typename Config::SharedStorage), stream, params, rounded, schedule);
 }
 
 template <class Element, int kHeadDim>

@@ -4,6 +4,7 @@
 // What a CTA of the forward kernel works on.
 #pragma once
 
+#include "../common/launch.cuh"
 #include "../common/query_block.cuh"
 
 namespace bsfa::sm80 {
@@ -28,6 +29,15 @@ const __device__ __forceinline__ uint16_t* first_key_of(const Problem& problem, 
   return problem.has_pages()
              ? data + tile.kv_head * strides.heads
              : find_row(data, strides, tile.sequence, key_row(tile.sequence, 0), tile.kv_head);
+}
+
+// Launches a kernel with a CTA for every tile. key_bytes: what a tile reads of each key.
+template <class Config, class Params>
+void launch_over_tiles(void (*kernel)(Params, Schedule), const Params& params, int key_bytes,
+                       cudaStream_t stream) {
+  const Schedule schedule = make_schedule(params, params.query_blocks(Config::kTileQ), key_bytes);
+  launch<80>(kernel, dim3(static_cast<unsigned>(schedule.ctas())), Config::kThreads,
+             sizeof(typename Config::SharedStorage), stream, params, schedule);
 }
 
 }  // namespace bsfa::sm80

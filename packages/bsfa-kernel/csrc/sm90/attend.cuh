@@ -4,17 +4,15 @@
 // The kernels of attend_blocks for sm_90a and their launch. docs/kernel-attend.md has the picture.
 #pragma once
 
-#include <cutlass/arch/reg_reconfig.h>
-
 #include <algorithm>
 
 #include "../check.hpp"
-#include "../common/launch.cuh"
 #include "attend.hpp"
 #include "attend_order.cuh"
 #include "attend_pass.cuh"
 #include "attend_producer.cuh"
 #include "attend_shared.cuh"
+#include "roles.cuh"
 
 namespace bsfa::sm90 {
 
@@ -24,22 +22,15 @@ __device__ __forceinline__ void initialize_list_barriers(typename Config::Shared
   constexpr int kReaders = Config::kConsumerWarps;
   storage.q_full.init(1);
   storage.q_empty.init(kReaders);
-  for (int slot = 0; slot < Config::kTileSlots; ++slot) {
-    storage.tile_full[slot].init(1);
-    storage.tile_empty[slot].init(kReaders + 2);  // and the loaders
-  }
+  initialize_stages(storage.tile_full, storage.tile_empty, kReaders + 2);  // and the loaders
   for (auto* ring : {&storage.keys, &storage.values}) {
-    for (int stage = 0; stage < Config::kStages; ++stage) {
-      ring->full[stage].init(1);
-      ring->empty[stage].init(kReaders);
-    }
+    initialize_stages(ring->full, ring->empty, kReaders);
     for (auto& places : ring->places) {
       for (Place& place : places) {
         place = {0, 0};
       }
     }
   }
-  cutlass::arch::fence_barrier_init();
 }
 
 template <class Config>
@@ -48,14 +39,14 @@ __device__ __forceinline__ void consume_lists(const AttendParams& params,
                                               const ConsumerThread& who) {
   using namespace cute;
   ListPipelines<Config> pipelines;
-#pragma unroll 1
-  while (true) {
+  const auto is_end = [&]() BSFA_INLINE_LAMBDA {
     wait(storage.q_full, pipelines.queries_phase());
+    return read_flag(storage.tiles[pipelines.slot()].is_end);
+  };
+#pragma unroll 1
+  while (!is_end()) {
     const int slot = pipelines.slot();
     const ListTile& tile = storage.tiles[slot];
-    if (uniform(tile.is_end)) {
-      return;
-    }
     if (uniform(tile.lengths[who.warpgroup] > 0)) {
       attend_lists<Config>(storage, pipelines, params, who);
     } else {
@@ -71,25 +62,15 @@ __device__ __forceinline__ void consume_lists(const AttendParams& params,
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     attend_kernel(const __grid_constant__ AttendKernelParams params) {
-  static_assert(kRegistersFit<Config>);
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
-  if (threadIdx.x == 0) {
-    cute::prefetch_tma_descriptor(&params.q);
-    cute::prefetch_tma_descriptor(&params.k);
-    cute::prefetch_tma_descriptor(&params.v);
+  using Storage = typename Config::SharedStorage;
+  const auto initialize = [&](Storage& storage) {
+    prefetch(params);
     initialize_list_barriers<Config>(storage);
-  }
-  __syncthreads();
-  ptx::wait_for_earlier_grids();
-
-  // The same in all lanes, and known to be: the roles must be uniform for setmaxnreg.
-  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-  if (warp < 4) {
-    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+  };
+  const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
     const ListProducer<Config> producer{params, storage};
     if (threadIdx.x == 0) {
-      producer.take_tiles();
+      producer.take_all_tiles();
     } else if (warp == 1 || warp == 2) {
       const CUtensorMap& map = warp == 1 ? params.k : params.v;
       auto* const blocks = warp == 1 ? storage.k : storage.v;
@@ -100,16 +81,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         producer.template load_blocks<false>(map, blocks, ring);
       }
     }
-  } else {
-    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    consume_lists<Config>(params.order.attend, storage, {warp / 4 - 1, static_cast<int>(threadIdx.x % 128)});
-  }
+  };
+  run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {
+    consume_lists<Config>(params.order.attend, storage, who);
+  });
 }
 
 template <class Element, int kHeadDim>
 void attend_blocks(const AttendParams& params, cudaStream_t stream) {
   using Config = AttendConfig<Element, kHeadDim>;
-  const int processors = count_multiprocessors();
   AttendKernelParams kernel_params;
   static_cast<TensorMaps&>(kernel_params) = make_tensor_maps<Element>(params, kKeyBlock, Config::kBoxColumns);
   OrderParams& order = kernel_params.order;
@@ -126,21 +106,15 @@ void attend_blocks(const AttendParams& params, cudaStream_t stream) {
   order.lengths = reinterpret_cast<TileLength*>(order.ordered + order.tiles);
 
   constexpr int kCountWarps = 8;
-  const int count_ctas = std::min((order.tiles + kCountWarps - 1) / kCountWarps, 8 * processors);
+  const int count_ctas = std::min((order.tiles + kCountWarps - 1) / kCountWarps, 8 * count_multiprocessors());
   launch<90>(count_blocks_kernel<Config>, dim3(count_ctas), kCountWarps * 32, 0, stream, order);
   const int sections = (order.schedule.kv_heads + order.schedule.section - 1) / order.schedule.section;
   launch<90>(order_tiles_kernel<Config>, dim3(sections), kOrderThreads, 0, stream, order);
-  const auto launch_over_tiles = [&](auto kernel, auto config) {
-    constexpr int kSharedBytes = sizeof(typename decltype(config)::SharedStorage);
-    BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-    launch<90>(kernel, dim3(std::min(order.tiles, processors)), Config::kThreads, kSharedBytes, stream,
-               kernel_params);
-  };
   if (params.q_block == kAttendTileQ) {
     using SharedConfig = SharedListConfig<Element, kHeadDim>;
-    launch_over_tiles(attend_shared_kernel<SharedConfig>, SharedConfig{});
+    launch_persistent<SharedConfig>(attend_shared_kernel<SharedConfig>, order.tiles, kernel_params, stream);
   } else {
-    launch_over_tiles(attend_kernel<Config>, Config{});
+    launch_persistent<Config>(attend_kernel<Config>, order.tiles, kernel_params, stream);
   }
 }
 

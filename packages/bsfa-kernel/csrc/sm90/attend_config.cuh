@@ -14,6 +14,8 @@ struct ListTile : QueryTile {
   ConsumerBlock blocks[2];  // of the consumers; the same where the geometry is 128x64
   int lengths[2];           // key blocks that each attends to
   bool is_end;              // no tile: there are no more
+
+  __device__ __forceinline__ void end() { is_end = true; }
 };
 
 // A consumer finds the key blocks of its list in two rings of places, one for K and one for V, in which the
@@ -35,16 +37,21 @@ struct Place {
   int key_block;
 };
 
-template <class Element_, int kHeadDim_>
-struct AttendConfig : ForwardConfig<Element_, kHeadDim_> {
-  using Base = ForwardConfig<Element_, kHeadDim_>;
-  using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static_assert(Base::kTileQ == kAttendTileQ);
+// What both kernels have in common.
+template <class Element, int kHeadDim>
+struct ListConfig : ForwardConfig<Element, kHeadDim> {
+  static_assert(ForwardConfig<Element, kHeadDim>::kTileQ == kAttendTileQ);
 
-  // The loader needs more registers than the producers of the forward kernel, and the consumers need fewer.
+  // The loaders need more registers than the producers of the forward kernel, and the consumers need fewer.
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
+};
+
+template <class Element_, int kHeadDim_>
+struct AttendConfig : ListConfig<Element_, kHeadDim_> {
+  using Base = ListConfig<Element_, kHeadDim_>;
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
 
   // K and V have stages of their own. Any that is free will do, so that a consumer that waits for its next
   // block does not hold up the other.

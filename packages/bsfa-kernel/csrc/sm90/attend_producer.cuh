@@ -5,18 +5,46 @@
 // another the values that one of the consumers attends to, and tell the consumers where they are.
 #pragma once
 
-#include <cute/arch/copy_sm90_desc.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
-
 #include "attend_order.cuh"
-#include "barriers.cuh"
-#include "key_pages.cuh"
+#include "producer.cuh"
 
 namespace bsfa::sm90 {
 
 struct AttendKernelParams : TensorMaps {
   OrderParams order;
 };
+
+// One thread. Takes the next tile when the consumers have begun the one before, and loads its queries.
+// describe(published, lengths): adds to the published tile what the kernel wants to know, given the length of
+// each consumer's list.
+template <class Config, class Describe>
+__device__ __forceinline__ void take_tiles(const AttendKernelParams& params,
+                                           typename Config::SharedStorage& storage,
+                                           const Describe& describe) {
+  const OrderParams& order = params.order;
+  int next = blockIdx.x;
+  for (uint32_t count = 0;; ++count) {
+    const int slot = count % Config::kTileSlots;
+    wait(storage.q_empty, count % 2 ^ 1);
+    wait(storage.tile_empty[slot], count / Config::kTileSlots % 2 ^ 1);
+    auto& published = storage.tiles[slot];
+    if (next >= order.tiles) {
+      published.end();
+      storage.tile_full[slot].arrive();
+      storage.q_full.arrive();
+      return;
+    }
+    const int4 record = *reinterpret_cast<const int4*>(&order.ordered[next]);
+    next = gridDim.x + atomicAdd(order.taken, 1);
+    const QueryTile tile = find_tile(order.attend, order.schedule, record.x, kAttendTileQ);
+    load_tile_queries<Config>(params, order.attend, tile, storage);
+    static_cast<QueryTile&>(published) = tile;
+    published.is_end = false;
+    describe(published, TileLength{record.y, record.z});
+    storage.tile_full[slot].arrive();
+    storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
+  }
+}
 
 template <class Config>
 struct ListProducer {
@@ -26,41 +54,16 @@ struct ListProducer {
   const AttendKernelParams& params;
   Storage& storage;
 
-  // One thread. Takes the next tile when the consumers have begun the one before.
-  __device__ __forceinline__ void take_tiles() const {
+  __device__ __forceinline__ void take_all_tiles() const {
     const AttendParams& attend = params.order.attend;
-    int next = blockIdx.x;
-    for (uint32_t count = 0;; ++count) {
-      const int slot = count % Config::kTileSlots;
-      wait(storage.q_empty, count % 2 ^ 1);
-      wait(storage.tile_empty[slot], count / Config::kTileSlots % 2 ^ 1);
-      ListTile& published = storage.tiles[slot];
-      if (next >= params.order.tiles) {
-        published.is_end = true;
-        storage.tile_full[slot].arrive();
-        storage.q_full.arrive();
-        return;
-      }
-      const int4 record = *reinterpret_cast<const int4*>(&params.order.ordered[next]);
-      next = gridDim.x + atomicAdd(params.order.taken, 1);
-      const QueryTile tile = find_tile(attend, params.order.schedule, record.x, kAttendTileQ);
-      static_cast<QueryTile&>(published) = tile;
-      published.is_end = false;
+    take_tiles<Config>(params, storage, [&](ListTile& published, const TileLength& lengths) {
       for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
-        const int length = consumer == 0 ? record.y : record.z;
+        const int length = lengths.blocks[consumer];
         published.blocks[consumer] = find_listed_block(
-            attend, tile.sequence, first_query_of(attend, tile, consumer), length == kPoisoned);
+            attend, published.sequence, first_query_of(attend, published, consumer), length == kPoisoned);
         published.lengths[consumer] = length;
       }
-      storage.tile_full[slot].arrive();
-      storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
-      for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
-        load(params.q, storage.q_full, cute::TMA::CacheHintSm90::EVICT_FIRST,
-             storage.q + consumer * Config::kBlockElements,
-             query_row(tile.sequence, tile.first_query) + consumer * Config::kWarpgroupQ, tile.head,
-             query_batch(attend, tile.sequence));
-      }
-    }
+    });
   }
 
   // A warp, for K or for V. Even lanes follow the list of the first consumer, odd ones that of the second;
@@ -123,9 +126,10 @@ struct ListProducer {
               }
               ring.full[stage].arrive_and_expect_tx(Config::kBlockBytes);
               if constexpr (!kPaged) {
-                load(map, ring.full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
-                     blocks + stage * Config::kBlockElements, key_row(tile.sequence, key_block), tile.kv_head,
-                     key_batch(attend, tile.sequence));
+                load_rows<Config>(map, ring.full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+                                  blocks + stage * Config::kBlockElements, Config::kBoxElements,
+                                  key_row(tile.sequence, key_block), tile.kv_head,
+                                  key_batch(attend, tile.sequence));
               }
             }
             __syncwarp();
@@ -153,17 +157,6 @@ struct ListProducer {
   }
 
  private:
-  __device__ __forceinline__ static void load(const CUtensorMap& map,
-                                              cutlass::arch::ClusterTransactionBarrier& full,
-                                              cute::TMA::CacheHintSm90 hint, Element* to, int row, int head,
-                                              int batch) {
-    for (int box = 0; box < Config::kBoxes; ++box) {
-      cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(hint),
-                                   to + box * Config::kBoxElements, box * Config::kBoxColumns, row, head,
-                                   batch);
-    }
-  }
-
   // By the first of a consumer's lanes.
   __device__ __forceinline__ static void write(typename Storage::Ring& ring, int consumer, uint32_t number,
                                                uint32_t where, int key_block) {

@@ -7,7 +7,7 @@
 
 #include "attend_producer.cuh"
 #include "dense.cuh"
-#include "producer.cuh"
+#include "roles.cuh"
 
 namespace bsfa::sm90 {
 
@@ -20,20 +20,20 @@ struct SharedListTile : Tile {
   int first_blocks[kFirstPlaces];
   int length;   // key blocks attended; kPoisoned where the outputs are NaN
   bool is_end;  // no tile: there are no more
+
+  __device__ __forceinline__ void end() {
+    is_end = true;
+    key_blocks = 0;
+  }
 };
 
 template <class Element_, int kHeadDim_>
-struct SharedListConfig : ForwardConfig<Element_, kHeadDim_> {
-  using Base = ForwardConfig<Element_, kHeadDim_>;
+struct SharedListConfig : ListConfig<Element_, kHeadDim_> {
+  using Base = ListConfig<Element_, kHeadDim_>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static_assert(Base::kTileQ == kAttendTileQ);
 
-  // The loaders need more registers than those of the forward kernel.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
-
-  static constexpr int kDensePadding = kHeadDim == 64 ? 5 : 0;  // as in the forward kernel
+  static constexpr int kDensePadding = kHeadDim == 64 ? 4 : 0;  // for the same place as in the forward kernel
 
   using PublishedTile = SharedListTile;
   // Asked of the first places only.
@@ -108,52 +108,24 @@ struct SharedListProducer {
   const AttendKernelParams& params;
   Storage& storage;
 
-  // One thread. Takes the next tile when the consumers have begun the one before, and loads its queries.
-  __device__ __forceinline__ void take_tiles() const {
+  __device__ __forceinline__ void take_all_tiles() const {
     const AttendParams& attend = params.order.attend;
-    int next = blockIdx.x;
-    for (uint32_t count = 0;; ++count) {
-      const int slot = count % Config::kTileSlots;
-      wait(storage.q_empty, count % 2 ^ 1);
-      wait(storage.tile_empty[slot], count / Config::kTileSlots % 2 ^ 1);
-      SharedListTile& published = storage.tiles[slot];
-      published.dense = true;
-      published.is_end = next >= params.order.tiles;
-      if (published.is_end) {
-        published.key_blocks = 0;
-        storage.tile_full[slot].arrive();
-        storage.q_full.arrive();
-        return;
-      }
-      const int4 record = *reinterpret_cast<const int4*>(&params.order.ordered[next]);
-      next = gridDim.x + atomicAdd(params.order.taken, 1);
-      const QueryTile tile = find_tile(attend, params.order.schedule, record.x, kAttendTileQ);
-      // Bytes may arrive before they are expected: the phase cannot end before the arrival below.
-      for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
-        for (int box = 0; box < Config::kBoxes; ++box) {
-          load_box<Config>(params.q, storage.q_full, cute::TMA::CacheHintSm90::EVICT_FIRST,
-                           storage.q + (consumer * Config::kBoxes + box) * Config::kBoxElements, box,
-                           query_row(tile.sequence, tile.first_query) + consumer * Config::kWarpgroupQ,
-                           tile.head, query_batch(attend, tile.sequence));
-        }
-      }
-      const int length = record.y;
+    take_tiles<Config>(params, storage, [&](SharedListTile& published, const TileLength& lengths) {
+      const int length = lengths.blocks[0];
       const ConsumerBlock block =
-          find_listed_block(attend, tile.sequence, tile.first_query, length == kPoisoned);
-      static_cast<QueryTile&>(published) = tile;
+          find_listed_block(attend, published.sequence, published.first_query, length == kPoisoned);
       published.first = published.second = block;
+      published.dense = true;
       published.length = length;
       published.key_blocks = (max(length, 0) + 1) / 2 * 2;
       published.full = published.key_blocks;
-      Places places(attend, tile, block, length);
+      Places places(attend, published, block, length);
 #pragma unroll 1
       for (int i = 0; i < min(published.key_blocks, SharedListTile::kFirstPlaces); ++i) {
         published.first_blocks[i] = places.next();
         published.full -= published.first_blocks[i] >= block.keys.full;
       }
-      storage.tile_full[slot].arrive();
-      storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
-    }
+    });
   }
 
   // A warp for K and one for V. Follows the tiles that are published, as far ahead of the consumers as there
@@ -199,11 +171,8 @@ struct SharedListProducer {
             // An empty place lies beyond the tensor: the copy engine fills it with zeros and reads nothing.
             const int row =
                 key_block == place::kNoBlock ? attend.seqlen_k : key_row(tile.sequence, key_block);
-            for (int box = 0; box < Config::kBoxes; ++box) {
-              load_box<Config>(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
-                               to + box * column_elements, box, row, kv_head,
-                               key_batch(attend, tile.sequence));
-            }
+            load_rows<Config>(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST, to, column_elements,
+                              row, kv_head, key_batch(attend, tile.sequence));
           }
         }
         if constexpr (kPaged) {
@@ -245,13 +214,13 @@ __device__ __forceinline__ void consume_shared_lists(const AttendParams& params,
   if (who.warpgroup == 1) {
     pingpong_signal(1);  // consumer 0 goes first
   }
-#pragma unroll 1
-  while (true) {
+  const auto is_end = [&]() BSFA_INLINE_LAMBDA {
     wait(storage.q_full, pipelines.queries.phase());
+    return read_flag(pipelines.published_tile(storage).is_end);
+  };
+#pragma unroll 1
+  while (!is_end()) {
     const SharedListTile& tile = pipelines.published_tile(storage);
-    if (uniform(tile.is_end)) {
-      return;
-    }
     if (uniform(tile.key_blocks > 0)) {
       attend_dense<Config>(storage, pipelines, params, who, INT_MAX);
     } else {
@@ -269,30 +238,16 @@ __device__ __forceinline__ void consume_shared_lists(const AttendParams& params,
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     attend_shared_kernel(const __grid_constant__ AttendKernelParams params) {
-  static_assert(kRegistersFit<Config>);
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
-  if (threadIdx.x == 0) {
-    cute::prefetch_tma_descriptor(&params.q);
-    cute::prefetch_tma_descriptor(&params.k);
-    cute::prefetch_tma_descriptor(&params.v);
+  using Storage = typename Config::SharedStorage;
+  const auto initialize = [&](Storage& storage) {
+    prefetch(params);
     initialize_load_barriers<Config>(storage);
-    for (int slot = 0; slot < Config::kTileSlots; ++slot) {
-      storage.tile_full[slot].init(1);
-      storage.tile_empty[slot].init(2);
-    }
-    cutlass::arch::fence_barrier_init();
-  }
-  __syncthreads();
-  ptx::wait_for_earlier_grids();
-
-  // The same in all lanes, and known to be: the roles must be uniform for setmaxnreg.
-  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-  if (warp < 4) {
-    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    initialize_stages(storage.tile_full, storage.tile_empty, 2);
+  };
+  const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
     const SharedListProducer<Config> producer{params, storage};
     if (threadIdx.x == 0) {
-      producer.take_tiles();
+      producer.take_all_tiles();
     } else if (params.order.attend.has_pages()) {
       if (warp == 1) {
         producer.template load_keys<true>();
@@ -304,11 +259,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     } else if (warp == 2) {
       producer.template load_values<false>();
     }
-  } else {
-    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    consume_shared_lists<Config>(params.order.attend, storage,
-                                 {warp / 4 - 1, static_cast<int>(threadIdx.x % 128)});
-  }
+  };
+  run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {
+    consume_shared_lists<Config>(params.order.attend, storage, who);
+  });
 }
 
 }  // namespace bsfa::sm90

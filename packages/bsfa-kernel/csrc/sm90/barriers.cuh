@@ -75,20 +75,26 @@ __device__ __forceinline__ void wait_unless(bool over, const Barrier& barrier, u
   }
 }
 
-// Of Q, K and V; by one thread, before anything else happens in the CTA.
+// Of stages that one thread fills and `readers` warps empty. This and the next two by one thread, before
+// anything else happens in the CTA.
+template <class FullBarrier, int kStages>
+__device__ __forceinline__ void initialize_stages(FullBarrier (&full)[kStages],
+                                                  cutlass::arch::ClusterBarrier (&empty)[kStages],
+                                                  int readers) {
+  for (int stage = 0; stage < kStages; ++stage) {
+    full[stage].init(1);
+    empty[stage].init(readers);
+  }
+}
+
+// Of Q, K and V.
 template <class Config>
 __device__ __forceinline__ void initialize_load_barriers(typename Config::SharedStorage& storage) {
   constexpr int kReaders = Config::kConsumerWarps;
   storage.q_full.init(1);
   storage.q_empty.init(kReaders);
-  for (int stage = 0; stage < Config::kKeyStages; ++stage) {
-    storage.k_full[stage].init(1);
-    storage.k_empty[stage].init(kReaders);
-  }
-  for (int stage = 0; stage < Config::kValueStages; ++stage) {
-    storage.v_full[stage].init(1);
-    storage.v_empty[stage].init(kReaders);
-  }
+  initialize_stages(storage.k_full, storage.k_empty, kReaders);
+  initialize_stages(storage.v_full, storage.v_empty, kReaders);
 }
 
 template <class Config>
@@ -99,7 +105,6 @@ __device__ __forceinline__ void initialize_barriers(typename Config::SharedStora
     storage.votes_empty[stage].init(1);
     storage.votes[stage] = 0;
   }
-  cutlass::arch::fence_barrier_init();
 }
 
 // A consumer warp's vote is a byte: bit 0 says whether it keeps the block; bit 1 changes with every round of

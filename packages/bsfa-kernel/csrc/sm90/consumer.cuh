@@ -72,6 +72,12 @@ __device__ __forceinline__ bool uniform(bool value) {
   return __any_sync(0xffffffff, value);
 }
 
+// A flag in shared memory. That all lanes read one address tells the compiler that they do the same, even
+// where a loop ends by it, which it does not see of uniform().
+__device__ __forceinline__ bool read_flag(const bool& flag) {
+  return *static_cast<const volatile bool*>(&flag);
+}
+
 // Who a thread is among the consumers, and which rows and columns of its warpgroup's tile it has.
 struct ConsumerThread {
   int warpgroup;  // 0 or 1

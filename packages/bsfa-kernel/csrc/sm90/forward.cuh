@@ -4,20 +4,12 @@
 // The forward kernel of sm_90a and its launch. docs/kernel-sm90.md has the schedule of copies and barriers.
 #pragma once
 
-#include <cutlass/arch/reg_reconfig.h>
-
-#include <cute/arch/copy_sm90_desc.hpp>
-
-#include <algorithm>
-
-#include "../check.hpp"
-#include "../common/launch.cuh"
 #include "dense.cuh"
 #include "epilogue.cuh"
 #include "forward.hpp"
 #include "producer.cuh"
+#include "roles.cuh"
 #include "sparse.cuh"
-#include "tensor_map.hpp"
 
 namespace bsfa::sm90 {
 
@@ -83,22 +75,12 @@ __device__ __forceinline__ void consume(const KernelParams& params, typename Con
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     forward_kernel(const __grid_constant__ KernelParams params) {
-  static_assert(kRegistersFit<Config>);
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
-  if (threadIdx.x == 0) {
-    cute::prefetch_tma_descriptor(&params.q);
-    cute::prefetch_tma_descriptor(&params.k);
-    cute::prefetch_tma_descriptor(&params.v);
+  using Storage = typename Config::SharedStorage;
+  const auto initialize = [&](Storage& storage) {
+    prefetch(params);
     initialize_barriers<Config>(storage);
-  }
-  __syncthreads();
-  ptx::wait_for_earlier_grids();
-
-  // The same in all lanes, and known to be: the roles must be uniform for setmaxnreg.
-  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-  if (warp < 4) {
-    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+  };
+  const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
     const Producer<Config> producer{params, storage};
     if (params.forward.has_pages()) {
       if (warp == 0) {
@@ -111,10 +93,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     } else if (threadIdx.x == 32) {
       producer.template load_values<false>();
     }
-  } else {
-    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    consume<Config>(params, storage, {warp / 4 - 1, static_cast<int>(threadIdx.x % 128)});
-  }
+  };
+  run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {
+    consume<Config>(params, storage, who);
+  });
 }
 
 template <class Config>
@@ -133,11 +115,7 @@ template <class Element, int kHeadDim>
 void forward(const ForwardParams& params, cudaStream_t stream) {
   using Config = ForwardConfig<Element, kHeadDim>;
   const KernelParams kernel_params = make_kernel_params<Config>(params);
-  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
-  const auto kernel = forward_kernel<Config>;
-  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  launch<90>(kernel, dim3(std::min(kernel_params.tiles, count_multiprocessors())), Config::kThreads,
-             kSharedBytes, stream, kernel_params);
+  launch_persistent<Config>(forward_kernel<Config>, kernel_params.tiles, kernel_params, stream);
 }
 
 }  // namespace bsfa::sm90

@@ -23,7 +23,8 @@ class PagedLoads {
   // Where the boxes of the load that begins at `first_key` lie: box i in lane i. Called ahead of load(), so
   // that nobody waits for the table.
   __device__ __forceinline__ PagedRow find(int first_key) const {
-    const int offset = threadIdx.x % 32 * box_rows();
+    const int offset =
+        min(static_cast<int>(threadIdx.x % 32) * box_rows(), kKeys);  // the sum must not overflow
     return find_box(first_key + offset, offset < kKeys);
   }
 

@@ -13,14 +13,30 @@
 
 namespace bsfa::sm90 {
 
-// One box of 64 rows.
+// 64 rows, whose boxes of columns lie `column_elements` apart.
 template <class Config>
-__device__ __forceinline__ void load_box(const CUtensorMap& map,
-                                         cutlass::arch::ClusterTransactionBarrier& full,
-                                         cute::TMA::CacheHintSm90 hint, typename Config::Element* to, int box,
-                                         int row, int head, int batch) {
-  cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(hint), to,
-                               box * Config::kBoxColumns, row, head, batch);
+__device__ __forceinline__ void load_rows(const CUtensorMap& map,
+                                          cutlass::arch::ClusterTransactionBarrier& full,
+                                          cute::TMA::CacheHintSm90 hint, typename Config::Element* to,
+                                          int column_elements, int row, int head, int batch) {
+  for (int box = 0; box < Config::kBoxes; ++box) {
+    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(hint),
+                                 to + box * column_elements, box * Config::kBoxColumns, row, head, batch);
+  }
+}
+
+// The queries of a tile. Before they are expected, so that no other work delays them: the phase cannot end
+// before arrive_and_expect_tx(kTileQBytes).
+template <class Config>
+__device__ __forceinline__ void load_tile_queries(const TensorMaps& maps, const Problem& problem,
+                                                  const QueryTile& tile,
+                                                  typename Config::SharedStorage& storage) {
+  for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
+    load_rows<Config>(maps.q, storage.q_full, cute::TMA::CacheHintSm90::EVICT_FIRST,
+                      storage.q + consumer * Config::kBlockElements, Config::kBoxElements,
+                      query_row(tile.sequence, tile.first_query) + consumer * Config::kWarpgroupQ, tile.head,
+                      query_batch(problem, tile.sequence));
+  }
 }
 
 // Loads blocks of 64 keys of a tile's sequence.
@@ -36,10 +52,8 @@ struct KeyLoads {
   __device__ __forceinline__ void load(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
                                        Element* to, int column_elements, int key_block) const {
     full.arrive_and_expect_tx(Config::kBlockBytes);
-    for (int box = 0; box < Config::kBoxes; ++box) {
-      load_box<Config>(map, full, cute::TMA::CacheHintSm90::EVICT_LAST, to + box * column_elements, box,
-                       key_row(tile.sequence, key_block), tile.kv_head, batch);
-    }
+    load_rows<Config>(map, full, cute::TMA::CacheHintSm90::EVICT_LAST, to, column_elements,
+                      key_row(tile.sequence, key_block), tile.kv_head, batch);
   }
 };
 
@@ -82,20 +96,14 @@ struct Producer {
       wait(storage.q_empty, queries.phase() ^ 1);
       Tile tile;
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
-      // Before the thresholds are read, to hide that, even for a tile that turns out to have no keys. Bytes
-      // may arrive before they are expected: the phase cannot end before the arrival below.
+      // Before the thresholds are read, to hide that, even for a tile that turns out to have no keys.
       if (is_speaker<kPaged>()) {
-        const int batch = query_batch(params.forward, tile.sequence);
-        const int first_query = query_row(tile.sequence, tile.first_query);
-        for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
-          for (int box = 0; box < Config::kBoxes; ++box) {
-            load_box<Config>(params.q, storage.q_full, cute::TMA::CacheHintSm90::EVICT_FIRST,
-                             storage.q + (consumer * Config::kBoxes + box) * Config::kBoxElements, box,
-                             first_query + consumer * Config::kWarpgroupQ, tile.head, batch);
-          }
-        }
+        load_tile_queries<Config>(params, params.forward, tile, storage);
       }
       find_blocks(params.forward, Config::kTileQ, tile);
+      if constexpr (kPaged) {
+        __syncwarp();  // no lane is a tile ahead of the one that speaks
+      }
       if (is_speaker<kPaged>()) {
         storage.tiles[queries.count % Config::kTileSlots] = tile;
         storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);

@@ -4,18 +4,13 @@
 // The selection kernel of sm_90a and its launch. docs/kernel-select.md says who does what.
 #pragma once
 
-#include <cutlass/arch/reg_reconfig.h>
-
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include <algorithm>
-
-#include "../common/launch.cuh"
 #include "consumer.cuh"
 #include "key_pages.cuh"
+#include "roles.cuh"
 #include "select_rows.cuh"
-#include "tensor_map.hpp"
 
 namespace bsfa::sm90 {
 
@@ -288,31 +283,19 @@ __device__ __forceinline__ void consume_key_tiles(const SelectKernelParams& para
 template <class Config, Rule kRule>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     select_kernel(const __grid_constant__ SelectKernelParams params) {
-  static_assert(kRegistersFit<Config>);
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
-  if (threadIdx.x == 0) {
+  using Storage = typename Config::SharedStorage;
+  const auto initialize = [&](Storage& storage) {
     cute::prefetch_tma_descriptor(&params.k);
-    for (int stage = 0; stage < Config::kStages; ++stage) {
-      storage.k_full[stage].init(1);
-      storage.k_empty[stage].init(Config::kConsumerWarps);
-    }
-    cutlass::arch::fence_barrier_init();
-  }
-  __syncthreads();
-  ptx::wait_for_earlier_grids();
-
-  // The same in all lanes, and known to be: the roles must be uniform for setmaxnreg.
-  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-  if (warp < 4) {
-    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    initialize_stages(storage.k_full, storage.k_empty, Config::kConsumerWarps);
+  };
+  const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
     if (warp == 0) {
       load_key_tiles<Config>(params, storage, threadIdx.x);
     }
-  } else {
-    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    consume_key_tiles<Config, kRule>(params, storage, {warp / 4 - 1, static_cast<int>(threadIdx.x % 128)});
-  }
+  };
+  run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {
+    consume_key_tiles<Config, kRule>(params, storage, who);
+  });
 }
 
 template <class Config>
@@ -340,26 +323,20 @@ SelectKernelParams make_select_kernel_params(const SelectParams& params) {
   return kernel_params;
 }
 
-template <class Config, Rule kRule>
-void launch_select(const SelectKernelParams& kernel_params, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
-  const auto kernel = select_kernel<Config, kRule>;
-  BSFA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  launch<90>(kernel, dim3(std::min(kernel_params.tiles, count_multiprocessors())), Config::kThreads,
-             kSharedBytes, stream, kernel_params);
-}
-
 template <class Config>
 void select_with(const SelectParams& params, cudaStream_t stream) {
   const SelectKernelParams kernel_params = make_select_kernel_params<Config>(params);
   if constexpr (Config::kRounded) {
     round_keys<90, typename Config::Element, Config::kHeadDim>(params, kernel_params.rounded, stream);
   }
-  switch (params.rule) {
-    case Rule::kAbsolute: launch_select<Config, Rule::kAbsolute>(kernel_params, stream); break;
-    case Rule::kRunningMax: launch_select<Config, Rule::kRunningMax>(kernel_params, stream); break;
-    case Rule::kPeakLse: launch_select<Config, Rule::kPeakLse>(kernel_params, stream); break;
-  }
+  const auto kernel_of = [&] {
+    switch (params.rule) {
+      case Rule::kAbsolute: return select_kernel<Config, Rule::kAbsolute>;
+      case Rule::kRunningMax: return select_kernel<Config, Rule::kRunningMax>;
+      default: return select_kernel<Config, Rule::kPeakLse>;
+    }
+  };
+  launch_persistent<Config>(kernel_of(), kernel_params.tiles, kernel_params, stream);
 }
 
 template <class Element, int kHeadDim>

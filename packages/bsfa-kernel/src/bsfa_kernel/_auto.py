@@ -16,11 +16,11 @@ from bsfa_kernel.build_info import build_info
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry
 from bsfa_kernel.rules import Precision, Selection
 
+# By q_block and voters. Plain dicts of numbers: torch.compile reads no others in a traced call.
+_CROSSOVERS = {128: {1: 0.45, 2: 0.3, 4: 0.2}, 64: {1: 0.72, 2: 0.6, 4: 0.55}}
+
 CROSSOVERS: Mapping[Geometry, Mapping[int, float]] = MappingProxyType(
-    {
-        Geometry(128, 64): MappingProxyType({1: 0.45, 2: 0.3, 4: 0.2}),
-        Geometry(64, 64): MappingProxyType({1: 0.72, 2: 0.6, 4: 0.55}),
-    }
+    {Geometry(q_block, 64): MappingProxyType(row) for q_block, row in _CROSSOVERS.items()}
 )
 """By geometry and voters: the share of blocks skipped from which on ``selection="auto"`` takes two
 steps.
@@ -105,7 +105,7 @@ def resolve_but_for_length(
     """
     if expected_skipped is None or not q.is_cuda:
         return "exact"
-    if expected_skipped < CROSSOVERS[geometry][voters]:
+    if expected_skipped < _CROSSOVERS[geometry.q_block][voters]:
         return "exact"
     head_dims = _head_dims_with_both_steps(q.get_device(), q.dtype, _native.insisted_arch())
     return "auto" if any(q.shape[-1] == head_dim for head_dim in head_dims) else "exact"
