@@ -108,11 +108,10 @@ def engine(folder: str, table: str | None, *, budget: int = 2048, **options: Any
         folder,
         dtype="float32",
         enforce_eager=True,
-        max_model_len=4096,
         max_num_seqs=8,
         max_num_batched_tokens=budget,
         additional_config=additional,
-        **{"enable_prefix_caching": False, **options},
+        **{"max_model_len": 4096, "enable_prefix_caching": False, **options},
     )
     try:
         yield llm
@@ -264,3 +263,99 @@ def test_engines_in_processes_of_their_own_count_each_for_itself(
     assert first.mean_kept_fraction < 0.9 < second.mean_kept_fraction == 1
     assert first.visible_blocks == second.visible_blocks
     assert first.engine != second.engine
+
+
+# ------------------------------------------------------------------------------------------- sinks
+
+
+def small_gpt_oss() -> Any:
+    """A gpt-oss with random weights, whose heads have sinks of all sizes."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        "gpt_oss",
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=2048,
+        sliding_window=100,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 1024,
+        },
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if "q_proj.weight" in name or "k_proj.weight" in name:
+            parameter.data.normal_(0, 0.16)
+        elif "sinks" in name:
+            parameter.data.copy_(torch.tensor([-30.0, 1.0, 3.0, 8.0]))
+        elif "lm_head" in name:
+            parameter.data.normal_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+    """The model, and its folder."""
+    import vllm
+
+    if tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 32):
+        pytest.skip("this release's own kernel for CPUs takes no sinks of a model in float32")
+    model, path = small_gpt_oss(), tmp_path_factory.mktemp("model") / "small-gpt-oss"
+    model.save_pretrained(path)
+    return model, str(path)
+
+
+@pytest.mark.parametrize("budget", [100, 128, 1000])
+@pytest.mark.parametrize("value", [-np.inf, 0.5])
+def test_full_layers_with_sinks_answer_as_vllm_and_transformers_do(
+    gpt_oss: tuple[Any, str], tmp_path: Path, value: float, budget: int
+) -> None:
+    import bsfa_hf
+
+    model, folder = gpt_oss
+    table = ThresholdTable(
+        thresholds=np.full((1, 4, 4, 1), value, np.float32),
+        points=(0.65,),
+        axis="target_sparsity",
+        model="small-gpt-oss",
+        rule="peak_lse",
+        q_block=64,
+        k_block=64,
+    )
+    table.save(tmp_path / "table.safetensors")
+    ids = torch.randint(3, 97, (732,), generator=torch.Generator().manual_seed(1)).tolist()
+    options: Any = {"max_new_tokens": ANSWER, "do_sample": False}
+    with torch.no_grad(), bsfa_hf.enabled(model, table) as statistics:
+        expected = model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+    settings: Any = {"budget": budget, "skip_tokenizer_init": True, "max_model_len": 1024}
+    with engine(folder, str(tmp_path / "table.safetensors"), **settings) as llm:
+        found = answers(llm, [ids])[0]
+        report = bsfa_vllm.statistics()
+    assert report.dense_layers == {0: str(Reason.SLIDING_WINDOW), 2: str(Reason.SLIDING_WINDOW)}
+    assert report.sparse_calls["exact"] > 0
+    assert Reason.SINKS not in report.dense_calls
+    if budget != 100:  # chunks end with a block of queries
+        assert found == expected
+        kept = [statistics.kept_fraction[layer] for layer in (1, 3)]
+        np.testing.assert_allclose([report.kept_fraction[layer] for layer in (1, 3)], kept)
+        assert max(kept) < 0.9 or value == -np.inf
+    if value == -np.inf:
+        with engine(folder, None, **settings) as llm:
+            assert answers(llm, [ids])[0] == found

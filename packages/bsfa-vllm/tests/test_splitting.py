@@ -13,6 +13,7 @@ import torch
 
 import standins
 from bsfa_calib.reasons import Reason
+from bsfa_kernel import Geometry, reference
 from bsfa_vllm.binding import Engine, engine_of
 from bsfa_vllm.splitting import PLAN
 from standins import OurBuilder, OurImpl, Step
@@ -77,6 +78,45 @@ def test_blocks_are_skipped_and_counted_by_their_absolute_position(tmp_path: Pat
     assert engine.state.statistics.visible_blocks[0] == 13 + 14 + 15 + 16
     assert not torch.allclose(output, step.expected())
     assert not output.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("selection", ["exact", "int8"])
+def test_sinks_join_the_softmax_of_every_row(
+    tmp_path: Path, selection: str, dtype: torch.dtype
+) -> None:
+    impl, step = OurImpl(sinks=torch.full((standins.HEADS,), torch.nan, dtype=dtype)), Step(MIXED)
+    _, builder = made(tmp_path, -torch.inf, impl, selection=selection)
+    metadata = builder.build(0, step.common)
+    # Weights are loaded into the parameter after the layer was made.
+    sinks = torch.tensor([-30.0, -torch.inf, 2.3, 30.0]).to(dtype)
+    impl.sinks.copy_(sinks)
+    found, expected = run(impl, step, metadata), step.expected(sinks)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(found[:, 2], step.expected()[:, 2], atol=0.01)
+    # A query that sees one key, in a call that is block-sparse: a share of its value.
+    assert found[222 + 0 : 222 + 1, 3].abs().max() < 1e-9
+
+
+def test_sinks_keep_what_falls_below_them_from_being_kept(tmp_path: Path) -> None:
+    kept = {}
+    for sink in (-torch.inf, 5.0):
+        impl, step = OurImpl(sinks=torch.full((standins.HEADS,), sink)), Step([(512, 512)])
+        engine, builder = made(tmp_path, -0.5, impl)
+        output = run(impl, step, builder.build(0, step.common))
+        kept[sink] = engine.state.statistics.kept_fraction[0]
+        expected = reference.attention(
+            step.query[None],
+            *(x[None] for x in step.keys_and_values(0)),
+            torch.full((standins.HEADS, 1), -0.5),
+            rule="peak_lse",
+            geometry=Geometry(64, 64),
+            sinks=impl.sinks,
+            compute_dtype=torch.float64,
+        )
+        torch.testing.assert_close(output.double(), expected.out[0], atol=2e-6, rtol=1e-5)
+        assert kept[sink] == pytest.approx(float(expected.kept.sum()) / (4 * 36))
+    assert kept[5.0] < kept[-torch.inf] < 1
 
 
 def test_a_chunk_anywhere_gives_what_the_whole_prompt_does(tmp_path: Path) -> None:
