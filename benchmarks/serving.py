@@ -271,12 +271,15 @@ class FirstToken(Measurement):
         llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
         return 1000 * (time.perf_counter() - start)
 
+    def _runs(self) -> list[Run]:
+        """What is measured beside dense attention: every mode at every share."""
+        modes, shares = self.thresholds.modes, self.arguments.sparsities
+        return [Run("bsfa", asked, mode) for mode in modes for asked in shares]
+
     def _measure(self, llm: Any, seqlen: int, own: list[float]) -> None:
         ids = self._prompt(seqlen)
         dense = Run("fa3" if self.device.type == "cuda" else "vllm_cpu")
-        runs = [dense]
-        for mode in self.thresholds.modes:
-            runs += [Run("bsfa", asked, mode) for asked in self.arguments.sparsities]
+        runs = [dense, *self._runs()]
         before = clocks(self.device)
         for run in runs:
             self._warm_up(llm, run, ids)
