@@ -112,6 +112,7 @@ def random_llama(path: Path, tokenizer: str, kv_heads: int) -> str:
         num_key_value_heads=kv_heads,
         head_dim=64,
         vocab_size=49152,
+        max_position_embeddings=4096,
         initializer_range=0.1,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
@@ -393,10 +394,11 @@ def test_two_ranks_answer_as_one_does(tmp_path: Path, folder: str, kv_heads: int
     draws = np.random.default_rng(0)
     path = tmp_path / "by-head.safetensors"
     ThresholdTable(
-        thresholds=draws.choice([-np.inf, -4.0, 0.5], (1, 2, 8, 1)).astype(np.float32),
+        thresholds=draws.choice([-np.inf, 1.0, 3.0], (1, 2, 8, 1)).astype(np.float32),
         points=(0.65,),
         axis="target_sparsity",
         model="random-llama",
+        rule="peak_lse",
         q_block=64,
         k_block=64,
     ).save(path)
@@ -409,7 +411,7 @@ def test_two_ranks_answer_as_one_does(tmp_path: Path, folder: str, kv_heads: int
             report = bsfa_vllm.statistics()
         counted.append((report.kept_blocks, report.visible_blocks))
         assert report.sparse_calls["exact"] == 2 * 3
-        assert 0.5 < report.mean_kept_fraction < 1
+        assert report.mean_kept_fraction < 0.95
     assert found[0] == found[1]
     assert counted[0] == counted[1]
 
