@@ -461,6 +461,11 @@ class Load(Measurement):
 
     @contextlib.contextmanager
     def _server(self, asked: str) -> Iterator[None]:
+        """A server of one configuration.
+
+        Raises:
+            RuntimeError: it did not start, or what was asked of it failed; with the end of its log.
+        """
         longest = max(self.arguments.seqlens) + self.arguments.answer + 64
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.served.path]
         command += ["--port", str(_PORT), "--host", "127.0.0.1", "--dtype", self.arguments.dtype]
@@ -483,7 +488,11 @@ class Load(Measurement):
             server = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
             try:
                 self._wait(server, Path(log.name))
-                yield
+                try:
+                    yield
+                except RuntimeError as error:
+                    words = Path(log.name).read_text()[-3000:]
+                    raise RuntimeError(f"{error}\nthe server's log ends: {words}") from error
                 time.sleep(2)  # the last statistics are written
             finally:
                 server.terminate()
