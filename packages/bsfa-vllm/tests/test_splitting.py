@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,22 +121,45 @@ def test_sinks_keep_what_falls_below_them_from_being_kept(tmp_path: Path) -> Non
     assert kept[5.0] < kept[-torch.inf] < 1
 
 
-def test_a_chunk_anywhere_gives_what_the_whole_prompt_does(tmp_path: Path) -> None:
-    impl = OurImpl()
-    _, builder = made(tmp_path, -1.0, impl)
-    whole = Step([(512, 512)], seed=3)
-    expected = run(impl, whole, builder.build(0, whole.common))
-    for first, last in ((0, 192), (192, 448), (448, 512)):
-        chunk = Step([(512, 512)], seed=3)
-        chunk.common.query_start_loc = torch.tensor([0, last - first], dtype=torch.int32)
-        chunk.common.query_start_loc_cpu = chunk.common.query_start_loc
-        chunk.common.seq_lens = torch.tensor([last], dtype=torch.int32)
-        chunk.common.seq_lens_cpu_upper_bound = chunk.common.seq_lens
-        chunk.common.num_actual_tokens = last - first
-        chunk.common.slot_mapping = chunk.common.slot_mapping[first:last]
-        chunk.query = chunk.query[first:last]
+def chunk_of(prompt: int, first: int, last: int) -> Step:
+    """The step that runs the queries from first to last of a prompt, and no other."""
+    step = Step([(prompt, prompt)], seed=3)
+    step.common.query_start_loc = torch.tensor([0, last - first], dtype=torch.int32)
+    step.common.query_start_loc_cpu = step.common.query_start_loc
+    step.common.seq_lens = torch.tensor([last], dtype=torch.int32)
+    step.common.seq_lens_cpu_upper_bound = step.common.seq_lens
+    step.common.num_actual_tokens = last - first
+    step.common.slot_mapping = step.common.slot_mapping[first:last]
+    step.query = step.query[first:last]
+    return step
+
+
+@pytest.mark.parametrize("value", [-torch.inf, -1.0])
+@pytest.mark.parametrize("seed", range(8))
+def test_chunks_cut_at_random_give_what_the_whole_prompt_does(
+    tmp_path: Path, seed: int, value: float
+) -> None:
+    """But for the blocks that are cut, and a rest shorter than a block, which is dense."""
+    impl, prompt, block = OurImpl(), 700, 64
+    engine, builder = made(tmp_path, value, impl)
+    whole = Step([(prompt, prompt)], seed=3)
+    expected, dense = run(impl, whole, builder.build(0, whole.common)), whole.expected()
+    draws = random.Random(seed)
+    cuts = [0, *sorted(draws.sample(range(1, prompt), draws.randrange(1, 7))), prompt]
+    if seed % 2:  # whole blocks alone
+        cuts = sorted({*(cut // block * block for cut in cuts), prompt})
+    for first, last in itertools.pairwise(cuts):
+        chunk = chunk_of(prompt, first, last)
         output = run(impl, chunk, builder.build(0, chunk.common))
-        torch.testing.assert_close(output, expected[first:last])
+        place = torch.arange(first, last) // block
+        ends = ((place + 1) * block).clamp_max(prompt)
+        same = (place * block >= first) & (ends <= last) | (value == -torch.inf)
+        if first > 0 and last - first < block:
+            torch.testing.assert_close(output, dense[first:last], atol=2e-6, rtol=1e-5)
+            continue
+        torch.testing.assert_close(output[same], expected[first:last][same], atol=2e-6, rtol=1e-5)
+        assert output.isfinite().all()
+    assert engine.calls["exact"] > 1
 
 
 def test_steps_without_anything_to_skip_are_vllms_alone(tmp_path: Path) -> None:
