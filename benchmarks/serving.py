@@ -271,12 +271,15 @@ class FirstToken(Measurement):
         llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
         return 1000 * (time.perf_counter() - start)
 
+    def _runs(self) -> list[Run]:
+        """What is measured beside dense attention: every mode at every share."""
+        modes, shares = self.thresholds.modes, self.arguments.sparsities
+        return [Run("bsfa", asked, mode) for mode in modes for asked in shares]
+
     def _measure(self, llm: Any, seqlen: int, own: list[float]) -> None:
         ids = self._prompt(seqlen)
         dense = Run("fa3" if self.device.type == "cuda" else "vllm_cpu")
-        runs = [dense]
-        for mode in self.thresholds.modes:
-            runs += [Run("bsfa", asked, mode) for asked in self.arguments.sparsities]
+        runs = [dense, *self._runs()]
         before = clocks(self.device)
         for run in runs:
             self._warm_up(llm, run, ids)
@@ -458,6 +461,11 @@ class Load(Measurement):
 
     @contextlib.contextmanager
     def _server(self, asked: str) -> Iterator[None]:
+        """A server of one configuration.
+
+        Raises:
+            RuntimeError: it did not start, or what was asked of it failed; with the end of its log.
+        """
         longest = max(self.arguments.seqlens) + self.arguments.answer + 64
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.served.path]
         command += ["--port", str(_PORT), "--host", "127.0.0.1", "--dtype", self.arguments.dtype]
@@ -480,7 +488,11 @@ class Load(Measurement):
             server = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
             try:
                 self._wait(server, Path(log.name))
-                yield
+                try:
+                    yield
+                except RuntimeError as error:
+                    words = Path(log.name).read_text()[-3000:]
+                    raise RuntimeError(f"{error}\nthe server's log ends: {words}") from error
                 time.sleep(2)  # the last statistics are written
             finally:
                 server.terminate()

@@ -29,7 +29,7 @@ from torch.nn import functional
 from bsfa_calib.hook import Attended, applied, attention_shape
 from bsfa_calib.language_model import LanguageModel
 from bsfa_kernel import Geometry
-from study.emulation import emulate
+from study.emulation import emulate, refuse_sinks
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -87,7 +87,16 @@ class _Recording:
     def __init__(self) -> None:
         self.layers: dict[int, _Layer] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Attended:
+        refuse_sinks(sinks)
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
         out = functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=True

@@ -53,6 +53,7 @@ def emulate(
     geometry: Geometry,
     scale: float,
     voters: int = 1,
+    sinks: Tensor | None = None,
 ) -> Emulated:
     """Causal attention of whole prompts under several thresholds.
 
@@ -86,6 +87,7 @@ def emulate(
                 k[index, :, kv_heads].transpose(0, 1).float(),
                 v[index, :, kv_heads].transpose(0, 1).float(),
                 thresholds[:, part],
+                None if sinks is None else sinks[part].float(),
                 geometry,
                 partial(_kept, rule=rule, order=order, voting=voting),
             )
@@ -113,7 +115,15 @@ class EmulatedSparse:
     order: str = "last_first"
     voters: int = 1
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Attended:
         """See ``bsfa_calib.hook.Method``."""
         found = emulate(
             *(q, k, v, self.thresholds[layer][None]),
@@ -122,8 +132,19 @@ class EmulatedSparse:
             scale=scale,
             order=self.order,
             voters=self.voters,
+            sinks=sinks,
         )
         return Attended(found.out[0].to(q.dtype), found.skipped[0, 0])
+
+
+def refuse_sinks(sinks: Tensor | None) -> None:
+    """Refuse a model whose sinks a part of a study does not know.
+
+    Raises:
+        ValueError: there are sinks.
+    """
+    if sinks is not None:
+        raise ValueError("this part of the study knows no attention sinks, which this model has")
 
 
 def _head_chunks(q: Tensor, k: Tensor) -> Iterator[list[int]]:
@@ -139,10 +160,11 @@ def _emulate_heads(
     k: Tensor,
     v: Tensor,
     thresholds: Tensor,
+    sinks: Tensor | None,
     geometry: Geometry,
-    decide: Callable[[Tensor, Tensor, Tensor], Tensor],
+    decide: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
 ) -> Emulated:
-    """Of q, k and v [heads, seqlen, head_dim] and thresholds [T, heads, rows]."""
+    """Of q, k and v [heads, seqlen, head_dim], thresholds [T, heads, rows] and sinks [heads]."""
     heads, seqlen, head_dim = scaled_q.shape
     q_block, k_block = geometry
     q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
@@ -150,6 +172,8 @@ def _emulate_heads(
     hidden = torch.where(positions > positions[:, None], -torch.inf, 0.0)
     scores = torch.baddbmm(hidden, scaled_q, k.transpose(1, 2))
     largest = scores.amax(-1)
+    if sinks is not None:
+        largest = torch.maximum(largest, sinks[:, None])
     weights = scores.sub_(largest[..., None])
     # [k_blocks, heads, q_blocks, q_block]: verdicts are made of one block of keys at a time.
     row_maxima = weights.view(heads, q_blocks, q_block, k_blocks, k_block).amax(-1)
@@ -161,12 +185,17 @@ def _emulate_heads(
         (row_maxima + by_block).movedim(0, -1),
         thresholds.expand(-1, -1, q_blocks),
         full_blocks(torch.arange(q_blocks, device=k.device), seqlen, seqlen, geometry),
+        None if sinks is None else sinks[:, None, None].expand(by_block.shape),
     )
 
     points = len(thresholds)
     chosen = kept.permute(1, 2, 0, 3).float()  # [heads, q_blocks, T, k_blocks]
     total = masses.permute(1, 2, 0, 3)  # [heads, q_blocks, k_blocks, q_block]
     denominator = chosen @ total
+    whole = total.sum(2, keepdim=True)
+    if sinks is not None:
+        of_sink = (sinks[:, None, None] - by_block).exp()[:, :, None]
+        denominator, whole = denominator + of_sink, whole + of_sink
     if points == 1:
         weights *= kept[0, :, :, None, :, None]
         numerator = torch.bmm(weights.view(heads, seqlen, seqlen), v)
@@ -178,7 +207,7 @@ def _emulate_heads(
         numerator = chosen @ added.transpose(1, 2)
     out = numerator.view(heads, q_blocks, points, q_block, head_dim) / denominator[..., None]
     out = out.permute(2, 0, 1, 3, 4).reshape(points, heads, seqlen, head_dim)
-    share = 1 - denominator / total.sum(2, keepdim=True)
+    share = 1 - denominator / whole
     lost = share.clamp_(min=0).permute(2, 0, 1, 3).reshape(points, heads, seqlen)
     visible = count_visible(seqlen, seqlen, geometry)
     beyond = (torch.arange(k_blocks, device=k.device) * k_block) >= (
@@ -192,6 +221,7 @@ def _kept(
     row_maxima: Tensor,
     thresholds: Tensor,
     full: Tensor,
+    first: Tensor | None,
     *,
     rule: str,
     order: str,
@@ -203,6 +233,7 @@ def _kept(
         row_maxima: [heads, q_blocks, q_block, k_blocks], scaled scores.
         thresholds: [T, heads, q_blocks].
         full: [q_blocks], number of unforced blocks.
+        first: [heads, q_blocks, q_block], what relative rules compare with at first, if anything.
         rule: one of ``bsfa_kernel.RULES``.
         order: one of ``ORDERS``.
         voting: bool [q_blocks, q_block], which rows vote.
@@ -211,7 +242,9 @@ def _kept(
         bool [T, heads, q_blocks, k_blocks]; True beyond the unforced blocks.
     """
     if order == "last_first" or rule == "absolute":
-        return verdicts(row_maxima, thresholds, rule=rule, voting=voting, full=full).keep
+        return verdicts(
+            *(row_maxima, thresholds), rule=rule, reference=first, voting=voting, full=full
+        ).keep
     # What comes last is decided first. Forced blocks are met before all, and not again.
     k_blocks = row_maxima.shape[-1]
     first_last = list(range(k_blocks))
@@ -219,6 +252,8 @@ def _kept(
     index = torch.tensor(columns, device=full.device)
     forced = (torch.arange(k_blocks, device=full.device) >= full[:, None])[:, None]
     known = row_maxima.masked_fill(~forced, -torch.inf)
+    if first is not None:
+        known = torch.cat((known, first[..., None]), -1)
     found = verdicts(
         row_maxima.masked_fill(forced, -torch.inf)[..., index],
         thresholds,

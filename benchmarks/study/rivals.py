@@ -20,6 +20,7 @@ from torch import Tensor
 from bsfa_calib.hook import Attended
 from bsfa_kernel import Geometry, attend_blocks, pack_blocks
 from bsfa_kernel.geometry import count_visible
+from study.emulation import refuse_sinks
 
 _FINE, _COARSE = Geometry(64, 64), Geometry(128, 64)
 # Elements of a head's antidiagonal sums held at a time.
@@ -27,10 +28,18 @@ _SUMS_AT_A_TIME = 1 << 24
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, geometry: Geometry, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    geometry: Geometry,
+    scale: float,
+    sinks: Tensor | None,
 ) -> Attended:
     """Attention over the blocks of a packed mask, and the shares that it left out."""
-    out, kept = attend_blocks(q, k, v, mask, scale=scale, geometry=geometry, return_kept=True)
+    out, kept = attend_blocks(
+        q, k, v, mask, scale=scale, geometry=geometry, sinks=sinks, return_kept=True
+    )
     visible = count_visible(q.shape[1], k.shape[1], geometry)
     return Attended(out, 1 - kept[0].sum(-1).float() / visible)
 
@@ -47,10 +56,18 @@ class Window:
     window: int
     sink: int = 64
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Attended:
         """See ``bsfa_calib.hook.Method``."""
         mask = _window_mask(q.shape[1], q.shape[2], self.window, self.sink, str(q.device))
-        return _attend(q, k, v, mask, _FINE, scale)
+        return _attend(q, k, v, mask, _FINE, scale, sinks)
 
     def crop(self, cached: Tensor) -> Tensor:
         """What a decode step sees of cached keys or values [batch, kv_heads, seqlen, head_dim]."""
@@ -89,14 +106,22 @@ class Antidiagonal:
     stride: int = 16
     block: int = 128
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Attended:
         """See ``bsfa_calib.hook.Method``.
 
         Raises:
             ValueError: the prompt is not a whole number of blocks.
         """
         kept = self.choose(q, k, scale).repeat_interleave(self.block // _COARSE.k_block, -1)
-        return _attend(q, k, v, pack_blocks(kept), _COARSE, scale)
+        return _attend(q, k, v, pack_blocks(kept), _COARSE, scale, sinks)
 
     def choose(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """The blocks to keep, bool [1, heads, blocks, blocks]; later ones do not count.
@@ -169,10 +194,23 @@ class Sparge:
         state: Any = SpargeAttention({**SPARGE_DEFAULTS, "topk": topk}).state(model)
         return cls(state.kernel, topk)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
-        """See ``bsfa_calib.hook.Method``."""
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Attended:
+        """See ``bsfa_calib.hook.Method``.
+
+        Raises:
+            ValueError: the layer has sinks.
+        """
         from bsfa_hf.baselines import SPARGE_DEFAULTS
 
+        refuse_sinks(sinks)
         groups = q.shape[2] // k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))

@@ -19,6 +19,7 @@ from bsfa_calib.hook import applied
 from bsfa_calib.language_model import LanguageModel
 from bsfa_kernel import Geometry, block_maxima, reference
 from bsfa_kernel.geometry import count_visible
+from study.emulation import refuse_sinks
 
 COARSE = Geometry(128, 64)
 
@@ -60,9 +61,21 @@ class Maxima:
         self._with_masses = masses
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: int,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        """See ``bsfa_calib.hook.Method``."""
+        """See ``bsfa_calib.hook.Method``.
+
+        Raises:
+            ValueError: the layer has sinks, and masses are asked for.
+        """
+        if self._with_masses:
+            refuse_sinks(sinks)  # maxima are the same with them
         native = q.device.type == "cuda" and q.dtype != torch.float32
         measure = block_maxima if native else reference.block_maxima
         maxima = measure(q, k, scale=scale, geometry=COARSE)[0]

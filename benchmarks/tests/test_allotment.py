@@ -16,6 +16,7 @@ from bsfa_calib.hook import applied
 from bsfa_calib.language_model import LanguageModel
 from bsfa_kernel import RULES, Geometry, reference
 from bsfa_kernel.geometry import count_visible
+from selection_study import Rounding
 from study import allotment
 from study.allotment import (
     Profile,
@@ -26,6 +27,8 @@ from study.allotment import (
     sensitivity_offsets,
 )
 from study.emulation import EmulatedSparse, emulate
+from study.rivals import Sparge, Window
+from study.tables import Maxima
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +52,9 @@ def small_model() -> Any:
 @pytest.mark.parametrize("voters", [1, 4])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("geometry", [Geometry(128, 64), Geometry(64, 64)])
+@pytest.mark.parametrize("sinks", [None, [-30.0, 4.0, -math.inf, 30.0]], ids=["plain", "sinks"])
 def test_emulation_decides_and_computes_as_the_reference(
-    rule: str, geometry: Geometry, voters: int
+    rule: str, geometry: Geometry, voters: int, sinks: list[float] | None
 ) -> None:
     torch.manual_seed(0)
     q = 2 * torch.randn(2, 512, 4, 16)
@@ -60,6 +64,7 @@ def test_emulation_decides_and_computes_as_the_reference(
     thresholds[0] = -math.inf
     thresholds[1, 2] = math.inf
     options: dict[str, Any] = {"rule": rule, "geometry": geometry, "scale": 0.25, "voters": voters}
+    options["sinks"] = None if sinks is None else torch.tensor(sinks)
     alone = emulate(q, k, v, thresholds[2:], **options)
     found = emulate(q, k, v, thresholds, **options)
     visible = count_visible(512, 512, geometry)
@@ -103,6 +108,28 @@ def test_the_order_decides_what_a_relative_rule_meets_first() -> None:
     assert skipped["sink_last_first"] == pytest.approx(3 / 10)
 
 
+def test_sinks_that_a_study_does_not_know_are_refused() -> None:
+    x, sinks = torch.randn(1, 256, 2, 16), torch.zeros(2)
+    methods = (
+        Maxima(masses=True),
+        Rounding(torch.zeros(3, 1), "peak_lse", Geometry(64, 64)),
+        Sparge(lambda **_: None, 0.5),
+    )
+    for method in methods:
+        with pytest.raises(ValueError, match="knows no attention sinks"):
+            method(x, x, x, 0, 0.25, sinks)
+    # A mask of blocks is computed with them, and the paper's maxima are the same.
+    everything = Window(256)(x, x, x, 0, 0.25, sinks).out
+    nothing = torch.full((2, 1), -math.inf)
+    expected = reference.attention(x, x, x, nothing, scale=0.25, sinks=sinks).out
+    assert torch.allclose(everything, expected, atol=1e-6)
+    assert not torch.allclose(everything, Window(256)(x, x, x, 0, 0.25).out, atol=1e-3)
+    plain, sunk = Maxima(), Maxima()
+    plain(x, x, x, 0, 0.25)
+    sunk(x, x, x, 0, 0.25, sinks)
+    assert np.array_equal(plain.layers[0], sunk.layers[0])
+
+
 def test_the_expected_divergence_is_near_the_measured_one(small_model: LlamaForCausalLM) -> None:
     ids = np.random.default_rng(0).integers(0, 128, 512).tolist()
     geometry, threshold = Geometry(64, 64), 0.5
@@ -132,7 +159,9 @@ def test_the_mass_of_a_profile_is_that_which_rows_lose_on_average(
 ) -> None:
     given = {}
 
-    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float) -> None:
+    def record(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float, sinks: Any
+    ) -> None:
         given[layer] = (q, k, v, scale)
 
     geometry, thresholds = Geometry(64, 64), (-1.0, 0.5, 2.0)

@@ -282,6 +282,127 @@ def test_prefill_takes_flash_attention_3_where_it_is_installed(
     assert set(records[2]["speedup"]) == {"sdpa", "fa3"}
 
 
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+SMALL_SHAPES: dict[str, dict[str, Any]] = {
+    "gpt-oss-20b": {**SMALL, "num_hidden_layers": 4, "head_dim": 16, "num_local_experts": 4},
+    "qwen3-next-80b": {
+        **SMALL,
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "num_experts": 16,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+
+
+def fake_fa3(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """FlashAttention-3's function in float64, and the options of each call."""
+    told: list[dict[str, Any]] = []
+
+    def flash_attn_func(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        return_attn_probs: bool = False,
+    ) -> Any:
+        told.append({"window_size": window_size, "return_attn_probs": return_attn_probs})
+        assert causal
+        seqlen, group = q.shape[1], q.shape[2] // k.shape[2]
+        q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) * (softmax_scale or q.shape[-1] ** -0.5)
+        seen = torch.ones(seqlen, seqlen, dtype=torch.bool).tril()
+        if window_size[0] >= 0:
+            assert window_size[1] == 0
+            seen = seen.triu(-window_size[0])
+        scores = scores.masked_fill(~seen, -math.inf)
+        out = (scores.softmax(-1) @ v).transpose(1, 2).float()
+        return (out, scores.logsumexp(-1).float()) if return_attn_probs else out
+
+    package = types.ModuleType("fa3_fwd_interface")
+    monkeypatch.setattr(package, "flash_attn_func", flash_attn_func, raising=False)
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", package)
+    monkeypatch.setattr(kernels.FlashAttention3, "available", lambda *_: None)
+    return told
+
+
+def small_shape(monkeypatch: pytest.MonkeyPatch, shape: str) -> Any:
+    import models
+
+    settings = {**models.SHAPES[shape], **SMALL_SHAPES[shape]}
+    monkeypatch.setitem(models.SHAPES, shape, settings)
+    return models.build(shape, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", SMALL_SHAPES)
+def test_prefill_measures_models_with_sinks_windows_and_wide_heads(
+    shape: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import prefill
+
+    small_shape(monkeypatch, shape)
+    told = fake_fa3(monkeypatch)
+    out = tmp_path / "prefill.jsonl"
+    arguments = ["--model-shape", shape, "--device", "cpu", "--dtype", "float32"]
+    arguments += ["--seqlens", "1K", "--sparsities", "0.5", "--repetitions", "1"]
+    assert prefill.main([*arguments, "--out", str(out)]) == 0
+    dense, fa3, sparse = harness.read_records(out)
+    assert [r["implementation"] for r in (dense, fa3, sparse)] == ["sdpa", "fa3", "bsfa"]
+    cut = " with 64 of 512 experts" if shape == "qwen3-next-80b" else ""
+    assert sparse["model"] == f"{shape}{cut}, random weights"
+    assert 0.4 < sparse["sparsity"] < 0.6
+    assert 0 < sparse["attention_ms"] < sparse["ms"]
+    # Under bsfa_hf, too, windows are FlashAttention-3's: as often as in its own runs.
+    windows = [each for each in told if each["window_size"] == (127, 0)]
+    full = [each for each in told if each["window_size"] == (-1, -1)]
+    assert (len(windows), len(full)) == ((8, 4) if shape == "gpt-oss-20b" else (0, 2))
+    assert all(each["return_attn_probs"] == (shape == "gpt-oss-20b") for each in told)
+
+
+def test_dense_baselines_give_what_a_model_with_sinks_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import prefill
+
+    model = small_shape(monkeypatch, "gpt-oss-20b")
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data = torch.tensor([-30.0, 1.0, 3.0, 20.0])
+    fake_fa3(monkeypatch)
+    ids = torch.randint(256, (1, 700), generator=torch.Generator().manual_seed(0))
+    for seqlen in (700, 128, 50):
+        with torch.no_grad():
+            model.set_attn_implementation("eager")
+            expected = model(ids[:, :seqlen]).logits
+            for name in ("torch_attention", "fa3_attention"):
+                prefill.register(f"test_{name}", getattr(prefill, name))
+                model.set_attn_implementation(f"test_{name}")
+                found = model(ids[:, :seqlen]).logits
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_lean_is_for_llama(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import prefill
+
+    small_shape(monkeypatch, "gpt-oss-20b")
+    arguments = ["--model-shape", "gpt-oss-20b", "--device", "cpu", "--lean"]
+    with pytest.raises(ValueError, match="--lean is for Llama models, got one of type gpt_oss"):
+        prefill.main([*arguments, "--out", str(tmp_path / "out.jsonl")])
+
+
 def test_a_case_that_fails_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,8 @@ def test_load_is_measured_for_each_configuration(
 
     def start(command: list[str], **options: Any) -> Any:
         commands.append(command)
+        options["stdout"].write("out of memory")
+        options["stdout"].flush()
         return SimpleNamespace(terminate=lambda: None, wait=lambda _: None, poll=lambda: None)
 
     def ask(command: list[str], **options: Any) -> Any:
@@ -150,7 +152,8 @@ def test_load_is_measured_for_each_configuration(
     client = commands[1]
     assert client[client.index("--random-input-len") + 1] == "2048"
     assert client[client.index("--random-range-ratio") + 1] == "0.5000"
-    with pytest.raises(RuntimeError, match="of 5 requests 4 were answered: connection reset"):
+    failed = "of 5 requests 4 were answered: connection reset\n.*log ends: out of memory"
+    with pytest.raises(RuntimeError, match=failed):
         benchmark.run(Budget(None))
 
 

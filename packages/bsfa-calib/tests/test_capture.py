@@ -102,6 +102,70 @@ def test_maxima_are_those_of_the_layers_queries_and_keys(model: Any, rule: str) 
         torch.testing.assert_close(maxima[layer], expected[0])
 
 
+@pytest.mark.parametrize("voters", [1, 4])
+@pytest.mark.parametrize("rule", bsfa_kernel.RULES)
+def test_maxima_are_over_references_that_begin_with_the_sink(rule: str, voters: int) -> None:
+    model = gpt_oss(layer_types=["sliding_attention", "full_attention"])
+    maxima: dict[int, torch.Tensor] = {}
+    recorder = Recorder(rule, 128, 64, maxima.__setitem__, voters)
+    given: list[Any] = []
+
+    def looking(*arguments: Any) -> None:
+        given.append(arguments)
+        recorder(*arguments)
+
+    with hook.applied(model, looking):
+        run(model, SAMPLES[2])
+    ((q, k, _, layer, scale, sinks),) = given
+    assert (layer, sorted(maxima)) == (1, [1])
+    group = q.shape[2] // k.shape[2]
+    q, k = q[0].double(), k[0].double().repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    scores.masked_fill_(torch.ones(640, 640).triu(1).bool(), -torch.inf)
+    peaks = scores.view(HEADS, 640, 10, 64).amax(-1)
+    reference = sinks.double()[:, None].expand(HEADS, 640)
+    expected = torch.empty(HEADS, 5, 10, dtype=torch.float64)
+    for column in range(9, -1, -1):
+        peak = peaks[..., column]
+        over = peak - (0 if rule == "absolute" else reference)
+        by_block = over.view(HEADS, 5, 128)
+        expected[..., column] = by_block[:, :, voters - 1 :: voters].amax(-1)
+        expected[:, -1, column] = by_block[:, -1].amax(-1)
+        reference = (
+            torch.maximum(reference, peak)
+            if rule == "running_max"
+            else torch.logaddexp(reference, peak)
+        )
+    found = maxima[1].double()
+    seen = expected > -torch.inf
+    torch.testing.assert_close(found[seen], expected[seen], rtol=1e-5, atol=1e-4)
+    assert (found[~seen] == -torch.inf).all()
+
+
+def test_thresholds_for_k_hold_with_sinks_and_leave_windows_out() -> None:
+    model = gpt_oss(layer_types=["sliding_attention", "full_attention"])
+    model.model.layers[1].self_attn.sinks.data = torch.tensor([-30.0, 20.0, 30.0, 40.0])
+    table = calibrate(model, SAMPLES, k_values=[2, 4], rule="peak_lse")
+    assert table.provenance["dense_layers"] == "layers 0: sliding-window layer"
+    assert np.isneginf(table.thresholds[:, 0]).all()
+    np.testing.assert_allclose(table.statistics["kept"][0, 1], 2, rtol=1e-6)
+    unsunk = gpt_oss(layer_types=["sliding_attention", "full_attention"])
+    unsunk.model.layers[1].self_attn.sinks.data.fill_(-torch.inf)
+    other = calibrate(unsunk, SAMPLES, k_values=[2, 4], rule="peak_lse")
+    last = table.thresholds[:, 1, :, -1] - other.thresholds[:, 1, :, -1]
+    # Above a higher reference lies less; a sink far below all scores changes nothing.
+    np.testing.assert_allclose(last[:, 0], 0, atol=1e-5)
+    assert (np.diff(last[:, 1:]) < -1).all()
+
+
+@pytest.mark.parametrize("sink", [float("nan"), float("inf")])
+def test_sinks_that_are_no_numbers_are_refused(sink: float) -> None:
+    model = gpt_oss()
+    model.model.layers[1].self_attn.sinks.data[2] = sink
+    with pytest.raises(CaptureError, match="layer 1 gives NaN scores"):
+        calibrate(model, SAMPLES, k_values=[2], rule="peak_lse")
+
+
 @pytest.mark.parametrize("points", [{"k_values": [1, 2]}, {"target_sparsities": [0.3]}])
 def test_layers_may_be_reduced_together_or_one_by_one(
     model: Any, points: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -168,10 +232,20 @@ def test_other_aggregates_come_close_to_k(model: Any, aggregate: str) -> None:
     np.testing.assert_allclose(np.nanmean(table.statistics["kept"], (1, 2)), [2, 4], rtol=0.4)
 
 
+def gpt_oss(**extra: Any) -> Any:
+    """A model with a sink among each head's scores, and one far below and above them."""
+    model = tiny_model("gpt_oss", implementation="eager", **(GPT_OSS | extra))
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data = torch.tensor([-30.0, 1.0, 4.0, 8.0])
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
 @pytest.mark.parametrize(
     ("rule", "voters"), [("absolute", 1), ("running_max", 1), ("peak_lse", 1), ("peak_lse", 4)]
 )
-def test_a_scalar_meets_its_target_sparsity(model: Any, rule: str, voters: int) -> None:
+def test_a_scalar_meets_its_target_sparsity(kind: str, rule: str, voters: int) -> None:
+    model = gpt_oss() if kind == "gpt_oss" else tiny_model()
     targets = [0.2, 0.4, 0.6]
     table = calibrate(
         *(model, SAMPLES),
@@ -201,12 +275,17 @@ def _kept_with(
     kept = np.zeros(len(scalars))
 
     def counting(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: int,
+        scale: float,
+        sinks: torch.Tensor | None,
     ) -> None:
         for index, scalar in enumerate(scalars):
             thresholds = torch.full((q.shape[2], 1), float(scalar))
             result = bsfa_kernel.reference.attention(
-                *(q, k, v, thresholds), scale=scale, rule=rule, voters=voters
+                *(q, k, v, thresholds), scale=scale, rule=rule, voters=voters, sinks=sinks
             )
             kept[index] += int(result.kept.sum())
 
@@ -243,7 +322,6 @@ def test_a_model_with_windows_everywhere_is_refused() -> None:
     ("kind", "extra", "reason"),
     [
         ("gemma2", {"sliding_window": 4096, "query_pre_attn_scalar": 16}, "soft-capped scores"),
-        ("gpt_oss", GPT_OSS, "attention sinks"),
         ("deepseek_v3", MLA, "keys and values differ in head_dim"),
     ],
 )

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from bsfa_calib import switch
+from bsfa_calib import dense, switch
 from bsfa_calib.dense import named, unknown_arguments
 from bsfa_calib.hook import ATTENTION_NAME, BlockSparse, HookError, applied
 from bsfa_calib.language_model import cache_argument
+from bsfa_calib.reasons import Reason
 from bsfa_kernel.geometry import forced_share
 from tiny_calib import HEADS, LAYERS, small_llama, tiny_model
 
@@ -83,16 +85,25 @@ def test_steps_after_a_prompt_run_dense(model: LlamaForCausalLM, ids: list[int])
     assert meter.dense_layers == {}
 
 
+GPT_OSS = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 64}
+
+
+@pytest.mark.parametrize("scores_at_a_time", [1 << 26, 1 << 16])
 @pytest.mark.parametrize(
     ("kind", "extra"),
     [
+        ("gpt_oss", GPT_OSS),
         ("gemma2", {"sliding_window": 64, "query_pre_attn_scalar": 16}),
         ("gemma3_text", {"sliding_window": 64, "query_pre_attn_scalar": 16}),
         ("mistral", {"sliding_window": 64}),
     ],
 )
-def test_layers_that_run_dense_run_as_the_model_would(kind: str, extra: dict[str, object]) -> None:
-    implementation = "eager" if kind == "gemma2" else "sdpa"
+def test_layers_that_run_dense_run_as_the_model_would(
+    kind: str, extra: dict[str, object], scores_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "_SCORES_AT_A_TIME", scores_at_a_time)
+    monkeypatch.setattr(dense, "_ROWS", 100)
+    implementation = "eager" if kind in ("gemma2", "gpt_oss") else "sdpa"
     model = tiny_model(kind, implementation=implementation, **extra)
     tokens = torch.arange(3, 253)[None].repeat(1, 2)
     with torch.no_grad():
@@ -100,6 +111,93 @@ def test_layers_that_run_dense_run_as_the_model_would(kind: str, extra: dict[str
         with applied(model, None):
             found = model(tokens).logits
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Causal attention with sinks in float64, of q [1, seqlen, heads, head_dim] and k, v alike."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x[0].double() for x in (q, k.repeat_interleave(group, 2), v))
+    v = v.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    scores.masked_fill_(torch.ones(scores.shape[1:]).triu(1).bool(), -math.inf)
+    column = sinks.double()[:, None, None].expand(*scores.shape[:2], 1)
+    weights = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+    return torch.einsum("hqk,khd->qhd", weights, v)[None]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_hook_hands_on_the_sinks_of_full_layers(dtype: torch.dtype, backend: str) -> None:
+    model = tiny_model("gpt_oss", implementation="eager", **GPT_OSS)
+    sinks = torch.tensor([-30.0, 0.0, 2.5, 30.0])
+    model.model.layers[1].self_attn.sinks.data = sinks.to(dtype)
+    method = BlockSparse(torch.full((2, 4, 1), -math.inf), "peak_lse", backend=backend)
+    seen = []
+
+    def looking(q, k, v, layer, scale, found):  # type: ignore[no-untyped-def]
+        attended = method(q, k, v, layer, scale, found)
+        seen.append((layer, found, naive(q, k, v, found), attended.out))
+        return attended
+
+    tokens = torch.arange(3, 253)[None].repeat(1, 2)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        with applied(model, looking) as meter:
+            logits = model(tokens).logits
+    ((layer, found, exact, out),) = seen
+    assert layer == 1
+    assert torch.equal(found, sinks)
+    assert found.dtype == torch.float32
+    assert torch.allclose(out.double(), exact, atol=2e-6)
+    assert torch.allclose(logits, expected, atol=1e-4 if dtype == torch.float32 else 0.05)
+    assert meter.dense_layers == {0: "sliding-window layer"}
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3,), (1, 4, 500, 1), ()])
+def test_sinks_of_another_kind_run_dense(shape: tuple[int, ...]) -> None:
+    query = torch.zeros(1, 4, 500, 16)
+    other = torch.zeros(shape)
+    for options in ({"s_aux": other}, {"sinks": other}, {"s_aux": torch.zeros(4).int()}):
+        reason = dense.dense_reason(None, query, query, query, True, options)
+        assert reason is Reason.SINKS
+        assert unknown_arguments(options) == []
+    options = {"s_aux": torch.zeros(4)}
+    assert dense.dense_reason(None, query, query, query, True, options) is None
+
+
+@pytest.mark.parametrize("sinks", [(-30.0, 0.5, 3.0, 30.0), (-math.inf,) * 4], ids=str)
+def test_sinks_beside_a_kernel_that_knows_none(sinks: tuple[float, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 300, 16, generator=generator)
+    k, v = torch.randn(2, 1, 2, 300, 16, generator=generator)
+    found = dense.flash_with_sinks(q, k, v, torch.tensor(sinks), None)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    assert torch.allclose(found.double(), naive(q, k, v, torch.tensor(sinks)), atol=2e-6)
+
+
+def test_the_keys_that_some_queries_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_ROWS", 4)
+    mask = torch.ones(10, 10).tril().triu(-2).bool()[None, None]
+    assert dense._seen_keys(mask) == [slice(0, 4), slice(2, 8), slice(6, 10)]
+    mask[0, 0, 5] = False  # sees nothing, and so the mean of all values
+    assert dense._seen_keys(mask) == [slice(0, 4), slice(0, 10), slice(6, 10)]
+    assert dense._seen_keys(mask.float()) is None
+    assert dense._seen_keys(mask.repeat(1, 2, 1, 1)) is None
+
+
+def test_gradients_go_through_layers_that_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_SCORES_AT_A_TIME", 1 << 16)
+    monkeypatch.setattr(dense, "_ROWS", 100)
+    model = tiny_model("gpt_oss", implementation="eager", **GPT_OSS)
+    tokens = torch.arange(3, 253)[None]
+    embedded = model.get_input_embeddings()(tokens).detach()
+    found = []
+    for wrap in (False, True):
+        own = embedded.clone().requires_grad_()
+        with applied(model, None) if wrap else contextlib.nullcontext():
+            logits = model(inputs_embeds=own, use_cache=False).logits
+        found.append(torch.autograd.grad(logits.square().sum(), own)[0])
+    assert torch.allclose(*found, rtol=1e-3, atol=1e-4 * float(found[0].abs().max()))
 
 
 def test_arguments_that_nobody_knows_are_named() -> None:

@@ -8,7 +8,7 @@ import copy
 import io
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,11 @@ class Case(NamedTuple):
     thresholds: Tensor
 
 
+# Far below and far above all scores, none at all, and one among them.
+SINKS = torch.tensor([-30.0, 4.0, -math.inf, 30.0])
+BOTH = pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
+
+
 def a_case(rule: str, geometry: Geometry) -> Case:
     generator = torch.Generator().manual_seed(0)
     q = 2 * torch.randn(512, 4, 16, generator=generator)
@@ -68,16 +73,18 @@ def samples() -> list[list[int]]:
 @pytest.mark.parametrize("geometry", [Geometry(128, 64), Geometry(64, 64)], ids=str)
 @pytest.mark.parametrize("voters", [1, 2, 4])
 @pytest.mark.parametrize("rule", RULES)
+@BOTH
 def test_attention_with_gradients_is_that_of_the_reference(
     rule: str,
     voters: int,
     geometry: Geometry,
     scores_at_a_time: int,
+    sinks: Tensor | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gated, "_SCORES_AT_A_TIME_CPU", scores_at_a_time)
     case = a_case(rule, geometry)
-    options = {"scale": 0.25, "rule": rule, "geometry": geometry, "voters": voters}
+    options = {"scale": 0.25, "rule": rule, "geometry": geometry, "voters": voters, "sinks": sinks}
     found = gated_attention(*case, **options)
     expected = reference.attention(*(x[None] for x in case[:3]), case.thresholds, **options)
     assert torch.allclose(found.out, expected.out[0], atol=1e-5)
@@ -87,8 +94,31 @@ def test_attention_with_gradients_is_that_of_the_reference(
     assert 0.02 < found.skipped.mean() < 0.7
 
 
+@pytest.mark.parametrize("sink", [1e4, -1e4, math.nan, math.inf])
+@pytest.mark.parametrize("rule", RULES)
+def test_no_sink_is_too_large_or_hidden(rule: str, sink: float) -> None:
+    case = a_case(rule, GEOMETRY)
+    sinks = torch.tensor([sink, 0.0, 0.0, -math.inf])
+    own = Case(*(x.clone().requires_grad_() for x in case))
+    options = {"scale": 0.25, "rule": rule, "geometry": GEOMETRY, "sinks": sinks}
+    with torch.enable_grad():
+        found = gated_attention(*own, **options)
+        found.out.square().sum().backward()
+    expected = reference.attention(*(x[None] for x in case[:3]), case.thresholds, **options)
+    assert torch.allclose(found.out, expected.out[0], atol=1e-5, equal_nan=True)
+    seen = reference.visible_blocks(512, 512, geometry=GEOMETRY)
+    assert torch.allclose(found.skipped, 1 - expected.kept[0].sum(-1) / seen.sum(), atol=1e-6)
+    if math.isfinite(sink):
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in own)
+    else:
+        of_q = own.q.grad
+        assert of_q is not None
+        assert of_q[:, 0].isnan().all()
+        assert of_q[:, 1:].isfinite().all()
+
+
 def brute_force_excess(
-    case: Case, rule: str, geometry: Geometry, voters: int
+    case: Case, rule: str, geometry: Geometry, voters: int, sinks: Tensor | None = None
 ) -> npt.NDArray[np.float64]:
     """What is compared with thresholds, [heads, q_blocks, k_blocks], row by row; NaN if forced."""
     q_block, k_block = geometry
@@ -103,7 +133,7 @@ def brute_force_excess(
             if block < q_blocks - 1:
                 rows = rows[voters - 1 :: voters]
             for row in rows:
-                seen = -np.inf
+                seen = -np.inf if sinks is None else float(sinks[head])
                 for column in reversed(range((row + k_block) // k_block)):
                     keys = range(column * k_block, min(row + 1, (column + 1) * k_block))
                     peak = scores[row, keys].max()
@@ -117,17 +147,19 @@ def brute_force_excess(
 
 @pytest.mark.parametrize("voters", [1, 4])
 @pytest.mark.parametrize("rule", RULES)
+@BOTH
 def test_gradients_are_those_of_attention_to_the_blocks_that_were_kept(
-    rule: str, voters: int
+    rule: str, voters: int, sinks: Tensor | None
 ) -> None:
     case = a_case(rule, GEOMETRY)
-    options = {"scale": 0.25, "rule": rule, "geometry": GEOMETRY, "voters": voters}
+    options = {"scale": 0.25, "rule": rule, "geometry": GEOMETRY, "voters": voters, "sinks": sinks}
     own = Case(*(x.clone().requires_grad_() for x in case))
     with torch.enable_grad():
         found = gated_attention(*own, **options, width=0.25)
         upstream = torch.randn(found.out.shape, generator=torch.Generator().manual_seed(1))
         found.out.backward(upstream)
-    excess = torch.tensor(brute_force_excess(case, rule, GEOMETRY, voters), dtype=torch.float32)
+    brute_force = brute_force_excess(case, rule, GEOMETRY, voters, sinks)
+    excess = torch.tensor(brute_force, dtype=torch.float32)
     mask = ~(excess < case.thresholds[..., None])
     gates = mask.float().requires_grad_()
     plain = [x.clone().requires_grad_() for x in case[:3]]
@@ -136,7 +168,8 @@ def test_gradients_are_those_of_attention_to_the_blocks_that_were_kept(
         scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * 0.25
         scores = scores.masked_fill(torch.ones(512, 512).triu(1).bool(), -math.inf)
         weights = scores.exp() * gates.repeat_interleave(128, 1).repeat_interleave(64, 2)
-        weights = weights / weights.sum(-1, keepdim=True)
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / (total if sinks is None else total + sinks.exp()[:, None, None])
         out = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(2, 1))
         out.backward(upstream)
     for mine, theirs in zip(own[:3], plain, strict=True):
@@ -421,13 +454,31 @@ def test_a_prompt_too_short_is_told_so(model: LlamaForCausalLM, samples: list[li
     assert calibration.reachable(256, GEOMETRY) == ()
 
 
-def test_layers_that_run_dense_have_no_share_in_what_is_learned() -> None:
-    model = tiny_model(
-        "gemma3_text",
-        sliding_window=256,
-        query_pre_attn_scalar=16,
-        layer_types=["sliding_attention", "full_attention"],
-    )
+WINDOW = {
+    "sliding_window": 256,
+    "query_pre_attn_scalar": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "reason"),
+    [
+        ("gemma3_text", WINDOW, "sliding-window layer"),
+        ("qwen3_5_text", LINEAR, "it has no causal softmax attention of its own"),
+    ],
+)
+def test_layers_that_skip_nothing_have_no_share_in_what_is_learned(
+    kind: str, extra: dict[str, Any], reason: str
+) -> None:
+    model = tiny_model(kind, **extra)
     samples = np.random.default_rng(1).integers(3, 256, (2, LENGTH)).tolist()
     settings = Settings(steps=30, further_steps=1)
     (learned,) = learn(
@@ -453,4 +504,4 @@ def test_layers_that_run_dense_have_no_share_in_what_is_learned() -> None:
     assert found.expected[0].sparsity == pytest.approx(0.4, abs=0.05)
     assert np.isneginf(found.table.thresholds[:, 0]).all()
     assert np.isfinite(found.table.thresholds[:, 1]).all()
-    assert found.table.provenance["dense_layers"] == "layers 0: sliding-window layer"
+    assert found.table.provenance["dense_layers"] == f"layers 0: {reason}"

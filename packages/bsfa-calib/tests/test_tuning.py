@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from bsfa_calib import hook, scalar
 from bsfa_calib.expected import Expected, Measure, check_layers, verdict, with_expected
-from bsfa_calib.hook import HookError
+from bsfa_calib.hook import HookError, Meter
 from bsfa_calib.thresholds import ThresholdTable
 from bsfa_calib.tuning import TuningError, find_scalar, limit_loss
 from bsfa_kernel import Geometry
@@ -124,7 +124,8 @@ def test_a_model_of_which_every_layer_runs_dense_is_refused() -> None:
     model = tiny_model("mistral", sliding_window=256)
     with pytest.raises(HookError, match="all run dense: layers 0, 1: sliding-window layer"):
         Measure(model, [random_tokens(512, 0)], rule="absolute", geometry=Geometry(64, 64))
-    assert check_layers({0: "x"}, model) == {0: "x"}
+    meter = Meter(dense_layers={0: "x"}, called={0, 1})
+    assert check_layers(meter, model) == {0: "x"}
 
 
 @pytest.mark.parametrize(

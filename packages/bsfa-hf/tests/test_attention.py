@@ -297,7 +297,6 @@ def test_odd_lengths_are_served(model: Any, length: int) -> None:
         ("mistral", {Reason.SLIDING_WINDOW: 2}),
         ("gemma2", {Reason.SOFTCAP: 2}),
         ("gemma3_text", {Reason.SLIDING_WINDOW: 2}),
-        ("gpt_oss", {Reason.SINKS: 2}),
         ("phi3", {}),
     ],
 )

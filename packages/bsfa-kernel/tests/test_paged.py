@@ -314,6 +314,46 @@ def test_block_maxima_are_those_of_each_sequence(
 # ---------------------------------------------------------------------------------------- chunks
 
 
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_prompts_that_share_pages_read_them_as_their_own(target, dtype, geometry, page_size):
+    """The first two pages of both hold what they begin with, as in a cache of prefixes."""
+    target.require("forward", dtype, 64)
+    generator = torch.Generator().manual_seed(page_size)
+    lengths = (2 * page_size + 130, 2 * page_size + 67)
+    q = torch.randn((sum(lengths), HEADS, 64), generator=generator).to(target.device, dtype)
+    keys, values = (
+        [
+            torch.randn((length, KV_HEADS, 64), generator=generator).to(target.device, dtype)
+            for length in lengths
+        ]
+        for _ in range(2)
+    )
+    for each in (keys, values):
+        each[1][: 2 * page_size] = each[0][: 2 * page_size]
+    cache = paging.paged(keys, values, page_size, seed=page_size)
+    starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=target.device)
+    thresholds = torch.full((HEADS, 1), cases.MIXED_LEVELS["peak_lse"], device=target.device)
+
+    def found() -> list[Tensor]:
+        options = {"cu_seqlens_q": starts, "geometry": geometry, "rule": "peak_lse"}
+        options |= cache.options
+        out = block_sparse_attention(
+            q, cache.k, cache.v, thresholds, return_lse=True, return_kept=True, **options
+        )
+        masks = [
+            select_blocks(q, cache.k, thresholds, precision=precision, **options)
+            for precision in PRECISIONS
+        ]
+        return [*out, *masks]
+
+    apart = found()
+    own = cache.block_table[1, :2].long()
+    cache.k[own], cache.v[own] = math.nan, math.nan
+    cache.block_table[1, :2] = cache.block_table[0, :2]
+    for shared, expected in zip(found(), apart, strict=True):
+        assert torch.equal(shared, expected)
+
+
 def random_cuts(length: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     cuts = torch.randint(1, length, (6,), generator=generator).tolist()

@@ -144,6 +144,8 @@ class Impl:
 
     def __init__(self, **attributes: Any) -> None:
         self.head_size, self.scale, self.attn_type = HEAD_DIM, HEAD_DIM**-0.5, "decoder"
+        self.num_heads = HEADS
+        self.sinks: Any = None
         self.sliding_window: Any = (-1, -1)
         self.tokens = 0
         for name, value in attributes.items():
@@ -171,16 +173,20 @@ class Impl:
             q = query[starts[row] : starts[row + 1]]
             pages = kv_cache[metadata.block_table[row][: -(-seqlen_k // PAGE)].long()]
             k, v = pages.transpose(1, 2).flatten(0, 1)[:seqlen_k].split(HEAD_DIM, -1)
-            output[starts[row] : starts[row + 1]] = dense(q, k, v)
+            output[starts[row] : starts[row + 1]] = dense(q, k, v, self.sinks)
         return output
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q [queries, heads, d] to k, v [keys, kv_heads, d]."""
+def dense(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Causal attention of q [queries, heads, d] to k, v [keys, kv_heads, d]; sinks are [heads]."""
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * HEAD_DIM**-0.5
     seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(len(k) - len(q))
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:2], 1)
+        scores = torch.cat((scores, column), -1)
+    weights = scores.softmax(-1)[..., : len(k)]
     return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
 
 
@@ -237,12 +243,18 @@ class Step:
             **self.changes,
         )
 
-    def expected(self) -> Tensor:
+    def expected(self, sinks: Tensor | None = None) -> Tensor:
         """What dense attention gives."""
         parts = []
         starts = self.common.query_start_loc.tolist()
-        for row, (_, seqlen_k) in enumerate(self.rows):
-            table = self.common.block_table_tensor[row][: -(-seqlen_k // PAGE)].long()
-            k, v = self.cache[table].transpose(1, 2).flatten(0, 1)[:seqlen_k].split(HEAD_DIM, -1)
-            parts.append(dense(self.query[starts[row] : starts[row + 1]], k, v))
+        for row in range(len(self.rows)):
+            k, v = self.keys_and_values(row)
+            parts.append(dense(self.query[starts[row] : starts[row + 1]], k, v, sinks))
         return torch.cat(parts)
+
+    def keys_and_values(self, row: int) -> tuple[Tensor, Tensor]:
+        """Those of a row, each [keys, kv_heads, head_dim]."""
+        seqlen_k = self.rows[row][1]
+        table = self.common.block_table_tensor[row][: -(-seqlen_k // PAGE)].long()
+        k, v = self.cache[table].transpose(1, 2).flatten(0, 1)[:seqlen_k].split(HEAD_DIM, -1)
+        return k, v

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 
 import standins
 from bsfa_calib.reasons import Reason
+from bsfa_kernel import Geometry, reference
 from bsfa_vllm.binding import Engine, engine_of
 from bsfa_vllm.splitting import PLAN
 from standins import OurBuilder, OurImpl, Step
@@ -79,22 +82,84 @@ def test_blocks_are_skipped_and_counted_by_their_absolute_position(tmp_path: Pat
     assert not output.isnan().any()
 
 
-def test_a_chunk_anywhere_gives_what_the_whole_prompt_does(tmp_path: Path) -> None:
-    impl = OurImpl()
-    _, builder = made(tmp_path, -1.0, impl)
-    whole = Step([(512, 512)], seed=3)
-    expected = run(impl, whole, builder.build(0, whole.common))
-    for first, last in ((0, 192), (192, 448), (448, 512)):
-        chunk = Step([(512, 512)], seed=3)
-        chunk.common.query_start_loc = torch.tensor([0, last - first], dtype=torch.int32)
-        chunk.common.query_start_loc_cpu = chunk.common.query_start_loc
-        chunk.common.seq_lens = torch.tensor([last], dtype=torch.int32)
-        chunk.common.seq_lens_cpu_upper_bound = chunk.common.seq_lens
-        chunk.common.num_actual_tokens = last - first
-        chunk.common.slot_mapping = chunk.common.slot_mapping[first:last]
-        chunk.query = chunk.query[first:last]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("selection", ["exact", "int8"])
+def test_sinks_join_the_softmax_of_every_row(
+    tmp_path: Path, selection: str, dtype: torch.dtype
+) -> None:
+    impl, step = OurImpl(sinks=torch.full((standins.HEADS,), torch.nan, dtype=dtype)), Step(MIXED)
+    _, builder = made(tmp_path, -torch.inf, impl, selection=selection)
+    metadata = builder.build(0, step.common)
+    # Weights are loaded into the parameter after the layer was made.
+    sinks = torch.tensor([-30.0, -torch.inf, 2.3, 30.0]).to(dtype)
+    impl.sinks.copy_(sinks)
+    found, expected = run(impl, step, metadata), step.expected(sinks)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(found[:, 2], step.expected()[:, 2], atol=0.01)
+    # A query that sees one key, in a call that is block-sparse: a share of its value.
+    assert found[222 + 0 : 222 + 1, 3].abs().max() < 1e-9
+
+
+def test_sinks_keep_what_falls_below_them_from_being_kept(tmp_path: Path) -> None:
+    kept = {}
+    for sink in (-torch.inf, 5.0):
+        impl, step = OurImpl(sinks=torch.full((standins.HEADS,), sink)), Step([(512, 512)])
+        engine, builder = made(tmp_path, -0.5, impl)
+        output = run(impl, step, builder.build(0, step.common))
+        kept[sink] = engine.state.statistics.kept_fraction[0]
+        expected = reference.attention(
+            step.query[None],
+            *(x[None] for x in step.keys_and_values(0)),
+            torch.full((standins.HEADS, 1), -0.5),
+            rule="peak_lse",
+            geometry=Geometry(64, 64),
+            sinks=impl.sinks,
+            compute_dtype=torch.float64,
+        )
+        torch.testing.assert_close(output.double(), expected.out[0], atol=2e-6, rtol=1e-5)
+        assert kept[sink] == pytest.approx(float(expected.kept.sum()) / (4 * 36))
+    assert kept[5.0] < kept[-torch.inf] < 1
+
+
+def chunk_of(prompt: int, first: int, last: int) -> Step:
+    """The step that runs the queries from first to last of a prompt, and no other."""
+    step = Step([(prompt, prompt)], seed=3)
+    step.common.query_start_loc = torch.tensor([0, last - first], dtype=torch.int32)
+    step.common.query_start_loc_cpu = step.common.query_start_loc
+    step.common.seq_lens = torch.tensor([last], dtype=torch.int32)
+    step.common.seq_lens_cpu_upper_bound = step.common.seq_lens
+    step.common.num_actual_tokens = last - first
+    step.common.slot_mapping = step.common.slot_mapping[first:last]
+    step.query = step.query[first:last]
+    return step
+
+
+@pytest.mark.parametrize("value", [-torch.inf, -1.0])
+@pytest.mark.parametrize("seed", range(8))
+def test_chunks_cut_at_random_give_what_the_whole_prompt_does(
+    tmp_path: Path, seed: int, value: float
+) -> None:
+    """But for the blocks that are cut, and a rest shorter than a block, which is dense."""
+    impl, prompt, block = OurImpl(), 700, 64
+    engine, builder = made(tmp_path, value, impl)
+    whole = Step([(prompt, prompt)], seed=3)
+    expected, dense = run(impl, whole, builder.build(0, whole.common)), whole.expected()
+    draws = random.Random(seed)
+    cuts = [0, *sorted(draws.sample(range(1, prompt), draws.randrange(1, 7))), prompt]
+    if seed % 2:  # whole blocks alone
+        cuts = sorted({*(cut // block * block for cut in cuts), prompt})
+    for first, last in itertools.pairwise(cuts):
+        chunk = chunk_of(prompt, first, last)
         output = run(impl, chunk, builder.build(0, chunk.common))
-        torch.testing.assert_close(output, expected[first:last])
+        place = torch.arange(first, last) // block
+        ends = ((place + 1) * block).clamp_max(prompt)
+        same = (place * block >= first) & (ends <= last) | (value == -torch.inf)
+        if first > 0 and last - first < block:
+            torch.testing.assert_close(output, dense[first:last], atol=2e-6, rtol=1e-5)
+            continue
+        torch.testing.assert_close(output[same], expected[first:last][same], atol=2e-6, rtol=1e-5)
+        assert output.isfinite().all()
+    assert engine.calls["exact"] > 1
 
 
 def test_steps_without_anything_to_skip_are_vllms_alone(tmp_path: Path) -> None:

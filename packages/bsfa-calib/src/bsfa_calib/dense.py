@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,17 @@ _HARMLESS = frozenset(
     }
 )
 _UNDERSTOOD = frozenset(
-    {"dropout", "position_bias", "s_aux", "scaling", "sliding_window", "softcap"}
+    {"dropout", "position_bias", "s_aux", "scaling", "sinks", "sliding_window", "softcap"}
 )
+# Arguments that SDPA passes over or refuses.
+_EAGER = ("softcap", "s_aux", "sinks")
+# Arguments that hold something for each query.
+_BY_ROW = ("position_bias", "sinks")
+# Queries whose keys are looked for together, and scores that an eager function computes at a time.
+_ROWS, _SCORES_AT_A_TIME = 256, 1 << 27
+_SEEN = "_bsfa_seen_keys"
+# The most that SDPA's flash kernel takes.
+_FLASH_HEAD_DIM = 256
 
 
 def unknown_arguments(options: Mapping[str, Any]) -> list[str]:
@@ -68,7 +77,7 @@ def dense_reason(
         return Reason.NOT_CAUSAL
     if options.get("softcap") is not None:
         return Reason.SOFTCAP
-    if options.get("s_aux") is not None:
+    if options.get("sinks") is not None or not are_sinks(options.get("s_aux"), query.shape[1]):
         return Reason.SINKS
     if options.get("position_bias") is not None:
         return Reason.BIAS
@@ -76,6 +85,29 @@ def dense_reason(
     if window is not None and window < key.shape[2]:
         return Reason.SLIDING_WINDOW
     return head_dim_reason(query, key, value)
+
+
+def are_sinks(sinks: Any, heads: int) -> bool:
+    """Whether a layer's sinks are of the kind that bsfa-kernel knows: none, or one for each head.
+
+    Args:
+        sinks: the argument ``s_aux`` of its attention function. Other models pass another kind,
+            a sink for each query, as ``sinks``.
+        heads: query heads of the call, of this rank under tensor parallelism.
+    """
+    if not isinstance(sinks, Tensor):
+        return sinks is None
+    return sinks.shape == (heads,) and sinks.is_floating_point()
+
+
+def sinks_of(options: Mapping[str, Any]) -> Tensor | None:
+    """The sinks of a layer as bsfa-kernel takes them, float32 [heads]; None without.
+
+    Args:
+        options: the further arguments of the attention function; `are_sinks` holds of ``s_aux``.
+    """
+    sinks: Tensor | None = options.get("s_aux")
+    return None if sinks is None else sinks.float()
 
 
 def head_dim_reason(query: Tensor, key: Tensor, value: Tensor) -> Reason | None:
@@ -108,6 +140,10 @@ def model_attention(
 ) -> Tensor:
     """What SDPA computes, or the model's own eager function where SDPA cannot.
 
+    The eager function is given some queries and the keys that they see at a time, and computed
+    again in a backward pass, so that memory does not grow with the square of a prompt's length. On
+    a GPU sinks in 16 bits are left to SDPA's kernel where it can take them.
+
     Args:
         module: the attention module.
         query: [batch, heads, seqlen_q, head_dim].
@@ -124,30 +160,157 @@ def model_attention(
         NotImplementedError: scores are capped or there are sinks, and the model has no eager
             function.
     """
+    from torch.utils.checkpoint import checkpoint
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    eager = options.get("softcap") is not None or options.get("s_aux") is not None
-    if mask is None and causal and seqlen_q > 1 and (eager or seqlen_q != seqlen_k):
-        last_seen = torch.arange(seqlen_q, device=query.device)[:, None] + seqlen_k - seqlen_q
-        mask = (torch.arange(seqlen_k, device=query.device) <= last_seen)[None, None]
-    if not eager:
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if not any(options.get(name) is not None for name in _EAGER):
+        if mask is None and causal and 1 < seqlen_q != seqlen_k:
+            mask = _causal_mask(slice(0, seqlen_q), seqlen_k - seqlen_q, slice(0, seqlen_k), query)
         out, _ = sdpa_attention_forward(
             module, query, key, value, mask, is_causal=is_causal, **options
         )
         return out
+    if mask is None and causal and _takes_flash(query, key, value, options):
+        return flash_with_sinks(query, key, value, options["s_aux"], options.get("scaling"))
     function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if function is None:
         raise NotImplementedError(
             f"{type(module).__name__} caps its scores or has attention sinks, which SDPA cannot "
             "compute, and its module has no eager_attention_forward to compute them with"
         )
-    if mask is not None and mask.dtype == torch.bool:
-        hidden = torch.finfo(query.dtype).min
-        mask = torch.where(mask, 0.0, hidden).to(query.dtype)
-    computed: Tensor = function(module, query, key, value, mask, **options)[0]
-    return computed
+    parts: list[Tensor] = []
+    whole = any(options.get(name) is not None for name in _BY_ROW)
+    for rows, keys in _stretches(query, key, None if whole else mask, causal, whole):
+        part = None if mask is None else mask[:, :, rows, keys]
+        if mask is None and causal and seqlen_q > 1:
+            part = _causal_mask(rows, seqlen_k - seqlen_q, keys, query)
+        if part is not None and part.dtype == torch.bool:
+            part = torch.where(part, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        arguments = query[:, :, rows], key[:, :, keys], value[:, :, keys], part
+        if torch.is_grad_enabled():
+            again: Any = checkpoint
+            computed = again(function, module, *arguments, use_reentrant=False, **options)
+        else:
+            computed = function(module, *arguments, **options)
+        parts.append(computed[0])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def flash_with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, scale: float | None
+) -> Tensor:
+    """Causal attention of whole prompts with sinks, by the flash kernel behind SDPA.
+
+    That kernel knows no sinks. Beside its output it gives the log-sum-exp of each row's scores,
+    from which the share of the row's weights follows that a sink leaves them.
+
+    Args:
+        query: [batch, heads, seqlen, head_dim].
+        key: [batch, kv_heads, seqlen, head_dim].
+        value: as key.
+        sinks: [heads].
+        scale: factor of the scores; head_dim ** -0.5 by default.
+
+    Returns:
+        [batch, seqlen, heads, head_dim].
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    aten = torch.ops.aten
+    flash = aten._scaled_dot_product_flash_attention
+    if not query.is_cuda:
+        flash = aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(query, key, value, 0.0, True, scale=scale)[:2]
+    return with_sinks(out.transpose(1, 2), lse, sinks)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Let sinks join the softmax of rows without them.
+
+    Args:
+        out: [batch, seqlen, heads, head_dim].
+        lse: float32 [batch, heads, seqlen], log-sum-exp of the scores of each row.
+        sinks: [heads].
+    """
+    share = (lse - sinks.float()[:, None]).sigmoid()
+    return (out * share.transpose(1, 2)[..., None]).to(out.dtype)
+
+
+def _takes_flash(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether `flash_with_sinks` is what a call asks for, and has a kernel for it."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[2] == key.shape[2]
+        and query.shape[-1] == value.shape[-1] <= _FLASH_HEAD_DIM
+        and query.shape[-1] % 8 == 0
+        and not torch.is_grad_enabled()
+        and options.get("s_aux") is not None
+        and all(options.get(name) is None for name in ("softcap", "sliding_window", *_BY_ROW))
+    )
+
+
+def _stretches(
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, whole: bool
+) -> Iterator[tuple[slice, slice]]:
+    """Queries that are computed together, and the keys that they see.
+
+    Args:
+        query: [batch, heads, seqlen_q, head_dim].
+        key: [batch, kv_heads, seqlen_k, head_dim].
+        mask: that of the call, if any.
+        causal: whether the call is, where it has no mask.
+        whole: compute all at once.
+    """
+    batch, heads, seqlen_q = query.shape[:3]
+    seqlen_k = key.shape[2]
+    everything = slice(0, seqlen_k)
+    if whole:
+        yield slice(0, seqlen_q), everything
+        return
+    seen = None if mask is None else _seen_keys(mask)
+    for index, first in enumerate(range(0, seqlen_q, _ROWS)):
+        last = min(first + _ROWS, seqlen_q)
+        keys = everything if seen is None else seen[index]
+        if mask is None and causal and seqlen_q > 1:
+            keys = slice(0, last + seqlen_k - seqlen_q)
+        rows = max(_SCORES_AT_A_TIME // (batch * heads * (keys.stop - keys.start)), 1)
+        for start in range(first, last, rows):
+            yield slice(start, min(start + rows, last)), keys
+
+
+def _seen_keys(mask: Tensor) -> list[slice] | None:
+    """From the first to the last key that some of each ``_ROWS`` queries sees.
+
+    They are read from the device once a mask. None if the mask differs between heads or prompts, or
+    is additive; all keys where a query sees none, over which an eager function takes the mean.
+    """
+    if mask.dtype != torch.bool or mask.shape[:2] != (1, 1):
+        return None
+    version = None if mask.is_inference() else mask._version
+    known: tuple[int | None, list[slice]] | None = getattr(mask, _SEEN, None)
+    if known is not None and known[0] == version:
+        return known[1]
+    seqlen_k = mask.shape[-1]
+    ends = []
+    for start in range(0, mask.shape[2], _ROWS):
+        rows = mask[0, 0, start : start + _ROWS]
+        some, place = rows.any(0), torch.arange(seqlen_k, device=mask.device)
+        all_see = rows.any(1).all()
+        first = torch.where(some, place, seqlen_k).amin()
+        last = torch.where(some, place, -1).amax()
+        ends.append(torch.stack((first * all_see, torch.where(all_see, last, seqlen_k - 1))))
+    found = [slice(first, last + 1) for first, last in torch.stack(ends).tolist()]
+    setattr(mask, _SEEN, (version, found))
+    return found
+
+
+def _causal_mask(queries: slice, offset: int, keys: slice, like: Tensor) -> Tensor:
+    """Bool [1, 1, queries, keys]: key j is seen by query i iff j <= i + offset."""
+    last_seen = torch.arange(queries.start, queries.stop, device=like.device)[:, None] + offset
+    return (torch.arange(keys.start, keys.stop, device=like.device) <= last_seen)[None, None]
 
 
 def named(dense: Mapping[int, str]) -> str:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from bsfa_calib.dense import named
-from bsfa_calib.hook import BlockSparse, HookError, applied, attention_shape
+from bsfa_calib.hook import BlockSparse, HookError, Meter, applied, attention_shape
 from bsfa_calib.language_model import LanguageModel, Predictions
 from bsfa_calib.thresholds import ThresholdTable
 from bsfa_kernel import Geometry
@@ -85,7 +85,7 @@ class Measure:
         self._geometry, self._voters, self._backend = geometry, voters, backend
         with applied(model, None) as meter:
             self._dense = [self._language_model.predict(ids) for ids in samples]
-        self.dense_layers = check_layers(meter.dense_layers, model)
+        self.dense_layers = check_layers(meter, model)
         self._nll = [
             self._compare(d, d, ids)[1] for d, ids in zip(self._dense, samples, strict=True)
         ]
@@ -114,16 +114,17 @@ class Measure:
         return kl, sum(band.nll * band.positions for band in bands) / count
 
 
-def check_layers(dense: dict[int, str], model: Any) -> dict[int, str]:
-    """The layers that run dense, after a look whether some other is left.
+def check_layers(meter: Meter, model: Any) -> dict[int, str]:
+    """The layers that skip nothing, and why, after a look whether some other is left.
 
     Raises:
         HookError: none is.
     """
     layers, _ = attention_shape(model)
+    dense = meter.skip_nothing(layers)
     if len(dense) >= layers:
         raise HookError(f"no layer of this model can be calibrated, all run dense: {named(dense)}")
-    return dict(dense)
+    return dense
 
 
 def with_expected(

@@ -52,6 +52,7 @@ def gated_attention(
     scale: float,
     voters: int = 1,
     width: float = 0.5,
+    sinks: Tensor | None = None,
 ) -> Gated:
     """Causal block-sparse attention of one whole prompt.
 
@@ -65,6 +66,7 @@ def gated_attention(
         scale: factor of the scores.
         voters: one query row in 1, 2 or 4 votes.
         width: of the logistic function, in units of scaled scores.
+        sinks: float32 [heads], a score of each head without a value, or None; no gradient.
 
     Raises:
         ValueError: an argument breaks a rule.
@@ -79,23 +81,26 @@ def gated_attention(
         raise ValueError(
             f"thresholds must be [{heads}, {seqlen // q_block}], got {list(thresholds.shape)}"
         )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
     if not width > 0:
         raise ValueError(f"width must be above 0, got {width}")
     by_head = (x.transpose(0, 1).float() for x in (q, k, v))
     out, skipped, slope = _GatedAttention.apply(  # type: ignore[no-untyped-call]
-        *by_head, thresholds, _Options(rule, geometry, scale, voters, width)
+        *by_head, thresholds, _Options(rule, geometry, scale, voters, width, sinks)
     )
     return Gated(out.transpose(0, 1), skipped, slope)
 
 
 class _Options(NamedTuple):
-    """The arguments of ``gated_attention`` that are no tensors."""
+    """The arguments of ``gated_attention`` that get no gradient."""
 
     rule: str
     geometry: Geometry
     scale: float
     voters: int
     width: float
+    sinks: Tensor | None
 
 
 class _Part(NamedTuple):
@@ -113,7 +118,7 @@ class _GatedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rule, geometry, scale, voters, width = options
+        rule, geometry, scale, voters, width, sinks = options
         heads, seqlen, _ = q.shape
         q_block, k_block = geometry
         group = heads // k.shape[0]
@@ -123,25 +128,36 @@ class _GatedAttention(torch.autograd.Function):
         voting = voting_rows(seqlen, seqlen, geometry, voters).to(q.device)
         kept = torch.zeros((heads, q_blocks, k_blocks), dtype=torch.bool, device=q.device)
         slope = q.new_zeros((heads, q_blocks, k_blocks))
+        first = None if sinks is None else sinks.detach().float().view(-1, 1, 1)
         for part in _parts(q, geometry):
             weights = _scores(q, k, part, group, scale)
             rows, columns = part.blocks.stop - part.blocks.start, part.stop // k_block
             by_block = weights.view(heads, rows, q_block, columns, k_block)
             peaks = by_block.amax(-1)
             largest = peaks.amax(-1, keepdim=True)
+            reference = None
+            if first is not None:
+                reference = first.expand(peaks.shape[:-1])
+                largest = torch.maximum(largest, reference[..., None])
             by_block = by_block.sub_(largest[..., None]).exp_()
             masses = by_block.sum(-1)
             index = torch.arange(part.blocks.start, part.blocks.stop, device=q.device)
             full = full_blocks(index, seqlen, seqlen, geometry)
             chosen = thresholds[:, part.blocks]
             verdict, excess = verdicts(
-                *(peaks, chosen), rule=rule, voting=voting[part.blocks], full=full
+                *(peaks, chosen),
+                rule=rule,
+                reference=reference,
+                voting=voting[part.blocks],
+                full=full,
             )
             share = torch.sigmoid((excess - chosen[..., None]) / width)
             free = torch.arange(columns, device=q.device) < full[:, None]
             kept[:, part.blocks, :columns] = verdict
             slope[:, part.blocks, :columns] = share * (1 - share) / width * free
             denominator = (masses * verdict[:, :, None]).sum(-1)
+            if reference is not None:
+                denominator += (reference - largest[..., 0]).exp()
             by_block *= verdict[:, :, None, :, None]
             numerator = weights @ _repeated(v[:, : part.stop], group)
             here = slice(part.start, part.stop)

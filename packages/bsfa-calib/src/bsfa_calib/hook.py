@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bsfa_calib.dense import dense_reason, model_attention, unknown_arguments
+from bsfa_calib.dense import dense_reason, model_attention, sinks_of, unknown_arguments
 from bsfa_calib.reasons import Reason
 from bsfa_calib.switch import register, switched
 from bsfa_kernel import DEFAULT_GEOMETRY, Geometry, block_sparse_attention, reference
@@ -48,10 +48,11 @@ class Method(Protocol):
     """Computes causal attention for one layer of one prompt."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, sinks: Tensor | None
     ) -> Attended | None:
         """Attention of q [1, seqlen_q, heads, head_dim] to k, v [1, seqlen_k, kv_heads, ...].
 
+        ``sinks`` are the layer's, float32 [heads], or None (docs/semantics.md).
         None leaves the layer to the model's dense attention; so a method may look on only.
         """
         ...
@@ -64,10 +65,12 @@ class Meter:
     Attributes:
         dense: calls that ran dense for another reason than that there was no method, by reason.
         dense_layers: layers that run dense whatever the prompt, and why.
+        called: layers that have called the attention function.
     """
 
     dense: dict[str, int] = field(default_factory=dict)
     dense_layers: dict[int, str] = field(default_factory=dict)
+    called: set[int] = field(default_factory=set)
     _skipped: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def add(self, layer: int, skipped: Tensor) -> None:
@@ -79,6 +82,12 @@ class Meter:
         self.dense[str(reason)] = self.dense.get(str(reason), 0) + 1
         if reason is not Reason.DECODE:
             self.dense_layers[layer] = str(reason)
+
+    def skip_nothing(self, layers: int) -> dict[int, str]:
+        """The layers, of so many, that skip nothing whatever the prompt, and why."""
+        others = set(range(layers)) - self.called
+        why = dict.fromkeys(others, "it has no causal softmax attention of its own")
+        return dict(sorted((why | self.dense_layers).items()))
 
     def take(self) -> list[list[float]]:
         """Mean skipped share of the prompts since the last call, [layers][heads]; forgets them."""
@@ -150,7 +159,15 @@ class BlockSparse:
     selection: str = "exact"
     expected_skipped: float | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Attended:
         """See ``Method``."""
         thresholds = self.thresholds[layer]
         options: dict[str, Any] = {
@@ -158,6 +175,7 @@ class BlockSparse:
             "rule": self.rule,
             "geometry": self.geometry,
             "voters": self.voters,
+            "sinks": sinks,
         }
         if self.backend == "reference":
             result = reference.attention(q, k, v, thresholds, **options)
@@ -218,12 +236,14 @@ def _attention(
     elif reason is None and attention_mask is not None:
         reason = Reason.OWN_MASK
     attended = None
+    if isinstance(layer, int):
+        current.meter.called.add(layer)
     if isinstance(layer, int) and reason is not None:
         current.meter.count_dense(layer, reason)
     elif isinstance(layer, int) and current.method is not None:
         scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        attended = current.method(q, k, v, layer, scale)
+        attended = current.method(q, k, v, layer, scale, sinks_of(options))
     if attended is not None:
         current.meter.add(layer, attended.skipped)  # type: ignore[arg-type]
         return attended.out, None

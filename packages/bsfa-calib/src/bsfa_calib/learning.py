@@ -206,7 +206,7 @@ class _Learner:
         self.skipped = torch.zeros(shape, device=device)
         with applied(model, None) as meter:
             self.dense[0] = self.language_model.predict(samples[0]).hidden.clone()
-        dense_layers = check_layers(meter.dense_layers, model)
+        dense_layers = check_layers(meter, model)
         # Sparsities are those of the layers that can skip; the others stay at 0.
         self.free = [layer for layer in range(shape[0]) if layer not in dense_layers]
 
@@ -303,7 +303,15 @@ class _Training:
     learner: _Learner
     rows: Tensor
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Attended:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Attended:
         """See ``hook.Method``."""
         learner = self.learner
         found = gated_attention(
@@ -313,6 +321,7 @@ class _Training:
             scale=scale,
             voters=learner.voters,
             width=learner.settings.width,
+            sinks=sinks,
         )
         learner.skipped[layer] = found.skipped
         learner.slopes[layer] = found.slope

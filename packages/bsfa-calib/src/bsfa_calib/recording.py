@@ -58,11 +58,24 @@ class Recorder:
         """The sparsity block."""
         return Geometry(self.q_block, self.k_block)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> None:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> None:
         """See ``Method``; prompts are whole, so that there is nothing to record of others."""
         if q.shape[1] != k.shape[1]:
             return
-        options: dict[str, Any] = {"scale": scale, "rule": self.rule, "geometry": self.geometry}
+        options: dict[str, Any] = {
+            "scale": scale,
+            "rule": self.rule,
+            "geometry": self.geometry,
+            "sinks": sinks,
+        }
         if self.voters == 1:
             maxima = bsfa_kernel.block_maxima(q, k, **options)
         else:
@@ -198,10 +211,7 @@ def measure(
     with torch.inference_mode(), capturing(model, recorder) as meter:
         model(input_ids=torch.tensor([list(tokens)], device=model.device), **options)
         measured = reduction.finish()
-    dense = dict(meter.dense_layers)
-    for layer in range(layers):
-        if layer not in measured and layer not in dense:
-            dense[layer] = "it has no causal softmax attention of its own"
+    dense = meter.skip_nothing(layers)
     kept = {layer: tensor for layer, tensor in measured.items() if layer not in dense}
     return Measured(len(tokens), dense), kept
 

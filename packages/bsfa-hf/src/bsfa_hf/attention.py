@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bsfa_calib.binding import State
-from bsfa_calib.dense import head_dim_reason
+from bsfa_calib.dense import are_sinks, head_dim_reason, sinks_of
 from bsfa_calib.reasons import Reason
 from bsfa_calib.switch import register as register_attention
 from bsfa_hf import automatic
@@ -46,7 +46,6 @@ _PACKED = "_bsfa_lengths"
 # Arguments that name a term of the scores or a choice of keys, and why a layer with one runs dense.
 _TERMS = {
     "softcap": Reason.SOFTCAP,
-    "s_aux": Reason.SINKS,
     "sinks": Reason.SINKS,
     "position_bias": Reason.BIAS,
 }
@@ -68,6 +67,7 @@ _HARMLESS = frozenset(
         "past_key_values",
         "position_ids",
         "return_dict",
+        "s_aux",
         "seq_idx",
         "sliding_window",
         "use_cache",
@@ -153,12 +153,13 @@ def bsfa_attention(
     check_layer(state, layer, query)
     query, key, value = _arguments_of_kernel(query, key, value)
     thresholds = state.layer_thresholds(layer, query.device)
+    of_heads = thresholds, _sinks(kwargs)
     if plan is None or not plan.drafts:
-        return _sparse(state, layer, query, key, value, thresholds, plan, scaling), None
+        return _sparse(state, layer, query, key, value, *of_heads, plan, scaling), None
     first = query.shape[2] - plan.drafts
     seen = plan.offset + first
     prompt = query[:, :, :first], key[:, :, :seen], value[:, :, :seen]
-    out = _sparse(state, layer, *prompt, thresholds, plan, scaling)
+    out = _sparse(state, layer, *prompt, *of_heads, plan, scaling)
     drafts, _ = dense(query[:, :, first:], attention_mask, first=first)
     return torch.cat([out, drafts], 1), None
 
@@ -185,16 +186,32 @@ def _arguments_of_kernel(*tensors: Tensor) -> list[Tensor]:
     Raises:
         NotImplementedError: one of them carries a forward-mode derivative.
     """
-    if any(_tangent(x) is not None for x in tensors):
-        raise NotImplementedError(
-            "block-sparse attention has no forward-mode derivative (torch.func.jvp, dual tensors): "
-            'use attn_implementation="sdpa" for it'
-        )
+    _refuse_tangents(*tensors)
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x if x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+def _sinks(options: dict[str, Any]) -> Tensor | None:
+    """The layer's sinks as the kernel takes them.
+
+    Raises:
+        NotImplementedError: they carry a forward-mode derivative.
+    """
+    sinks = sinks_of(options)
+    if sinks is not None:
+        _refuse_tangents(sinks)
+    return sinks
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    if any(_tangent(x) is not None for x in tensors):
+        raise NotImplementedError(
+            "block-sparse attention has no forward-mode derivative (torch.func.jvp, dual tensors): "
+            'use attn_implementation="sdpa" for it'
+        )
 
 
 def _tangent(x: Tensor) -> Tensor | None:
@@ -276,6 +293,8 @@ def _reason_of_layer(
         config = getattr(module, "config", None)
         if window_bites(config, window, seqlen_k - seqlen_q, seqlen_q):
             return Reason.SLIDING_WINDOW
+    if not are_sinks(kwargs.get("s_aux"), query.shape[1]):
+        return Reason.SINKS
     return head_dim_reason(query, key, value)
 
 
@@ -320,6 +339,7 @@ def _sparse(
     key: Tensor,
     value: Tensor,
     thresholds: Tensor,
+    sinks: Tensor | None,
     plan: Plan | None,
     scaling: float | None,
 ) -> Tensor:
@@ -331,7 +351,11 @@ def _sparse(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor
         out, part = block_sparse_attention(
-            *(q, k, v, thresholds), scale=scaling, return_kept=True, **state.kernel_options
+            *(q, k, v, thresholds),
+            scale=scaling,
+            sinks=sinks,
+            return_kept=True,
+            **state.kernel_options,
         )
         kept.append(part)
         selections.append(state.selection_for(q, k.shape[1]))
@@ -420,6 +444,7 @@ def _packed(
         value[0].transpose(0, 1),
         thresholds,
         scale=options["scaling"],
+        sinks=_sinks(options),
         cu_seqlens_q=starts_q.to(torch.int32),
         cu_seqlens_k=starts_k.to(torch.int32),
         return_kept=True,

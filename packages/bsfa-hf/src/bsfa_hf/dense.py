@@ -56,6 +56,12 @@ def dense_attention(
         mask = causal_mask(seqlen_q, seqlen_k, seqlen_k - seqlen_q, query.device)
     if is_flash(original) and isinstance(mask, Tensor) and mask.ndim == 4:
         original = SDPA  # FlashAttention takes no 4-D masks
+    if original == SDPA and options.get("s_aux") is not None:
+        original = EAGER  # SDPA passes over sinks
+        if mask is None and causal and seqlen_q > 1:
+            mask = causal_mask(seqlen_q, seqlen_k, seqlen_k - seqlen_q, query.device)
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            mask = additive(mask, query.dtype)
     if original not in (EAGER, SDPA):
         module = UnderOriginalName(module)  # type: ignore[assignment]
     if is_causal is not None:

@@ -69,19 +69,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     initialize_list_barriers<Config>(storage);
   };
   const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
-    const ListProducer<Config> producer{params, storage};
-    if (threadIdx.x == 0) {
-      producer.take_all_tiles();
-    } else if (warp == 1 || warp == 2) {
-      const CUtensorMap& map = warp == 1 ? params.k : params.v;
-      auto* const blocks = warp == 1 ? storage.k : storage.v;
-      auto& ring = warp == 1 ? storage.keys : storage.values;
-      if (params.order.attend.has_pages()) {
-        producer.template load_blocks<true>(map, blocks, ring);
-      } else {
-        producer.template load_blocks<false>(map, blocks, ring);
-      }
-    }
+    produce_lists(ListProducer<Config>{params, storage}, params.order.attend, warp);
   };
   run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {
     consume_lists<Config>(params.order.attend, storage, who);

@@ -165,16 +165,8 @@ __device__ __forceinline__ void attend_lists(typename Config::SharedStorage& sto
     mask_scores(upper, who, visible, static_cast<int>(places.y) * kKeyBlock);
     mask_scores(lower, who, visible, static_cast<int>(places.w) * kKeyBlock);
   };
-  // Returns whether the output must be multiplied by `factors`: where a score is far above the maximum.
   const auto raise_maxima = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
-    const RowFlags rows = softmax.exceeded_by_scores(accumulator_matrix(scores), scale_log2);
-    bool raised = false;
-    if (rows.any()) {
-      float maxima[kThreadRows];
-      row_maxima(accumulator_matrix(scores), maxima);
-      raised = softmax.raise(rows, maxima, scale_log2, factors);
-    }
-    return raised;
+    return softmax.raise_where_exceeded(accumulator_matrix(scores), scale_log2, factors);
   };
   // P = exp(S - m) of half the pair, in place.
   const auto exponentiate = [&](auto& half) BSFA_INLINE_LAMBDA {

@@ -46,6 +46,64 @@ __device__ __forceinline__ void take_tiles(const AttendKernelParams& params,
   }
 }
 
+// By a warp that follows the tiles that are taken, as far ahead of the consumers as there are stages.
+template <class Config, class Load>
+__device__ __forceinline__ void for_each_taken_tile(typename Config::SharedStorage& storage,
+                                                    const Load& load) {
+  for (uint32_t count = 0;; ++count) {
+    const int slot = count % Config::kTileSlots;
+    wait(storage.tile_full[slot], count / Config::kTileSlots % 2);
+    const auto& tile = storage.tiles[slot];
+    if (tile.is_end) {
+      return;
+    }
+    load(tile);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      storage.tile_empty[slot].arrive();
+    }
+  }
+}
+
+// By a warp. kPaged: the block lies where it was found in pages, else at `row`.
+template <class Config, bool kPaged>
+__device__ __forceinline__ void load_listed_block(const CUtensorMap& map,
+                                                  cutlass::arch::ClusterTransactionBarrier& full,
+                                                  const PagedLoads<kKeyBlock>& loads, const PagedRow& found,
+                                                  const AttendParams& attend, const QueryTile& tile, int row,
+                                                  typename Config::Element* to, int column_elements) {
+  if (threadIdx.x % 32 == 0) {
+    full.arrive_and_expect_tx(Config::kBlockBytes);
+    if constexpr (!kPaged) {
+      load_rows<Config>(map, full, cute::TMA::CacheHintSm90::EVICT_LAST, to, column_elements, row,
+                        tile.kv_head, key_batch(attend, tile.sequence));
+    }
+  }
+  if constexpr (kPaged) {
+    loads.template load<Config::kBoxes, Config::kBoxColumns>(map, full, found, tile.kv_head, to,
+                                                             column_elements);
+  }
+}
+
+// The roles of the producers: a thread, a warp for K and one for V.
+template <class Producer>
+__device__ __forceinline__ void produce_lists(const Producer& producer, const AttendParams& attend,
+                                              int warp) {
+  if (threadIdx.x == 0) {
+    producer.take_all_tiles();
+  } else if (attend.has_pages()) {
+    if (warp == 1) {
+      producer.template load_keys<true>();
+    } else if (warp == 2) {
+      producer.template load_values<true>();
+    }
+  } else if (warp == 1) {
+    producer.template load_keys<false>();
+  } else if (warp == 2) {
+    producer.template load_values<false>();
+  }
+}
+
 template <class Config>
 struct ListProducer {
   using Storage = typename Config::SharedStorage;
@@ -68,6 +126,16 @@ struct ListProducer {
 
   // A warp, for K or for V. Even lanes follow the list of the first consumer, odd ones that of the second;
   // lane i looks after stage i. A block in either list is loaded once. kPaged: keys and values lie in pages.
+  template <bool kPaged>
+  __device__ __forceinline__ void load_keys() const {
+    load_blocks<kPaged>(params.k, storage.k, storage.keys);
+  }
+  template <bool kPaged>
+  __device__ __forceinline__ void load_values() const {
+    load_blocks<kPaged>(params.v, storage.v, storage.values);
+  }
+
+ private:
   template <bool kPaged, class Ring>
   __device__ __forceinline__ void load_blocks(const CUtensorMap& map, Element* blocks, Ring& ring) const {
     constexpr int kWords = 32 / Config::kConsumers;  // of each list, in the lanes
@@ -77,13 +145,7 @@ struct ListProducer {
     uint32_t written = 0;  // places of the consumer's list
     uint32_t free = 0;     // stages found to be free
     uint32_t rounds = 0;   // of each stage, modulo 2
-    for (uint32_t count = 0;; ++count) {
-      const int slot = count % Config::kTileSlots;
-      wait(storage.tile_full[slot], count / Config::kTileSlots % 2);
-      const ListTile& tile = storage.tiles[slot];
-      if (tile.is_end) {
-        return;
-      }
+    for_each_taken_tile<Config>(storage, [&](const ListTile& tile) BSFA_INLINE_LAMBDA {
       const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
       int remaining = max(tile.lengths[consumer], 0);
       const int visible = remaining > 0 ? tile.blocks[consumer].keys.visible : 0;
@@ -117,26 +179,15 @@ struct ListProducer {
             free &= free - 1;
             uint32_t where = stage | (rounds >> stage & 1) << place::kPhase;
             rounds ^= 1u << stage;
-            if (lane == 0) {
-              if (!both) {
-                // For the consumer that does not attend to the block, and will not touch the stage.
-                ptx::arrive_times(cute::cast_smem_ptr_to_uint(&ring.empty[stage]),
-                                  Config::kConsumerWarps / Config::kConsumers);
-              }
-              ring.full[stage].arrive_and_expect_tx(Config::kBlockBytes);
-              if constexpr (!kPaged) {
-                load_rows<Config>(map, ring.full[stage], cute::TMA::CacheHintSm90::EVICT_LAST,
-                                  blocks + stage * Config::kBlockElements, Config::kBoxElements,
-                                  key_row(tile.sequence, key_block), tile.kv_head,
-                                  key_batch(attend, tile.sequence));
-              }
+            if (lane == 0 && !both) {
+              // For the consumer that does not attend to the block, and will not touch the stage.
+              ptx::arrive_times(cute::cast_smem_ptr_to_uint(&ring.empty[stage]),
+                                Config::kConsumerWarps / Config::kConsumers);
             }
+            load_listed_block<Config, kPaged>(map, ring.full[stage], loads, found, attend, tile,
+                                              key_row(tile.sequence, key_block),
+                                              blocks + stage * Config::kBlockElements, Config::kBoxElements);
             __syncwarp();
-            if constexpr (kPaged) {
-              loads.template load<Config::kBoxes, Config::kBoxColumns>(
-                  map, ring.full[stage], found, tile.kv_head, blocks + stage * Config::kBlockElements,
-                  Config::kBoxElements);
-            }
             if (attends) {
               --remaining;
               where |= (key_block >= full ? place::kMasked : 0) | (remaining == 0 ? place::kLast : 0);
@@ -149,13 +200,9 @@ struct ListProducer {
           }
         }
       }
-      if (lane == 0) {
-        storage.tile_empty[slot].arrive();
-      }
-    }
+    });
   }
 
- private:
   // By the first of a consumer's lanes.
   template <class Ring>
   __device__ __forceinline__ static void write(Ring& ring, int consumer, uint32_t number, uint32_t where,

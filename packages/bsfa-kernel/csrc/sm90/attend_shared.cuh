@@ -139,15 +139,8 @@ struct SharedListProducer {
                                               int column_elements) const {
     const AttendParams& attend = params.order.attend;
     PipelineState<kStages> state;
-    for (uint32_t count = 0;; ++count) {
-      const int slot = count % Config::kTileSlots;
-      wait(storage.tile_full[slot], count / Config::kTileSlots % 2);
-      const SharedListTile& tile = storage.tiles[slot];
-      if (tile.is_end) {
-        return;
-      }
+    for_each_taken_tile<Config>(storage, [&](const SharedListTile& tile) BSFA_INLINE_LAMBDA {
       const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
-      const int kv_head = tile.kv_head;
       Places places(attend, tile, tile.first, tile.length, Config::kStepBlocks);
       // A place ahead, so that nobody waits for the mask and the page table.
       int next_block = places.next();
@@ -165,28 +158,13 @@ struct SharedListProducer {
         }
         const int stage = state.stage();
         wait(empty[stage], state.phase() ^ 1);
-        Element* to = blocks + buffer_of(stage);
-        if (threadIdx.x % 32 == 0) {
-          full[stage].arrive_and_expect_tx(Config::kBlockBytes);
-          if constexpr (!kPaged) {
-            // An empty place lies beyond the tensor: the copy engine fills it with zeros and reads nothing.
-            const int row =
-                key_block == place::kNoBlock ? attend.seqlen_k : key_row(tile.sequence, key_block);
-            load_rows<Config>(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST, to, column_elements,
-                              row, kv_head, key_batch(attend, tile.sequence));
-          }
-        }
-        if constexpr (kPaged) {
-          loads.template load<Config::kBoxes, Config::kBoxColumns>(map, full[stage], found, kv_head, to,
-                                                                   column_elements);
-        }
+        // An empty place lies beyond the tensor: the copy engine fills it with zeros and reads nothing.
+        const int row = key_block == place::kNoBlock ? attend.seqlen_k : key_row(tile.sequence, key_block);
+        load_listed_block<Config, kPaged>(map, full[stage], loads, found, attend, tile, row,
+                                          blocks + buffer_of(stage), column_elements);
         state.advance();
       }
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        storage.tile_empty[slot].arrive();
-      }
-    }
+    });
   }
 
   template <bool kPaged>
@@ -244,20 +222,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     initialize_stages(storage.tile_full, storage.tile_empty, 2);
   };
   const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
-    const SharedListProducer<Config> producer{params, storage};
-    if (threadIdx.x == 0) {
-      producer.take_all_tiles();
-    } else if (params.order.attend.has_pages()) {
-      if (warp == 1) {
-        producer.template load_keys<true>();
-      } else if (warp == 2) {
-        producer.template load_values<true>();
-      }
-    } else if (warp == 1) {
-      producer.template load_keys<false>();
-    } else if (warp == 2) {
-      producer.template load_values<false>();
-    }
+    produce_lists(SharedListProducer<Config>{params, storage}, params.order.attend, warp);
   };
   run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {
     consume_shared_lists<Config>(params.order.attend, storage, who);

@@ -27,13 +27,7 @@ struct UnionProducer : ListProducer<Config> {
                                              Element* blocks) const {
     const AttendParams& attend = params.order.attend;
     PipelineState<kStages> state;
-    for (uint32_t count = 0;; ++count) {
-      const int slot = count % Config::kTileSlots;
-      wait(storage.tile_full[slot], count / Config::kTileSlots % 2);
-      const ListTile& tile = storage.tiles[slot];
-      if (tile.is_end) {
-        return;
-      }
+    for_each_taken_tile<Config>(storage, [&](const ListTile& tile) BSFA_INLINE_LAMBDA {
       const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
       BlockList list(attend, tile, tile.blocks[0], tile.blocks[1]);
       int next = list.next();
@@ -48,29 +42,17 @@ struct UnionProducer : ListProducer<Config> {
         }
         const int stage = state.stage();
         wait(empty[stage], state.phase() ^ 1);
-        Element* to = blocks + stage * Config::kBlockElements;
-        if (threadIdx.x % 32 == 0) {
-          if constexpr (kTells) {
+        if constexpr (kTells) {
+          if (threadIdx.x % 32 == 0) {
             storage.blocks[stage] = listed | (next < 0 ? kLastBlock : 0);
           }
-          full[stage].arrive_and_expect_tx(Config::kBlockBytes);
-          if constexpr (!kPaged) {
-            load_rows<Config>(map, full[stage], cute::TMA::CacheHintSm90::EVICT_LAST, to,
-                              Config::kBoxElements, key_row(tile.sequence, key_block), tile.kv_head,
-                              key_batch(attend, tile.sequence));
-          }
         }
-        if constexpr (kPaged) {
-          loads.template load<Config::kBoxes, Config::kBoxColumns>(map, full[stage], found, tile.kv_head, to,
-                                                                   Config::kBoxElements);
-        }
+        load_listed_block<Config, kPaged>(map, full[stage], loads, found, attend, tile,
+                                          key_row(tile.sequence, key_block),
+                                          blocks + stage * Config::kBlockElements, Config::kBoxElements);
         state.advance();
       }
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        storage.tile_empty[slot].arrive();
-      }
-    }
+    });
   }
 
   template <bool kPaged>
@@ -167,14 +149,9 @@ __device__ __forceinline__ void attend_union(typename Config::SharedStorage& sto
     if (key_block >= full) {
       mask_scores(matrix, who, visible, key_block * kKeyBlock);
     }
-    const RowFlags rows = softmax.exceeded_by_scores(matrix, scale_log2);
-    if (rows.any()) {
-      float maxima[kThreadRows];
-      float factors[kThreadRows];
-      row_maxima(matrix, maxima);
-      if (softmax.raise(rows, maxima, scale_log2, factors)) {
-        scale_rows(output, factors);
-      }
+    float factors[kThreadRows];
+    if (softmax.raise_where_exceeded(matrix, scale_log2, factors)) {
+      scale_rows(output, factors);
     }
     softmax.exponentiate(matrix, scale_log2);
     round_to(probabilities, scores);
@@ -227,20 +204,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     initialize_stages(storage.tile_full, storage.tile_empty, Config::kConsumerWarps + 2);  // and the loaders
   };
   const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
-    const UnionProducer<Config> producer{{params, storage}};
-    if (threadIdx.x == 0) {
-      producer.take_all_tiles();
-    } else if (params.order.attend.has_pages()) {
-      if (warp == 1) {
-        producer.template load_keys<true>();
-      } else if (warp == 2) {
-        producer.template load_values<true>();
-      }
-    } else if (warp == 1) {
-      producer.template load_keys<false>();
-    } else if (warp == 2) {
-      producer.template load_values<false>();
-    }
+    produce_lists(UnionProducer<Config>{{params, storage}}, params.order.attend, warp);
   };
   run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {
     consume_unions<Config>(params.order.attend, storage, who);

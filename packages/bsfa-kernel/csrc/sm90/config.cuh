@@ -44,9 +44,9 @@ struct ForwardConfig : Tuning<kHeadDim_> {
   static constexpr int kConsumerRegisters = 240;
 
   // K and V travel in blocks of 64 keys, each through its own pipeline, since V is loaded for kept blocks
-  // only. A consumer may release a stage of V without waiting for it: see docs/kernel-sm90.md, Votes, for why
-  // that takes so many stages.
-  static_assert(kValueStages >= (Tuned::kScoresInHand == 3 ? 4 : 2));
+  // only. Whether a consumer may release a stage of V without waiting for it, which takes four stages at
+  // least (docs/kernel-sm90.md, Votes).
+  static constexpr bool kReleasesUnread = kValueStages >= 4;
   static constexpr int kTileSlots = 4;   // of published tiles
   static constexpr int kVoteStages = 8;  // how far the loader of V may be behind the votes
 

@@ -108,16 +108,8 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
       mask_scores(lower, who, visible, first_lower);
     }
   };
-  // Returns whether the output must be multiplied by `factors`: where a score is far above the maximum.
   const auto raise_maxima = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
-    const RowFlags rows = softmax.exceeded_by_scores(accumulator_matrix(scores), scale_log2);
-    bool raised = false;
-    if (rows.any()) {
-      float maxima[kThreadRows];
-      row_maxima(accumulator_matrix(scores), maxima);
-      raised = softmax.raise(rows, maxima, scale_log2, factors);
-    }
-    return raised;
+    return softmax.raise_where_exceeded(accumulator_matrix(scores), scale_log2, factors);
   };
   // P = exp(S - m) of half the pair, in place.
   const auto exponentiate = [&](auto& half) BSFA_INLINE_LAMBDA {
@@ -217,7 +209,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     start_values();
     --tiles;
     const auto* next = &pipelines.published_tile(storage);
-    bool goes_on = false;
+    bool goes_on = false;  // a branch of its own: behind && ptxas leaves uniform registers in the loop above
     if (tiles > 0) {
       wait(storage.q_full, pipelines.queries.phase());
       goes_on = uniform(next->dense && next->key_blocks > 0);

@@ -78,7 +78,7 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
                                                    int tiles) {
   using namespace cute;
   using Element = typename Config::Element;
-  static_assert(Config::kStepBlocks == 1);
+  static_assert(Config::kStepBlocks == 1 && !Config::kReleasesUnread);
   const float scale_log2 = params.scale * CUDART_L2E_F;
 
   // Operands.
@@ -137,16 +137,8 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
       mask_scores(matrix, who, visible, first_key);
     }
   };
-  // Returns whether the output must be multiplied by `factors`: where a score is far above the maximum.
   const auto raise_maxima = [&](float (&factors)[kThreadRows]) BSFA_INLINE_LAMBDA {
-    const RowFlags rows = softmax.exceeded_by_scores(accumulator_matrix(scores), scale_log2);
-    bool raised = false;
-    if (rows.any()) {
-      float maxima[kThreadRows];
-      row_maxima(accumulator_matrix(scores), maxima);
-      raised = softmax.raise(rows, maxima, scale_log2, factors);
-    }
-    return raised;
+    return softmax.raise_where_exceeded(accumulator_matrix(scores), scale_log2, factors);
   };
   // P = exp(S - m), in place.
   const auto exponentiate = [&]() BSFA_INLINE_LAMBDA {
@@ -188,10 +180,6 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
     await_keys();
   };
 
-  // Once both consumers are here, the stages of V that one released unread in a sparse tile have been filled.
-  if (params.q_block < Config::kTileQ) {
-    sync(NamedBarrier::kTiles, 0, 2 * 128);
-  }
   next_queries();
   start_scores();
 #pragma unroll 1

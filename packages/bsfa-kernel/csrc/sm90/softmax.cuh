@@ -163,6 +163,20 @@ struct Softmax : SoftmaxRows<kThreadRows> {
     return __any_sync(0xffffffff, raised);
   }
 
+  // The same where a score is far above its maximum.
+  template <class Matrix>
+  __device__ __forceinline__ bool raise_where_exceeded(const Matrix& scores, float scale_log2,
+                                                       float (&factors)[kThreadRows]) {
+    const RowFlags rows = exceeded_by_scores(scores, scale_log2);
+    bool raised = false;
+    if (rows.any()) {
+      float maxima[kThreadRows];
+      row_maxima(scores, maxima);
+      raised = raise(rows, maxima, scale_log2, factors);
+    }
+    return raised;
+  }
+
   // scores = exp(scale * (scores - maximum)), and takes them into the sums.
   template <class Matrix>
   __device__ __forceinline__ void exponentiate(Matrix& scores, float scale_log2) {

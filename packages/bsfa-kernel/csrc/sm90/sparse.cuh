@@ -95,6 +95,9 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     wait_unless(uniform(keys_seen), storage.k_full[pipelines.keys.stage()], pipelines.keys.phase());
     start_gemm<false>(scores_mma, tSrQ, tSrK(_, _, _, pipelines.keys.stage()), scores);
   };
+  const auto await_values = [&]() BSFA_INLINE_LAMBDA {
+    wait(storage.v_full[pipelines.values.stage()], pipelines.values.phase());
+  };
   const auto release_values = [&]() BSFA_INLINE_LAMBDA {
     release_branchless(storage.v_empty[pipelines.values.stage()], who);
     pipelines.values.advance();
@@ -161,6 +164,9 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
     }
     // A block that only the other warpgroup keeps takes a stage of V all the same.
     if (others != 0) {
+      if constexpr (!Config::kReleasesUnread) {
+        await_values();
+      }
       release_values();
     }
     return false;
@@ -203,9 +209,6 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   };
   const auto start_values = [&]() BSFA_INLINE_LAMBDA {
     start_gemm<true>(values_mma, probabilities, tOrV(_, _, _, pipelines.values.stage()), output);
-  };
-  const auto await_values = [&]() BSFA_INLINE_LAMBDA {
-    wait(storage.v_full[pipelines.values.stage()], pipelines.values.phase());
   };
 
   // The blocks with masked scores, one by one; and the rest too where there is nothing to overlap.

@@ -20,6 +20,7 @@ import torch
 
 from bsfa_calib.binding import ModelShape, State, bind
 from bsfa_calib.convert import load_table
+from bsfa_calib.dense import are_sinks
 from bsfa_calib.reasons import Reason
 from bsfa_kernel import BuildInfo, Geometry, build_info
 from bsfa_vllm.settings import KEY, Settings, read_settings
@@ -304,7 +305,7 @@ def layer_reason(impl: Any, head_dims: Collection[int] | None = None) -> Reason 
         return Reason.SLIDING_WINDOW
     if getattr(impl, "logits_soft_cap", 0):
         return Reason.SOFTCAP
-    if getattr(impl, "sinks", None) is not None:
+    if not are_sinks(getattr(impl, "sinks", None), impl.num_heads):
         return Reason.SINKS
     if getattr(impl, "alibi_slopes", None) is not None:
         return Reason.BIAS

@@ -95,7 +95,8 @@ def reason_of(row: Row, geometry: Geometry) -> Reason | None:
     """Why a row runs dense; None if a block of it can be skipped.
 
     Fewer queries than a query block after other keys are a decode step, drafts to be verified, or
-    what is left of a prompt: hardly anything to gain.
+    what is left of a prompt. They are one tile a head, and vLLM's own attention spreads the keys of
+    so few tiles over the whole GPU, which the block-sparse kernels do not.
     """
     if row.queries < row.keys and row.queries < geometry.q_block:
         if row.prefilling is None:

@@ -323,6 +323,9 @@ class SparseImpl:
             )
         k, v = self.pages(layer, kv_cache)
         thresholds = engine.state.layer_thresholds(index, query.device)
+        # The layer's parameter, of this rank's heads; it is loaded after the layer was made.
+        sinks: Tensor | None = getattr(self, "sinks", None)
+        sinks = None if sinks is None else sinks.float()
         attend: Callable[..., tuple[Tensor, Tensor]] = block_sparse_attention
         kept: list[Tensor] = []
         for part in plan.parts:
@@ -342,6 +345,7 @@ class SparseImpl:
                 v,
                 thresholds,
                 scale=self.scale,  # type: ignore[attr-defined]
+                sinks=sinks,
                 cu_seqlens_q=part.starts,
                 block_table=attn_metadata.block_table[part.rows],
                 seqused_k=attn_metadata.seq_lens[part.rows],
