@@ -85,12 +85,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   };
   const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
     const Producer<Config> producer{params, storage};
-    const bool paged = params.forward.has_pages();
-    if (threadIdx.x == 0) {
-      paged ? producer.template load_queries_and_keys<true>()
-            : producer.template load_queries_and_keys<false>();
+    if (params.forward.has_pages()) {
+      if (warp == 0) {
+        producer.template load_queries_and_keys<true>();
+      } else if (warp == 1) {
+        producer.template load_values<true>();
+      }
+    } else if (threadIdx.x == 0) {
+      producer.template load_queries_and_keys<false>();
     } else if (threadIdx.x == 32) {
-      paged ? producer.template load_values<true>() : producer.template load_values<false>();
+      producer.template load_values<false>();
     }
   };
   run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {

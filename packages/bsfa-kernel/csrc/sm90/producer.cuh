@@ -39,7 +39,7 @@ __device__ __forceinline__ void load_tile_queries(const TensorMaps& maps, const 
   }
 }
 
-// Loads a tile's blocks of 64 keys, from the last to the first. By one thread.
+// Loads blocks of 64 keys of a tile's sequence.
 template <class Config, bool kPaged>
 struct KeyLoads {
   using Element = typename Config::Element;
@@ -48,7 +48,7 @@ struct KeyLoads {
 
   __device__ __forceinline__ KeyLoads(const ForwardParams& forward, const Tile& tile)
       : tile(tile), batch(key_batch(forward, tile.sequence)) {}
-  __device__ __forceinline__ void skip() {}
+  __device__ __forceinline__ void advance() {}
   __device__ __forceinline__ void load(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
                                        Element* to, int column_elements, int key_block) const {
     full.arrive_and_expect_tx(Config::kBlockBytes);
@@ -61,16 +61,19 @@ struct KeyLoads {
 template <class Config>
 struct KeyLoads<Config, true> {
   using Element = typename Config::Element;
-  PageWalk walk;
+  PagedRun<kKeyBlock> run;
   int head;
 
   __device__ __forceinline__ KeyLoads(const ForwardParams& forward, const Tile& tile)
-      : walk(forward, tile.sequence, (tile.key_blocks - 1) * kKeyBlock), head(tile.kv_head) {}
-  __device__ __forceinline__ void skip() { walk.skip(); }
+      : run(forward, tile.sequence, (tile.key_blocks - 1) * kKeyBlock), head(tile.kv_head) {}
+  // To the key block before.
+  __device__ __forceinline__ void advance() { run.advance(); }
   __device__ __forceinline__ void load(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
-                                       Element* to, int column_elements, int) {
-    full.arrive_and_expect_tx(Config::kBlockBytes);
-    walk.load<Config::kBoxes, Config::kBoxColumns>(map, full, head, to, column_elements);
+                                       Element* to, int column_elements, int) const {
+    if (threadIdx.x % 32 == 0) {
+      full.arrive_and_expect_tx(Config::kBlockBytes);
+    }
+    run.template load<Config::kBoxes, Config::kBoxColumns>(map, full, head, to, column_elements);
   }
 };
 
@@ -83,7 +86,7 @@ struct Producer {
   Storage& storage;
 
   // Runs ahead as far as the stages of K allow, into the next tiles too, and publishes the tiles to the
-  // consumers. One thread. kPaged: keys and values lie in pages.
+  // consumers. One thread, or (kPaged: keys and values lie in pages) one warp.
   template <bool kPaged>
   __device__ __forceinline__ void load_queries_and_keys() const {
     PipelineState<Config::kKeyStages> keys;
@@ -94,10 +97,17 @@ struct Producer {
       Tile tile;
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
       // Before the thresholds are read, to hide that, even for a tile that turns out to have no keys.
-      load_tile_queries<Config>(params, params.forward, tile, storage);
+      if (is_speaker<kPaged>()) {
+        load_tile_queries<Config>(params, params.forward, tile, storage);
+      }
       find_blocks<Config::kStepBlocks>(params.forward, Config::kTileQ, tile);
-      storage.tiles[queries.count % Config::kTileSlots] = tile;
-      storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
+      if constexpr (kPaged) {
+        __syncwarp();  // no lane is a tile ahead of the one that speaks
+      }
+      if (is_speaker<kPaged>()) {
+        storage.tiles[queries.count % Config::kTileSlots] = tile;
+        storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
+      }
       queries.advance();
       KeyLoads<Config, kPaged> loads(params.forward, tile);
 #pragma unroll 1
@@ -111,12 +121,13 @@ struct Producer {
         }
         loads.load(params.k, storage.k_full[stage], storage.k + Config::key_buffer(stage),
                    Config::kKeyColumnElements, key_block);
+        loads.advance();
         keys.advance();
       }
     });
   }
 
-  // Follows the verdicts, except where everything is kept anyway. One thread.
+  // Follows the verdicts, except where everything is kept anyway. One thread, or (kPaged) one warp.
   template <bool kPaged>
   __device__ __forceinline__ void load_values() const {
     PipelineState<Config::kVoteStages> vote_state;
@@ -133,7 +144,12 @@ struct Producer {
           wait(storage.votes_full[vote_state.stage()], vote_state.phase());
           const uint2 votes = read_votes<Config>(storage, vote_state);
           load_block = ((votes.x | votes.y) & kKeepBits) != 0;
-          storage.votes_empty[vote_state.stage()].arrive();
+          if constexpr (kPaged) {
+            __syncwarp();  // all lanes have read them
+          }
+          if (is_speaker<kPaged>()) {
+            storage.votes_empty[vote_state.stage()].arrive();
+          }
           vote_state.advance();
         }
         if (load_block) {
@@ -142,11 +158,17 @@ struct Producer {
           loads.load(params.v, storage.v_full[stage], storage.v + stage * Config::kBlockElements,
                      Config::kBoxElements, key_block);
           values.advance();
-        } else {
-          loads.skip();
         }
+        loads.advance();
       }
     });
+  }
+
+ private:
+  // Which thread of a producer speaks to barriers and to the copy engine.
+  template <bool kPaged>
+  __device__ __forceinline__ static bool is_speaker() {
+    return !kPaged || threadIdx.x % 32 == 0;
   }
 };
 

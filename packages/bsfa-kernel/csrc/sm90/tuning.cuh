@@ -28,7 +28,7 @@ struct Tuning<64> {
   static constexpr bool kShortEnds = false;
   // No-ops in front of the dense pass, which put its loop at 32 or 48 modulo 128 bytes: in the forward
   // kernel, and in that of lists.
-  static constexpr int kDensePadding = 8;
+  static constexpr int kDensePadding = 5;
   static constexpr int kListPadding = 4;
 };
 
