@@ -20,12 +20,16 @@ class PagedLoads {
   __device__ __forceinline__ PagedLoads(const Problem& problem, const Sequence& sequence)
       : problem_(problem), sequence_(sequence) {}
 
-  // Where the boxes of the load that begins at `first_key` lie: box i in lane i. Called ahead of load(), so
-  // that nobody waits for the table.
+  // Where the boxes of the load that begins at `first_key` lie: box i in lane i. Boxes that are not wanted,
+  // and those behind the last key, have page `pages`, of which the copy engine makes zeros: a load always has
+  // the same number of bytes. Called ahead of load(), so that nobody waits for the table.
   __device__ __forceinline__ PagedRow find(int first_key) const {
     const int offset =
         min(static_cast<int>(threadIdx.x % 32) * box_rows(), kKeys);  // the sum must not overflow
-    return find_box(first_key + offset, offset < kKeys);
+    const int end = sequence_.oversized ? 0 : sequence_.seqlen_k;
+    return offset < kKeys && first_key + offset < end
+               ? page_table(problem_, sequence_).find(first_key + offset)
+               : PagedRow{problem_.pages, 0};
   }
 
   // Loads what was found to `to`, in kBoxes columns of boxes, `column_elements` apart. `first_lane` has the
@@ -60,14 +64,6 @@ class PagedLoads {
   // Of a load; a power of two.
   __device__ __forceinline__ int boxes() const { return kKeys >> (__ffs(box_rows()) - 1); }
 
-  // Boxes that are not wanted, and those behind the last key, have page `pages`, of which the copy engine
-  // makes zeros: a load always has the same number of bytes.
-  __device__ __forceinline__ PagedRow find_box(int key, bool wanted) const {
-    const int end = sequence_.oversized ? 0 : sequence_.seqlen_k;
-    return wanted && key < end ? page_table(problem_, sequence_).find(key) : PagedRow{problem_.pages, 0};
-  }
-
- private:
   const Problem& problem_;
   const Sequence& sequence_;
 };
@@ -109,7 +105,12 @@ class PagedRun : public PagedLoads<kKeys> {
   __device__ __forceinline__ PagedRow find_batch(int first_key) const {
     const int lane = threadIdx.x % 32;
     const int first = first_key - lane / this->boxes() * kKeys;  // of the lane's load
-    return this->find_box(first + lane % this->boxes() * this->box_rows(), first >= 0);
+    return find_box(first + lane % this->boxes() * this->box_rows(), first >= 0);
+  }
+  __device__ __forceinline__ PagedRow find_box(int key, bool wanted) const {
+    const int end = this->sequence_.oversized ? 0 : this->sequence_.seqlen_k;
+    return wanted && key < end ? page_table(this->problem_, this->sequence_).find(key)
+                               : PagedRow{this->problem_.pages, 0};
   }
 
   int first_key_;  // of the batch's first load
