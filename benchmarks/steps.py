@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,43 +103,51 @@ class Benchmark:
                         self._reject(str(entry), reason)
                     else:
                         ours.append(entry)
-        entries = {str(entry): entry for entry in (*dense, *ours)}
+        for entry in ours:
+            self._measure(entry, dense, shape, geometry)
+
+    def _measure(
+        self, entry: Entry, dense: Sequence[Entry], shape: Shape, geometry: Geometry
+    ) -> None:
+        """Measure an entry in turns with the dense kernels alone.
+
+        Among many entries, a dense kernel would have its turn behind one that draws less power,
+        and be up to a tenth faster than beside the entry that it is compared with.
+        """
         before = clocks(self.device)
-        measured = self.timer.measure({name: entry.call for name, entry in entries.items()})
+        measured = self.timer.measure({str(each): each.call for each in (*dense, entry)})
         after = clocks(self.device)
         for name, reason in measured.failures.items():
             self._reject(name, reason)
         timings = measured.timings
+        if str(entry) not in timings:
+            return
+        timing = timings[str(entry)]
+        ms = timing.median
         times = {e.kernel: timings[str(e)].median for e in dense if str(e) in timings}
-        for name, timing in timings.items():
-            entry = entries[name]
-            ms = timing.median
-            if entry.facts is None:
-                progress(f"  {name:40} {ms:9.3f} ms")
-                continue
-            record = {
-                **self.environment,
-                "kind": entry.kind,
-                "kernel": entry.kernel,
-                "dtype": shape.dtype_name,
-                "head_dim": shape.head_dim,
-                "heads": shape.heads,
-                "kv_heads": shape.kv_heads,
-                "batch": shape.batch,
-                "seqlen": shape.seqlen,
-                "causal": shape.causal,
-                "geometry": str(geometry),
-                **entry.facts,
-                **timing.fields(),
-                "tflops": shape.flops * entry.share / ms / 1e9,
-                "of_dense": {other: ms / dense_ms for other, dense_ms in times.items()},
-                "rate": {other: dense_ms * entry.share / ms for other, dense_ms in times.items()},
-                "clocks": {"before": before, "after": after},
-            }
-            self.results.append(record)
-            self.records.append(record)
-            shown = ", ".join(f"{v:.3f} of {k}'s rate" for k, v in record["rate"].items())
-            progress(f"  {name:40} {ms:9.3f} ms  {shown}")
+        record = {
+            **self.environment,
+            "kind": entry.kind,
+            "kernel": entry.kernel,
+            "dtype": shape.dtype_name,
+            "head_dim": shape.head_dim,
+            "heads": shape.heads,
+            "kv_heads": shape.kv_heads,
+            "batch": shape.batch,
+            "seqlen": shape.seqlen,
+            "causal": shape.causal,
+            "geometry": str(geometry),
+            **(entry.facts or {}),
+            **timing.fields(),
+            "tflops": shape.flops * entry.share / ms / 1e9,
+            "of_dense": {other: ms / dense_ms for other, dense_ms in times.items()},
+            "rate": {other: dense_ms * entry.share / ms for other, dense_ms in times.items()},
+            "clocks": {"before": before, "after": after},
+        }
+        self.results.append(record)
+        self.records.append(record)
+        shown = ", ".join(f"{v:.3f} of {k}'s rate" for k, v in record["rate"].items())
+        progress(f"  {entry!s:40} {ms:9.3f} ms  {shown}")
 
     def _problem(self, shape: Shape, skipped: float) -> Problem:
         return inputs.irregular(
