@@ -185,6 +185,24 @@ def test_the_keys_that_some_queries_see(monkeypatch: pytest.MonkeyPatch) -> None
     assert dense._seen_keys(mask.repeat(1, 2, 1, 1)) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_of_layers_with_sinks_are_expanded_or_refused(dtype: torch.dtype) -> None:
+    model = tiny_model("gpt_oss", implementation="eager", **GPT_OSS)
+    attention = model.model.layers[1].self_attn
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 700, 16, generator=generator) for heads in (4, 2, 2))
+    sees = torch.arange(700)[None, None, None] < 500
+    row = sees if dtype == torch.bool else torch.where(sees, 0.0, torch.finfo(dtype).min)
+    options = {"s_aux": torch.tensor([2.3, -1.0, 0.5, 5.0]), "scaling": 0.25}
+
+    def run(mask: torch.Tensor) -> torch.Tensor:
+        return dense.model_attention(attention, q, k, v, mask, is_causal=False, options=options)
+
+    assert torch.allclose(run(row), run(row.expand(1, 1, 700, 700).clone()), atol=1e-6)
+    with pytest.raises(ValueError, match=r"700 queries and 700 keys.*\(1, 1, 300, 700\)"):
+        run(row.expand(1, 1, 300, 700))
+
+
 def test_gradients_go_through_layers_that_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense, "_SCORES_AT_A_TIME", 1 << 16)
     monkeypatch.setattr(dense, "_ROWS", 100)

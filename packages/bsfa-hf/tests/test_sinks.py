@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 import bsfa_hf
 import zoo
@@ -354,4 +354,42 @@ def test_a_compiled_model_that_was_made_with_our_name(
     assert largest_difference(compiled(ids).logits, original(ids).logits) < 1e-5
     found = compiled(ids[:, 449:], **{name: other.past_key_values}).logits
     assert largest_difference(found, dense) < 1e-5
+    for length in (300, 100):  # the shorter one has nothing to skip
+        static = StaticCache(config=original.config, max_cache_len=600)
+        found = compiled(ids[:, :length], **{name: static}).logits
+        assert largest_difference(found, original(ids[:, :length]).logits) < 1e-5
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_a_compiled_prefill_into_a_static_cache(kind: str) -> None:
+    """The cache is longer than the prompt: no mask does not mean that its end is the prompt's."""
+    model, ids = tiny_model(kind), tokens(300)
+    name, dense = cache_argument(model), model(ids).logits
+    with bsfa_hf.enabled(model, table(-math.inf)):
+        compiled: Any = torch.compile(model, backend="eager")
+        static = StaticCache(config=model.config, max_cache_len=600)
+        assert largest_difference(compiled(ids, **{name: static}).logits, dense) < 1e-5
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_a_compiled_model_with_a_sink_for_each_query(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Inkling 2 passes them as ``sinks``, which SDPA passes over, too."""
+    table(-math.inf).save(tmp_path / "table.safetensors")
+    monkeypatch.setenv("BSFA_THRESHOLDS", str(tmp_path / "table.safetensors"))
+    original = zoo.tiny("inkling2_text")
+    for module in original.modules():
+        if hasattr(module, "sink_proj"):
+            module.sink_proj.weight.data *= 30
+    config = copy.deepcopy(original.config)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="bsfa").eval()
+    model.load_state_dict(original.state_dict())
+    ids = tokens(200)
+    model(ids)  # finds the table
+    compiled = torch.compile(model, backend="eager")
+    assert largest_difference(compiled(ids).logits, original(ids).logits) < 1e-5
     torch.compiler.reset()

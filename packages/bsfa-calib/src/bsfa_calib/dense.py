@@ -141,15 +141,17 @@ def model_attention(
     """What SDPA computes, or the model's own eager function where SDPA cannot.
 
     The eager function is given some queries and the keys that they see at a time, and computed
-    again in a backward pass, so that memory does not grow with the square of a prompt's length. On
-    a GPU sinks in 16 bits are left to SDPA's kernel where it can take them.
+    again in a backward pass, so that scores take no memory that grows with the square of a
+    prompt's length; masks of windowed layers do. On a GPU sinks in 16 bits are left to SDPA's
+    kernel where it can take them.
 
     Args:
         module: the attention module.
         query: [batch, heads, seqlen_q, head_dim].
         key: [batch, kv_heads, seqlen_k, head_dim].
         value: [batch, kv_heads, seqlen_k, head_dim of values].
-        mask: None for the causal one, or bool or additive, [batch, heads or 1, seqlen_q, seqlen_k].
+        mask: None for the causal one, or bool or additive, what can be expanded to [batch, heads,
+            seqlen_q, seqlen_k].
         is_causal: as the model passes it.
         options: the further arguments of the attention function.
 
@@ -159,6 +161,7 @@ def model_attention(
     Raises:
         NotImplementedError: scores are capped or there are sinks, and the model has no eager
             function.
+        ValueError: the mask has another shape.
     """
     from torch.utils.checkpoint import checkpoint
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -180,6 +183,13 @@ def model_attention(
             f"{type(module).__name__} caps its scores or has attention sinks, which SDPA cannot "
             "compute, and its module has no eager_attention_forward to compute them with"
         )
+    if mask is not None and mask.shape[2:] != (seqlen_q, seqlen_k):
+        if mask.shape[2] not in (1, seqlen_q) or mask.shape[3] not in (1, seqlen_k):
+            raise ValueError(
+                f"an attention mask for {seqlen_q} queries and {seqlen_k} keys must have these "
+                f"numbers, or 1, as its last dimensions; got {tuple(mask.shape)}"
+            )
+        mask = mask.expand(-1, -1, seqlen_q, seqlen_k)
     parts: list[Tensor] = []
     whole = any(options.get(name) is not None for name in _BY_ROW)
     for rows, keys in _stretches(query, key, None if whole else mask, causal, whole):

@@ -322,8 +322,8 @@ def _sparge(state: _Running, call: _Call) -> Tensor | Reason:
 
 def _sparge_reason(call: _Call, plan: Plan | None) -> Reason | None:
     """Why a call runs dense under SpargeAttn."""
-    names = {"softcap": Reason.SOFTCAP, "s_aux": Reason.SINKS, "position_bias": Reason.BIAS}
-    for name, reason in names.items():
+    names = {"softcap": Reason.SOFTCAP, "position_bias": Reason.BIAS}
+    for name, reason in {**names, "s_aux": Reason.SINKS, "sinks": Reason.SINKS}.items():
         if call.options.get(name) is not None:
             return reason
     if not call.causal:
@@ -341,7 +341,7 @@ def _sparge_reason(call: _Call, plan: Plan | None) -> Reason | None:
 
 
 def _refuse_extras(options: dict[str, Any]) -> None:
-    for name in ("softcap", "s_aux", "position_bias", "cu_seq_lens_q"):
+    for name in ("softcap", "s_aux", "sinks", "position_bias", "cu_seq_lens_q"):
         if options.get(name) is not None:
             raise ValueError(
                 f'mode "sliding_window" cannot honour {name}, which this model asks for'

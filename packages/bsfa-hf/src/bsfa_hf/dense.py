@@ -47,19 +47,20 @@ def dense_attention(
     original = original_of(getattr(module, "config", None))
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    offset = seqlen_k - seqlen_q  # position of the first query, where there is no mask
     if isinstance(mask, DeferredMask):
-        mask = mask.own(first)
+        mask, offset = mask.own(first), 0  # as SDPA takes None
     elif mask is not None:
         mask = mask[:, :, first:] if first else mask
     elif original == SDPA and causal and 1 < seqlen_q < seqlen_k:
         # Without a mask the queries are the last of the keys; SDPA would take them for the first.
-        mask = causal_mask(seqlen_q, seqlen_k, seqlen_k - seqlen_q, query.device)
+        mask = causal_mask(seqlen_q, seqlen_k, offset, query.device)
     if is_flash(original) and isinstance(mask, Tensor) and mask.ndim == 4:
         original = SDPA  # FlashAttention takes no 4-D masks
-    if original == SDPA and options.get("s_aux") is not None:
+    if original == SDPA and any(options.get(name) is not None for name in ("s_aux", "sinks")):
         original = EAGER  # SDPA passes over sinks
         if mask is None and causal and seqlen_q > 1:
-            mask = causal_mask(seqlen_q, seqlen_k, seqlen_k - seqlen_q, query.device)
+            mask = causal_mask(seqlen_q, seqlen_k, offset, query.device)
         if isinstance(mask, Tensor) and mask.dtype == torch.bool:
             mask = additive(mask, query.dtype)
     if original not in (EAGER, SDPA):

@@ -301,8 +301,9 @@ def bsfa_mask(
         static = isinstance(q_offset, Tensor) or q_offset + q_length != kv_length
         if reason is None and attention_mask is None and not static and none_is_causal(original):
             return None
-        if reason is Reason.OWN_MASK:
-            # No argument tells the attention function of the layer's chunks: the mask must.
+        if static or reason is Reason.OWN_MASK:
+            # No argument tells the attention function of a cache's empty part, or of the layer's
+            # chunks: the mask must.
             call["allow_is_causal_skip"] = False
         return own_mask(original)(**call)
 
