@@ -72,6 +72,18 @@ class Shape:
         """As in a record."""
         return str(self.dtype).removeprefix("torch.")
 
+    def fields(self) -> dict[str, str | int | bool]:
+        """What a record says of it."""
+        return {
+            "dtype": self.dtype_name,
+            "head_dim": self.head_dim,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "batch": self.batch,
+            "seqlen": self.seqlen,
+            "causal": self.causal,
+        }
+
     @property
     def pairs(self) -> int:
         """Number of (query, key) pairs that a head sees in one sequence."""

@@ -16,15 +16,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from bsfa_calib import Point, ThresholdFileError, ThresholdTable
 from bsfa_hf import __version__
 from bsfa_hf.cli import main, make_parser
 from bsfa_hf.cli.common import Loaded, choose_point, find_table
 from bsfa_hf.cli.demo import make_questions
-from tiny import table, tiny_model
+from tiny import byte_tokenizer, table, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +31,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny-model"
     model = tiny_model("llama", vocabulary=260)
     model.save_pretrained(path)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: index + 1 for index, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!").save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return path
 
 

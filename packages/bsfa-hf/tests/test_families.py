@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import bsfa_hf
 import zoo
@@ -22,7 +21,7 @@ from bsfa_calib.capture import calibrate
 from bsfa_hf import Reason
 from bsfa_hf.cli import main
 from spied import exact, spied
-from tiny import largest_difference, tokens
+from tiny import byte_tokenizer, largest_difference, tokens
 
 VOCABULARY = 260
 _COMMON: dict[str, Any] = {
@@ -118,12 +117,7 @@ def directory(model: Any, family: Family, tmp_path_factory: pytest.TempPathFacto
     """The model with a tokenizer that takes a byte for a token."""
     path = tmp_path_factory.mktemp("models") / f"tiny-{family.kind}"
     model.save_pretrained(path)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: index + 1 for index, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!").save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return path
 
 

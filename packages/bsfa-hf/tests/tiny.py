@@ -8,8 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from bsfa_calib import ThresholdTable
 
@@ -84,6 +91,16 @@ def small_llama() -> LlamaForCausalLM:
         initializer_range=0.15,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer that takes a byte for a token, from 1 on."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index + 1 for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!")
 
 
 def tokens(length: int, *, seed: int = 0, batch: int = 1) -> Tensor:
