@@ -26,8 +26,11 @@ _HARMLESS = frozenset(
 _UNDERSTOOD = frozenset(
     {"dropout", "position_bias", "s_aux", "scaling", "sinks", "sliding_window", "softcap"}
 )
+SINKS = ("s_aux", "sinks")
+"""Names under which models pass attention sinks: one for each head; one for each query."""
+
 # Arguments that SDPA passes over or refuses.
-_EAGER = ("softcap", "s_aux", "sinks")
+_EAGER = ("softcap", *SINKS)
 # Arguments that hold something for each query.
 _BY_ROW = ("position_bias", "sinks")
 # Queries whose keys are looked for together, and scores that an eager function computes at a time.
@@ -170,7 +173,7 @@ def model_attention(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if not any(options.get(name) is not None for name in _EAGER):
         if mask is None and causal and 1 < seqlen_q != seqlen_k:
-            mask = _causal_mask(slice(0, seqlen_q), seqlen_k - seqlen_q, slice(0, seqlen_k), query)
+            mask = causal_mask(seqlen_q, seqlen_k, seqlen_k - seqlen_q, query.device)
         out, _ = sdpa_attention_forward(
             module, query, key, value, mask, is_causal=is_causal, **options
         )
@@ -195,9 +198,11 @@ def model_attention(
     for rows, keys in _stretches(query, key, None if whole else mask, causal, whole):
         part = None if mask is None else mask[:, :, rows, keys]
         if mask is None and causal and seqlen_q > 1:
-            part = _causal_mask(rows, seqlen_k - seqlen_q, keys, query)
+            offset = seqlen_k - seqlen_q + rows.start - keys.start
+            sizes = rows.stop - rows.start, keys.stop - keys.start
+            part = causal_mask(*sizes, offset, query.device)
         if part is not None and part.dtype == torch.bool:
-            part = torch.where(part, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+            part = additive(part, query.dtype)
         arguments = query[:, :, rows], key[:, :, keys], value[:, :, keys], part
         if torch.is_grad_enabled():
             again: Any = checkpoint
@@ -317,10 +322,16 @@ def _seen_keys(mask: Tensor) -> list[slice] | None:
     return found
 
 
-def _causal_mask(queries: slice, offset: int, keys: slice, like: Tensor) -> Tensor:
-    """Bool [1, 1, queries, keys]: key j is seen by query i iff j <= i + offset."""
-    last_seen = torch.arange(queries.start, queries.stop, device=like.device)[:, None] + offset
-    return (torch.arange(keys.start, keys.stop, device=like.device) <= last_seen)[None, None]
+def causal_mask(seqlen_q: int, seqlen_k: int, offset: int, device: torch.device) -> Tensor:
+    """Bool [1, 1, seqlen_q, seqlen_k]: key j is seen by query i iff j <= i + offset."""
+    queries = torch.arange(seqlen_q, device=device) + offset
+    return (torch.arange(seqlen_k, device=device) <= queries[:, None])[None, None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as numbers to be added to scores: 0, or the lowest number of a dtype."""
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
 
 
 def named(dense: Mapping[int, str]) -> str:

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bsfa_calib.binding import State
-from bsfa_calib.dense import are_sinks, head_dim_reason, sinks_of
+from bsfa_calib.dense import additive, are_sinks, head_dim_reason, sinks_of
 from bsfa_calib.reasons import Reason
 from bsfa_calib.switch import register as register_attention
 from bsfa_hf import automatic
-from bsfa_hf.dense import additive, dense_attention, packed_mask
+from bsfa_hf.dense import dense_attention, packed_mask
 from bsfa_hf.masks import (
     DeferredMask,
     Plan,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bsfa_calib.binding import State
+from bsfa_calib.dense import SINKS
 from bsfa_calib.reasons import Reason
 from bsfa_calib.statistics import Statistics
 from bsfa_calib.switch import register as register_attention
@@ -323,7 +324,7 @@ def _sparge(state: _Running, call: _Call) -> Tensor | Reason:
 def _sparge_reason(call: _Call, plan: Plan | None) -> Reason | None:
     """Why a call runs dense under SpargeAttn."""
     names = {"softcap": Reason.SOFTCAP, "position_bias": Reason.BIAS}
-    for name, reason in {**names, "s_aux": Reason.SINKS, "sinks": Reason.SINKS}.items():
+    for name, reason in {**names, **dict.fromkeys(SINKS, Reason.SINKS)}.items():
         if call.options.get(name) is not None:
             return reason
     if not call.causal:
@@ -341,7 +342,7 @@ def _sparge_reason(call: _Call, plan: Plan | None) -> Reason | None:
 
 
 def _refuse_extras(options: dict[str, Any]) -> None:
-    for name in ("softcap", "s_aux", "sinks", "position_bias", "cu_seq_lens_q"):
+    for name in ("softcap", *SINKS, "position_bias", "cu_seq_lens_q"):
         if options.get(name) is not None:
             raise ValueError(
                 f'mode "sliding_window" cannot honour {name}, which this model asks for'

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsfa_hf.masks import DeferredMask, causal_mask
+from bsfa_calib.dense import SINKS, additive, causal_mask
+from bsfa_hf.masks import DeferredMask
 from bsfa_hf.originals import EAGER, SDPA, UnderOriginalName, is_flash, original_of, own_attention
 
 
@@ -57,7 +58,7 @@ def dense_attention(
         mask = causal_mask(seqlen_q, seqlen_k, offset, query.device)
     if is_flash(original) and isinstance(mask, Tensor) and mask.ndim == 4:
         original = SDPA  # FlashAttention takes no 4-D masks
-    if original == SDPA and any(options.get(name) is not None for name in ("s_aux", "sinks")):
+    if original == SDPA and any(options.get(name) is not None for name in SINKS):
         original = EAGER  # SDPA passes over sinks
         if mask is None and causal and seqlen_q > 1:
             mask = causal_mask(seqlen_q, seqlen_k, offset, query.device)
@@ -69,12 +70,6 @@ def dense_attention(
         options = {**options, "is_causal": is_causal}
     out, weights = own_attention(module, original)(module, query, key, value, mask, **options)
     return out, weights
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as numbers to be added to scores: 0, or the lowest number of a dtype."""
-    lowest = torch.finfo(dtype).min
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
 
 
 def packed_mask(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, device: torch.device) -> Tensor:

@@ -28,6 +28,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from bsfa_calib.dense import causal_mask
 from bsfa_calib.reasons import Reason
 from bsfa_hf.originals import EAGER, SDPA, none_is_causal, original_of, own_mask
 
@@ -234,12 +235,6 @@ def _takes_all(
         length = mask.shape[dim]
         return start in (None, 0) and (stop is None or stop >= length) and step == 1
     return False
-
-
-def causal_mask(seqlen_q: int, seqlen_k: int, offset: int, device: torch.device) -> Tensor:
-    """Bool [1, 1, seqlen_q, seqlen_k]: key j is seen by query i iff j <= i + offset."""
-    queries = torch.arange(seqlen_q, device=device) + offset
-    return (torch.arange(seqlen_k, device=device) <= queries[:, None])[None, None]
 
 
 def bsfa_mask(
