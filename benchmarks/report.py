@@ -47,6 +47,7 @@ _NAMES = {
 _SHAPE = ("gpu", "dtype", "head_dim", "heads", "kv_heads", "batch", "causal")
 _GROUP = (*_SHAPE, "inputs", "source")
 _LONG = (*("gpu", "model", "dtype", "lean", "seqlen", "candidate", "axis", "asked", "contexts"),)
+_LEARNED = (*("gpu", "model", "method", "seqlen", "serve_seqlen", "rule", "geometry", "voters"),)
 _KEYS = {
     "attention": (
         *(*_GROUP, "kernel", "seqlen", "asked", "rule", "geometry"),
@@ -67,6 +68,7 @@ _KEYS = {
         *("answer", "rate", "asked", "rule", "geometry", "selection", "voters"),
     ),
     "calibration": ("gpu", "model", "seqlen", "samples", "rule", "geometry", "points"),
+    "calibration_phase": (*_LEARNED, "phase"),
     "overhead": ("gpu",),
     "thresholds_study": (
         *("gpu", "model", "dtype", "seqlen", "contexts", "calibration_contexts"),
@@ -471,12 +473,15 @@ def serving_tables(records: Sequence[Record]) -> str:
 def calibration_tables(records: Sequence[Record]) -> str:
     """Markdown: time of a calibration beside that of dense prefill passes over the same samples.
 
+    Below it, time and memory of the phases of learned calibrations.
+
     Raises:
         ValueError: a record is one of a self-test.
     """
+    phases = _phase_tables([r for r in records if r["kind"] == "calibration_phase"])
     chosen = [record for record in records if record["kind"] == "calibration"]
     if not chosen:
-        return ""
+        return phases
     for record in chosen:
         _refuse_self_test(record, "calibration")
     header = ["model", "tokens", "samples", "rule", "blocks", "points", "dense passes, s"]
@@ -496,7 +501,41 @@ def calibration_tables(records: Sequence[Record]) -> str:
         ]
         for record in sorted(chosen, key=lambda r: (r["model"], r["seqlen"], r["rule"]))
     ]
-    return markdown_table(header, body) + "\n\n" + provenance(chosen) + "\n"
+    table = markdown_table(header, body) + "\n\n" + provenance(chosen) + "\n"
+    return f"{table}\n{phases}" if phases else table
+
+
+def _phase_tables(records: Sequence[Record]) -> str:
+    """Markdown: a table for each learned calibration, a row for each of its phases."""
+    parts = []
+    for group in grouped(records, _LEARNED):
+        for record in group:
+            _refuse_self_test(record, "calibration_phase")
+        first = group[0]
+        lengths = f"{_length(first['seqlen'])}, points found at {_length(first['serve_seqlen'])}"
+        parts += [
+            f"### {first['model']}, {first['method']} at {lengths} ({first['gpu']})",
+            f"{first['rule']}, {first['geometry']}, one voter in {first['voters']}. Measured is "
+            "what was done; the last column but one is computed: seconds each, times all that "
+            "`bsfa calibrate` does.",
+        ]
+        header = ["phase", "dtype", "done", "of all", "by the", "seconds", "seconds each"]
+        header += ["all, s (computed)", "peak GiB"]
+        body = [
+            [
+                *(record["phase"], record["dtype"], str(record["done"]), str(record["whole"])),
+                *(record["unit"], f"{record['seconds']:.1f}", f"{record['seconds_each']:.2f}"),
+                f"{record['whole_seconds_estimated']:.0f}",
+                f"{record['peak_gib']:.1f}",
+            ]
+            for record in group
+        ]
+        seconds = sum(record["seconds"] for record in group)
+        every = sum(record["whole_seconds_estimated"] for record in group)
+        peak = max(record["peak_gib"] for record in group)
+        total = ["sum, or largest", *[""] * 4, f"{seconds:.1f}", "", f"{every:.0f}", f"{peak:.1f}"]
+        parts += [markdown_table(header, [*body, total]), provenance(group)]
+    return "\n\n".join(parts) + ("\n" if parts else "")
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -708,6 +747,10 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[tuple[float, s
         if record["kind"] == "calibration":
             a, b = 1 / other["ratio"], 1 / record["ratio"]
             rows.append((b / a, what, f"{other['ratio']:.2f}", f"{record['ratio']:.2f}"))
+            continue
+        if record["kind"] == "calibration_phase":
+            a, b = other["seconds_each"], record["seconds_each"]
+            rows.append((a / b, what, f"{a:.2f} s", f"{b:.2f} s"))
             continue
         if record["kind"] == "serving_load":
             a, b = other["tokens_per_second"], record["tokens_per_second"]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ import harness
 import inputs
 import kernels
 import report
+from bsfa_calib.expected import Expected
 from bsfa_kernel import reference
 
 TINY = ["--model-shape", "tiny", "--device", "cpu", "--dtype", "float32"]
@@ -257,6 +259,68 @@ def test_calibration_is_timed_against_dense_passes(tmp_path: Path) -> None:
     assert record["repetitions"] == 3
     for name in ("dense_seconds", "calibration_seconds"):
         assert record[name] == sorted(record[f"{name}_each"])[1]
+
+
+LEARNED = ["--method", "learned", "--length", "1K", "--serve-length", "2K", "--dtype", "bfloat16"]
+FEW = ["--samples", "2", "--steps", "3", "--further-steps", "1", "--serve-samples", "1"]
+
+
+def test_the_phases_of_a_learned_calibration_are_those_of_the_command(tmp_path: Path) -> None:
+    import calibration
+
+    out = tmp_path / "calibration.jsonl"
+    points = ["--target-sparsities", "0.6,0.7", "--out", str(out)]
+    assert calibration.main([*TINY, *LEARNED, *FEW, *points]) == 0
+    records = list(harness.read_records(out))
+    assert [(r["phase"], r["dtype"], r["done"], r["whole"]) for r in records] == [
+        ("dense outputs", "float32", 2, 24),
+        ("learning", "float32", 3 + 1, 60 + 30),  # at 0.6 and 0.75: 1K leaves room for no more
+        ("block maxima", "bfloat16", 1, 2),
+        ("points", "bfloat16", 2, 2 * 6),
+    ]
+    for record in records:
+        assert (record["seqlen"], record["serve_seqlen"]) == (1024, 2048)
+        assert (record["rule"], record["geometry"], record["voters"]) == ("peak_lse", "128x64", 4)
+        assert record["seconds_each"] == pytest.approx(record["seconds"] / record["done"])
+        computed = record["seconds_each"] * record["whole"]
+        assert record["whole_seconds_estimated"] == pytest.approx(computed)
+    _, learning, _, found = records
+    assert learning["asked"] == [0.6, 0.75]
+    assert all(kl > 0 for kl in learning["kl"])
+    assert found["sparsity"] == pytest.approx([0.6, 0.7], abs=0.02)
+    assert found["passes"] >= 2
+
+
+def test_a_learned_calibration_that_does_nothing_is_no_measurement(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import calibration
+
+    def still(*_: Any, **__: Any) -> list[Any]:
+        thresholds = np.full((2, 4, 1), -2.5, np.float32)
+        return [calibration.learning.Learned(0.6, thresholds, 0.5, 0.1)]
+
+    out = tmp_path / "calibration.jsonl"
+    monkeypatch.setattr(calibration.learned, "learn_path", still)
+    with pytest.raises(RuntimeError, match=r"nothing was learned for 0\.6"):
+        calibration.main([*TINY, *LEARNED, *FEW, "--out", str(out)])
+    assert [r["phase"] for r in harness.read_records(out)] == ["dense outputs"]
+    for sparsity, kl in ((0.0, 0.1), (0.5, float("nan"))):
+        found = calibration.Calibrated(
+            types.SimpleNamespace(points=(0.6,)), (Expected(sparsity, kl, 0.0),)
+        )
+        with pytest.raises(RuntimeError, match=r"nothing is skipped at 0\.6"):
+            calibration._what_was_found(found)
+
+
+def test_a_learned_calibration_refuses_what_the_command_refuses(tmp_path: Path) -> None:
+    import calibration
+
+    lengths = ["--method", "learned", "--length", "2K", "--serve-length", "1K"]
+    with pytest.raises(ValueError, match="--serve-length must be at least --length"):
+        calibration.main([*TINY, *lengths, "--out", str(tmp_path / "c.jsonl")])
+    with pytest.raises(SystemExit):
+        calibration.main([*TINY, *LEARNED, "--steps", "0"])
 
 
 def test_prefill_takes_flash_attention_3_where_it_is_installed(

@@ -40,6 +40,14 @@ def calibration_record(**changes: Any) -> dict[str, Any]:
     )
 
 
+def phase_record(phase: str, done: int, whole: int, **changes: Any) -> dict[str, Any]:
+    what = {"model": "a model", "method": "learned", "seqlen": 4096, "serve_seqlen": 131072}
+    much = {"phase": phase, "unit": "step", "done": done, "whole": whole}
+    time = {"seconds": 2.0 * done, "seconds_each": 2.0, "whole_seconds_estimated": 2.0 * whole}
+    rest = {"rule": "peak_lse", "voters": 4, "peak_gib": 60.5, **changes}
+    return attention_record(kind="calibration_phase", **{**what, **much, **time, **rest})
+
+
 def test_the_table_has_a_row_for_each_kernel_and_a_column_for_each_sparsity(
     records: Records,
 ) -> None:
@@ -237,6 +245,30 @@ def test_prefill_and_calibration_have_tables() -> None:
     assert "times torch SDPA" in table
     assert "1.40" in table
     assert "1.50" in report.calibration_tables([calibration_record()])
+
+
+def test_phases_of_a_calibration_say_what_was_measured_and_what_is_computed(
+    tmp_path: Path,
+) -> None:
+    learning = phase_record("learning", 12, 120)
+    points = phase_record("points", 2, 14, dtype="bfloat16", peak_gib=40.0)
+    text = report.calibration_tables([learning, points])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    rows = [row for row in rows if len(row) > 1]
+    assert rows[0][-2] == "all, s (computed)"
+    assert rows[2] == [
+        *("learning", "bfloat16", "12", "120", "step", "24.0", "2.00", "240", "60.5"),
+    ]
+    assert rows[4] == ["sum, or largest", "", "", "", "", "28.0", "", "268", "60.5"]
+    assert "learned at 4K, points found at 128K (A GPU)" in text
+    both = report.calibration_tables([calibration_record(), learning])
+    assert both.index("1.50") < both.index("learned at 4K")
+    with pytest.raises(ValueError, match="self-test"):
+        report.calibration_tables([phase_record("points", 1, 1, self_test=True)])
+    later = phase_record("learning", 12, 120, seconds_each=1.0, date="2026-03-01T00:00:00+00:00")
+    files = [save(tmp_path / "old", [learning, points]), save(tmp_path / "new", [later])]
+    assert [record["seconds_each"] for record in report.load(files)] == [1.0, 2.0]
+    assert report.compare([learning, points], [later])[0][0] == pytest.approx(2.0)
 
 
 def test_comparing_two_runs_finds_the_ratio_of_what_they_share(

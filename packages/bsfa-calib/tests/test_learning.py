@@ -24,7 +24,7 @@ from bsfa_calib.gated import gated_attention
 from bsfa_calib.hook import BlockSparse, applied
 from bsfa_calib.language_model import LanguageModel
 from bsfa_calib.learned import ThresholdPath, calibrate, learn_path
-from bsfa_calib.learning import Learned, Settings, knot_weights, learn
+from bsfa_calib.learning import Learned, Settings, dense_outputs, knot_weights, learn
 from bsfa_calib.tuning import TuningError, find_scalar
 from bsfa_kernel import RULES, Geometry, reference
 from tiny_calib import small_llama, tiny_model
@@ -284,6 +284,44 @@ def test_knots_share_out_every_position() -> None:
     assert np.allclose(weights.sum(0), 1)
     assert weights[0, 0] == weights[-1, -1] == 1
     assert np.array_equal(knot_weights(32, 1), np.ones((1, 32)))
+
+
+def test_dense_outputs_are_made_once_and_change_nothing(
+    model: LlamaForCausalLM, samples: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(steps=2, further_steps=2)
+    options: dict[str, Any] = {"rule": "peak_lse", "geometry": GEOMETRY, "settings": settings}
+    given = dense_outputs(model, samples)
+    assert given.free == (0, 1)
+    assert [tuple(hidden.shape) for hidden in given.hidden] == [
+        (len(ids), model.config.hidden_size) for ids in samples
+    ]
+    for found, fresh in zip(
+        learn(model, samples, [0.3, 0.4], dense=given, **options),
+        learn(model, samples, [0.3, 0.4], **options),
+        strict=True,
+    ):
+        assert np.array_equal(found.thresholds, fresh.thresholds)
+        assert found.kl == fresh.kl
+    with pytest.raises(ValueError, match=f"must be of the {len(samples)} samples, got 1"):
+        learn(model, samples, [0.3], dense=dense_outputs(model, samples[:1]), **options)
+    calls: list[int] = []
+
+    def counted(model: LlamaForCausalLM, samples: list[list[int]]) -> Any:
+        calls.append(len(samples))
+        return dense_outputs(model, samples)
+
+    monkeypatch.setattr(calibration, "dense_outputs", counted)
+    told: list[str] = []
+    learn_path(
+        *(model, samples),
+        target_sparsities=(0.3,),
+        rungs=(0.3, 0.4),
+        progress=told.append,
+        **options,
+    )
+    assert calls == [len(samples)]
+    assert told[0].startswith(f"dense outputs of {len(samples)} samples in ")
 
 
 def test_samples_of_different_lengths_and_odd_settings_are_refused(

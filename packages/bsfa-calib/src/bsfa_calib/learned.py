@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +24,15 @@ import numpy as np
 
 from bsfa_calib.expected import Calibrated, Expected, Measure, with_expected
 from bsfa_calib.language_model import fingerprint
-from bsfa_calib.learning import Float32Array, Learned, Settings, learn
+from bsfa_calib.learning import (
+    DenseOutputs,
+    Float32Array,
+    Learned,
+    Settings,
+    dense_outputs,
+    learn,
+)
+from bsfa_calib.progress import clock
 from bsfa_calib.thresholds import DEFAULT_VOTERS, ThresholdTable, write_atomically
 from bsfa_calib.tuning import TuningError
 from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
@@ -86,6 +95,7 @@ def learn_path(
     start: Float32Array | None = None,
     rungs: Sequence[float] | None = None,
     serve_length: int | None = None,
+    dense: DenseOutputs | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Learned]:
@@ -105,9 +115,10 @@ def learn_path(
         rungs: sparsities to learn at, ascending, instead of those of the ladder.
         serve_length: tokens of the samples that the target sparsities refer to, if they are longer
             (see ``serving``).
+        dense: ``dense_outputs`` of the model and the samples, if they are there already.
         checkpoint: file that keeps what is learned; what a run of the same model with the same
             arguments left there is used, as far as its rungs are those needed now.
-        progress: told of every tenth step.
+        progress: told of the dense passes and of every tenth step.
 
     Raises:
         TuningError: a target cannot be reached at this length, so short that next to nothing can,
@@ -140,6 +151,11 @@ def learn_path(
     while len(made) < len(ladder):
         if made and max_losses and made[-1].kl > 1.2 * max(max_losses):
             break
+        if dense is None:
+            begun = time.perf_counter()
+            dense = dense_outputs(model, samples)
+            taken = clock(time.perf_counter() - begun)
+            progress(f"dense outputs of {len(samples)} samples in {taken}")
         begin = made[-1].thresholds if made else start
         steps = settings.further_steps if made else settings.steps
         made += learn(
@@ -151,6 +167,7 @@ def learn_path(
             voters=voters,
             settings=replace(settings, steps=steps),
             start=begin,
+            dense=dense,
             progress=progress,
         )
         _save(checkpoint, key, made)

@@ -97,6 +97,41 @@ class Settings:
             )
 
 
+@dataclass(frozen=True)
+class DenseOutputs:
+    """What a model gives under dense attention, which divergences are measured from.
+
+    Attributes:
+        hidden: final hidden states of each sample, [seqlen, width], on the model's device.
+        free: the layers that can skip blocks of these samples, ascending.
+    """
+
+    hidden: tuple[Tensor, ...]
+    free: tuple[int, ...]
+
+
+def dense_outputs(model: Any, samples: Sequence[Sequence[int]]) -> DenseOutputs:
+    """Read samples dense, in the arithmetic that thresholds are learned in.
+
+    Args:
+        model: a decoder of transformers.
+        samples: tokens of each.
+
+    Raises:
+        HookError: no layer of the model can skip a block.
+    """
+    language_model = LanguageModel(model)
+    hidden: list[Tensor] = []
+    dense: dict[int, str] = {}
+    with _tensor_float32(), applied(model, None) as meter:
+        for ids in samples:
+            # A copy made outside of inference mode may have a part in gradients.
+            hidden.append(language_model.predict(ids).hidden.clone())
+            dense = check_layers(meter, model)
+    layers, _ = attention_shape(model)
+    return DenseOutputs(tuple(hidden), tuple(n for n in range(layers) if n not in dense))
+
+
 def learn(
     model: Any,
     samples: Sequence[Sequence[int]],
@@ -107,6 +142,7 @@ def learn(
     voters: int = 1,
     settings: Settings | None = None,
     start: npt.ArrayLike | None = None,
+    dense: DenseOutputs | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Learned]:
     """Learn thresholds for several sparsities, one after the other.
@@ -121,17 +157,23 @@ def learn(
         settings: how.
         start: thresholds to start from: [layers, heads], or [layers, heads, rows] with one row, or
             one for each query block of the samples; by default one scalar.
+        dense: ``dense_outputs`` of the model and the samples, if they are there already.
         progress: told of every tenth step.
 
     Raises:
         HookError: no layer of the model can skip a block.
-        ValueError: there are no samples, their lengths differ, or the thresholds to start from are
-            not of the model's layers and heads.
+        ValueError: there are no samples, their lengths differ, the dense outputs are of another
+            number of samples, or the thresholds to start from are not of the model's layers and
+            heads.
     """
     if len({len(ids) for ids in samples}) != 1:
         raise ValueError("at least one sample is needed, and all of the same length")
+    if dense is not None and len(dense.hidden) != len(samples):
+        raise ValueError(
+            f"dense outputs must be of the {len(samples)} samples, got {len(dense.hidden)}"
+        )
     learner = _Learner(
-        *(model, samples, settings or Settings(), rule, geometry, voters, start, progress)
+        *(model, samples, settings or Settings(), rule, geometry, voters, start, dense, progress)
     )
     results = []
     with _tensor_float32():
@@ -166,6 +208,7 @@ class _Learner:
         geometry: Geometry,
         voters: int,
         start: npt.ArrayLike | None,
+        dense: DenseOutputs | None,
         progress: Callable[[str], None],
     ) -> None:
         self.language_model = LanguageModel(model)
@@ -199,16 +242,14 @@ class _Learner:
         self.taken = 0
         # Sums over all thresholds of the gradients of divergence and sparsity, decayed.
         self.totals = [0.0, 0.0]
-        self.dense: dict[int, Tensor] = {}
         self.order: list[int] = []
         self.random = np.random.default_rng(settings.seed)
         self.slopes = torch.zeros((*shape, rows), device=device)
         self.skipped = torch.zeros(shape, device=device)
-        with applied(model, None) as meter:
-            self.dense[0] = self.language_model.predict(samples[0]).hidden.clone()
-        dense_layers = check_layers(meter, model)
+        dense = dense or dense_outputs(model, samples)
+        self.dense = dense.hidden
         # Sparsities are those of the layers that can skip; the others stay at 0.
-        self.free = [layer for layer in range(shape[0]) if layer not in dense_layers]
+        self.free = list(dense.free)
 
     def learn(self, target: float, steps: int) -> Learned:
         average = torch.zeros_like(self.knots)
@@ -266,9 +307,6 @@ class _Learner:
         index = int(self.order.pop())
         ids = self.samples[index]
         model = self.language_model.model
-        if index not in self.dense:
-            with applied(model, None):
-                self.dense[index] = self.language_model.predict(ids).hidden.clone()
         knots = self.knots.clone().requires_grad_()
         tokens = torch.tensor([list(ids)], device=self.language_model.device)
         with torch.enable_grad():

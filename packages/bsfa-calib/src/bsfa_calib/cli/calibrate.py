@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bsfa_calib import __version__
 from bsfa_calib.cli.common import INTERRUPTED, note, table_path
-from bsfa_calib.cli.flags import add_flags, command, complete
+from bsfa_calib.cli.flags import LEARNED_IN, add_flags, command, complete
 from bsfa_calib.cli.jobs import Job
 from bsfa_calib.report import printable
 from bsfa_calib.thresholds import ThresholdTable
@@ -95,10 +95,9 @@ def run(arguments: argparse.Namespace, *, paper: Paper | None = None) -> int:
 
     models.locate(arguments.model)
     note(f"loading {printable(arguments.model)}")
-    # Gradients are small: thresholds are learned in float32, and measured in the dtype of the use.
     loaded = models.load(
         arguments.model,
-        dtype="float32" if method == "learned" else arguments.dtype,
+        dtype=LEARNED_IN if method == "learned" else arguments.dtype,
         device=arguments.device,
         offline=arguments.offline,
     )

@@ -26,6 +26,9 @@ from bsfa_calib.thresholds import DEFAULT_VOTERS, RULES, VOTERS
 
 METHODS = ("learned", "scalar", "topk")
 
+# Gradients are small: thresholds are learned in this dtype, and measured in that of the use.
+LEARNED_IN = "float32"
+
 # Points of a table that is calibrated without saying which.
 TARGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 

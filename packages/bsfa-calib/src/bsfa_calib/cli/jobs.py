@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -68,23 +68,22 @@ class Job:
             "voters": arguments.voters,
             "progress": note,
         }
-        begin = time.monotonic()
-        path = learned.learn_path(
-            self._model,
-            self._samples,
-            **common,
-            settings=Settings(
-                steps=arguments.steps,
-                further_steps=arguments.further_steps,
-                knots=arguments.knots,
-                ceiling=arguments.ceiling,
-                seed=arguments.seed,
-            ),
-            start=None if self._start is None else self._start.thresholds[0],
-            serve_length=arguments.serve_length,
-            checkpoint=self._learned,
-        )
-        note(f"learned in {clock(time.monotonic() - begin)}")
+        with self._phase("learned"):
+            path = learned.learn_path(
+                self._model,
+                self._samples,
+                **common,
+                settings=Settings(
+                    steps=arguments.steps,
+                    further_steps=arguments.further_steps,
+                    knots=arguments.knots,
+                    ceiling=arguments.ceiling,
+                    seed=arguments.seed,
+                ),
+                start=None if self._start is None else self._start.thresholds[0],
+                serve_length=arguments.serve_length,
+                checkpoint=self._learned,
+            )
         dtype = arguments.dtype
         if dtype == "auto":
             dtype = "float32" if self._model.device.type == "cpu" else "bfloat16"
@@ -204,17 +203,7 @@ class Job:
         assert geometry is not None
         if arguments.target_sparsity or arguments.max_loss:
             return tuple(arguments.target_sparsity or ())
-        from bsfa_calib.learned import reachable
-
-        length = arguments.serve_length or arguments.length
-        rungs = reachable(length, geometry)
-        targets = [target for target in TARGETS if rungs and target <= rungs[-1]]
-        if not targets:
-            raise ValueError(
-                f"nothing to gain: of prompts of {length} tokens hardly a block can be "
-                "skipped at all; calibrate for longer ones, or leave them dense"
-            )
-        return targets
+        return default_targets(arguments.serve_length or arguments.length, geometry)
 
     def _serve(self, path: ThresholdPath, samples: int, aggregate: str) -> Made:
         """The points on a path at the serving length."""
@@ -222,10 +211,9 @@ class Job:
 
         arguments, geometry = self._arguments, self._geometry
         assert geometry is not None
-        begin = time.monotonic()
         reporter = ProgressReporter()
         note(f"finding the points at {max(map(len, self._serving))} tokens")
-        with reporter.interruptible():
+        with self._phase("found the points"), reporter.interruptible():
             found = serving.serve(
                 self._model,
                 path,
@@ -242,8 +230,23 @@ class Job:
                 reading=reporter,
                 progress=reporter.note,
             )
-        note(f"found the points in {clock(time.monotonic() - begin)}")
         return self._measured(found, samples)
+
+    @contextlib.contextmanager
+    def _phase(self, done: str) -> Iterator[None]:
+        """Tell what is done in the end, its time, and the most GPU memory that it took."""
+        import torch
+
+        device = self._model.device
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        begin = time.monotonic()
+        yield
+        told = f"{done} in {clock(time.monotonic() - begin)}"
+        if on_gpu:
+            told += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB at most"
+        note(told)
 
     def _measured(self, found: Calibrated, samples: int) -> Made:
         """The table of a calibration that was measured, and what is printed about it."""
@@ -260,6 +263,24 @@ class Job:
             ]
 
         return dataclasses.replace(found.table, samples=samples), lines
+
+
+def default_targets(length: int, geometry: Geometry) -> tuple[float, ...]:
+    """The sparsities that a table is for unless it is told, as far as a length leaves room.
+
+    Raises:
+        ValueError: it leaves room for none.
+    """
+    from bsfa_calib.learned import reachable
+
+    rungs = reachable(length, geometry)
+    targets = tuple(target for target in TARGETS if rungs and target <= rungs[-1])
+    if not targets:
+        raise ValueError(
+            f"nothing to gain: of prompts of {length} tokens hardly a block can be skipped at all; "
+            "calibrate for longer ones, or leave them dense"
+        )
+    return targets
 
 
 def _statistics(table: ThresholdTable) -> list[str]:
