@@ -162,7 +162,7 @@ class Phases:
         """Load the model, in the dtype that the command learns in.
 
         Raises:
-            ValueError: the lengths do not go together, or leave room for no point.
+            ValueError: the lengths do not go together, or leave no room for a point.
         """
         asked = command(arguments)
         self._options = {
@@ -190,6 +190,7 @@ class Phases:
             )
         )
         self._length, self._serve_length = asked.length, asked.serve_length
+        learned.check_points(self._here.targets, (), self._serve_length, asked.geometry)
         self._seed, self._knots, self._ceiling = asked.seed, asked.knots, asked.ceiling
         self._rungs = learned.serving_rungs(
             self._command.targets, self._length, self._options["geometry"]

@@ -319,6 +319,8 @@ def test_a_learned_calibration_refuses_what_the_command_refuses(tmp_path: Path) 
     lengths = ["--method", "learned", "--length", "2K", "--serve-length", "1K"]
     with pytest.raises(ValueError, match="--serve-length must be at least --length"):
         calibration.main([*TINY, *lengths, "--out", str(tmp_path / "c.jsonl")])
+    with pytest.raises(ValueError, match=r"below 0\.882, got 0\.9"):
+        calibration.main([*TINY, *LEARNED, "--target-sparsities", "0.9"])
     with pytest.raises(SystemExit):
         calibration.main([*TINY, *LEARNED, "--steps", "0"])
 
