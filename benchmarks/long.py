@@ -30,7 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ from kernels import FlashAttention3
 from prefill import AttentionClock, fa3_attention, lean
 from study import ruler
 from study.lengths import Candidate, Candidates
+from study.rivals import Sparge
 from study.rivals import Window as SlidingWindow
 
 DENSE = "dense"
@@ -197,8 +198,9 @@ class Study:
                 raise RuntimeError(f"its predictions are not finite in {self.arguments.dtype}")
         before = clocks(self.device)
         times = Times()
+        timed = replace(method, counts=False) if isinstance(method, Sparge) else method
         for count in range(-self.warm_ups, self.arguments.repetitions):
-            with applied(self.model, method), self.clock.watching(ATTENTION_NAME):
+            with applied(self.model, timed), self.clock.watching(ATTENTION_NAME):
                 self._prefill(times if count >= 0 else Times())
         record = {
             **self._named("long_text", candidate, point),

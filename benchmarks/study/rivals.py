@@ -174,13 +174,18 @@ class Antidiagonal:
 class Sparge:
     """SpargeAttention (arXiv 2502.18137), by the kernel of its package.
 
+    It is the one that keeps values in 16 bits: the package's functions with values in 8 bits, which
+    have a kernel for Hopper, do not hand ``is_causal`` on to it.
+
     Attributes:
         kernel: as ``bsfa_hf.baselines.SpargeAttention`` finds it.
         topk: share of the blocks that it is to keep.
+        counts: whether it tells what it left out, for which the host waits; else that is NaN.
     """
 
     kernel: Callable[..., Any]
     topk: float
+    counts: bool = True
 
     @classmethod
     def find(cls, model: Any, topk: float) -> Sparge:
@@ -214,7 +219,7 @@ class Sparge:
         groups = q.shape[2] // k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        out, skipped = self.kernel(
+        found = self.kernel(
             q=q,
             k=k,
             v=v,
@@ -222,7 +227,8 @@ class Sparge:
             scale=scale,
             tensor_layout="HND",
             output_dtype=q.dtype,
-            return_sparsity=True,
+            return_sparsity=self.counts,
             **{**SPARGE_DEFAULTS, "topk": self.topk},
         )
+        out, skipped = found if self.counts else (found, torch.nan)
         return Attended(out.transpose(1, 2), q.new_full((q.shape[1],), float(skipped)).float())

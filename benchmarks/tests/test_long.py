@@ -53,6 +53,40 @@ def test_a_window_sees_whole_blocks_of_it_and_the_first() -> None:
     assert left == [*range(64), *range(540, 640)]
 
 
+def test_sparge_attention_is_called_as_its_package_wants() -> None:
+    """Its functions take HND, as many heads of keys as of queries, and numbers of Python's own."""
+    calls: list[dict[str, Any]] = []
+
+    def kernel(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        simthreshd1: float = -0.1,
+        topk: float = 0.5,
+        pvthreshd: float = 50,
+        tensor_layout: str = "HND",
+        output_dtype: torch.dtype = torch.float16,
+        return_sparsity: bool = False,
+    ) -> Any:
+        assert q.shape == k.shape == v.shape == (1, 4, 640, 32)
+        assert {type(x) for x in (simthreshd1, topk, pvthreshd)} <= {int, float}
+        calls.append({"topk": topk, "layout": tensor_layout, "told": return_sparsity})
+        out = scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+        return (out, 0.25) if return_sparsity else out
+
+    q, k, v = heads(640)
+    expected = masked(q, k, v, torch.ones(640, 640, dtype=torch.bool))
+    for counts in (True, False):
+        found = rivals.Sparge(kernel, 0.35, counts)(q, k, v, 0, 0.2)
+        torch.testing.assert_close(found.out, expected, rtol=1e-4, atol=1e-5)
+        assert found.skipped.shape == (4,)
+        assert bool(found.skipped.isnan().all()) == (not counts)
+    assert calls == [{"topk": 0.35, "layout": "HND", "told": told} for told in (True, False)]
+
+
 def test_antidiagonal_sums_are_those_of_the_scores() -> None:
     q, k, _ = heads(256)
     chosen = rivals.Antidiagonal(1.0, stride=16)
@@ -314,6 +348,26 @@ def test_a_candidate_that_fails_does_not_stop_the_others(
     assert "sliding window and sink is left out: no such kernel" in capsys.readouterr().err
     names = {record["candidate"] for record in read_records(folder / "long.jsonl")}
     assert names == {"dense", "antidiagonal sums (XAttention)"}
+
+
+def test_sparge_attention_is_timed_without_its_count(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[bool] = []
+
+    def call(self: rivals.Sparge, *arguments: Any) -> Attended:
+        counted.append(self.counts)
+        return rivals.Window(256)(*arguments)
+
+    monkeypatch.setattr(rivals.Sparge, "find", staticmethod(lambda _, k: rivals.Sparge(print, k)))
+    monkeypatch.setattr(rivals.Sparge, "__call__", call)
+    assert long.main(words(folder, "--prompts", "0", "--only", "Sparge")) == 0
+    names = [record["candidate"] for record in read_records(folder / "long.jsonl")]
+    assert names == ["dense", *["SpargeAttention"] * 4]
+    layers = counted.index(False) // 2  # two windows are read before the first is timed
+    assert layers > 0
+    assert counted.count(True) == 4 * 2 * layers
+    assert counted.count(False) >= 4 * layers
 
 
 def test_predictions_that_are_not_finite_are_no_record(
