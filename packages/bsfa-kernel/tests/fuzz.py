@@ -98,7 +98,7 @@ class Call:
             layout=rng.choice(["plain", "plain", "heads first", "padded", "interleaved"]),
             special=rng.choice([None] * 7 + [float("nan"), INF, -INF]),
             voters=rng.choice(VOTERS),
-            page_size=rng.choice([None, None, 16, 48, 64, 128, 256]),
+            page_size=rng.choice([None, None, 16, 32, 48, 64, 96, 256]),
             sinks=rng.choice([None, None, *cases.SINKS]),
         )
         if rng.random() > 0.03:

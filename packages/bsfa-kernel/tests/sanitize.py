@@ -49,7 +49,7 @@ def call_on_pages(
     keys, values = ([draw(length, 2) for length in lengths] for _ in range(2))
     q = torch.stack([draw(140, 4) for _ in lengths])
     thresholds = torch.zeros((4, 1), device="cuda")
-    for page_size in (16, 48, 64):
+    for page_size in (16, 96, 64):
         cache = paging.paged(keys, values, page_size, seed=page_size)
         cache.seqused_k[4] = 2**31 - 1
         cache.block_table[3, 1] = 2**30

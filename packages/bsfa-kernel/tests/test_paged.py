@@ -36,7 +36,8 @@ from compare import assert_close, assert_lse_close, by_query, error_budget
 
 INF = math.inf
 
-PAGE_SIZES = (16, 48, 64, 128, 256)
+# gcd(page_size, 64), the rows that are loaded at once: 16, 16, 64, 32, 64.
+PAGE_SIZES = (16, 48, 64, 96, 256)
 
 # Queries and keys: no keys, one key, ends inside a page and at its end, cut query blocks.
 LENGTHS = (
@@ -309,6 +310,61 @@ def test_block_maxima_are_those_of_each_sequence(
             )
             assert (own[:, :, columns:] == -INF).all()
             assert (own[..., blocks:] == -INF).all()
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("head_dim", cases.KERNEL_HEAD_DIMS)
+def test_long_sequences_give_what_they_give_side_by_side(
+    target, dtype, geometry, head_dim, page_size
+):
+    """Some tiles a multiprocessor, and some batches of boxes a tile, whole and cut."""
+    target.require("forward", dtype, head_dim)
+    target.require("attend_blocks", dtype, head_dim)
+    generator = torch.Generator().manual_seed(page_size)
+    # With one of no key between; 2048 keys are 32 blocks.
+    lengths = ((400, 4168), (70, 0), (2048, 2048), (1500, 2240), (1, 3000))
+    heads, kv_heads = (16, 4) if target.arch else (2, 1)
+    if not target.arch:
+        lengths = lengths[1:2] + lengths[3:]
+
+    def draw(length, heads):
+        x = torch.randn((length, heads, head_dim), generator=generator)
+        return x.to(target.device, dtype)
+
+    starts = torch.tensor([[0, 0], *lengths]).cumsum(0).to(target.device, torch.int32)
+    q = draw(sum(length for length, _ in lengths), heads)
+    keys, values = ([draw(length, kv_heads) for _, length in lengths] for _ in range(2))
+    cache = paging.paged(keys, values, page_size, seed=page_size)
+    in_pages = {**cache.options, "cu_seqlens_q": starts[:, 0].contiguous()}
+    side_by_side = {
+        "cu_seqlens_q": in_pages["cu_seqlens_q"],
+        "cu_seqlens_k": starts[:, 1].contiguous(),
+    }
+    k, v = torch.cat(keys), torch.cat(values)
+    # Dense heads among others: some tiles have nothing to vote on.
+    thresholds = cases.MIXED_LEVELS["peak_lse"] + torch.linspace(-1, 1, heads)[:, None]
+    thresholds[::3] = -INF
+    options = {
+        "rule": "peak_lse",
+        "geometry": geometry,
+        "return_lse": True,
+        "return_kept": True,
+    }
+    thresholds = thresholds.to(target.device)
+    expected = block_sparse_attention(q, k, v, thresholds, **side_by_side, **options)
+    found = block_sparse_attention(q, cache.k, cache.v, thresholds, **in_pages, **options)
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
+    assert not found[0].isnan().any()
+    del options["rule"]
+    columns = expected[2].shape[1]
+    blocks = torch.rand((heads, columns, -(-4168 // 64)), generator=generator) < 0.6
+    mask = pack_blocks(blocks.to(target.device))
+    expected = attend_blocks(q, k, v, mask, **side_by_side, **options)
+    found = attend_blocks(q, cache.k, cache.v, mask, **in_pages, **options)
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
+    assert not found[0].isnan().any()
 
 
 # ---------------------------------------------------------------------------------------- chunks

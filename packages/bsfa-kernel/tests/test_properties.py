@@ -461,7 +461,7 @@ def of_sequence(found, index, starts, columns, geometry, *, packed):
 @given(
     call=calls(),
     data=st.data(),
-    page_size=st.sampled_from([16, 48, 64, 128, 256, None]),
+    page_size=st.sampled_from([16, 32, 48, 64, 256, None]),
     layout=st.sampled_from(paging.LAYOUTS),
     packed=st.booleans(),
     selection=st.sampled_from(["exact", "int8"]),

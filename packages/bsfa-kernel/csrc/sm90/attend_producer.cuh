@@ -30,6 +30,7 @@ __device__ __forceinline__ void take_tiles(const AttendKernelParams& params,
     auto& published = storage.tiles[slot];
     if (next >= order.tiles) {
       published.end();
+      keep_order();
       storage.tile_full[slot].arrive();
       storage.q_full.arrive();
       return;
@@ -41,6 +42,7 @@ __device__ __forceinline__ void take_tiles(const AttendKernelParams& params,
     static_cast<QueryTile&>(published) = tile;
     published.is_end = false;
     describe(published, TileLength{record.y, record.z});
+    keep_order();
     storage.tile_full[slot].arrive();
     storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
   }

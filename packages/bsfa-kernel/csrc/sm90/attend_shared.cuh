@@ -11,7 +11,8 @@
 
 namespace bsfa::sm90 {
 
-// A tile whose 128 queries are one sparsity block, as it is published to the consumers and to the loaders.
+// A tile whose 128 queries are one sparsity block, as it is published to the consumers and to the other
+// producers.
 // `key_blocks` counts the places of its list, and the blocks of the places [0, full) hold no masked score;
 // places are numbered as the dense pass visits them, from the last to the first.
 struct SharedListTile : Tile {
@@ -50,7 +51,7 @@ struct SharedListConfig : ListConfig<Element_, kHeadDim_> {
     alignas(1024) Element v[Base::kValueStages * Base::kBlockElements];
 
     SharedListTile tiles[Base::kTileSlots];
-    cutlass::arch::ClusterBarrier tile_full[Base::kTileSlots];   // for the loaders
+    cutlass::arch::ClusterBarrier tile_full[Base::kTileSlots];   // for the other producers
     cutlass::arch::ClusterBarrier tile_empty[Base::kTileSlots];  // from them
     cutlass::arch::ClusterTransactionBarrier q_full;
     cutlass::arch::ClusterBarrier q_empty;
@@ -58,6 +59,7 @@ struct SharedListConfig : ListConfig<Element_, kHeadDim_> {
     cutlass::arch::ClusterBarrier k_empty[Base::kKeyStages];
     cutlass::arch::ClusterTransactionBarrier v_full[Base::kValueStages];
     cutlass::arch::ClusterBarrier v_empty[Base::kValueStages];
+    FoundBoxes found;
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
@@ -129,56 +131,72 @@ struct SharedListProducer {
     });
   }
 
-  // A warp for K and one for V. Follows the tiles that are published, as far ahead of the consumers as there
-  // are stages. buffer_of: where a stage begins. kPaged: keys and values lie in pages.
-  template <bool kPaged, int kStages, class BufferOf>
+  // One warp. Finds the blocks of the tiles that are published, ahead of the loads of K and of V, so that
+  // neither waits for the mask or for a page table.
+  __device__ __forceinline__ void find_boxes() const {
+    const AttendParams& attend = params.order.attend;
+    BoxFinder finder(storage.found, attend);
+    for_each_taken_tile<Config>(storage, [&](const SharedListTile& tile) BSFA_INLINE_LAMBDA {
+      Places places(attend, tile, tile.first, tile.length, Config::kStepBlocks);
+#pragma unroll 1
+      for (int remaining = tile.key_blocks; remaining > 0; remaining -= finder.blocks()) {
+        int key_block = place::kNoBlock;  // the lane's
+#pragma unroll 1
+        for (int i = 0; i < min(remaining, finder.blocks()); ++i) {
+          const int next = places.next();
+          key_block = i == finder.block() ? next : key_block;
+        }
+        finder.publish(find_box(attend, tile.sequence, key_block, finder.row()));
+      }
+    });
+  }
+
+  // A warp for K and one for V, of which one lane works. As far ahead of the consumers as there are stages.
+  // buffer_of: where a stage begins.
+  template <int kStages, class BufferOf>
   __device__ __forceinline__ void load_blocks(const CUtensorMap& map,
                                               cutlass::arch::ClusterTransactionBarrier (&full)[kStages],
                                               cutlass::arch::ClusterBarrier (&empty)[kStages],
                                               Element* blocks, const BufferOf& buffer_of,
                                               int column_elements) const {
-    const AttendParams& attend = params.order.attend;
     PipelineState<kStages> state;
+    PipelineState<FoundBoxes::kStages> found;
     for_each_taken_tile<Config>(storage, [&](const SharedListTile& tile) BSFA_INLINE_LAMBDA {
-      const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
-      Places places(attend, tile, tile.first, tile.length, Config::kStepBlocks);
-      // A place ahead, so that nobody waits for the mask and the page table.
-      int next_block = places.next();
-      PagedRow next_found{};
-      if constexpr (kPaged) {
-        next_found = loads.find(next_block * kKeyBlock);
-      }
+      if (threadIdx.x % 32 == 0) {
+        FoundLoads<Config> loads(storage.found, found, params.order.attend, tile.kv_head);
 #pragma unroll 1
-      for (int remaining = tile.key_blocks; remaining > 0; --remaining) {
-        const int key_block = next_block;
-        const PagedRow found = next_found;
-        next_block = places.next();
-        if constexpr (kPaged) {
-          next_found = loads.find(next_block * kKeyBlock);
+        for (int remaining = tile.key_blocks; remaining > 0; --remaining) {
+          loads.find();
+          const int stage = state.stage();
+          wait(empty[stage], state.phase() ^ 1);
+          loads.load(map, full[stage], blocks + buffer_of(stage), column_elements);
+          loads.advance(remaining == 1);
+          state.advance();
         }
-        const int stage = state.stage();
-        wait(empty[stage], state.phase() ^ 1);
-        // An empty place lies beyond the tensor: the copy engine fills it with zeros and reads nothing.
-        const int row = key_block == place::kNoBlock ? attend.seqlen_k : key_row(tile.sequence, key_block);
-        load_listed_block<Config, kPaged>(map, full[stage], loads, found, attend, tile, row,
-                                          blocks + buffer_of(stage), column_elements);
-        state.advance();
       }
     });
   }
 
-  template <bool kPaged>
   __device__ __forceinline__ void load_keys() const {
     const auto buffer_of = [](int stage) { return Config::key_buffer(stage); };
-    load_blocks<kPaged>(params.k, storage.k_full, storage.k_empty, storage.k, buffer_of,
-                        Config::kKeyColumnElements);
+    load_blocks(params.k, storage.k_full, storage.k_empty, storage.k, buffer_of, Config::kKeyColumnElements);
   }
 
-  template <bool kPaged>
   __device__ __forceinline__ void load_values() const {
     const auto buffer_of = [](int stage) { return stage * Config::kBlockElements; };
-    load_blocks<kPaged>(params.v, storage.v_full, storage.v_empty, storage.v, buffer_of,
-                        Config::kBoxElements);
+    load_blocks(params.v, storage.v_full, storage.v_empty, storage.v, buffer_of, Config::kBoxElements);
+  }
+
+ private:
+  // Row `row` of a block. An empty place lies beyond the tensor: the copy engine fills it with zeros and
+  // reads nothing.
+  __device__ __forceinline__ static PagedRow find_box(const AttendParams& attend, const Sequence& sequence,
+                                                      int key_block, int row) {
+    if (attend.has_pages()) {
+      return find_paged_box(attend, sequence, key_block * kKeyBlock + row, key_block != place::kNoBlock);
+    }
+    return {key_batch(attend, sequence),
+            key_block == place::kNoBlock ? attend.seqlen_k : key_row(sequence, key_block)};
   }
 };
 
@@ -219,10 +237,20 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const auto initialize = [&](Storage& storage) {
     prefetch(params);
     initialize_load_barriers<Config>(storage);
-    initialize_stages(storage.tile_full, storage.tile_empty, 2);
+    initialize_stages(storage.tile_full, storage.tile_empty, 3);  // from the loaders and the finder
+    initialize_found(storage.found, 2);
   };
   const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
-    produce_lists(SharedListProducer<Config>{params, storage}, params.order.attend, warp);
+    const SharedListProducer<Config> producer{params, storage};
+    if (threadIdx.x == 0) {
+      producer.take_all_tiles();
+    } else if (warp == 1) {
+      producer.load_keys();
+    } else if (warp == 2) {
+      producer.load_values();
+    } else if (warp == 3) {
+      producer.find_boxes();
+    }
   };
   run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {
     consume_shared_lists<Config>(params.order.attend, storage, who);

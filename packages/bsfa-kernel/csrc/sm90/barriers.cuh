@@ -51,6 +51,11 @@ __device__ __forceinline__ void pingpong_signal(int warpgroup) {
   arrive(NamedBarrier::kPingPong0, 1 - warpgroup, 256);
 }
 
+// Between an access to memory and an mbarrier's operation, about which the compiler knows nothing.
+__device__ __forceinline__ void keep_order() {
+  asm volatile("" ::: "memory");
+}
+
 // Waits until the phase of an mbarrier is over. Debug builds stop a kernel that would wait for ever.
 template <class Barrier>
 __device__ __forceinline__ void wait(const Barrier& barrier, uint32_t phase) {
@@ -63,7 +68,7 @@ __device__ __forceinline__ void wait(const Barrier& barrier, uint32_t phase) {
 #else
   barrier.wait(phase);
 #endif
-  asm volatile("" ::: "memory");  // what was written before the phase ended is read after it
+  keep_order();
 }
 
 // The same, given the result of an earlier test.

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "../params.hpp"
+#include "key_pages.cuh"
 #include "tuning.cuh"
 #include "work.cuh"
 
@@ -137,6 +138,8 @@ struct ForwardConfig : Tuning<kHeadDim_> {
     cutlass::arch::ClusterBarrier votes_full[kVoteStages];
     cutlass::arch::ClusterBarrier votes_empty[kVoteStages];
     uint64_t votes[kVoteStages];
+
+    FoundBoxes found;  // where keys and values lie in pages
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

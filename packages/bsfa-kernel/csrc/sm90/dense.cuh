@@ -12,8 +12,53 @@ namespace bsfa::sm90 {
 
 // Works on the next tile, which has keys and nothing to vote on, and on those after it as long as they are of
 // that kind: the first scores of a tile are computed while the results of the one before it are stored.
-// Of `tiles` tiles left before, returns how many are left after. Key blocks are numbered from the last to the
-// first one visited; Config::key_block() says where one lies.
+// Of `tiles` tiles left before, returns how many are left after. attend(context) works on `published`, the
+// tile: it begins with the first scores started, which it must wait for, and ends with the last P V started.
+template <class Config, class Scores, class Output, class NextQueries, class StartScores, class Attend,
+          class ReleaseValues>
+__device__ __forceinline__ int for_each_dense_tile(
+    typename Config::SharedStorage& storage, ConsumerPipelines<Config>& pipelines,
+    const ForwardParams& params, const ConsumerThread& who, int tiles,
+    const typename Config::PublishedTile*& published, Scores& scores, Output& output, Softmax& softmax,
+    const NextQueries& next_queries, const StartScores& start_scores, const Attend& attend,
+    const ReleaseValues& release_values) {
+  published = &pipelines.published_tile(storage);
+  next_queries();
+  start_scores();
+#pragma unroll 1
+  while (true) {
+    const ConsumerBlock block = published->block_of(who.warpgroup);
+    const TileContext<Config> context{storage, pipelines, params, *published, block, who};
+    softmax = Softmax{};
+    clear(output);
+    attend(context);
+    --tiles;
+    const auto* next = &pipelines.published_tile(storage);
+    bool goes_on = false;  // a branch of its own: behind && ptxas leaves uniform registers in the loop above
+    if (tiles > 0) {
+      wait(storage.q_full, pipelines.queries.phase());
+      goes_on = uniform(next->dense && next->key_blocks > 0);
+    }
+    const auto store = [&]() BSFA_INLINE_LAMBDA {
+      release_values();
+      store_results<Config>(context, output, softmax, Config::kept(*published, block));
+    };
+    if (!goes_on) {
+      finish_gemm<0>(output);
+      store();
+      return tiles;
+    }
+    next_queries();
+    finish_gemm<0>(output);
+    start_scores();
+    store();
+    finish_gemm<0>(scores);
+    published = next;
+  }
+}
+
+// for_each_dense_tile(), two key blocks at a time. Key blocks are numbered from the last to the first one
+// visited; Config::key_block() says where one lies.
 template <class Config>
 __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& storage,
                                             ConsumerPipelines<Config>& pipelines, const ForwardParams& params,
@@ -43,7 +88,7 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
   auto scores0 = make_tensor(scores.data(), Layout<Shape<_32>>{});
   auto scores1 = make_tensor(scores.data() + 32, Layout<Shape<_32>>{});
 
-  const typename Config::PublishedTile* published = &pipelines.published_tile(storage);
+  const typename Config::PublishedTile* published;
   Softmax softmax;
   int visible[kThreadRows];
 
@@ -160,16 +205,9 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     sync(NamedBarrier::kTiles, 0, 2 * 128);
   }
   ptx::pad<Config::kDensePadding>();
-  next_queries();
-  start_scores();
-#pragma unroll 1
-  while (true) {
-    const ConsumerBlock block = published->block_of(who.warpgroup);
-    const TileContext<Config> context{storage, pipelines, params, *published, block, who};
+  const auto attend = [&](const TileContext<Config>& context) BSFA_INLINE_LAMBDA {
     const int full = uniform(published->full);
     int key_block = uniform(published->key_blocks) - 1;
-    softmax = Softmax{};
-    clear(output);
     context.visible_keys(visible);
     keys_are_there = false;
     values_are_there = false;
@@ -207,29 +245,9 @@ __device__ __forceinline__ int attend_dense(typename Config::SharedStorage& stor
     }
     await_values();
     start_values();
-    --tiles;
-    const auto* next = &pipelines.published_tile(storage);
-    bool goes_on = false;  // a branch of its own: behind && ptxas leaves uniform registers in the loop above
-    if (tiles > 0) {
-      wait(storage.q_full, pipelines.queries.phase());
-      goes_on = uniform(next->dense && next->key_blocks > 0);
-    }
-    const auto store = [&]() BSFA_INLINE_LAMBDA {
-      release_values();
-      store_results<Config>(context, output, softmax, Config::kept(*published, block));
-    };
-    if (!goes_on) {
-      finish_gemm<0>(output);
-      store();
-      return tiles;
-    }
-    next_queries();
-    finish_gemm<0>(output);
-    start_scores();
-    store();
-    finish_gemm<0>(scores);
-    published = next;
-  }
+  };
+  return for_each_dense_tile<Config>(storage, pipelines, params, who, tiles, published, scores, output,
+                                     softmax, next_queries, start_scores, attend, release_values);
 }
 
 }  // namespace bsfa::sm90

@@ -92,7 +92,7 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
   auto probabilities = make_tensor<Element>(
       values_slice.partition_fragment_A(make_tensor<Element>(Shape<_64, _64>{})).layout());
 
-  const typename Config::PublishedTile* published = &pipelines.published_tile(storage);
+  const typename Config::PublishedTile* published;
   Softmax softmax;
   int visible[kThreadRows];
 
@@ -180,16 +180,9 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
     await_keys();
   };
 
-  next_queries();
-  start_scores();
-#pragma unroll 1
-  while (true) {
-    const ConsumerBlock block = published->block_of(who.warpgroup);
-    const TileContext<Config> context{storage, pipelines, params, *published, block, who};
+  const auto attend = [&](const TileContext<Config>& context) BSFA_INLINE_LAMBDA {
     const int full = uniform(published->full);
     int key_block = uniform(published->key_blocks) - 1;
-    softmax = Softmax{};
-    clear(output);
     context.visible_keys(visible);
     keys_are_there = false;
     values_are_there = false;
@@ -218,29 +211,9 @@ __device__ __forceinline__ int attend_dense_singly(typename Config::SharedStorag
     }
     await_values();
     start_values();
-    --tiles;
-    const auto* next = &pipelines.published_tile(storage);
-    bool goes_on = false;
-    if (tiles > 0) {
-      wait(storage.q_full, pipelines.queries.phase());
-      goes_on = uniform(next->dense && next->key_blocks > 0);
-    }
-    const auto store = [&]() BSFA_INLINE_LAMBDA {
-      release_values();
-      store_results<Config>(context, output, softmax, Config::kept(*published, block));
-    };
-    if (!goes_on) {
-      finish_gemm<0>(output);
-      store();
-      return tiles;
-    }
-    next_queries();
-    finish_gemm<0>(output);
-    start_scores();
-    store();
-    finish_gemm<0>(scores);
-    published = next;
-  }
+  };
+  return for_each_dense_tile<Config>(storage, pipelines, params, who, tiles, published, scores, output,
+                                     softmax, next_queries, start_scores, attend, release_values);
 }
 
 // The pass that the configuration has registers for.

@@ -82,14 +82,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const auto initialize = [&](Storage& storage) {
     prefetch(params);
     initialize_barriers<Config>(storage);
+    initialize_found(storage.found, 3);
   };
   const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
     const Producer<Config> producer{params, storage};
     if (params.forward.has_pages()) {
-      if (warp == 0) {
+      if (threadIdx.x == 0) {
         producer.template load_queries_and_keys<true>();
-      } else if (warp == 1) {
+      } else if (threadIdx.x == 32) {
         producer.template load_values<true>();
+      } else if (threadIdx.x == 64) {
+        producer.load_other_keys();
+      } else if (warp == 3) {
+        producer.find_pages();
       }
     } else if (threadIdx.x == 0) {
       producer.template load_queries_and_keys<false>();

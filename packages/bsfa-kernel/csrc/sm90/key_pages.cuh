@@ -1,9 +1,10 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// Loading keys and values that lie in pages: a warp finds the pages, one of its lanes speaks to the copy
-// engine.
+// Finding and loading keys and values that lie in pages.
 #pragma once
+
+#include <cutlass/arch/barrier.h>
 
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -12,7 +13,34 @@
 
 namespace bsfa::sm90 {
 
-// A load is kKeys keys long and takes boxes of page_box_rows() keys, each in one page.
+// Loads a box: kBoxes columns of it, `column_elements` apart in shared memory. By one thread.
+template <int kBoxes, int kBoxColumns, class Element>
+__device__ __forceinline__ void load_box(const CUtensorMap& map,
+                                         cutlass::arch::ClusterTransactionBarrier& full, const PagedRow& box,
+                                         int head, Element* to, int column_elements) {
+#pragma unroll
+  for (int column = 0; column < kBoxes; ++column) {
+    cute::SM90_TMA_LOAD_4D::copy(
+        &map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
+        to + column * column_elements, column * kBoxColumns, box.row, head, box.page);
+  }
+}
+
+// log2 of the boxes that kKeys keys take, each in one page.
+template <int kKeys>
+__device__ __forceinline__ int boxes_bits(const Problem& problem) {
+  return problem.has_pages() ? __ffs(kKeys) - __ffs(page_box_rows(problem.page_size.value)) : 0;
+}
+
+// Where the box that begins at `key` lies in pages. One that is not wanted, or that lies behind the last key,
+// has page `pages`, of which the copy engine makes zeros: a load always has the same number of bytes.
+__device__ __forceinline__ PagedRow find_paged_box(const Problem& problem, const Sequence& sequence, int key,
+                                                   bool wanted) {
+  const int end = sequence.oversized ? 0 : sequence.seqlen_k;
+  return wanted && key < end ? page_table(problem, sequence).find(key) : PagedRow{problem.pages, 0};
+}
+
+// Loads of kKeys keys in pages, by a warp.
 template <int kKeys>
 class PagedLoads {
  public:
@@ -20,103 +48,48 @@ class PagedLoads {
   __device__ __forceinline__ PagedLoads(const Problem& problem, const Sequence& sequence)
       : problem_(problem), sequence_(sequence) {}
 
-  // Where the boxes of the load that begins at `first_key` lie: box i in lane i. Boxes that are not wanted,
-  // and those behind the last key, have page `pages`, of which the copy engine makes zeros: a load always has
-  // the same number of bytes. Called ahead of load(), so that nobody waits for the table.
+  // Where the boxes of the load that begins at `first_key` lie: box i in lane i. Called ahead of load(), so
+  // that nobody waits for the table.
   __device__ __forceinline__ PagedRow find(int first_key) const {
     const int offset =
         min(static_cast<int>(threadIdx.x % 32) * box_rows(), kKeys);  // the sum must not overflow
-    const int end = sequence_.oversized ? 0 : sequence_.seqlen_k;
-    return offset < kKeys && first_key + offset < end
-               ? page_table(problem_, sequence_).find(first_key + offset)
-               : PagedRow{problem_.pages, 0};
+    return find_paged_box(problem_, sequence_, first_key + offset, offset < kKeys);
   }
 
-  // Loads what was found to `to`, in kBoxes columns of boxes, `column_elements` apart. `first_lane` has the
-  // load's first box. All lanes of the warp must come.
+  // Loads what was found to `to`, in kBoxes columns of boxes, `column_elements` apart.
   template <int kBoxes, int kBoxColumns, class Element>
   __device__ __forceinline__ void load(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
-                                       const PagedRow& found, int head, Element* to, int column_elements,
-                                       int first_lane = 0) const {
+                                       const PagedRow& found, int head, Element* to,
+                                       int column_elements) const {
 #pragma unroll
-    for (int index = 0; index < kMostBoxes; ++index) {
-      if (index < boxes()) {
-        const int page = __shfl_sync(0xffffffff, found.page, first_lane + index);
-        const int row = __shfl_sync(0xffffffff, found.row, first_lane + index);
+    for (int index = 0; index < kKeys / 16; ++index) {
+      if (index < 1 << boxes_bits<kKeys>(problem_)) {
+        const PagedRow box{__shfl_sync(0xffffffff, found.page, index),
+                           __shfl_sync(0xffffffff, found.row, index)};
         if (threadIdx.x % 32 == 0) {
-#pragma unroll
-          for (int box = 0; box < kBoxes; ++box) {
-            cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full),
-                                         static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
-                                         to + index * box_rows() * kBoxColumns + box * column_elements,
-                                         box * kBoxColumns, row, head, page);
-          }
+          load_box<kBoxes, kBoxColumns>(map, full, box, head, to + index * box_rows() * kBoxColumns,
+                                        column_elements);
         }
       }
     }
     __syncwarp();
   }
 
- protected:
-  static constexpr int kMostBoxes = kKeys / 16;
-
+ private:
   __device__ __forceinline__ int box_rows() const { return page_box_rows(problem_.page_size.value); }
-  // Of a load; a power of two.
-  __device__ __forceinline__ int boxes() const { return kKeys >> (__ffs(box_rows()) - 1); }
 
   const Problem& problem_;
   const Sequence& sequence_;
 };
 
-// Loads of which each begins kKeys keys before the one ahead of it. The lanes hold the boxes of as many loads
-// as there are lanes for, and those of as many that follow: the table's latency is paid once for all of them.
-template <int kKeys>
-class PagedRun : public PagedLoads<kKeys> {
-  using Base = PagedLoads<kKeys>;
+// The boxes of blocks of keys, found by a warp for those that load them.
+struct FoundBoxes {
+  static constexpr int kBoxes = 32;  // found at a time
+  static constexpr int kStages = 4;
 
- public:
-  __device__ __forceinline__ PagedRun(const Problem& problem, const Sequence& sequence, int first_key)
-      : Base(problem, sequence),
-        first_key_(first_key),
-        lane_(0),
-        found_(find_batch(first_key)),
-        next_(find_batch(first_key - kKeys * loads())) {}
-
-  template <int kBoxes, int kBoxColumns, class Element>
-  __device__ __forceinline__ void load(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
-                                       int head, Element* to, int column_elements) const {
-    Base::template load<kBoxes, kBoxColumns>(map, full, found_, head, to, column_elements, lane_);
-  }
-
-  // To the next load.
-  __device__ __forceinline__ void advance() {
-    lane_ += this->boxes();
-    if (lane_ == 32) {
-      lane_ = 0;
-      first_key_ -= kKeys * loads();
-      found_ = next_;
-      next_ = find_batch(first_key_ - kKeys * loads());
-    }
-  }
-
- private:
-  __device__ __forceinline__ int loads() const { return 32 / this->boxes(); }  // of a batch
-
-  __device__ __forceinline__ PagedRow find_batch(int first_key) const {
-    const int lane = threadIdx.x % 32;
-    const int first = first_key - lane / this->boxes() * kKeys;  // of the lane's load
-    return find_box(first + lane % this->boxes() * this->box_rows(), first >= 0);
-  }
-  __device__ __forceinline__ PagedRow find_box(int key, bool wanted) const {
-    const int end = this->sequence_.oversized ? 0 : this->sequence_.seqlen_k;
-    return wanted && key < end ? page_table(this->problem_, this->sequence_).find(key)
-                               : PagedRow{this->problem_.pages, 0};
-  }
-
-  int first_key_;  // of the batch's first load
-  int lane_;       // that has the first box of the load
-  PagedRow found_;
-  PagedRow next_;
+  PagedRow boxes[kStages][kBoxes];
+  cutlass::arch::ClusterBarrier full[kStages];
+  cutlass::arch::ClusterBarrier empty[kStages];
 };
 
 }  // namespace bsfa::sm90

@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// The producers: one loads Q and K ahead of the consumers, another loads V on demand.
+// The producers: one thread loads Q and K ahead of the consumers, another V on demand. In pages, another two
+// warps take part.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -9,7 +10,7 @@
 
 #include "barriers.cuh"
 #include "config.cuh"
-#include "key_pages.cuh"
+#include "found_loads.cuh"
 
 namespace bsfa::sm90 {
 
@@ -39,41 +40,41 @@ __device__ __forceinline__ void load_tile_queries(const TensorMaps& maps, const 
   }
 }
 
-// Loads blocks of 64 keys of a tile's sequence.
+// Loads blocks of 64 keys of a tile's sequence, from the last to the first.
 template <class Config, bool kPaged>
 struct KeyLoads {
   using Element = typename Config::Element;
+  using Storage = typename Config::SharedStorage;
+  struct State {};  // of a producer, from tile to tile
+
   const Tile& tile;
   int batch;
 
-  __device__ __forceinline__ KeyLoads(const ForwardParams& forward, const Tile& tile)
+  __device__ __forceinline__ KeyLoads(const ForwardParams& forward, const Tile& tile, Storage&, State&)
       : tile(tile), batch(key_batch(forward, tile.sequence)) {}
-  __device__ __forceinline__ void advance() {}
+  // Before the stage is waited for.
+  __device__ __forceinline__ void find() const {}
   __device__ __forceinline__ void load(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
                                        Element* to, int column_elements, int key_block) const {
     full.arrive_and_expect_tx(Config::kBlockBytes);
     load_rows<Config>(map, full, cute::TMA::CacheHintSm90::EVICT_LAST, to, column_elements,
                       key_row(tile.sequence, key_block), tile.kv_head, batch);
   }
+  // After each block, loaded or not.
+  __device__ __forceinline__ void advance(bool) const {}
 };
 
-// The same where they lie in pages.
+// The same where they lie in pages, in boxes that Producer::find_pages() has found.
 template <class Config>
-struct KeyLoads<Config, true> {
-  using Element = typename Config::Element;
-  PagedRun<kKeyBlock> run;
-  int head;
+struct KeyLoads<Config, true> : FoundLoads<Config> {
+  using State = PipelineState<FoundBoxes::kStages>;
 
-  __device__ __forceinline__ KeyLoads(const ForwardParams& forward, const Tile& tile)
-      : run(forward, tile.sequence, (tile.key_blocks - 1) * kKeyBlock), head(tile.kv_head) {}
-  // To the key block before.
-  __device__ __forceinline__ void advance() { run.advance(); }
+  __device__ __forceinline__ KeyLoads(const ForwardParams& forward, const Tile& tile,
+                                      typename Config::SharedStorage& storage, State& state)
+      : FoundLoads<Config>(storage.found, state, forward, tile.kv_head) {}
   __device__ __forceinline__ void load(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
-                                       Element* to, int column_elements, int) const {
-    if (threadIdx.x % 32 == 0) {
-      full.arrive_and_expect_tx(Config::kBlockBytes);
-    }
-    run.template load<Config::kBoxes, Config::kBoxColumns>(map, full, head, to, column_elements);
+                                       typename Config::Element* to, int column_elements, int) const {
+    FoundLoads<Config>::load(map, full, to, column_elements);
   }
 };
 
@@ -86,70 +87,49 @@ struct Producer {
   Storage& storage;
 
   // Runs ahead as far as the stages of K allow, into the next tiles too, and publishes the tiles to the
-  // consumers. One thread, or (kPaged: keys and values lie in pages) one warp.
+  // consumers. One thread. kPaged: keys and values lie in pages; then K of the even stages only, since blocks
+  // that are skipped pass faster than one thread loads small boxes.
   template <bool kPaged>
   __device__ __forceinline__ void load_queries_and_keys() const {
-    PipelineState<Config::kKeyStages> keys;
-    PipelineState<Config::kVoteStages> vote_state;
     PipelineState<1> queries;
-    for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
+    load_keys<kPaged>(kPaged ? 2 : 1, 0, [&](int index, Tile& tile) BSFA_INLINE_LAMBDA {
       wait(storage.q_empty, queries.phase() ^ 1);
-      Tile tile;
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
       // Before the thresholds are read, to hide that, even for a tile that turns out to have no keys.
-      if (is_speaker<kPaged>()) {
-        load_tile_queries<Config>(params, params.forward, tile, storage);
-      }
+      load_tile_queries<Config>(params, params.forward, tile, storage);
       find_blocks<Config::kStepBlocks>(params.forward, Config::kTileQ, tile);
-      if constexpr (kPaged) {
-        __syncwarp();  // no lane is a tile ahead of the one that speaks
-      }
-      if (is_speaker<kPaged>()) {
-        storage.tiles[queries.count % Config::kTileSlots] = tile;
-        storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
-      }
+      storage.tiles[queries.count % Config::kTileSlots] = tile;
+      keep_order();
+      storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
       queries.advance();
-      KeyLoads<Config, kPaged> loads(params.forward, tile);
-#pragma unroll 1
-      for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
-        const int stage = keys.stage();
-        wait(storage.k_empty[stage], keys.phase() ^ 1);
-        // Votes may come as soon as the keys are there.
-        if (!tile.dense) {
-          wait(storage.votes_empty[vote_state.stage()], vote_state.phase() ^ 1);
-          vote_state.advance();
-        }
-        loads.load(params.k, storage.k_full[stage], storage.k + Config::key_buffer(stage),
-                   Config::kKeyColumnElements, key_block);
-        loads.advance();
-        keys.advance();
-      }
     });
   }
 
-  // Follows the verdicts, except where everything is kept anyway. One thread, or (kPaged) one warp.
+  // K of the odd stages, in pages. One thread.
+  __device__ __forceinline__ void load_other_keys() const {
+    static_assert(Config::kKeyStages % 2 == 0);
+    load_keys<true>(2, 1, [&](int index, Tile& tile) BSFA_INLINE_LAMBDA { find_whole_tile(index, tile); });
+  }
+
+  // Follows the verdicts, except where everything is kept anyway. One thread.
   template <bool kPaged>
   __device__ __forceinline__ void load_values() const {
     PipelineState<Config::kVoteStages> vote_state;
     PipelineState<Config::kValueStages> values;
+    typename KeyLoads<Config, kPaged>::State pages;
     for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
       Tile tile;
-      place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
-      find_blocks<Config::kStepBlocks>(params.forward, Config::kTileQ, tile);
-      KeyLoads<Config, kPaged> loads(params.forward, tile);
+      find_whole_tile(index, tile);
+      KeyLoads<Config, kPaged> loads(params.forward, tile, storage, pages);
 #pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
+        loads.find();
         bool load_block = true;
         if (!tile.dense) {
           wait(storage.votes_full[vote_state.stage()], vote_state.phase());
           const uint2 votes = read_votes<Config>(storage, vote_state);
           load_block = ((votes.x | votes.y) & kKeepBits) != 0;
-          if constexpr (kPaged) {
-            __syncwarp();  // all lanes have read them
-          }
-          if (is_speaker<kPaged>()) {
-            storage.votes_empty[vote_state.stage()].arrive();
-          }
+          storage.votes_empty[vote_state.stage()].arrive();
           vote_state.advance();
         }
         if (load_block) {
@@ -159,16 +139,61 @@ struct Producer {
                      Config::kBoxElements, key_block);
           values.advance();
         }
-        loads.advance();
+        loads.advance(key_block == 0);
+      }
+    });
+  }
+
+  // Finds the boxes of all blocks, ahead of the loads of K and of V. One warp.
+  __device__ __forceinline__ void find_pages() const {
+    BoxFinder finder(storage.found, params.forward);
+    for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
+      Tile tile;
+      find_whole_tile(index, tile);
+#pragma unroll 1
+      for (int key_block = tile.key_blocks - 1; key_block >= 0; key_block -= finder.blocks()) {
+        const int key = (key_block - finder.block()) * kKeyBlock + finder.row();
+        finder.publish(find_paged_box(params.forward, tile.sequence, key, key >= 0));
       }
     });
   }
 
  private:
-  // Which thread of a producer speaks to barriers and to the copy engine.
-  template <bool kPaged>
-  __device__ __forceinline__ static bool is_speaker() {
-    return !kPaged || threadIdx.x % 32 == 0;
+  __device__ __forceinline__ void find_whole_tile(int index, Tile& tile) const {
+    place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
+    find_blocks<Config::kStepBlocks>(params.forward, Config::kTileQ, tile);
+  }
+
+  // One of `parts` threads: that of the stages with remainder `part`. begin(index, tile) finds a tile.
+  template <bool kPaged, class Begin>
+  __device__ __forceinline__ void load_keys(int parts, int part, const Begin& begin) const {
+    PipelineState<Config::kKeyStages> keys;
+    PipelineState<Config::kVoteStages> vote_state;
+    typename KeyLoads<Config, kPaged>::State pages;
+    for_each_index(params.tiles, [&](int index) BSFA_INLINE_LAMBDA {
+      Tile tile;
+      begin(index, tile);
+      KeyLoads<Config, kPaged> loads(params.forward, tile, storage, pages);
+#pragma unroll 1
+      for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
+        loads.find();
+        if (keys.count % parts == part) {
+          const int stage = keys.stage();
+          wait(storage.k_empty[stage], keys.phase() ^ 1);
+          // Votes may come as soon as the keys are there.
+          if (!tile.dense) {
+            wait(storage.votes_empty[vote_state.stage()], vote_state.phase() ^ 1);
+          }
+          loads.load(params.k, storage.k_full[stage], storage.k + Config::key_buffer(stage),
+                     Config::kKeyColumnElements, key_block);
+        }
+        if (!tile.dense) {
+          vote_state.advance();
+        }
+        loads.advance(key_block == 0);
+        keys.advance();
+      }
+    });
   }
 };
 

@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: 2026 The BSFA developers
 // SPDX-License-Identifier: BSD-3-Clause
 
-// The work on a tile of 128 queries. Both producers find it; that of K publishes it to the consumers.
+// The work on a tile of 128 queries. Each producer finds it; the one that loads Q
+// publishes it to the consumers.
 #pragma once
 
 #include "../common/query_block.cuh"
