@@ -163,9 +163,6 @@ def law_tables(records: Sequence[Record]) -> str:
                 for name, by in found.items()
             ]
             parts.append(report.markdown_table(header, body))
-        parts[-2] = (
-            f"### {group[0]['model']}, {group[0]['dtype']} ({group[0]['gpu']})\n\n{parts[-2]}"
-        )
         parts.append(report.provenance(group))
     return "\n\n".join(parts)
 
@@ -212,14 +209,15 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
 
 def _draw_curves(group: Sequence[Record], tasks: Sequence[Record], folder: Path) -> Path:
     pyplot = report.load_pyplot()
-    figure, axes = pyplot.subplots(
-        1, 2 + bool(tasks), figsize=(5 * (2 + bool(tasks)), 5), **_LAYOUT
-    )
     scored = {_point(record): record for record in tasks}
     dense = scored.get((DENSE, "share", 0.0))
     lines = [
         line for line in report.grouped(group, ("candidate",)) if line[0]["candidate"] != DENSE
     ]
+    # Where dense attention alone did the tasks, there is nothing to compare.
+    asked = any(_point(record) in scored for line in lines for record in line)
+    panels = 3 if asked and dense is not None else 2
+    figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels, 5), **_LAYOUT)
     for index, line in enumerate(sorted(lines, key=lambda one: _order(one[0]))):
         style = _style(index)
         losses = [max(float(np.mean(record["kl"])), 1e-6) for record in line]
@@ -227,7 +225,7 @@ def _draw_curves(group: Sequence[Record], tasks: Sequence[Record], folder: Path)
         axes[0].plot(attention, losses, label=label(line[0]["candidate"]), **style)
         axes[1].plot(first, losses, **style)
         pairs = [(r, scored[_point(r)]) for r in line if _point(r) in scored]
-        if tasks and dense is not None:
+        if pairs and dense is not None:
             shares = [_mean_score(s) / max(_mean_score(dense), 1e-9) for _, s in pairs]
             times = [_over_fastest(r, "attention_speedup") for r, _ in pairs]
             axes[2].plot(times, shares, **style)
@@ -239,7 +237,7 @@ def _draw_curves(group: Sequence[Record], tasks: Sequence[Record], folder: Path)
     for axis in axes[:2]:
         for target in KL_TARGETS:
             axis.axhline(target, color="grey", lw=0.6, ls=":")
-    if tasks:
+    if panels == 3:
         axes[2].set(ylabel="score on tasks, share of dense's", yscale="linear")
         axes[2].axhline(0.99, color="grey", lw=0.6, ls=":")
     figure.suptitle(f"{group[0]['model']}, {_length(group[0])}, {group[0]['gpu']}", fontsize=9)
