@@ -8,7 +8,12 @@ A table whose figures are from records says so in comments above it, one a row::
 
 FILE is in ``benchmarks/results``. Each cell of that row must be FIELD of the one record that has
 these values and, in COLUMN, what the head of the table says; both may be a path such as
-``speedup.fa3``. A cell is compared to its last digit.
+``speedup.fa3``. A row that is one record names a field a cell, in order::
+
+    <!-- record FILE: row "LABEL" = FIELD, FIELD where NAME=VALUE NAME=VALUE -->
+
+Of a list, such as the divergence of each context, the mean counts. A cell is compared to its last
+digit.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +34,9 @@ from harness import ROOT, Record, read_records
 from report import RESULTS, current
 
 EXTERNAL = re.compile(r"[a-z]+:")
-COMMENT = re.compile(r'<!-- record (\S+): row "(.+?)" = (\S+) by (\S+) where (.+?) -->')
+COMMENT = re.compile(
+    r'<!-- record (\S+): row "(.+?)" = (\S+(?:, \S+)*)(?: by (\S+))? where (.+?) -->'
+)
 FOLDERS = "docs|benchmarks|packages|thresholds"
 NAMED = re.compile(rf"(?<![\w./:-])(?:{FOLDERS})/[\w./-]+\.(?:md|py|toml)\b")
 SOURCES = ("*.py", "*.cuh", "*.cu", "*.hpp", "*.cpp", "*.h", "*.yml", "*.cmake")
@@ -114,9 +122,13 @@ def wrong_figures(text: str, results: Path = RESULTS) -> Iterator[str]:
         if row is None or len(row) != len(header):
             yield f"the table below has no row {label!r} as wide as its head"
             continue
+        fields = field.split(", ")
+        if column is None and len(fields) != len(row) - 1:
+            yield f"{label}: {len(row) - 1} cells, {len(fields)} fields"
+            continue
         compared = 0
-        for head, cell in list(zip(header, row, strict=True))[1:]:
-            matching = [record for record in chosen if same(value_at(record, column), head)]
+        for place, (head, cell) in enumerate(list(zip(header, row, strict=True))[1:]):
+            matching = [r for r in chosen if column is None or same(value_at(r, column), head)]
             number = re.match(r"[+-]?\d+(?:\.(\d+))?", cell)
             if number is None:
                 continue
@@ -124,7 +136,8 @@ def wrong_figures(text: str, results: Path = RESULTS) -> Iterator[str]:
             if len(matching) != 1:
                 yield f"{label}, {head}: {len(matching)} records in {file}, there must be one"
                 continue
-            value = value_at(matching[0], field)
+            value = value_at(matching[0], fields[place if column is None else 0])
+            value = statistics.fmean(value) if isinstance(value, list) else value
             if f"{value:.{len(number[1] or '')}f}" != number[0].lstrip("+"):
                 yield f"{label}, {head}: {cell}, the record has {value}"
         if compared == 0:
@@ -195,6 +208,23 @@ def test_a_figure_that_disagrees_is_found() -> None:
     assert "no row 'ours'" in table(f"{right:.2f}", label="theirs")[0]
     assert "0 records" in table(f"{right:.2f}", head="0.123")[0]
     assert "no figure" in table("-")[0]
+
+
+def test_a_row_of_one_record_is_compared_field_by_field() -> None:
+    file = RESULTS / "long_text.jsonl"
+    record = next(r for r in read_records(file) if r["axis"] == "k")
+    names = ("candidate", "seqlen", "asked")
+    where = " ".join(shlex.quote(f"{name}={record[name]}") for name in names)
+
+    def row(*cells: str) -> list[str]:
+        comment = f'<!-- record {file.name}: row "k" = kl, speedup.fa3 where {where} -->'
+        lines = [f"| x {'| y ' * len(cells)}|", f"| {'--- | ' * (len(cells) + 1)}"]
+        return list(wrong_figures("\n".join([comment, "", *lines, f"| k | {' | '.join(cells)} |"])))
+
+    kl, ratio = statistics.fmean(record["kl"]), record["speedup"]["fa3"]
+    assert row(f"{kl:.4f}", f"{ratio:.2f}") == row(f"{kl:.4f}", "–") == []
+    assert "the record has" in row(f"{kl + 0.01:.4f}", f"{ratio:.2f}")[0]
+    assert "1 cells, 2 fields" in row(f"{kl:.4f}")[0]
 
 
 def test_current_records_are_checked_one_file_a_kind() -> None:
