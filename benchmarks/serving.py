@@ -48,7 +48,7 @@ from kernels import EXACT, Mode
 
 # How close a share must come, in how many runs. The logarithm of the odds of being skipped grows
 # about so much with the threshold, which moves by no more than a step at a time.
-_CLOSE, _TRIES, _SLOPE, _STEP = 0.01, 6, 2.0, 3.0
+_CLOSE, _TRIES, _SLOPE, _STEP = 0.015, 4, 2.0, 3.0
 _PORT = 8765
 # No network, and the engine in this process, where its thresholds can be moved.
 _VARIABLES = {
