@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""The golden threshold files, one a format version; run this file to make that of the current one.
+"""The golden threshold files; run this file to make that of the current version and its checksum.
 
-Files of past versions stay as they are for ever: every reader must read them.
+There is one of each format version without a checksum, and one with. They stay as they are for
+ever: every reader must read them.
 """
 
 from __future__ import annotations
@@ -43,4 +44,4 @@ def golden_table(version: int = 1) -> ThresholdTable:
 
 if __name__ == "__main__":
     golden = Path(__file__).parent / "golden"
-    golden_table(FORMAT_VERSION).save(golden / f"v{FORMAT_VERSION}.safetensors")
+    golden_table(FORMAT_VERSION).save(golden / f"v{FORMAT_VERSION}-checksum.safetensors")

@@ -423,6 +423,43 @@ def test_a_damaged_or_foreign_checkpoint_is_measured_again(model: Any, tmp_path:
     assert not any(p.resumed for p in seen)
 
 
+@pytest.mark.parametrize("points", [{"k_values": [2]}, {"target_sparsities": [0.5]}])
+def test_a_flipped_bit_in_a_checkpoint_is_measured_again(
+    model: Any, tmp_path: Path, points: dict[str, Any]
+) -> None:
+    whole = calibrate(model, SAMPLES, checkpoint=tmp_path, **points)
+    first, second, third = sorted(tmp_path.iterdir())
+    for path, flipped, by in ((first, -1, 0x40), (second, -200, 1)):
+        content = bytearray(path.read_bytes())
+        content[flipped] ^= by
+        path.write_bytes(content)
+    content = bytearray(third.read_bytes())
+    content[content.index(b'"seqlen":"') + 10] ^= 1
+    third.write_bytes(content)
+    seen: list[Progress] = []
+    again = calibrate(model, SAMPLES, checkpoint=tmp_path, progress=seen.append, **points)
+    assert [p.resumed for p in seen if p.layer is None] == [False] * 3
+    np.testing.assert_array_equal(again.thresholds, whole.thresholds)
+
+
+def test_samples_of_a_version_without_checksums_are_measured_again(
+    model: Any, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    calibrate(model, SAMPLES, k_values=[2], checkpoint=tmp_path)
+    for path in tmp_path.iterdir():
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        del metadata["checksum"]
+        save_file(tensors, path, metadata)
+    seen: list[Progress] = []
+    calibrate(model, SAMPLES, k_values=[2], checkpoint=tmp_path, progress=seen.append)
+    assert not any(p.resumed for p in seen)
+
+
 def test_cut_maxima_that_do_not_suffice_are_warned_of(
     model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from bsfa_calib.cli import main
 from bsfa_calib.cli.common import k_values, table_path
 from bsfa_calib.cli.flags import METHODS
 from bsfa_calib.progress import Interrupted, ProgressReporter
+from bsfa_calib.thresholds import checksum_of
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -109,6 +111,30 @@ def test_info_tells_what_a_table_holds(
         assert fact in out
     assert main([*command, golden, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["points"] == [16, 64]
+
+
+def test_info_says_whether_a_table_has_a_checksum_that_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden = Path(__file__).parent / "golden"
+    table = ThresholdTable.load(golden / "v2.safetensors")
+    path = tmp_path / "t.safetensors"
+    dataclasses.replace(table, provenance={"checksum": "sha256:made up, holds"}).save(path)
+    checksum = checksum_of(path)
+    assert main(["table", "info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^checksum +{checksum}, holds$", out, re.MULTILINE)
+    assert "made up" not in out
+    assert main(["table", "info", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checksum"] == checksum
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert main(["table", "info", str(path)]) == 2
+    assert "t.safetensors: the file is damaged" in capsys.readouterr().err
+    assert main(["table", "info", str(golden / "v2.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^checksum +none: damage to the file may go unnoticed$", out, re.MULTILINE)
+    assert main(["table", "info", str(golden / "v2.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checksum"] is None
 
 
 def test_info_does_to_a_terminal_nothing_that_a_table_says(

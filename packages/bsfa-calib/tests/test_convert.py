@@ -16,6 +16,7 @@ import torch
 from bsfa_calib import ThresholdFileError, ThresholdTable
 from bsfa_calib.cli import main
 from bsfa_calib.convert import load_pt
+from bsfa_calib.thresholds import checksum_of
 
 
 def paper_file(path: Path, **changes: Any) -> Path:
@@ -41,15 +42,30 @@ def test_a_paper_file_becomes_a_table_sorted_by_k(
     path = paper_file(tmp_path / "paper.pt")
     output = tmp_path / "table.safetensors"
     assert main(["convert", str(path), str(output), "--name", "llama"]) == 0
-    assert "k = 16, 32, 64; 2 layers, 4 heads, 6 query blocks; geometry 128x64" in (
-        capsys.readouterr().out
-    )
+    assert "k = 16, 32, 64; 2 layers, 4 heads, 6 rows; geometry 128x64" in capsys.readouterr().out
     table = ThresholdTable.load(output)
     expected = torch.load(path, weights_only=True)["thresholds"].numpy()
     np.testing.assert_array_equal(table.select(k=64), expected[0])
     np.testing.assert_array_equal(table.select(k=16), expected[1])
     assert (table.geometry, table.rule, table.aggregate) == ("128x64", "absolute", "mean")
     assert (table.model, table.max_seqlen, table.samples) == ("llama", 768, 0)
+
+
+def test_a_table_is_written_anew_with_a_checksum_and_the_same_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = Path(__file__).parent / "golden" / "v2.safetensors"
+    path = tmp_path / "table.safetensors"
+    path.write_bytes(old.read_bytes())
+    assert main(["table", "convert", str(path), str(path)]) == 0
+    assert "k = 16, 64; 2 layers, 3 heads, 4 rows" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert checksum_of(path) is not None
+    table, before = ThresholdTable.load(path), ThresholdTable.load(old)
+    assert table.thresholds.tobytes() == before.thresholds.tobytes()
+    assert (table.model, table.provenance) == (before.model, before.provenance)
+    assert main(["table", "convert", str(path), str(path), "--name", "llama"]) == 0
+    assert ThresholdTable.load(path).model == "llama"
 
 
 def test_numbers_that_are_stored_negated_are_read_as_what_they_are(tmp_path: Path) -> None:
@@ -97,6 +113,16 @@ def test_a_message_is_short_whatever_the_file_holds(tmp_path: Path) -> None:
         with pytest.raises(ThresholdFileError) as caught:
             load_pt(paper_file(tmp_path / "a.pt", **changes))
         assert len(str(caught.value)) < 400
+
+
+def test_a_flipped_bit_in_a_paper_file_is_refused(tmp_path: Path) -> None:
+    path = paper_file(tmp_path / "paper.pt")
+    numbers = torch.load(path, weights_only=True)["thresholds"].numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(numbers) + 5] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ThresholdFileError, match=r"is damaged: its part '.*' has another CRC-32"):
+        load_pt(path)
 
 
 def test_a_file_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> None:

@@ -446,6 +446,34 @@ def test_what_was_learned_is_used_for_the_same_model_and_rungs_only(
     assert not any("before" in line for line in told)
 
 
+def test_no_flipped_bit_gives_other_learned_thresholds(tmp_path: Path) -> None:
+    path = tmp_path / "learned.npz"
+    made = [Learned(0.25 * n, np.full((2, 3, 1), n, np.float32), 0.5, 0.125) for n in (1, 2)]
+    calibration._save(path, "key", made)
+    content = path.read_bytes()
+    refused = 0
+    for position in range(0, 8 * len(content), 5):
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            found = calibration._load(path, "key")
+        except TuningError:
+            refused += 1
+        else:  # in a date or a like field of the archive
+            assert [one.target for one in found] == [one.target for one in made]
+            for one, other in zip(found, made, strict=True):
+                np.testing.assert_array_equal(one.thresholds, other.thresholds)
+                assert (one.sparsity, one.kl) == (other.sparsity, other.kl)
+    assert refused > len(content)
+
+    # A shape that ends before the part does, which numpy alone would read.
+    shape = content.index(b"(2, 2, 3, 1)")
+    path.write_bytes(content[:shape] + b"(2, 2, 1, 1)" + content[shape + 12 :])
+    with pytest.raises(TuningError, match="holds no learned thresholds"):
+        calibration._load(path, "key")
+
+
 def test_a_file_that_holds_nothing_learned_is_left_as_it_is(
     model: LlamaForCausalLM, samples: list[list[int]], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bsfa_calib import ThresholdTable, learned, scalar, serving
 from bsfa_calib.capture import CaptureError, Settings, block_counts
 from bsfa_calib.cli import main
 from bsfa_calib.estimate import skipped_share
-from bsfa_calib.expected import Calibrated, Measure
+from bsfa_calib.expected import Calibrated, Expected, Measure
 from bsfa_calib.hook import BlockSparse, applied
 from bsfa_calib.language_model import LanguageModel
 from bsfa_calib.learned import ThresholdPath, check_points, learn_path, serving_rungs
@@ -224,6 +225,23 @@ def test_a_file_that_holds_no_measurements_is_left_as_it_is(
             **FINE,
         )
     assert (tmp_path / "served.json").read_text() == content
+
+
+def test_measurements_that_were_changed_are_refused_and_those_without_a_checksum_made_again(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "served.json"
+    found = Expected(0.5, 0.1, 0.2)
+    serving._Known(file, "key").add(0.25, found)
+    assert serving._Known(file, "key").get(0.25) == found
+    whole = file.read_text()
+    for old, new in (("0.5", "0.7"), ("0.25", "0.24"), ("0.1", "1.1"), ('m": "', 'm": "0')):
+        assert whole.count(old) == 1
+        file.write_text(whole.replace(old, new))
+        with pytest.raises(TuningError, match=r"served\.json holds no measurements of points"):
+            serving._Known(file, "key")
+    file.write_text(json.dumps({"key": "key", "measured": json.loads(whole)["measured"]}))
+    assert serving._Known(file, "key").get(0.25) is None
 
 
 @pytest.mark.parametrize(

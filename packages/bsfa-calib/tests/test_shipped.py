@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bsfa_calib import ThresholdTable, report
+from bsfa_calib.thresholds import checksum_of
 
 DIRECTORY = Path(__file__).parents[3] / "thresholds"
 # The model merged from the adapter of benchmarks/extend, which has no revision of its own.
@@ -67,6 +68,11 @@ def test_shipped_tables_load_are_small_and_say_where_they_are_from(tool: ModuleT
         assert {"command", "data", "versions"} <= set(table.provenance)
         assert " /" not in table.provenance["command"]
         assert not re.search(r"unknown|not installed", table.provenance["versions"])
+
+
+def test_shipped_tables_have_checksums(tool: ModuleType) -> None:
+    for path in tool.table_paths():
+        assert checksum_of(path) is not None, path
 
 
 def test_shipped_tables_for_k_blocks_keep_what_they_promise(tool: ModuleType) -> None:

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import struct
@@ -20,16 +22,20 @@ from hypothesis import strategies as st
 import bsfa_calib
 from bsfa_calib import ThresholdFileError, ThresholdTable
 from bsfa_calib.point import as_point
-from bsfa_calib.thresholds import table_files, write_atomically
+from bsfa_calib.thresholds import checksum_of, table_files, write_atomically
 from make_golden import golden_table
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def header_and_data(path: Path) -> tuple[dict[str, Any], bytes]:
+def header_and_data(path: Path, *, with_checksum: bool = False) -> tuple[dict[str, Any], bytes]:
+    """A file's parts, without its checksum, so that changes meet the other rules of the format."""
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + size]), content[8 + size :]
+    header = json.loads(content[8 : 8 + size])
+    if not with_checksum:
+        header["__metadata__"].pop("checksum", None)
+    return header, content[8 + size :]
 
 
 def write_raw(path: Path, header: Any, data: bytes) -> Path:
@@ -72,7 +78,7 @@ def test_the_current_writer_gives_the_golden_tensors_and_metadata(
     header, data = header_and_data(path)
     expected_header, expected_data = header_and_data(GOLDEN / f"v{version}.safetensors")
     for each in (header, expected_header):
-        each["__metadata__"].pop("created_by")
+        each["__metadata__"].pop("created_by")  # which the checksum depends on
     assert header == expected_header
     assert data == expected_data
 
@@ -107,12 +113,166 @@ def test_any_table_comes_back_as_it_was(
         assert [entry.name for entry in path.parent.iterdir()] == ["table.safetensors"]
 
 
+def checksum_by_the_page(path: Path) -> str:
+    """The checksum as docs/threshold-format.md says that it is made, from the bytes of a file."""
+    header, data = header_and_data(path)
+
+    def number(value: int) -> bytes:
+        return value.to_bytes(8, "little")
+
+    def text(value: str) -> bytes:
+        return number(len(value.encode())) + value.encode()
+
+    metadata = header.pop("__metadata__")
+    content = number(len(metadata))
+    for key in sorted(metadata, key=str.encode):
+        content += text(key) + text(metadata[key])
+    for name in sorted(header, key=str.encode):
+        entry = header[name]
+        content += text(name) + text(entry["dtype"]) + number(len(entry["shape"]))
+        content += b"".join(map(number, entry["shape"]))
+        content += data[slice(*entry["data_offsets"])]
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_table_is_written_with_its_checksum(version: int, tmp_path: Path) -> None:
+    path = tmp_path / "new.safetensors"
+    table = golden_table(version)
+    dataclasses.replace(table, provenance={"ä": "🙂", "Z": "\0\n"}).save(path)
+    header, _ = header_and_data(path, with_checksum=True)
+    assert header["__metadata__"]["version"] == str(version)
+    assert header["__metadata__"]["checksum"] == checksum_by_the_page(path) == checksum_of(path)
+
+
+def test_the_golden_file_with_a_checksum_holds_it_and_older_ones_have_none() -> None:
+    path = GOLDEN / "v2-checksum.safetensors"
+    assert_same(ThresholdTable.load(path), golden_table(2))
+    assert checksum_of(path) == checksum_by_the_page(path)
+    assert [checksum_of(GOLDEN / f"v{version}.safetensors") for version in (1, 2)] == [None, None]
+
+
+@settings(max_examples=300, deadline=None)
+@given(place=st.integers(0), bit=st.integers(0, 7), in_data=st.booleans())
+def test_no_flipped_bit_gives_another_table(place: int, bit: int, in_data: bool) -> None:
+    table = golden_table(2)
+    content = bytearray((GOLDEN / "v2-checksum.safetensors").read_bytes())
+    _, data = header_and_data(GOLDEN / "v2-checksum.safetensors")
+    index = len(content) - 1 - place % len(data) if in_data else place % len(content)
+    content[index] ^= 1 << bit
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "damaged.safetensors"
+        path.write_bytes(content)
+        try:
+            found = ThresholdTable.load(path)
+        except ThresholdFileError:
+            return
+        # The flip took the checksum's own name, and nothing else.
+        assert not in_data
+        assert checksum_of(path) is None
+        assert_same(found, table)
+
+
+def test_every_single_bit_of_a_small_tables_data_is_watched(tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    ThresholdTable(np.full((1, 1, 2, 1), 0.5, np.float32), (4,)).save(path)
+    content = path.read_bytes()
+    for position in range(8 * 8):
+        damaged = bytearray(content)
+        damaged[len(content) - 8 + position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ThresholdFileError, match="the file is damaged, or was changed by hand"):
+            ThresholdTable.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("points", "[16, 65]"),
+        ("rule", "absolute"),
+        ("block", "64x64"),
+        ("voters", "2"),
+        ("axis", "max_loss"),
+        ("max_seqlen", "513"),
+        ("model", "example/tine"),
+        ("provenance", "{}"),
+        ("novelty", "new"),
+        ("voters", None),
+        ("version", "1"),
+        ("model", "\ud800"),
+    ],
+)
+def test_metadata_that_are_not_those_of_the_checksum_are_refused(
+    tmp_path: Path, key: str, value: str | None
+) -> None:
+    path = tmp_path / "t.safetensors"
+    golden_table(2).save(path)
+    header, data = header_and_data(path, with_checksum=True)
+    stated = header["__metadata__"]["checksum"]
+    if value is None:
+        del header["__metadata__"][key]
+    else:
+        header["__metadata__"][key] = value
+    write_raw(path, header, data)
+    with pytest.raises(ThresholdFileError) as caught:
+        ThresholdTable.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: the file is damaged, or was changed by hand: its content")
+    assert f"must be {stated[:19]}…, as its metadata states" in message
+    if value != "\ud800":
+        assert f"has the checksum {checksum_by_the_page(path)[:19]}…" in message
+
+
+def test_names_and_shapes_of_tensors_are_part_of_the_checksum(good: Path) -> None:
+    header, data = header_and_data(good, with_checksum=True)
+    renamed = dict(header)
+    renamed["statistics.spassity"] = renamed.pop("statistics.sparsity")
+    reshaped = header | {"thresholds": header["thresholds"] | {"shape": [2, 3, 2, 4]}}
+    for each in (renamed, reshaped):
+        with pytest.raises(ThresholdFileError, match="has the checksum"):
+            ThresholdTable.load(write_raw(good, each, data))
+
+
+def test_the_order_of_a_file_is_no_part_of_the_checksum(good: Path) -> None:
+    header, data = header_and_data(good, with_checksum=True)
+    moved = {"__metadata__": dict(reversed(header.pop("__metadata__").items()))}
+    ordered = b""
+    for name, entry in sorted(header.items(), key=lambda e: e[1]["data_offsets"], reverse=True):
+        start = len(ordered)
+        ordered += data[slice(*entry["data_offsets"])]
+        moved[name] = entry | {"data_offsets": [start, len(ordered)]}
+    assert ordered != data
+    write_raw(good, moved, ordered)
+    assert_same(ThresholdTable.load(good), golden_table())
+
+
+@pytest.mark.parametrize(
+    "stated",
+    ["", "sha256:", "0" * 64, f"sha256:{'0' * 63}", f"sha256:{'A' * 64}", f"sha256:{'0' * 64}\n"],
+)
+def test_what_is_no_checksum_is_refused(good: Path, stated: str) -> None:
+    header, data = header_and_data(good)
+    header["__metadata__"]["checksum"] = stated
+    with pytest.raises(
+        ThresholdFileError, match="must be 'sha256:' and 64 hexadecimal digits, got"
+    ):
+        ThresholdTable.load(write_raw(good, header, data))
+
+
+def test_a_file_without_a_checksum_is_read_as_ever(good: Path) -> None:
+    write_raw(good, *header_and_data(good))
+    assert_same(ThresholdTable.load(good), golden_table())
+    assert checksum_of(good) is None
+    with pytest.raises(FileNotFoundError, match="there is no threshold file"):
+        checksum_of(good.with_name("none.safetensors"))
+
+
 @settings(max_examples=150, deadline=None)
 @given(position=st.floats(0, 1), value=st.integers(0, 255), cut=st.booleans())
 def test_a_damaged_file_is_refused_or_read_but_never_crashes(
     position: float, value: int, cut: bool
 ) -> None:
-    content = bytearray((GOLDEN / "v1.safetensors").read_bytes())
+    content = bytearray((GOLDEN / "v2-checksum.safetensors").read_bytes())
     index = int(position * (len(content) - 1))
     if cut:
         del content[index:]

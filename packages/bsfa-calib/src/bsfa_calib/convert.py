@@ -32,9 +32,12 @@ def load_table(table: Table) -> ThresholdTable:
     """
     if isinstance(table, ThresholdTable):
         return table
-    if Path(table).suffix in (".pt", ".pth"):
-        return load_pt(table)
-    return ThresholdTable.load(table)
+    return load_pt(table) if is_of_paper(table) else ThresholdTable.load(table)
+
+
+def is_of_paper(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's name is that of a file of the paper's repository."""
+    return Path(path).suffix in (".pt", ".pth")
 
 
 def load_pt(path: str | os.PathLike[str], *, model: str = "", revision: str = "") -> ThresholdTable:
@@ -59,7 +62,7 @@ def load_pt(path: str | os.PathLike[str], *, model: str = "", revision: str = ""
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)}")
     try:
-        _check_unpacked_size(path)
+        _check_archive(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise
         reason = " ".join(str(error).split())[:200]
@@ -120,18 +123,21 @@ def _table(content: Any, model: str, revision: str, source: str) -> ThresholdTab
     )
 
 
-def _check_unpacked_size(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that would be larger in memory than it is; torch.save compresses nothing.
+def _check_archive(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that is damaged, or larger in memory than it is: torch compresses nothing.
 
     Raises:
-        ValueError: it would be.
+        ValueError: it is.
     """
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > os.path.getsize(path):
-        raise ValueError(f"it unpacks to {unpacked} bytes, more than it has")
+        if unpacked > os.path.getsize(path):
+            raise ValueError(f"it unpacks to {unpacked} bytes, more than it has")
+        damaged = archive.testzip()  # PyTorch does not look at the sums that it writes
+    if damaged is not None:
+        raise ValueError(f"it is damaged: its part {damaged!r} has another CRC-32 than it states")
 
 
 def _checked(tensor: Any, name: str, dimensions: int) -> torch.Tensor:

@@ -45,8 +45,8 @@ def model_means(table: ThresholdTable, name: str, *, dense_too: bool = True) -> 
         return np.asarray(total / np.where(count, count, np.nan), dtype=np.float32)
 
 
-def describe(table: ThresholdTable) -> str:
-    """The table's facts, one a line."""
+def describe(table: ThresholdTable, checksum: str | None = None) -> str:
+    """The table's facts, one a line; ``checksum`` is that of its file, found to hold."""
     seen = np.isfinite(table.thresholds)
     spread = (
         f"{table.thresholds[seen].min():.3f} to {table.thresholds[seen].max():.3f}"
@@ -65,6 +65,9 @@ def describe(table: ThresholdTable) -> str:
         **({"points found at": f"{table.serve_seqlen} tokens"} if table.serve_seqlen else {}),
         "samples": f"{table.samples}, combined by {table.aggregate or 'an unknown rule'}",
         **table.provenance,
+        "checksum": f"{checksum}, holds"
+        if checksum
+        else "none: damage to the file may go unnoticed",
     }
     shown = {printable(name): printable(value) for name, value in facts.items()}
     width = max(map(len, shown))
@@ -142,8 +145,8 @@ def verdict(table: ThresholdTable) -> list[str]:
     return sentences
 
 
-def as_json(table: ThresholdTable) -> str:
-    """The facts and the operating points, for programs."""
+def as_json(table: ThresholdTable, checksum: str | None = None) -> str:
+    """The facts and the operating points, for programs; ``checksum`` as for `describe`."""
     means = {name: model_means(table, name) for name in sorted(table.statistics)}
     return json.dumps(
         {
@@ -162,6 +165,7 @@ def as_json(table: ThresholdTable) -> str:
             "samples": table.samples,
             "aggregate": table.aggregate,
             "provenance": table.provenance,
+            "checksum": checksum,
             "statistics": {
                 name: [None if np.isnan(v) else round(float(v), 6) for v in values]
                 for name, values in means.items()

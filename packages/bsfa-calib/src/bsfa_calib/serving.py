@@ -13,6 +13,7 @@ therefore measured, and the place moved by what it is off.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -232,18 +233,22 @@ class _Known:
     _found: dict[float, Expected] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Read the file, if it is of this key.
+        """Read the file, if it is of this key and has a checksum, which older ones have not.
 
         Raises:
-            TuningError: it holds something else.
+            TuningError: it holds something else, or is damaged.
         """
         if self.file is None or not self.file.exists():
             return
         try:
             content = json.loads(self.file.read_text())
-            if content["key"] == self.key:
-                for place, found in content["measured"]:
-                    self._found[float(place)] = Expected(**found)
+            if content["key"] != self.key:
+                return
+            measured = {float(place): Expected(**found) for place, found in content["measured"]}
+            if "checksum" in content:
+                if content["checksum"] != _checksum(self.key, content["measured"]):
+                    raise ValueError("its checksum is that of another content")
+                self._found = measured
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise TuningError(
                 f"{self.file} holds no measurements of points: remove it, or name another folder"
@@ -258,5 +263,11 @@ class _Known:
         self._found[place] = found
         if self.file is not None:
             measured = [[where, asdict(one)] for where, one in self._found.items()]
-            content = json.dumps({"key": self.key, "measured": measured})
-            write_atomically(self.file, content.encode())
+            content = {"key": self.key, "measured": measured}
+            content["checksum"] = _checksum(self.key, measured)
+            write_atomically(self.file, json.dumps(content).encode())
+
+
+def _checksum(key: str, measured: object) -> str:
+    """SHA-256 of what was measured, as JSON, which gives every number its shortest digits."""
+    return hashlib.sha256(json.dumps([key, measured]).encode()).hexdigest()

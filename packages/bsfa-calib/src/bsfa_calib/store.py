@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bsfa_calib.thresholds import write_atomically
+from bsfa_calib.thresholds import checksum, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,10 @@ class SampleStore:
         return f"sample-{digest.hexdigest()[:24]}"
 
     def find(self, key: str) -> Measured | None:
-        """What the files hold of a sample; None if it is not there, or damaged."""
+        """What the files hold of a sample; None if it is not there, or damaged.
+
+        The file is read once, a layer at a time, for its checksum.
+        """
         from safetensors import SafetensorError, safe_open
 
         if self._directory is None or not self._path(key).exists():
@@ -88,6 +91,9 @@ class SampleStore:
         try:
             with safe_open(self._path(key), framework="np") as file:
                 metadata = file.metadata() or {}
+                layers = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+                if metadata["checksum"] != checksum(metadata, layers):
+                    return None
                 dense = {int(k): str(v) for k, v in json.loads(metadata["dense"]).items()}
                 return Measured(int(metadata["seqlen"]), dense)
         except (SafetensorError, OSError, ValueError, KeyError, AttributeError):
@@ -105,6 +111,8 @@ class SampleStore:
 
             metadata = {"seqlen": str(measured.seqlen), "dense": json.dumps(measured.dense)}
             tensors = {str(layer): tensor.cpu() for layer, tensor in layers.items()}
+            arrays = ((name, tensor.numpy()) for name, tensor in sorted(tensors.items()))
+            metadata["checksum"] = checksum(metadata, arrays)
             write_atomically(self._path(key), save(tensors, metadata=metadata))
 
     def read(self, key: str, layer: int) -> Tensor:

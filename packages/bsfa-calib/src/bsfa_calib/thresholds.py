@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import secrets
 import shlex
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -41,6 +43,9 @@ _REPLACED_RULE = "running_lse"
 # No threshold table has a larger header: one with every field filled in takes a few kilobytes.
 _MAX_HEADER_BYTES = 1 << 20
 _STATISTIC_PREFIX = "statistics."
+_CHECKSUM_KEY = "checksum"
+_CHECKSUM_PREFIX = "sha256:"
+_SHOWN_OF_CHECKSUM = len(_CHECKSUM_PREFIX) + 12
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -290,28 +295,19 @@ class ThresholdTable:
         tensors = {"thresholds": np.ascontiguousarray(self.thresholds)}
         for name, statistic in self.statistics.items():
             tensors[_STATISTIC_PREFIX + name] = np.ascontiguousarray(statistic)
+        metadata[_CHECKSUM_KEY] = checksum(metadata, sorted(tensors.items()))
         write_atomically(path, save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ThresholdTable:
-        """Read a table.
+        """Read a table, and check its content against the checksum, if the file states one.
 
         Raises:
             FileNotFoundError: there is no such file.
             ThresholdFileError: the file is truncated, foreign, damaged or of a newer version.
         """
-        name = os.fspath(path)
-        if not os.path.exists(name):
-            raise FileNotFoundError(f"there is no threshold file {name}")
-        if not os.path.isfile(name):
-            raise ThresholdFileError(f"{name} is not a file; name one .safetensors table")
-        try:
-            metadata, tensors = _read_tensors(name)
-            return cls(**_fields(metadata, tensors))
-        except ThresholdFileError as error:
-            raise ThresholdFileError(f"{name}: {error}") from None
-        except ValueError as error:
-            raise ThresholdFileError(f"{name}: {error}; make the file again") from None
+        with _reading(path) as name:
+            return cls(**_fields(*_read_tensors(name)))
 
     def _described(self) -> str:
         return f"{self.axis} = {_listed(self.points)}"
@@ -328,6 +324,71 @@ def table_files(folder: str | os.PathLike[str]) -> list[Path]:
         if path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
+
+
+def checksum(
+    metadata: Mapping[str, str], tensors: Iterable[tuple[str, npt.NDArray[np.generic]]]
+) -> str:
+    """The checksum of what a safetensors file means; docs/threshold-format.md says how it is made.
+
+    Args:
+        metadata: of the file; a checksum among it is left out.
+        tensors: names and arrays, in the order of the names' code points.
+
+    Returns:
+        ``sha256:`` and 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+
+    def add_number(value: int) -> None:
+        digest.update(struct.pack("<Q", value))
+
+    def add_text(text: str) -> None:
+        # JSON can hold half a surrogate pair, which is no text; it has to differ, not to crash.
+        encoded = text.encode("utf-8", "surrogatepass")
+        add_number(len(encoded))
+        digest.update(encoded)
+
+    entries = sorted(entry for entry in metadata.items() if entry[0] != _CHECKSUM_KEY)
+    add_number(len(entries))
+    for key, value in entries:
+        add_text(key)
+        add_text(value)
+    for name, array in tensors:
+        add_text(name)
+        add_text(f"{array.dtype.kind.upper()}{8 * array.dtype.itemsize}")
+        add_number(array.ndim)
+        for extent in array.shape:
+            add_number(extent)
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return _CHECKSUM_PREFIX + digest.hexdigest()
+
+
+def checksum_of(path: str | os.PathLike[str]) -> str | None:
+    """The checksum that a table's file states, after a check that it holds; None: it has none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ThresholdFileError: the checksum does not hold, or the file is not a threshold table.
+    """
+    with _reading(path) as name:
+        return _read_tensors(name)[0].get(_CHECKSUM_KEY)
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The name of a file that is there; errors within get it, and those of values a remedy."""
+    name = os.fspath(path)
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"there is no threshold file {name}")
+    if not os.path.isfile(name):
+        raise ThresholdFileError(f"{name} is not a file; name one .safetensors table")
+    try:
+        yield name
+    except ThresholdFileError as error:
+        raise ThresholdFileError(f"{name}: {error}") from None
+    except ValueError as error:
+        raise ThresholdFileError(f"{name}: {error}; make the file again") from None
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -442,12 +503,36 @@ def _read_tensors(name: str) -> tuple[dict[str, str], dict[str, FloatArray]]:
                     f"{data_size}: it is cut short, get it again"
                 )
             data = file.read(stop - begin)
-            tensors[tensor] = np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(shape)
+            tensors[tensor] = np.frombuffer(data, dtype="<f4").reshape(shape)
         if end != data_size:
             raise ThresholdFileError(
                 f"the file holds {data_size} bytes of data, but its header speaks of {end}"
             )
+    _check_sum(metadata, tensors)
     return metadata, tensors
+
+
+def _check_sum(metadata: Mapping[str, str], tensors: Mapping[str, FloatArray]) -> None:
+    """Refuse a file whose checksum is not that of its content; older ones state none.
+
+    Raises:
+        ThresholdFileError: it is not, or is no checksum.
+    """
+    stated = metadata.get(_CHECKSUM_KEY)
+    if stated is None:
+        return
+    if not re.fullmatch(_CHECKSUM_PREFIX + "[0-9a-f]{64}", stated):
+        raise ThresholdFileError(
+            f"metadata {_CHECKSUM_KEY!r} must be '{_CHECKSUM_PREFIX}' and 64 hexadecimal digits, "
+            f"got {stated!r:.80}; get the file again"
+        )
+    found = checksum(metadata, sorted(tensors.items()))
+    if found != stated:
+        raise ThresholdFileError(
+            f"the file is damaged, or was changed by hand: its content has the checksum "
+            f"{found[:_SHOWN_OF_CHECKSUM]}…, which must be {stated[:_SHOWN_OF_CHECKSUM]}…, as its "
+            "metadata states; get it again"
+        )
 
 
 _Entry = tuple[tuple[int, ...], tuple[int, int]]

@@ -5,12 +5,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 from bsfa_calib import report
 from bsfa_calib.cli.common import table_path
-from bsfa_calib.convert import load_pt, load_table
+from bsfa_calib.convert import is_of_paper, load_pt, load_table
 from bsfa_calib.report import printable
+from bsfa_calib.thresholds import ThresholdTable, checksum_of
 
 
 def add_table(subparsers: Any) -> None:
@@ -38,20 +41,25 @@ def add_table(subparsers: Any) -> None:
     plot.set_defaults(run=_plot)
 
     convert = commands.add_parser(
-        "convert", help="convert a .pt file of the paper's repository", allow_abbrev=False
+        "convert",
+        help="convert a .pt file of the paper's repository, or write a table anew with a checksum",
+        allow_abbrev=False,
     )
-    convert.add_argument("file", help="the .pt file")
-    convert.add_argument("output", help="the .safetensors table to write")
-    convert.add_argument("--name", default="", help="name of the model that it belongs to")
+    convert.add_argument("file", help="the .pt file, or a .safetensors table")
+    convert.add_argument("output", help="the .safetensors table to write; may be the same")
+    convert.add_argument(
+        "--name", default="", help="name of the model that it belongs to (default: as in the file)"
+    )
     convert.set_defaults(run=_convert)
 
 
 def _info(arguments: argparse.Namespace) -> int:
     table = load_table(arguments.file)
+    checksum = None if is_of_paper(arguments.file) else checksum_of(arguments.file)
     if arguments.json:
-        print(report.as_json(table))
+        print(report.as_json(table, checksum))
         return 0
-    print(report.describe(table))
+    print(report.describe(table, checksum))
     print()
     print(report.operating_points(table))
     for sentence in report.verdict(table):
@@ -69,11 +77,16 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     output = table_path(arguments.output)
-    table = load_pt(arguments.file, model=arguments.name)
+    if Path(arguments.file).suffix == ".safetensors":
+        table = ThresholdTable.load(arguments.file)
+        if arguments.name:
+            table = dataclasses.replace(table, model=arguments.name)
+    else:
+        table = load_pt(arguments.file, model=arguments.name)
     table.save(output)
     print(
-        f"wrote {printable(str(output))}: k = {', '.join(map(str, table.k_values))}; "
-        f"{table.layers} layers, {table.heads} heads, {table.rows} query blocks; geometry "
+        f"wrote {printable(str(output))}: {table.axis} = {', '.join(map(str, table.points))}; "
+        f"{table.layers} layers, {table.heads} heads, {table.rows} rows; geometry "
         f"{table.geometry}"
     )
     return 0
