@@ -119,12 +119,14 @@ def test_info_says_whether_a_table_has_a_checksum_that_holds(
     golden = Path(__file__).parent / "golden"
     table = ThresholdTable.load(golden / "v2.safetensors")
     path = tmp_path / "t.safetensors"
-    dataclasses.replace(table, provenance={"checksum": "sha256:made up, holds"}).save(path)
+    made_up = {"checksum": "sha256:made up, holds", "rule": "made up"}
+    dataclasses.replace(table, provenance=made_up).save(path)
     checksum = checksum_of(path)
     assert main(["table", "info", str(path)]) == 0
     out = capsys.readouterr().out
     assert re.search(rf"^checksum +{checksum}, holds$", out, re.MULTILINE)
-    assert "made up" not in out
+    assert re.search(rf"^rule +{table.rule}$", out, re.MULTILINE)
+    assert re.search(r"^rule \(provenance\) +made up$", out, re.MULTILINE)
     assert main(["table", "info", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["checksum"] == checksum
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")

@@ -64,11 +64,12 @@ def describe(table: ThresholdTable, checksum: str | None = None) -> str:
         "longest sample": f"{table.max_seqlen} tokens",
         **({"points found at": f"{table.serve_seqlen} tokens"} if table.serve_seqlen else {}),
         "samples": f"{table.samples}, combined by {table.aggregate or 'an unknown rule'}",
-        **table.provenance,
         "checksum": f"{checksum}, holds"
         if checksum
         else "none: damage to the file may go unnoticed",
     }
+    for name, value in table.provenance.items():
+        facts[f"{name} (provenance)" if name in facts else name] = value
     shown = {printable(name): printable(value) for name, value in facts.items()}
     width = max(map(len, shown))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
