@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Time of a calibration beside that of dense prefill passes over the same samples.
 
-Both read all samples several times, in turns, and medians are compared::
+Both read all samples several times, in turns, and medians are compared. Each repetition leaves a
+record, of which the last one counts::
 
     python benchmarks/calibration.py --model MODEL --text TEXT --seqlen 8K --samples 4
     python benchmarks/calibration.py --model-shape llama-3.1-8b --seqlen 128K --samples 1
@@ -25,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +58,7 @@ def measure(
     geometry: Geometry,
     points: dict[str, Any],
     repetitions: int,
-) -> Record:
+) -> Iterator[Record]:
     """Time both in turns, after a warm-up on the beginning of the first sample.
 
     Args:
@@ -68,8 +69,8 @@ def measure(
         points: ``k_values`` or ``target_sparsities`` of `bsfa_calib.capture.Settings`.
         repetitions: passes over all samples, of each.
 
-    Returns:
-        The part of a record that was measured.
+    Yields:
+        After each repetition, the part of a record that was measured so far.
     """
     settings = Settings(rule=rule, geometry=geometry, **points)
     cuda = model.device.type == "cuda"
@@ -89,21 +90,21 @@ def measure(
         calibration.append(_seconds(lambda: calibrate(model, samples, settings)))
         if cuda:
             peak = max(peak, torch.cuda.max_memory_allocated() / 2**30)
-    dense_seconds, calibration_seconds = map(statistics.median, (dense, calibration))
-    return {
-        "seqlen": len(samples[0]),
-        "samples": len(samples),
-        "rule": rule,
-        "geometry": str(geometry),
-        "points": ", ".join(f"{name}={list(values)}" for name, values in points.items()),
-        "dense_seconds": dense_seconds,
-        "calibration_seconds": calibration_seconds,
-        "ratio": calibration_seconds / dense_seconds,
-        "repetitions": repetitions,
-        "dense_seconds_each": dense,
-        "calibration_seconds_each": calibration,
-        "peak_gib": peak,
-    }
+        dense_seconds, calibration_seconds = map(statistics.median, (dense, calibration))
+        yield {
+            "seqlen": len(samples[0]),
+            "samples": len(samples),
+            "rule": rule,
+            "geometry": str(geometry),
+            "points": ", ".join(f"{name}={list(values)}" for name, values in points.items()),
+            "dense_seconds": dense_seconds,
+            "calibration_seconds": calibration_seconds,
+            "ratio": calibration_seconds / dense_seconds,
+            "repetitions": len(dense),
+            "dense_seconds_each": list(dense),
+            "calibration_seconds_each": list(calibration),
+            "peak_gib": peak,
+        }
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -454,9 +455,11 @@ def main(argv: list[str] | None = None) -> int:
     for rule in arguments.rules:
         for geometry in arguments.geometries:
             progress(f"{name}, {count} x {arguments.seqlen} tokens, {rule}, {geometry}")
-            measured = measure(model, samples, rule, geometry, points, arguments.repetitions)
-            record = {**common, "kind": "calibration", "model": name, **measured}
-            results.append({**record, "clocks": clocks(device)})
+            asked = (model, samples, rule, geometry, points, arguments.repetitions)
+            measured: Record = {}
+            for measured in measure(*asked):
+                record = {**common, "kind": "calibration", "model": name, **measured}
+                results.append({**record, "clocks": clocks(device)})
             print(
                 f"{rule}, {geometry}: dense {measured['dense_seconds']:.2f} s, calibration "
                 f"{measured['calibration_seconds']:.2f} s, ratio {measured['ratio']:.2f}, "

@@ -257,7 +257,11 @@ def check_record(record: Mapping[str, Any]) -> None:
 
 
 class Results:
-    """A JSON Lines file that grows by one checked record at a time."""
+    """A JSON Lines file that grows by one checked record at a time.
+
+    A measurement of several repetitions is written after each of them; ``report.latest`` says which
+    of its records counts.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open the file at ``path`` for appending; its folder is made."""
@@ -271,8 +275,10 @@ class Results:
             ValueError: it lacks a field of its kind.
         """
         check_record(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        line = json.dumps(record, allow_nan=False) + "\n"
+        # In one write, so that a program that is stopped leaves no half of a line.
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line.encode())
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -32,11 +32,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import bsfa_kernel
 import models
@@ -52,7 +50,7 @@ from extend import check
 from harness import Budget, Record, Results, clocks, environment, progress, read_records
 from inputs import Shape
 from kernels import FlashAttention3
-from prefill import AttentionClock, fa3_attention, lean
+from prefill import AttentionClock, Fa3Layers, lean, torch_name
 from study import ruler
 from study.lengths import Candidate, Candidates
 from study.rivals import Sparge
@@ -149,6 +147,7 @@ class Study:
             for record in read_records(arguments.out):
                 if record["kind"] in ("long_text", "long_tasks"):
                     self.known[key_of(record)] = record
+        self.fa3 = Fa3Layers(torch.bfloat16)  # what it is built for
         self.baselines = self._baselines()
         self.times = {name: Times() for name in self.baselines}
         self.warm_ups = 1 if self.device.type == "cuda" else 0
@@ -219,7 +218,8 @@ class Study:
         progress(
             f"  {candidate.name}, {candidate.axis} {point:g}: skipped {np.mean(sparsity):.4f}, KL "
             f"{np.mean(kl):.5f}, NLL {np.mean(change):+.5f}; {record['ms']:.0f} ms, attention "
-            f"{record['attention_ms']:.0f} ms: {ratios}; {self.budget.spent:.0f} s"
+            f"{record['attention_ms']:.0f} ms: {ratios}{self._fa3_said()}; "
+            f"{self.budget.spent:.0f} s"
         )
         return record
 
@@ -326,11 +326,11 @@ class Study:
 
     def _baselines(self) -> dict[str, str]:
         """Names of dense kernels, and those of their attention functions in transformers."""
-        found = {"sdpa": "sdpa"}
+        found = {"sdpa": torch_name(self.model)}
         if reason := FlashAttention3().available(self._shape(), self.device):
             progress(f"FlashAttention-3 is left out: {reason}")
         else:
-            register(_FA3, fa3_in_bfloat16, lambda *_, **__: None)
+            register(_FA3, self.fa3, lambda *_, **__: None)
             found["fa3"] = _FA3
         return found
 
@@ -345,10 +345,23 @@ class Study:
         """Time the dense kernels again, in turns."""
         begin = self.budget.spent
         for repetition in range(-warm_ups, count):
-            for name, function in self.baselines.items():
-                with switched(self.model, function), self.clock.watching(function):
-                    self._prefill(self.times[name] if repetition >= 0 else Times())
+            for name in list(self.baselines):
+                self._time_one(name, self.times[name] if repetition >= 0 else Times())
         self._dense_seconds += self.budget.spent - begin
+
+    def _time_one(self, name: str, times: Times) -> None:
+        """Time a dense kernel once; FlashAttention-3 is left out where it can do no layer."""
+        function = self.baselines[name]
+        try:
+            with switched(self.model, function), self.clock.watching(function):
+                self._prefill(times)
+            if name == "fa3":
+                self.fa3.check()
+        except (RuntimeError, NotImplementedError) as failure:
+            if name != "fa3":
+                raise
+            progress(f"FlashAttention-3 is left out: {' '.join(str(failure).split())[:300]}")
+            del self.baselines[name], self.times[name]
 
     def _prefill(self, times: Times) -> None:
         """Read the first window's prompt up to its first token under the attention in force."""
@@ -369,9 +382,17 @@ class Study:
             "attention_ms": attention,
             "repetitions": len(times.first_token),
             "dense_ms": {name: both[0] for name, both in dense.items()},
+            **({"fa3_layers": self.fa3.layers()} if "fa3" in dense else {}),
             "speedup": {name: both[0] / ms for name, both in dense.items()},
             "attention_speedup": {name: both[1] / attention for name, both in dense.items()},
         }
+
+    def _fa3_said(self) -> str:
+        """Where FlashAttention-3 did not compute all layers, how many, and why."""
+        layers = self.fa3.layers()
+        if "fa3" not in self.baselines or "torch" not in layers:
+            return ""
+        return f" (layers by fa3: {layers['fa3']} of {sum(layers.values())}: {self.fa3.why()})"
 
     def _by_position(self, each: Sequence[list[Band]]) -> list[list[float]]:
         """By band: first position, the next band's, and means over windows of KL and NLL."""
@@ -424,15 +445,6 @@ class Study:
 
     def _took(self, unit: str, begin: float) -> None:
         self._longest[unit] = max(self._longest.get(unit, 0.0), self.budget.spent - begin)
-
-
-def fa3_in_bfloat16(
-    module: object, query: Tensor, key: Tensor, value: Tensor, mask: object, **options: Any
-) -> tuple[Tensor, None]:
-    """FlashAttention-3, which is built for bfloat16, on tensors that may be of another dtype."""
-    q, k, v = (x.to(torch.bfloat16) for x in (query, key, value))
-    out, _ = fa3_attention(module, q, k, v, mask, **options)
-    return out.to(query.dtype), None
 
 
 @contextlib.contextmanager

@@ -10,12 +10,17 @@ sparsity asked for::
 
 A model whose layers have windows or sinks, which torch's function does not know, is read dense by
 what comes closest: torch's flash kernel and a correction for the sinks, products of diagonal blocks
-in windows, and FlashAttention-3 with its own windows and the same correction. Under bsfa_hf its
-layers with windows run as under the last of these.
+in windows, and FlashAttention-3 with its own windows and the same correction. Layers that the
+installed FlashAttention-3 cannot do are torch's under it, too, and counted; where it can do none,
+it is left out. Under bsfa_hf layers with windows run as under the last of these.
 
 The time runs from the call to the first token on the host, key and value cache included. The
 attention's part of it is taken with device events around each layer's attention function, its
 changes of layout included.
+
+Each implementation is warmed up and timed once, then all take turns. Every repetition leaves a
+record at once, and another where it changes a ratio; reports take the last of a run. What does not
+fit into ``--budget-seconds`` is left out.
 
 With ``--lean``, of Llama models alone, the norms, the rotary embedding and the activation move less
 memory than transformers' own, for every implementation alike; the records say so.
@@ -29,7 +34,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,41 +47,161 @@ from torch.nn import functional
 import bsfa_hf
 import bsfa_kernel
 import models
-from attention import DENSE, list_of, parse_length, parse_sparsity
+from attention import DENSE, ERROR_LIMIT, error, list_of, parse_length, parse_sparsity
 from bsfa_calib.capture import calibrate
-from bsfa_calib.dense import flash_with_sinks, with_sinks
+from bsfa_calib.dense import flash_with_sinks, unknown_arguments, with_sinks
 from bsfa_kernel import Geometry
-from harness import ROOT, Budget, Record, Results, clocks, device_event, environment, progress
+from harness import ROOT, Budget, Record, Results, device_event, environment, progress
 from inputs import Shape
 from kernels import EXACT, FlashAttention3, Mode
+from turns import Run, Turns
 
 _FA3, _TORCH = "bsfa_benchmark_fa3", "bsfa_benchmark_torch"
+# A kind of layer is tried on so many tokens, with such a window, and may be so far from torch's.
+_TRIED, _TRIED_WINDOW = 128, 16
+_TRIED_LIMIT = 2 * max(ERROR_LIMIT.values())
 
 
-def fa3_attention(
-    _module: object, query: Tensor, key: Tensor, value: Tensor, _mask: object, **options: Any
-) -> tuple[Tensor, None]:
-    """FlashAttention-3 as an attention function of transformers, for prompts without padding."""
-    from fa3_fwd_interface import flash_attn_func
+class Fa3Layers:
+    """FlashAttention-3 as an attention function of transformers, for prompts without padding.
 
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    window, sinks = options.get("sliding_window"), options.get("s_aux")
-    more: dict[str, Any] = {} if window is None else {"window_size": (window - 1, 0)}
-    if sinks is not None:
-        more["return_attn_probs"] = True  # the log-sum-exp of each row, too
-    out = flash_attn_func(q, k, v, softmax_scale=options.get("scaling"), causal=True, **more)
-    if sinks is not None:
-        return with_sinks(out[0], out[1], sinks), None
-    return (out[0] if isinstance(out, tuple) else out), None
+    Builds lack windows or dtypes. Each kind of layer is therefore first tried on a few tokens
+    beside `torch_attention`, which computes the layers that FlashAttention-3 cannot.
+
+    Attributes:
+        reasons: by layer of the last calls, why it was torch's; "" where it was FlashAttention-3's.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        """Nothing tried yet.
+
+        Args:
+            dtype: what q, k and v are rounded to for FlashAttention-3; their own by default.
+        """
+        self.reasons: dict[int, str] = {}
+        self._dtype = dtype
+        self._tried: dict[tuple[object, ...], str] = {}
+
+    def __call__(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: object,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        """See transformers' ``AttentionInterface``.
+
+        Raises:
+            NotImplementedError: neither can compute the layer.
+        """
+        reason = self._lacks(query, key, value, options)
+        self.reasons[module.layer_idx] = reason
+        if reason:
+            return torch_attention(module, query, key, value, mask, **options)
+        return self._compute(query, key, value, options), None
+
+    def layers(self) -> dict[str, int]:
+        """How many layers of the last calls were whose: "fa3" and "torch"."""
+        torch_ran = sum(bool(reason) for reason in self.reasons.values())
+        counts = {"fa3": len(self.reasons) - torch_ran, "torch": torch_ran}
+        return {name: count for name, count in counts.items() if count}
+
+    def why(self) -> str:
+        """Why layers of the last calls were torch's."""
+        return "; ".join(sorted({reason for reason in self.reasons.values() if reason}))
+
+    def check(self) -> None:
+        """Check that some layer of the last calls was FlashAttention-3's.
+
+        Raises:
+            NotImplementedError: none was; the message says why.
+        """
+        if "fa3" not in self.layers():
+            raise NotImplementedError(f"FlashAttention-3 can do no layer: {self.why()}")
+
+    def _compute(
+        self, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]
+    ) -> Tensor:
+        from fa3_fwd_interface import flash_attn_func
+
+        dtype = self._dtype or query.dtype
+        q, k, v = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
+        window, sinks = _window(key, options), options.get("s_aux")
+        more: dict[str, Any] = {} if window is None else {"window_size": (window - 1, 0)}
+        if sinks is not None:
+            more["return_attn_probs"] = True  # the log-sum-exp of each row, too
+        out = flash_attn_func(q, k, v, softmax_scale=options.get("scaling"), causal=True, **more)
+        if sinks is not None:
+            return with_sinks(out[0], out[1], sinks).to(query.dtype)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found.to(query.dtype)
+
+    def _lacks(self, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> str:
+        """Why FlashAttention-3 cannot compute a call; "" where it can."""
+        windowed, sinks = _window(key, options) is not None, options.get("s_aux")
+        kind = (query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], query.dtype)
+        what = (*kind, query.device, options.get("scaling"), windowed, sinks is not None)
+        if what not in self._tried:
+            self._tried[what] = self._try(query, key, value, windowed, options)
+        return self._tried[what]
+
+    def _try(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        windowed: bool,
+        options: Mapping[str, Any],
+    ) -> str:
+        generator = torch.Generator(query.device).manual_seed(0)
+        heads = ((x.shape[1], x.shape[-1]) for x in (query, key, value))
+        q, k, v = (
+            torch.randn(1, n, _TRIED, d, generator=generator, device=query.device).to(query.dtype)
+            for n, d in heads
+        )
+        options = {**options, "sliding_window": _TRIED_WINDOW if windowed else None}
+        expected, _ = torch_attention(None, q, k, v, None, **options)
+        try:
+            off = error(self._compute(q, k, v, options), expected)
+        except (RuntimeError, TypeError, NotImplementedError) as failure:
+            return " ".join(str(failure).split())[:200]
+        return "" if off <= _TRIED_LIMIT else f"its error is {off:.2e}, more than {_TRIED_LIMIT:g}"
+
+
+def torch_name(model: Any) -> str:
+    """The name of torch's dense attention for a model, which transformers knows afterwards.
+
+    Transformers' own function for SDPA passes over sinks, so that models with sinks do not take it.
+    """
+    if getattr(type(model), "_supports_sdpa", False):
+        return "sdpa"
+    register(_TORCH, torch_attention)
+    return _TORCH
+
+
+def _window(key: Tensor, options: Mapping[str, Any]) -> int | None:
+    """The window of a call; None where it hides no key."""
+    window: int | None = options.get("sliding_window")
+    return None if window is None or window >= key.shape[2] else window
 
 
 def torch_attention(
     _module: object, query: Tensor, key: Tensor, value: Tensor, _mask: object, **options: Any
 ) -> tuple[Tensor, None]:
-    """Windows and sinks by torch's functions, for prompts without padding."""
-    window, sinks = options.get("sliding_window"), options.get("s_aux")
+    """Windows and sinks by torch's functions, for prompts without padding.
+
+    Raises:
+        NotImplementedError: the model asks for more than these.
+    """
+    others = ("softcap", "position_bias", "sinks")
+    unknown = [*unknown_arguments(options), *(n for n in others if options.get(n) is not None)]
+    if unknown:
+        raise NotImplementedError(f"attention must have no {', '.join(unknown)} here")
+    window, sinks = _window(key, options), options.get("s_aux")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    if window is not None and window < query.shape[2]:
+    if window is not None:
         out, lse = _banded(query, key, value, window, scale)
         return (out if sinks is None else with_sinks(out, lse, sinks)), None
     if sinks is not None:
@@ -219,88 +344,129 @@ class AttentionClock:
         return event
 
 
-@dataclass
-class Run:
-    """One way to compute the attention, and its times in milliseconds."""
+@dataclass(eq=False, kw_only=True)
+class ModelRun(Run):
+    """One way to compute the attention of a model.
 
-    implementation: str
-    asked: str
+    Attributes:
+        switch: lets the model run so.
+        function: the attention function that is watched.
+        prepare: makes what it needs, once.
+        calibrates: whether that has to be calibrated.
+        attention: milliseconds in attention functions, of each repetition.
+        layers: attention layers by whose they were, where that is known.
+        note: why layers were another's.
+    """
+
     switch: Callable[[], AbstractContextManager[Any]]
     function: str
-    rule: str | None = None
-    geometry: Geometry | None = None
-    mode: Mode | None = None
-    sparsity: float = 0.0
-    times: list[float] = field(default_factory=list)
+    prepare: Callable[[], None] = lambda: None
+    calibrates: Callable[[], bool] = lambda: False
     attention: list[float] = field(default_factory=list)
     peak_gib: float = 0.0
+    layers: dict[str, int] = field(default_factory=dict)
+    note: str = ""
+
+    def facts(self) -> Record:
+        """What its record says beside times to first token."""
+        return {
+            **super().facts(),
+            "attention_ms": statistics.median(self.attention),
+            "peak_gib": self.peak_gib,
+            "layers": self.layers,
+            "note": self.note,
+        }
 
 
 class Benchmark:
     """Measures one model."""
 
-    def __init__(self, arguments: argparse.Namespace, results: Results) -> None:
+    def __init__(self, arguments: argparse.Namespace, results: Results, budget: Budget) -> None:
         """Load the model."""
         self.arguments = arguments
         self.results = results
+        self.budget = budget
         self.device = torch.device(arguments.device)
         self.model, self.tokenizer, self.name = models.load(arguments)
         kind = self.model.config.model_type
         if arguments.lean and kind != "llama":
             raise ValueError(f"--lean is for Llama models, got one of type {kind}")
         self.clock = AttentionClock(self.device)
+        self.fa3 = Fa3Layers()
         self.environment = environment(self.device)
-        self.records: list[Record] = []
+        self.runs: list[Run] = []
+        self.left_out: list[str] = []
+        # Under bsfa_hf, what layers that skip nothing run with.
+        self._filling = torch_name(self.model)
+        # The most seconds that each took so far, by tokens.
+        self._longest: dict[str, dict[int, float]] = {"prefill": {}, "calibration": {}}
+
+    @property
+    def records(self) -> list[Record]:
+        """The last record of each measurement."""
+        return [run.record for run in self.runs]
 
     def measure(self, seqlen: int) -> None:
-        """Measure every implementation at one length, in turns."""
+        """Measure every implementation at one length, in turns after a first repetition of each."""
         (ids,) = models.tokens(self.arguments, self.model, self.tokenizer, seqlen, 1)
-        runs = self._runs(ids)
-        before = clocks(self.device)
-        for repetition in range(self.arguments.repetitions + 1):  # the first warms up
-            for run in runs:
-                self._once(run, ids, count=repetition > 0)
-        after = clocks(self.device)
-        medians = {
-            run.implementation: statistics.median(run.times) for run in runs if run.asked == DENSE
+        about = {
+            **self.environment,
+            "kind": "prefill",
+            "model": self.name,
+            "seqlen": seqlen,
+            "dtype": self.arguments.dtype,
+            "lean": self.arguments.lean,
         }
+        turns = Turns(self.results, about, self.device)
+        runs: list[ModelRun] = []
+
+        def once(run: ModelRun) -> float:
+            return self._once(run, ids)
+
+        self._filling = torch_name(self.model)
+        for run in self._runs(ids):
+            expected = 2 * self._expected("prefill", seqlen)  # the first of each warms up
+            if run.calibrates():
+                expected += self._expected("calibration", seqlen)
+            if not self.budget.allows(expected):
+                self._leave_out(f"left out for the budget: {seqlen} tokens, {run}")
+                continue
+            try:
+                run.prepare()
+                self._once(run, ids, count=False)
+                turns.time(run, once)
+            except (RuntimeError, NotImplementedError, ValueError) as failure:
+                if run.asked != DENSE:
+                    raise
+                reason = " ".join(str(failure).split())[:300]
+                self._leave_out(f"left out: {seqlen} tokens, {run}: {reason}")
+                continue
+            runs.append(run)
+            self.runs.append(run)
+            if run.implementation == "fa3":
+                self._filling = _FA3
+        wanted = self.arguments.repetitions
+        rest = turns.repeat(runs, wanted, self.budget, once)
+        if rest:
+            self._leave_out(rest)
         for run in runs:
-            ms = statistics.median(run.times)
-            record = {
-                **self.environment,
-                "kind": "prefill",
-                "implementation": run.implementation,
-                "model": self.name,
-                "seqlen": seqlen,
-                "asked": run.asked,
-                "sparsity": run.sparsity,
-                "rule": run.rule,
-                "geometry": str(run.geometry) if run.geometry else None,
-                **(run.mode._asdict() if run.mode else {}),
-                "dtype": self.arguments.dtype,
-                "lean": self.arguments.lean,
-                "ms": ms,
-                "ms_min": min(run.times),
-                "attention_ms": statistics.median(run.attention),
-                "repetitions": len(run.times),
-                "peak_gib": run.peak_gib,
-                "speedup": {n: m / ms for n, m in medians.items() if n != run.implementation},
-                "clocks": {"before": before, "after": after},
-            }
-            self.results.append(record)
-            self.records.append(record)
+            record = run.record
             ratios = ", ".join(f"{v:.2f}x {k}" for k, v in record["speedup"].items())
+            layers = ", ".join(f"{n} {name}" for name, n in run.layers.items())
             progress(
-                f"  {run.implementation:5} {run.asked:5} {ms:10.1f} ms, attention "
+                f"  {run.implementation:5} {run.asked:5} {record['ms']:10.1f} ms, attention "
                 f"{record['attention_ms']:9.1f} ms, s={run.sparsity:.3f}  {ratios}"
+                f"{f', layers: {layers}' if layers else ''}{f' ({run.note})' if run.note else ''}"
             )
 
-    def _runs(self, ids: list[int]) -> list[Run]:
-        plain = getattr(type(self.model), "_supports_sdpa", False)
-        if not plain:
-            register(_TORCH, torch_attention)
-        torch_name = "sdpa" if plain else _TORCH
-        runs = [Run("sdpa", DENSE, lambda: self._dense(torch_name), torch_name)]
+    def _leave_out(self, line: str) -> None:
+        self.left_out.append(line)
+        progress(f"  {line}")
+
+    def _runs(self, ids: list[int]) -> Iterator[ModelRun]:
+        """What is to be measured, dense first."""
+        name = torch_name(self.model)
+        yield ModelRun("sdpa", switch=lambda: self._dense(name), function=name)
         config = self.model.config.get_text_config()
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -308,40 +474,60 @@ class Benchmark:
         if reason := FlashAttention3().available(shape, self.device):
             progress(f"  fa3: left out: {reason}")
         else:
-            register(_FA3, fa3_attention)
-            runs.append(Run("fa3", DENSE, lambda: self._dense(_FA3), _FA3))
-        dense = runs[-1].function  # what layers that skip nothing run with
-        targets = [float(asked) for asked in self.arguments.sparsities if asked != DENSE]
+            register(_FA3, self.fa3)
+            yield ModelRun("fa3", switch=lambda: self._dense(_FA3), function=_FA3)
+        targets = [asked for asked in self.arguments.sparsities if asked != DENSE]
         choices = itertools.product(self.arguments.rules, self.arguments.geometries)
         for rule, geometry in choices:
             tables: dict[int, Any] = {}
-            for mode in self.arguments.modes:
-                if mode.voters not in tables:
-                    progress(f"  calibrating {rule}, {geometry}, one row in {mode.voters} votes")
-                    tables[mode.voters] = calibrate(
-                        *(self.model, [ids]),
-                        target_sparsities=targets,
-                        rule=rule,
-                        geometry=geometry,
-                        voters=mode.voters,
-                    )
-                table = tables[mode.voters]
-                runs += [self._sparse_run(table, target, mode, dense) for target in targets]
-        return runs
+            for mode, asked in itertools.product(self.arguments.modes, targets):
+                yield self._sparse_run(rule, geometry, mode, float(asked), tables, ids)
 
-    def _sparse_run(self, table: Any, target: float, mode: Mode, dense: str) -> Run:
-        options: dict[str, Any] = {"target_sparsity": target, "selection": mode.selection}
+    def _sparse_run(
+        self,
+        rule: str,
+        geometry: Geometry,
+        mode: Mode,
+        target: float,
+        tables: dict[int, Any],
+        ids: list[int],
+    ) -> ModelRun:
+        """A run that calibrates where ``tables`` lacks its number of voters."""
+
+        def lacks() -> bool:
+            return mode.voters not in tables
+
+        def prepare() -> None:
+            if not lacks():
+                return
+            progress(f"  calibrating {rule}, {geometry}, one row in {mode.voters} votes")
+            start = time.perf_counter()
+            tables[mode.voters] = calibrate(
+                *(self.model, [ids]),
+                target_sparsities=[float(a) for a in self.arguments.sparsities if a != DENSE],
+                rule=rule,
+                geometry=geometry,
+                voters=mode.voters,
+            )
+            self._took("calibration", time.perf_counter() - start, len(ids))
 
         @contextlib.contextmanager
         def switch() -> Iterator[Any]:
+            table = tables[mode.voters]
+            options: dict[str, Any] = {"target_sparsity": target, "selection": mode.selection}
             with (
-                self._dense(dense),
+                self._dense(self._filling),
                 bsfa_hf.enabled(self.model, table, check_model=False, **options) as counters,
             ):
                 yield counters
 
-        geometry = Geometry(table.q_block, table.k_block)
-        return Run("bsfa", f"{target:g}", switch, "bsfa", table.rule, geometry, mode)
+        return ModelRun(
+            *("bsfa", f"{target:g}", rule, geometry, mode),
+            switch=switch,
+            function="bsfa",
+            prepare=prepare,
+            calibrates=lacks,
+        )
 
     @contextlib.contextmanager
     def _dense(self, implementation: str) -> Iterator[None]:
@@ -352,18 +538,30 @@ class Benchmark:
         finally:
             self.model.set_attn_implementation(previous)
 
-    def _once(self, run: Run, ids: list[int], *, count: bool) -> None:
+    def _once(self, run: ModelRun, ids: list[int], *, count: bool = True) -> float:
+        """Milliseconds until the first token; what else is measured is added to the run.
+
+        Raises:
+            NotImplementedError: FlashAttention-3 is to do it, and can do no layer.
+        """
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
+        self.fa3.reasons.clear()
         with run.switch() as counters, self.clock.watching(run.function):
             start = time.perf_counter()
             models.prefill(self.model, ids, use_cache=True)
             elapsed = 1000 * (time.perf_counter() - start)
             attention = self.clock.read()
+            run.layers, run.note = self.fa3.layers(), self.fa3.why()
             if run.implementation == "bsfa":
                 run.sparsity = _sparsity(counters)
+                others = sum(counters.dense_calls.values())
+                dense = run.layers or ({"torch": others} if others else {})
+                run.layers = {"bsfa": counters.sparse_calls, **dense}
+        if run.implementation == "fa3":
+            self.fa3.check()
         if cuda:
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30
             run.peak_gib = max(run.peak_gib, peak)
@@ -371,9 +569,23 @@ class Benchmark:
             f"  {run.implementation:5} {run.asked:5} {elapsed:10.1f} ms, attention "
             f"{attention:9.1f} ms{'' if count else ', not counted'}"
         )
+        self._took("prefill", elapsed / 1000, len(ids))
         if count:
-            run.times.append(elapsed)
             run.attention.append(attention)
+        return elapsed
+
+    def _took(self, what: str, seconds: float, tokens: int) -> None:
+        longest = self._longest[what]
+        longest[tokens] = max(longest.get(tokens, 0.0), seconds)
+
+    def _expected(self, what: str, tokens: int) -> float:
+        """No less seconds than it will take, from the nearest length known; 0 before the first."""
+        longest = self._longest[what]
+        if not longest:
+            return 0.0
+        nearest = min(longest, key=lambda known: abs(known - tokens))
+        factor = tokens / nearest
+        return longest[nearest] * factor * max(factor, 1.0)  # attention's part grows by its square
 
 
 def _sparsity(counters: bsfa_hf.Statistics) -> float:
@@ -404,7 +616,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--lean", action="store_true", help="fewer passes over memory outside of attention")
     add("--repetitions", type=int, default=3, help="of each prompt (default %(default)s)")
-    add("--budget-seconds", type=float, help="start no further length after this time")
+    add("--budget-seconds", type=float, help="start nothing that would end later than this")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prefill.jsonl")
     return result
 
@@ -413,7 +625,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
     budget = Budget(arguments.budget_seconds)
-    benchmark = Benchmark(arguments, Results(arguments.out))
+    benchmark = Benchmark(arguments, Results(arguments.out), budget)
     progress(f"{benchmark.name} is loaded, {budget.spent:.0f} s")
     for seqlen in arguments.seqlens:
         if not budget.allows():
@@ -427,6 +639,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{seqlen} tokens: out of memory: {' '.join(str(failure).split())[:200]}")
         if benchmark.device.type == "cuda":
             torch.cuda.empty_cache()
+    for line in benchmark.left_out:
+        print(line)
     if benchmark.device.type == "cuda":
         import report
 

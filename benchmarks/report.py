@@ -106,14 +106,26 @@ def load(paths: Iterable[Path]) -> list[Record]:
     Raises:
         ValueError: a line is no record, or one of a self-test.
     """
-    latest: dict[tuple[object, ...], Record] = {}
+    found = []
     for path in paths:
         for record in read_records(path):
             _refuse_self_test(record, str(path))
-            key = key_of(record)
-            if key not in latest or record["date"] >= latest[key]["date"]:
-                latest[key] = record
-    return list(latest.values())
+            found.append(record)
+    return latest(found)
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The record of each measurement that counts: the latest.
+
+    Programs write a record again when more is known of it. The records of a run have one date, and
+    of those the one that was written last counts.
+    """
+    found: dict[tuple[object, ...], Record] = {}
+    for record in records:
+        key = key_of(record)
+        if key not in found or record["date"] >= found[key]["date"]:
+            found[key] = record
+    return list(found.values())
 
 
 def key_of(record: Record) -> tuple[object, ...]:
@@ -408,7 +420,9 @@ def prefill_tables(records: Sequence[Record]) -> str:
 def _implementation(record: Record) -> str:
     name = str(_NAMES.get(record["implementation"], record["implementation"]))
     if not record["geometry"]:
-        return name
+        layers = record.get("layers", {})
+        own, every = layers.get(record["implementation"], 0), sum(layers.values())
+        return f"{name}, {own} of {every} layers" if own < every else name
     selection = record.get("selection", "exact")
     how = selection if selection == "auto" else _mode_text(selection, 1)
     voters = f", 1 in {record['voters']}" if record.get("voters", 1) > 1 else ""

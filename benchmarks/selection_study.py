@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,8 @@ class Rounding:
         }
 
 
-def study(arguments: argparse.Namespace) -> list[Record]:
-    """Measure, and return the records: one a number of voters and share."""
+def study(arguments: argparse.Namespace) -> Iterator[Record]:
+    """Measure, and give each record when it is known: one a number of voters and share."""
     loaded = models.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     language_model = LanguageModel(loaded.model)
     device = language_model.device
@@ -171,7 +172,6 @@ def study(arguments: argparse.Namespace) -> list[Record]:
         "geometry": str(arguments.geometry),
         "peak_error": error,
     }
-    records = []
     for index, voters in enumerate(bsfa_kernel.VOTERS):
         for point, asked in enumerate(arguments.sparsities):
             values = thresholds[index, point].expand(*attention_shape(loaded.model), 1)
@@ -188,7 +188,7 @@ def study(arguments: argparse.Namespace) -> list[Record]:
                 "sparsity": {name: one.sparsity.tolist() for name, one in points.items()},
                 "kl": {name: one.kl.tolist() for name, one in points.items()},
             }
-            records.append(record)
+            yield record
             progress(
                 f"1 in {voters}, {asked:g}: {record['flips']:.4%} of the verdicts differ; skipped "
                 + ", KL ".join(
@@ -196,7 +196,6 @@ def study(arguments: argparse.Namespace) -> list[Record]:
                     for name, one in points.items()
                 )
             )
-    return records
 
 
 def parser() -> argparse.ArgumentParser:
@@ -221,10 +220,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
     results = Results(arguments.out)
-    records = study(arguments)
-    for record in records:
+    written = 0
+    for record in study(arguments):
         results.append(record)
-    print(f"{len(records)} records in {arguments.out}")
+        written += 1
+    print(f"{written} records in {arguments.out}")
     return 0
 
 

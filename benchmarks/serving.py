@@ -9,6 +9,9 @@ is moved, during the runs that warm up, until the share asked for is skipped::
 
     python benchmarks/serving.py ttft --model-shape llama-3.1-8b --seqlens 32K,128K
 
+Each configuration is timed once when it is warm, then all take turns; every time leaves a record at
+once, of which the last of a run counts.
+
 ``load`` starts a server for each configuration in turn, and vLLM's own benchmark client against it,
 with requests that arrive by a Poisson process::
 
@@ -24,14 +27,13 @@ import json
 import math
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,9 @@ import models
 from attention import DENSE, list_of, parse_length, parse_sparsity
 from bsfa_calib import ThresholdTable
 from bsfa_kernel import Geometry
-from harness import ROOT, Budget, Record, Results, clocks, environment, progress
+from harness import ROOT, Budget, Record, Results, environment, progress
 from kernels import EXACT, Mode
+from turns import Run, Turns
 
 # How close a share must come, in how many runs. The logarithm of the odds of being skipped grows
 # about so much with the threshold, which moves by no more than a step at a time.
@@ -140,16 +143,11 @@ def thresholds_of(arguments: argparse.Namespace) -> Thresholds:
     return Thresholds(table.rule, geometry, modes)
 
 
-@dataclass
-class Run:
-    """One way to compute the attention of a length, and its times in milliseconds."""
+@dataclass(eq=False, kw_only=True)
+class EngineRun(Run):
+    """One way to compute the attention in an engine, with the threshold that it skips by."""
 
-    implementation: str
-    asked: str = "dense"
-    mode: Mode | None = None
-    sparsity: float = 0.0
     threshold: float = math.nan
-    times: list[float] = field(default_factory=list)
 
 
 class Measurement:
@@ -161,7 +159,6 @@ class Measurement:
         self.device = torch.device(arguments.device)
         self.served = served(arguments, folder)
         self.environment = environment(self.device)
-        self.records: list[Record] = []
         self.thresholds = thresholds_of(arguments)
 
 
@@ -181,8 +178,14 @@ class FirstToken(Measurement):
                 q_block=self.thresholds.geometry.q_block,
                 k_block=self.thresholds.geometry.k_block,
             ).save(self.table)
+        self._runs_timed: list[Run] = []
         # The threshold that came closest, by share asked for and voters, with its length.
         self._found: dict[tuple[str, int], tuple[float, int]] = {}
+
+    @property
+    def records(self) -> list[Record]:
+        """The last record of each measurement."""
+        return [run.record for run in self._runs_timed]
 
     def run(self, budget: Budget) -> None:
         """Measure every length."""
@@ -193,36 +196,62 @@ class FirstToken(Measurement):
         with self._engine({"thresholds": self.table, **self._point()}) as llm:
             for seqlen in self.arguments.seqlens:
                 if budget.allows():
-                    self._measure(llm, seqlen, own.get(seqlen, []))
+                    self._measure(llm, seqlen, own.get(seqlen), budget)
                 else:
                     print(f"left out for the budget: {seqlen} tokens")
 
-    def _default(self) -> dict[int, list[float]]:
-        """Times by length of an engine with vLLM's default back end, in a process of its own.
+    def _default(self) -> dict[int, Run]:
+        """By length, an engine with vLLM's default back end, in a process of its own.
+
+        Each of its times is in a record as soon as it is known.
 
         Raises:
             RuntimeError: it failed.
         """
-        given, path = self.arguments, self.folder / "times.json"
+        given, path = self.arguments, self.folder / "times.jsonl"
         command = [sys.executable, str(Path(__file__).resolve()), "ttft", "--times", str(path)]
         command += ["--model", given.model] if given.model else ["--model-shape", given.model_shape]
         command += ["--device", given.device, "--dtype", given.dtype, "--seed", str(given.seed)]
         command += ["--seqlens", ",".join(map(str, given.seqlens))]
         command += ["--repetitions", str(given.repetitions), *(["--eager"] if given.eager else [])]
-        if subprocess.run(command, check=False).returncode or not path.exists():
+        found: dict[int, Run] = {}
+        path.touch()
+        child = subprocess.Popen(command)
+        try:
+            with path.open() as lines:
+                ended = False
+                while not ended:
+                    ended = child.poll() is not None
+                    for line in lines:
+                        seqlen, ms = json.loads(line)
+                        if seqlen not in found:
+                            found[seqlen] = Run("vllm")
+                            self._runs_timed.append(found[seqlen])
+                        self._known(found[seqlen], seqlen, ms)
+                    if not ended:
+                        time.sleep(0.2)
+        finally:
+            child.terminate()
+        if child.returncode or not found:
             raise RuntimeError("vLLM's default engine could not be timed: its messages are above")
-        return {int(seqlen): times for seqlen, times in json.loads(path.read_text()).items()}
+        return found
+
+    def _known(self, run: Run, seqlen: int, ms: float) -> None:
+        """Write the record of a time that another process took."""
+        self._turns(seqlen).time(run, lambda _: ms)
 
     def _time_default(self, path: Path) -> None:
-        """Write the times of an engine with vLLM's default back end."""
-        found = {}
+        """Write a line for each time of an engine with vLLM's default back end: tokens, ms."""
         with self._engine(None) as llm:
             for seqlen in self.arguments.seqlens:
                 ids = self._prompt(seqlen)
-                times = [self._once(llm, ids) for _ in range(self.arguments.repetitions + 1)]
-                found[seqlen] = times[1:]  # the first warms up
-                progress(f"  vllm  {seqlen:7} {statistics.median(times[1:]):10.1f} ms")
-        path.write_text(json.dumps(found))
+                for repetition in range(self.arguments.repetitions + 1):
+                    ms = self._once(llm, ids)
+                    if not repetition:  # it warms up
+                        continue
+                    progress(f"  vllm  {seqlen:7} {ms:10.1f} ms")
+                    with path.open("ab", buffering=0) as file:
+                        file.write(f"{json.dumps([seqlen, ms])}\n".encode())
 
     def _point(self) -> dict[str, Any]:
         return {"check_model": False, "target_sparsity": self._points()[0]}
@@ -271,58 +300,62 @@ class FirstToken(Measurement):
         llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
         return 1000 * (time.perf_counter() - start)
 
-    def _runs(self) -> list[Run]:
+    def _runs(self) -> list[EngineRun]:
         """What is measured beside dense attention: every mode at every share."""
         modes, shares = self.thresholds.modes, self.arguments.sparsities
-        return [Run("bsfa", asked, mode) for mode in modes for asked in shares]
+        rule, geometry = self.thresholds.rule, self.thresholds.geometry
+        return [
+            EngineRun("bsfa", asked, rule, geometry, mode) for mode in modes for asked in shares
+        ]
 
-    def _measure(self, llm: Any, seqlen: int, own: list[float]) -> None:
+    def _measure(self, llm: Any, seqlen: int, own: Run | None, budget: Budget) -> None:
+        """Measure a length: each configuration once when it is warm, then all in turns.
+
+        Args:
+            llm: the engine.
+            seqlen: tokens of the prompt.
+            own: vLLM's default engine, timed before.
+            budget: what does not fit is left out.
+        """
         ids = self._prompt(seqlen)
-        dense = Run("fa3" if self.device.type == "cuda" else "vllm_cpu")
-        runs = [dense, *self._runs()]
-        before = clocks(self.device)
-        for run in runs:
+        turns = self._turns(seqlen, () if own is None else (own,))
+        runs: list[EngineRun] = []
+
+        def once(run: EngineRun) -> float:
+            self._switch(run)
+            return self._once(llm, ids)
+
+        for run in (EngineRun("fa3" if self.device.type == "cuda" else "vllm_cpu"), *self._runs()):
+            tries = _TRIES if run.mode and self.arguments.table is None else 1
+            longest = max((r.times[-1] for r in runs), default=0.0) / 1000
+            if not budget.allows((tries + 1) * longest):
+                print(f"left out for the budget: {seqlen} tokens, {run}")
+                continue
             self._warm_up(llm, run, ids)
-        for _ in range(self.arguments.repetitions):
-            for run in runs:
-                self._switch(run)
-                run.times.append(self._once(llm, ids))
-        after = clocks(self.device)
-        if own:
-            runs.append(Run("vllm", times=own))
-        medians = {r.implementation: statistics.median(r.times) for r in runs if r.asked == "dense"}
-        for run in runs:
-            ms = statistics.median(run.times)
-            sparse = run.mode is not None
-            record = {
-                **self.environment,
-                "kind": "serving",
-                "implementation": run.implementation,
-                "model": self.served.name,
-                "seqlen": seqlen,
-                "asked": run.asked,
-                "sparsity": run.sparsity,
-                "rule": self.thresholds.rule if sparse else None,
-                "geometry": str(self.thresholds.geometry) if sparse else None,
-                **(run.mode._asdict() if run.mode else {}),
-                "dtype": self.arguments.dtype,
-                "vllm": _version(),
-                "ms": ms,
-                "ms_min": min(run.times),
-                "repetitions": len(run.times),
-                "speedup": {n: m / ms for n, m in medians.items() if n != run.implementation},
-                "clocks": {"before": before, "after": after},
-            }
-            self.results.append(record)
-            self.records.append(record)
-            ratios = ", ".join(f"{v:.3f}x {k}" for k, v in record["speedup"].items())
-            shown = f"{run.mode}" if run.mode else ""
+            turns.time(run, once)
+            runs.append(run)
+            self._runs_timed.append(run)
+        if rest := turns.repeat(runs, self.arguments.repetitions, budget, once):
+            print(rest)
+        for each in turns.runs:
+            ratios = ", ".join(f"{v:.3f}x {k}" for k, v in each.record["speedup"].items())
             progress(
-                f"  {run.implementation:5} {run.asked:5} {seqlen:7} {ms:10.1f} ms, "
-                f"s={run.sparsity:.3f} {ratios} {shown}"
+                f"  {each.implementation:5} {each.asked:5} {seqlen:7} {each.record['ms']:10.1f} "
+                f"ms, s={each.sparsity:.3f} {ratios} {each.mode or ''}"
             )
 
-    def _warm_up(self, llm: Any, run: Run, ids: list[int]) -> None:
+    def _turns(self, seqlen: int, runs: Iterable[Run] = ()) -> Turns:
+        about = {
+            **self.environment,
+            "kind": "serving",
+            "model": self.served.name,
+            "seqlen": seqlen,
+            "dtype": self.arguments.dtype,
+            "vllm": _version(),
+        }
+        return Turns(self.results, about, self.device, runs)
+
+    def _warm_up(self, llm: Any, run: EngineRun, ids: list[int]) -> None:
         """Run a configuration until its share is close to what was asked for."""
         if run.mode is None or self.arguments.table is not None:
             self._switch(run)
@@ -351,7 +384,7 @@ class FirstToken(Measurement):
             place += max(min((_odds(wanted) - last) / max(slope, 0.2), _STEP), -_STEP)
         run.threshold = self._found[key][0]
 
-    def _switch(self, run: Run) -> None:
+    def _switch(self, run: EngineRun) -> None:
         """Let the engine run a configuration from here on."""
         from bsfa_vllm.binding import engines
 
@@ -416,19 +449,23 @@ class Load(Measurement):
     def __init__(self, arguments: argparse.Namespace, results: Results, folder: Path) -> None:
         """Describe the model, which is served in one way."""
         super().__init__(arguments, results, folder)
+        self.records: list[Record] = []
         if len(self.thresholds.modes) > 1:
             modes = ", ".join(map(str, self.thresholds.modes))
             raise SystemExit(f"a server runs one of --modes, got {modes}")
         (self.mode,) = self.thresholds.modes
 
     def run(self, budget: Budget) -> None:
-        """Measure every configuration: vLLM's default, then each share."""
+        """Measure every configuration, each with its record: vLLM's default, then each share."""
+        longest = 0.0
         for asked in ("dense", *self.arguments.sparsities):
-            if not budget.allows():
+            if not budget.allows(longest):
                 print(f"left out for the budget: {asked}")
                 continue
+            begin = budget.spent
             with self._server(asked):
                 found = self._client()
+            longest = max(longest, budget.spent - begin)
             record = self._record(asked, found)
             self.results.append(record)
             self.records.append(record)
@@ -604,7 +641,7 @@ def parser() -> argparse.ArgumentParser:
         add("--geometry", type=Geometry.parse, help="that of --table, or the default")
         add("--modes", type=list_of(Mode.parse), help="of exact,int8,int8:4; load takes one")
         add("--eager", action="store_true", help="without torch.compile and CUDA graphs")
-        add("--budget-seconds", type=float, help="start nothing further after this time")
+        add("--budget-seconds", type=float, help="start nothing that would end later than this")
         add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "serving.jsonl")
     first, load = (commands.choices[name] for name in ("ttft", "load"))
     first.add_argument("--default", action="store_true", help="time vLLM's default engine too")

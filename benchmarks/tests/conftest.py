@@ -1,15 +1,20 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
 import lzma
+import math
 import sys
+import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # The programs are run as files, so their folder is where they import each other from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import kernels
 
 NOVELS = Path(__file__).resolve().parents[1] / "data" / "austen"
 
@@ -67,6 +72,56 @@ def records() -> list[dict[str, Any]]:
         attention_record(kernel="fa2", ms=100.0, tflops=350.0, speedup={"fa3": 0.5}, **dense),
         *ours,
     ]
+
+
+def fake_fa3(
+    monkeypatch: pytest.MonkeyPatch, *, lacks: Sequence[str] = (), factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """FlashAttention-3's function in float64, times a factor, and what each call asked for.
+
+    It refuses what it lacks, "local attention" or a dtype, as builds of the package do.
+    """
+    told: list[dict[str, Any]] = []
+
+    def flash_attn_func(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        return_attn_probs: bool = False,
+    ) -> Any:
+        asked = {"FP32"} if q.dtype == torch.float32 else set()
+        asked |= {"local attention"} if window_size != (-1, -1) else set()
+        if missing := asked & set(lacks):
+            raise RuntimeError(f"This flash attention build does not support {min(missing)}.")
+        told.append(
+            {
+                "tokens": q.shape[1],
+                "dtype": q.dtype,
+                "window_size": window_size,
+                "return_attn_probs": return_attn_probs,
+            }
+        )
+        assert causal
+        seqlen, group, dtype = q.shape[1], q.shape[2] // k.shape[2], q.dtype
+        q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) * (softmax_scale or q.shape[-1] ** -0.5)
+        seen = torch.ones(seqlen, seqlen, dtype=torch.bool).tril()
+        if window_size[0] >= 0:
+            assert window_size[1] == 0
+            seen = seen.triu(-window_size[0])
+        scores = scores.masked_fill(~seen, -math.inf)
+        out = (factor * scores.softmax(-1) @ v).transpose(1, 2).to(dtype)
+        return (out, scores.logsumexp(-1).float()) if return_attn_probs else out
+
+    package = types.ModuleType("fa3_fwd_interface")
+    monkeypatch.setattr(package, "flash_attn_func", flash_attn_func, raising=False)
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", package)
+    monkeypatch.setattr(kernels.FlashAttention3, "available", lambda *_: None)
+    return told
 
 
 @pytest.fixture(scope="session")

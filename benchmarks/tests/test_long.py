@@ -18,7 +18,7 @@ import page
 import report
 from bsfa_calib import ThresholdTable
 from bsfa_calib.hook import Attended
-from conftest import attention_record
+from conftest import attention_record, fake_fa3
 from harness import check_record, read_records
 from study import curves, lengths, rivals, ruler
 
@@ -368,6 +368,60 @@ def test_sparge_attention_is_timed_without_its_count(
     assert layers > 0
     assert counted.count(True) == 4 * 2 * layers
     assert counted.count(False) >= 4 * layers
+
+
+def small_with_sinks() -> Any:
+    """A gpt-oss model with windows of 128 in two of its four layers."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=4,
+        initializer_range=0.2,
+        max_position_embeddings=8192,
+    )
+    model: Any = GptOssForCausalLM(config)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("lacks", "factor", "layers"),
+    [
+        ((), 1.0, {"fa3": 4}),
+        (("local attention",), 1.0, {"fa3": 2, "torch": 2}),
+        (("local attention",), 1.1, None),
+    ],
+)
+def test_flash_attention_3_is_timed_on_the_layers_that_it_can_do(
+    lacks: tuple[str, ...],
+    factor: float,
+    layers: dict[str, int] | None,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small_with_sinks().save_pretrained(folder / "model")
+    told = fake_fa3(monkeypatch, lacks=lacks, factor=factor)
+    options = ["--prompts", "0", "--only", "peak_lse, one scalar, 128x64", "--voters", "1"]
+    assert long.main(words(folder, *options)) == 0
+    assert {each["dtype"] for each in told} == {torch.bfloat16}
+    said = capsys.readouterr().err
+    assert ("FlashAttention-3 is left out: FlashAttention-3 can do" in said) == (layers is None)
+    assert ("layers by fa3: 2 of 4: This flash attention build" in said) == (
+        layers == {"fa3": 2, "torch": 2}
+    )
+    _, *points = read_records(folder / "long.jsonl")
+    assert points
+    for record in points:
+        assert set(record["speedup"]) == ({"sdpa"} if layers is None else {"sdpa", "fa3"})
+        assert record.get("fa3_layers") == layers
 
 
 def test_predictions_that_are_not_finite_are_no_record(

@@ -2,7 +2,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import dataclasses
 import math
+import signal
+import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ import kernels
 import report
 from bsfa_calib.expected import Expected
 from bsfa_kernel import reference
+from conftest import fake_fa3
 
 TINY = ["--model-shape", "tiny", "--device", "cpu", "--dtype", "float32"]
 
@@ -237,7 +241,7 @@ def test_prefill_measures_dense_and_sparse(tmp_path: Path) -> None:
     options = ["--seqlens", "1K", "--sparsities", "0.5", "--repetitions", "1", "--out", str(out)]
     options += ["--modes", "exact,int8:4"]
     assert prefill.main([*TINY, *options]) == 0
-    dense, sparse, by_few = harness.read_records(out)
+    dense, sparse, by_few = report.latest(harness.read_records(out))
     assert (by_few["selection"], by_few["voters"]) == ("int8", 4)
     assert 0.4 < by_few["sparsity"] < 0.6
     assert (dense["implementation"], dense["sparsity"]) == ("sdpa", 0.0)
@@ -253,7 +257,9 @@ def test_calibration_is_timed_against_dense_passes(tmp_path: Path) -> None:
     out = tmp_path / "calibration.jsonl"
     options = ["--seqlen", "512", "--samples", "2", "--k-values", "2", "--out", str(out)]
     assert calibration.main([*TINY, *options]) == 0
-    (record,) = harness.read_records(out)
+    each = list(harness.read_records(out))
+    assert [r["repetitions"] for r in each] == [1, 2, 3]
+    (record,) = report.latest(each)
     assert record["ratio"] == pytest.approx(record["calibration_seconds"] / record["dense_seconds"])
     assert (record["samples"], record["seqlen"]) == (2, 512)
     assert record["repetitions"] == 3
@@ -343,9 +349,12 @@ def test_prefill_takes_flash_attention_3_where_it_is_installed(
     out = tmp_path / "prefill.jsonl"
     options = ["--seqlens", "1K", "--sparsities", "0.5", "--repetitions", "1", "--out", str(out)]
     assert prefill.main([*TINY, *options]) == 0
-    records = list(harness.read_records(out))
-    assert [record["implementation"] for record in records] == ["sdpa", "fa3", "bsfa"]
-    assert set(records[2]["speedup"]) == {"sdpa", "fa3"}
+    written = list(harness.read_records(out))
+    # Torch's is written again when its ratio to FlashAttention-3's is known.
+    assert [record["implementation"] for record in written] == ["sdpa", "fa3", "bsfa", "sdpa"]
+    records = report.latest(written)
+    assert [set(record["speedup"]) for record in records] == [{"fa3"}, {"sdpa"}, {"sdpa", "fa3"}]
+    assert [record["layers"] for record in records] == [{}, {"fa3": 2}, {"bsfa": 2}]
 
 
 SMALL = {
@@ -372,40 +381,6 @@ SMALL_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def fake_fa3(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """FlashAttention-3's function in float64, and the options of each call."""
-    told: list[dict[str, Any]] = []
-
-    def flash_attn_func(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
-        return_attn_probs: bool = False,
-    ) -> Any:
-        told.append({"window_size": window_size, "return_attn_probs": return_attn_probs})
-        assert causal
-        seqlen, group = q.shape[1], q.shape[2] // k.shape[2]
-        q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) * (softmax_scale or q.shape[-1] ** -0.5)
-        seen = torch.ones(seqlen, seqlen, dtype=torch.bool).tril()
-        if window_size[0] >= 0:
-            assert window_size[1] == 0
-            seen = seen.triu(-window_size[0])
-        scores = scores.masked_fill(~seen, -math.inf)
-        out = (scores.softmax(-1) @ v).transpose(1, 2).float()
-        return (out, scores.logsumexp(-1).float()) if return_attn_probs else out
-
-    package = types.ModuleType("fa3_fwd_interface")
-    monkeypatch.setattr(package, "flash_attn_func", flash_attn_func, raising=False)
-    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", package)
-    monkeypatch.setattr(kernels.FlashAttention3, "available", lambda *_: None)
-    return told
-
-
 def small_shape(monkeypatch: pytest.MonkeyPatch, shape: str) -> Any:
     import models
 
@@ -414,29 +389,80 @@ def small_shape(monkeypatch: pytest.MonkeyPatch, shape: str) -> Any:
     return models.build(shape, dtype=torch.float32, device=torch.device("cpu"))
 
 
+def prefill_small(shape: str, out: Path, *options: str) -> int:
+    import prefill
+
+    arguments = ["--model-shape", shape, "--device", "cpu", "--dtype", "float32"]
+    arguments += ["--seqlens", "1K", "--sparsities", "0.5", "--repetitions", "1"]
+    return prefill.main([*arguments, "--out", str(out), *options])
+
+
 @pytest.mark.parametrize("shape", SMALL_SHAPES)
 def test_prefill_measures_models_with_sinks_windows_and_wide_heads(
     shape: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import prefill
-
     small_shape(monkeypatch, shape)
     told = fake_fa3(monkeypatch)
     out = tmp_path / "prefill.jsonl"
-    arguments = ["--model-shape", shape, "--device", "cpu", "--dtype", "float32"]
-    arguments += ["--seqlens", "1K", "--sparsities", "0.5", "--repetitions", "1"]
-    assert prefill.main([*arguments, "--out", str(out)]) == 0
-    dense, fa3, sparse = harness.read_records(out)
+    assert prefill_small(shape, out) == 0
+    dense, fa3, sparse = report.latest(harness.read_records(out))
     assert [r["implementation"] for r in (dense, fa3, sparse)] == ["sdpa", "fa3", "bsfa"]
     cut = " with 64 of 512 experts" if shape == "qwen3-next-80b" else ""
     assert sparse["model"] == f"{shape}{cut}, random weights"
     assert 0.4 < sparse["sparsity"] < 0.6
     assert 0 < sparse["attention_ms"] < sparse["ms"]
     # Under bsfa_hf, too, windows are FlashAttention-3's: as often as in its own runs.
+    told = [each for each in told if each["tokens"] == 1024]
     windows = [each for each in told if each["window_size"] == (127, 0)]
     full = [each for each in told if each["window_size"] == (-1, -1)]
-    assert (len(windows), len(full)) == ((8, 4) if shape == "gpt-oss-20b" else (0, 2))
-    assert all(each["return_attn_probs"] == (shape == "gpt-oss-20b") for each in told)
+    gpt_oss = shape == "gpt-oss-20b"
+    assert (len(windows), len(full)) == ((8, 4) if gpt_oss else (0, 2))
+    assert all(each["return_attn_probs"] == gpt_oss for each in told)
+    assert fa3["layers"] == {"fa3": 4 if gpt_oss else 1}
+    assert sparse["layers"] == ({"bsfa": 2, "fa3": 2} if gpt_oss else {"bsfa": 1})
+    assert fa3["note"] == ""
+
+
+def test_layers_that_flash_attention_3_cannot_do_are_torchs_and_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_shape(monkeypatch, "gpt-oss-20b")
+    told = fake_fa3(monkeypatch, lacks=("local attention",))
+    out = tmp_path / "prefill.jsonl"
+    assert prefill_small("gpt-oss-20b", out) == 0
+    dense, fa3, sparse = report.latest(harness.read_records(out))
+    assert [r["implementation"] for r in (dense, fa3, sparse)] == ["sdpa", "fa3", "bsfa"]
+    assert all(each["window_size"] == (-1, -1) for each in told)
+    assert fa3["layers"] == {"fa3": 2, "torch": 2}
+    assert fa3["note"] == "This flash attention build does not support local attention."
+    assert sparse["layers"] == {"bsfa": 2, "torch": 2}
+    said = capsys.readouterr().err
+    assert "layers: 2 fa3, 2 torch (This flash attention build does not support local" in said
+    for record in (dense, fa3, sparse):
+        record["self_test"] = False
+    assert "| FlashAttention-3, 2 of 4 layers |" in report.prefill_tables([dense, fa3, sparse])
+
+
+@pytest.mark.parametrize("fault", ["it lacks all", "it is wrong"])
+def test_flash_attention_3_that_can_do_no_layer_is_left_out(
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small_shape(monkeypatch, "gpt-oss-20b")
+    lacking = fault == "it lacks all"
+    lacks = ("local attention", "FP32") if lacking else ()
+    fake_fa3(monkeypatch, lacks=lacks, factor=1.0 if lacking else 1.1)
+    out = tmp_path / "prefill.jsonl"
+    assert prefill_small("gpt-oss-20b", out) == 0
+    dense, sparse = report.latest(harness.read_records(out))
+    assert (dense["implementation"], sparse["implementation"]) == ("sdpa", "bsfa")
+    assert sparse["layers"] == {"bsfa": 2, "torch": 2}
+    assert set(sparse["speedup"]) == {"sdpa"}
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("left out")]
+    assert line.startswith("left out: 1024 tokens, fa3 dense: FlashAttention-3 can do no layer")
+    assert ("does not support FP32" if lacking else "its error is 1.00e-01") in line
 
 
 def test_dense_baselines_give_what_a_model_with_sinks_gives(
@@ -447,17 +473,86 @@ def test_dense_baselines_give_what_a_model_with_sinks_gives(
     model = small_shape(monkeypatch, "gpt-oss-20b")
     for layer in model.model.layers:
         layer.self_attn.sinks.data = torch.tensor([-30.0, 1.0, 3.0, 20.0])
-    fake_fa3(monkeypatch)
     ids = torch.randint(256, (1, 700), generator=torch.Generator().manual_seed(0))
-    for seqlen in (700, 128, 50):
-        with torch.no_grad():
-            model.set_attn_implementation("eager")
-            expected = model(ids[:, :seqlen]).logits
-            for name in ("torch_attention", "fa3_attention"):
-                prefill.register(f"test_{name}", getattr(prefill, name))
-                model.set_attn_implementation(f"test_{name}")
-                found = model(ids[:, :seqlen]).logits
-                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    # Transformers' function for SDPA would pass over the sinks.
+    assert prefill.torch_name(model) != "sdpa"
+    for lacks, layers in (((), {"fa3": 4}), (("local attention",), {"fa3": 2, "torch": 2})):
+        fake_fa3(monkeypatch, lacks=lacks)
+        fa3 = prefill.Fa3Layers()
+        prefill.register("test_fa3", fa3)
+        for seqlen in (700, 128, 50):
+            with torch.no_grad():
+                model.set_attn_implementation("eager")
+                expected = model(ids[:, :seqlen]).logits
+                for name in (prefill.torch_name(model), "test_fa3"):
+                    model.set_attn_implementation(name)
+                    found = model(ids[:, :seqlen]).logits
+                    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+            # A window as long as the prompt hides nothing.
+            assert fa3.layers() == (layers if seqlen == 700 else {"fa3": 4})
+
+
+def test_a_dense_baseline_refuses_what_it_would_pass_over() -> None:
+    import prefill
+
+    q = torch.zeros(1, 2, 8, 16)
+    module = types.SimpleNamespace(layer_idx=0)
+    for name in ("softcap", "position_bias", "block_indices"):
+        for function in (prefill.torch_attention, prefill.Fa3Layers()):
+            with pytest.raises(NotImplementedError, match=f"must have no {name} here"):
+                function(module, q, q, q, None, **{name: torch.ones(1)})
+
+
+def test_what_does_not_fit_into_the_time_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import prefill
+
+    answers = [True, True, True, False, False]  # the length, dense, 0.5, 0.75; the second round
+    monkeypatch.setattr(harness.Budget, "allows", lambda *_: answers.pop(0))
+    out = tmp_path / "prefill.jsonl"
+    options = ["--seqlens", "1K", "--sparsities", "0.5,0.75", "--out", str(out)]
+    assert prefill.main([*TINY, *options]) == 0
+    assert not answers
+    records = list(harness.read_records(out))
+    assert [(r["asked"], r["repetitions"]) for r in records] == [("dense", 1), ("0.5", 1)]
+    left = [x for x in capsys.readouterr().out.splitlines() if x.startswith("left out")]
+    assert left == [
+        "left out for the budget: 1024 tokens, bsfa 0.75 peak_lse 128x64 exact",
+        "left out for the budget: 1024 tokens, repetitions 2 to 3",
+    ]
+
+
+PREFILL = ["--seqlens", "512", "--sparsities", "0.5", "--repetitions", "1000000"]
+CALIBRATION = ["--seqlen", "512", "--k-values", "2", "--repetitions", "1000000"]
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "sent"),
+    [
+        ("prefill", PREFILL, signal.SIGTERM),
+        ("prefill", PREFILL, signal.SIGINT),
+        ("calibration", CALIBRATION, signal.SIGTERM),
+    ],
+)
+def test_what_was_measured_before_a_signal_is_kept(
+    program: str, options: list[str], sent: signal.Signals, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    path = harness.ROOT / "benchmarks" / f"{program}.py"
+    command = [sys.executable, str(path), *TINY, *options, "--out", str(out)]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 120
+        while not (out.exists() and out.stat().st_size) and time.monotonic() < end:
+            assert child.poll() is None
+            time.sleep(0.02)
+        child.send_signal(sent)
+        assert child.wait(60) != 0
+    finally:
+        child.kill()
+    records = list(harness.read_records(out))
+    assert records[0]["repetitions"] == 1
 
 
 def test_lean_is_for_llama(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -76,6 +76,18 @@ def test_the_latest_record_of_a_measurement_counts(tmp_path: Path) -> None:
     assert loaded == [new, other]
 
 
+def test_of_the_records_of_a_run_the_last_one_written_counts(tmp_path: Path) -> None:
+    first = attention_record(repetitions=1, ms=3.0, speedup={})
+    second = attention_record(repetitions=2, ms=2.5, speedup={"fa3": 1.2})
+    earlier = attention_record(repetitions=9, date="2025-01-01T00:00:00+00:00")
+    path = save(tmp_path / "new.jsonl", [first, second, earlier])
+    assert report.load([path]) == [second]
+    results = tmp_path / "results"
+    results.mkdir()
+    (added,) = report.add([path], results)
+    assert [record["repetitions"] for record in report.load([added])] == [2]
+
+
 def test_records_of_a_self_test_are_refused(
     records: Records, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The study of a selection in 8 bits."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 
 import bsfa_kernel
 import page
+import selection_study
 from bsfa_kernel import Geometry, reference
 from conftest import attention_record
-from harness import check_record
+from harness import check_record, read_records
 from selection_study import Rounding
 
 GEOMETRY = Geometry(64, 64)
@@ -64,8 +67,8 @@ def test_the_error_of_a_peak_is_counted() -> None:
     assert exact.error()["largest"] < 1e-2
 
 
-def test_a_record_has_a_row() -> None:
-    record = {
+def study_record(**changes: Any) -> dict[str, Any]:
+    return {
         **{name: attention_record()[name] for name in ("schema", "self_test", "date", "command")},
         **{name: attention_record()[name] for name in ("gpu", "driver", "torch", "cuda", "commit")},
         "sources": "0",
@@ -82,7 +85,27 @@ def test_a_record_has_a_row() -> None:
         "flips": 0.002,
         "sparsity": {"exact": [0.7, 0.8], "int8": [0.7, 0.8]},
         "kl": {"exact": [0.01, 0.02], "int8": [0.01, 0.02]},
+        **changes,
     }
+
+
+def test_what_was_measured_before_a_study_was_stopped_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped(_: Any) -> Iterator[dict[str, Any]]:
+        yield study_record()
+        yield study_record(asked=0.9)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(selection_study, "study", stopped)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        selection_study.main(["--model", "m", "--text", "t", "--out", str(out)])
+    assert [record["asked"] for record in read_records(out)] == [0.75, 0.9]
+
+
+def test_a_record_has_a_row() -> None:
+    record = study_record()
     check_record(record)
     text = page.text([record])
     assert "off by 0.0100 nats" in text

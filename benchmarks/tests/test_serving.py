@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import report
 import serving
 from bsfa_calib import ThresholdTable
 from harness import Budget, Results, read_records
@@ -42,7 +43,7 @@ class Engine:
         benchmark._once, benchmark._switch = self.once, self.switch
         benchmark._sparsity = self.sparsity
 
-    def switch(self, run: serving.Run) -> None:
+    def switch(self, run: serving.EngineRun) -> None:
         self.threshold, self.mode = run.threshold, run.mode
 
     def once(self, llm: Any, ids: list[int]) -> float:
@@ -53,6 +54,62 @@ class Engine:
 
     def sparsity(self) -> float:
         return 1 / (1 + math.exp(-2 * (self.threshold + math.log(self.length) - 7)))
+
+
+def ended(code: int = 0) -> Any:
+    """A process that has ended."""
+    return SimpleNamespace(returncode=code, poll=lambda: code, terminate=lambda: None)
+
+
+def test_times_that_are_known_when_a_run_is_stopped_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "serving.jsonl"
+    options = ["--seqlens", "1K,4K", "--sparsities", "0.75", "--default"]
+    benchmark = serving.FirstToken(
+        serving.parser().parse_args(["ttft", *SHAPE, *options]), Results(out), tmp_path
+    )
+    engine = Engine(benchmark)
+
+    def failing(command: list[str], **options: Any) -> Any:
+        Path(command[command.index("--times") + 1]).write_text("[1024, 12.0]\n")
+        return ended(1)
+
+    monkeypatch.setattr(subprocess, "Popen", failing)
+    with pytest.raises(RuntimeError, match="default engine could not be timed"):
+        benchmark.run(Budget(None))
+    (record,) = read_records(out)
+    assert (record["implementation"], record["seqlen"], record["ms"]) == ("vllm", 1024, 12.0)
+    benchmark.arguments.default = False
+    ran = engine.once
+
+    def stopped(llm: Any, ids: list[int]) -> float:
+        if engine.mode is not None:
+            raise KeyboardInterrupt
+        return ran(llm, ids)
+
+    benchmark._once = stopped  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.run(Budget(None))
+    _, record = read_records(out)
+    assert (record["implementation"], record["repetitions"]) == ("vllm_cpu", 1)
+
+
+def test_first_token_ends_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "serving.jsonl"
+    options = ["--seqlens", "1K", "--sparsities", "0.75,0.9"]
+    benchmark = serving.FirstToken(
+        serving.parser().parse_args(["ttft", *SHAPE, *options]), Results(out), tmp_path
+    )
+    Engine(benchmark)
+    answers = [True, True, True, False, False]  # the length, dense, 0.75, 0.9; the second round
+    budget: Any = SimpleNamespace(allows=lambda *_: answers.pop(0))
+    benchmark.run(budget)
+    assert [record["asked"] for record in benchmark.records] == ["dense", "0.75"]
+    assert capsys.readouterr().out.splitlines() == [
+        "left out for the budget: 1024 tokens, bsfa 0.9 peak_lse 128x64 exact",
+        "left out for the budget: 1024 tokens, repetitions 2 to 3",
+    ]
 
 
 def test_first_token_is_measured_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,22 +126,29 @@ def test_first_token_is_measured_in_turns(tmp_path: Path, monkeypatch: pytest.Mo
         other = serving.FirstToken(alone, Results(out), tmp_path)
         Engine(other)
         other.run(Budget(None))
-        assert json.loads(Path(times).read_text()) == {"1024": [10.0] * 2, "4096": [10.0] * 2}
-        return SimpleNamespace(returncode=0)
+        found = [json.loads(line) for line in Path(times).read_text().splitlines()]
+        assert found == [[1024, 10.0]] * 2 + [[4096, 10.0]] * 2
+        return ended()
 
-    monkeypatch.setattr(subprocess, "run", child)
+    monkeypatch.setattr(subprocess, "Popen", child)
     monkeypatch.setattr(serving, "environment", lambda device: benchmark.environment)
     benchmark.run(Budget(None))
-    records = list(read_records(out))
+    written = list(read_records(out))
+    records = report.latest(written)
+    assert benchmark.records == records
     assert [(r["implementation"], r["asked"], r["seqlen"]) for r in records] == [
-        (name, asked, seqlen)
-        for seqlen in (1024, 4096)
-        for name, asked in (
-            ("vllm_cpu", "dense"),
-            ("bsfa", "0.75"),
-            ("bsfa", "0.9"),
-            ("vllm", "dense"),
-        )
+        ("vllm", "dense", 1024),
+        ("vllm", "dense", 4096),
+        *(
+            (name, asked, seqlen)
+            for seqlen in (1024, 4096)
+            for name, asked in (("vllm_cpu", "dense"), ("bsfa", "0.75"), ("bsfa", "0.9"))
+        ),
+    ]
+    assert all(record["repetitions"] == 2 for record in records)
+    # The default engine's times are there before the other engine is.
+    assert [(r["seqlen"], r["repetitions"], r["speedup"]) for r in written[:4]] == [
+        (seqlen, count, {}) for seqlen in (1024, 4096) for count in (1, 2)
     ]
     for record in records:
         sparse = record["implementation"] == "bsfa"
@@ -132,8 +196,10 @@ def test_load_is_measured_for_each_configuration(
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(serving.Load, "_wait", lambda *_: None)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    report = SimpleNamespace(mean_kept_fraction=0.25)
-    monkeypatch.setitem(sys.modules, "bsfa_vllm", SimpleNamespace(statistics=lambda folder: report))
+    counted = SimpleNamespace(mean_kept_fraction=0.25)
+    monkeypatch.setitem(
+        sys.modules, "bsfa_vllm", SimpleNamespace(statistics=lambda folder: counted)
+    )
     monkeypatch.setattr(subprocess, "run", ask)
     benchmark.run(Budget(None))
     dense, sparse = read_records(out)
@@ -155,6 +221,10 @@ def test_load_is_measured_for_each_configuration(
     failed = "of 5 requests 4 were answered: connection reset\n.*log ends: out of memory"
     with pytest.raises(RuntimeError, match=failed):
         benchmark.run(Budget(None))
+    answered[:] = [5, 4]  # dense is there when ours fails
+    with pytest.raises(RuntimeError, match="of 5 requests 4 were answered"):
+        benchmark.run(Budget(None))
+    assert [record["asked"] for record in read_records(out)] == ["dense", "0.75", "dense"]
 
 
 @pytest.fixture
