@@ -530,7 +530,7 @@ def _phase_tables(records: Sequence[Record]) -> str:
         parts += [
             f"### {first['model']}, {first['method']} at {lengths} ({first['gpu']})",
             f"{first['rule']}, {first['geometry']}, one voter in {first['voters']}. Measured is "
-            "what was done; the last column but one is computed: seconds each, times all that "
+            "what was done; the\nlast column but one is computed: seconds each, times all that "
             "`bsfa calibrate` does.",
         ]
         header = ["phase", "dtype", "done", "of all", "by the", "seconds", "seconds each"]
