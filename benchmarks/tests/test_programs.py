@@ -301,20 +301,21 @@ def test_a_learned_calibration_that_does_nothing_is_no_measurement(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import calibration
+    from bsfa_calib import learned, learning
+    from bsfa_calib.expected import Calibrated
 
     def still(*_: Any, **__: Any) -> list[Any]:
         thresholds = np.full((2, 4, 1), -2.5, np.float32)
-        return [calibration.learning.Learned(0.6, thresholds, 0.5, 0.1)]
+        return [learning.Learned(0.6, thresholds, 0.5, 0.1)]
 
     out = tmp_path / "calibration.jsonl"
-    monkeypatch.setattr(calibration.learned, "learn_path", still)
+    monkeypatch.setattr(learned, "learn_path", still)
     with pytest.raises(RuntimeError, match=r"nothing was learned for 0\.6"):
         calibration.main([*TINY, *LEARNED, *FEW, "--out", str(out)])
     assert [r["phase"] for r in harness.read_records(out)] == ["dense outputs"]
     for sparsity, kl in ((0.0, 0.1), (0.5, float("nan"))):
-        found = calibration.Calibrated(
-            types.SimpleNamespace(points=(0.6,)), (Expected(sparsity, kl, 0.0),)
-        )
+        table: Any = types.SimpleNamespace(points=(0.6,))
+        found = Calibrated(table, (Expected(sparsity, kl, 0.0),))
         with pytest.raises(RuntimeError, match=r"nothing is skipped at 0\.6"):
             calibration._what_was_found(found)
 
