@@ -233,7 +233,8 @@ class Phases:
         self._phase(
             "points",
             "point of a sample",
-            here.serve_samples * len(here.targets),
+            # A point that is named twice is found once.
+            here.serve_samples * len(set(here.targets)),
             whole.serve_samples * len(whole.targets),
             lambda: self._points(made, folder),
             lambda found: {

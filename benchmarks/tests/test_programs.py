@@ -275,7 +275,7 @@ def test_the_phases_of_a_learned_calibration_are_those_of_the_command(tmp_path: 
     import calibration
 
     out = tmp_path / "calibration.jsonl"
-    points = ["--target-sparsities", "0.6,0.7", "--out", str(out)]
+    points = ["--target-sparsities", "0.6,0.7,0.6", "--out", str(out)]
     assert calibration.main([*TINY, *LEARNED, *FEW, *points]) == 0
     records = list(harness.read_records(out))
     assert [(r["phase"], r["dtype"], r["done"], r["whole"]) for r in records] == [

@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -93,6 +95,41 @@ def test_times_that_are_known_when_a_run_is_stopped_are_kept(
         benchmark.run(Budget(None))
     _, record = read_records(out)
     assert (record["implementation"], record["repetitions"]) == ("vllm_cpu", 1)
+
+
+# The program, with a child that sleeps for vLLM's default engine.
+STOPPED = """
+import runpy, subprocess, sys
+
+popen = subprocess.Popen
+
+def started(command, *args, **options):
+    if "--times" not in command:
+        return popen(command, *args, **options)
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    return popen([sys.executable, "-c", code])
+
+subprocess.Popen = started
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_program_that_is_stopped_leaves_no_engine_behind(tmp_path: Path) -> None:
+    options = ["--default", "--seqlens", "1K", "--out", str(tmp_path / "serving.jsonl")]
+    arguments = [str(Path(serving.__file__)), "ttft", *SHAPE, *options]
+    command = [sys.executable, "-c", STOPPED, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        child = int(program.stdout.readline())
+        try:
+            program.terminate()
+            program.communicate(timeout=60)  # the child has its output, too
+            assert program.returncode == 128 + signal.SIGTERM
+        finally:
+            program.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
 
 def test_first_token_ends_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,7 +235,8 @@ def test_measurements_that_were_changed_are_refused_and_those_without_a_checksum
     serving._Known(file, "key").add(0.25, found)
     assert serving._Known(file, "key").get(0.25) == found
     whole = file.read_text()
-    for old, new in (("0.5", "0.7"), ("0.25", "0.24"), ("0.1", "1.1"), ('m": "', 'm": "0')):
+    numbers = (("0.5", "0.7"), ("0.25", "0.24"), ("0.1", "1.1"))
+    for old, new in (*numbers, ('m": "', 'm": "0'), ('"key",', '"kez",')):
         assert whole.count(old) == 1
         file.write_text(whole.replace(old, new))
         with pytest.raises(TuningError, match=r"served\.json holds no measurements of points"):

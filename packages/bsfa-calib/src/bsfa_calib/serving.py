@@ -242,12 +242,14 @@ class _Known:
             return
         try:
             content = json.loads(self.file.read_text())
-            if content["key"] != self.key:
+            key, checksum = content["key"], content.get("checksum")
+            # First of all, since a damaged key looks like that of other work.
+            if checksum is not None and checksum != _checksum(key, content["measured"]):
+                raise ValueError("its checksum is that of another content")
+            if key != self.key:
                 return
             measured = {float(place): Expected(**found) for place, found in content["measured"]}
-            if "checksum" in content:
-                if content["checksum"] != _checksum(self.key, content["measured"]):
-                    raise ValueError("its checksum is that of another content")
+            if checksum is not None:
                 self._found = measured
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise TuningError(
