@@ -402,6 +402,13 @@ def _told(message: str) -> None:
     progress(f"  {message}")
 
 
+# Flags of one method alone.
+_OWN = {
+    "capture": ("seqlen", "rules", "geometries", "k_values", "repetitions"),
+    "learned": ("length", "serve_length", "serve_samples", "steps", "further_steps"),
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description="Time of a calibration, in dense prefill passes.")
@@ -435,7 +442,13 @@ def _positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = parser().parse_args(argv)
+    commands = parser()
+    arguments = commands.parse_args(argv)
+    for method, names in _OWN.items():
+        for name in names:
+            if method != arguments.method and vars(arguments)[name] != commands.get_default(name):
+                flag = f"--{name.replace('_', '-')}"
+                raise SystemExit(f"{flag} is for --method {method}, not {arguments.method}")
     if arguments.repetitions < 1:
         raise SystemExit(f"--repetitions must be at least 1, got {arguments.repetitions}")
     device = torch.device(arguments.device)

@@ -276,8 +276,11 @@ class Results:
         """
         check_record(record)
         line = json.dumps(record, allow_nan=False) + "\n"
-        # In one write, so that a program that is stopped leaves no half of a line.
-        with self.path.open("ab", buffering=0) as file:
+        # In one write, so that a program that is stopped leaves no half of a line. A full disk may
+        # have: what follows is a line of its own.
+        with self.path.open("a+b", buffering=0) as file:
+            if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+                line = "\n" + line
             file.write(line.encode())
 
 

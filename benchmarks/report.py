@@ -47,6 +47,11 @@ _NAMES = {
 _SHAPE = ("gpu", "dtype", "head_dim", "heads", "kv_heads", "batch", "causal")
 _GROUP = (*_SHAPE, "inputs", "source")
 _LONG = (*("gpu", "model", "dtype", "lean", "seqlen", "candidate", "axis", "asked", "contexts"),)
+_HOW = ("rule", "geometry", "selection", "voters")
+# What the records of a table have in common.
+_PREFILL = ("gpu", "model", "dtype", "lean")
+_SERVING = ("gpu", "model", "dtype", "vllm", "eager")
+_LOAD = (*_SERVING, "shortest", "seqlen", "answer", "rate")
 _LEARNED = (*("gpu", "model", "method", "seqlen", "serve_seqlen", "rule", "geometry", "voters"),)
 _KEYS = {
     "attention": (
@@ -55,18 +60,9 @@ _KEYS = {
     ),
     "select_blocks": (*_SHAPE, "kernel", "seqlen", "rule", "geometry", "precision", "voters"),
     "attend_blocks": (*_SHAPE, "kernel", "seqlen", "geometry", "asked"),
-    "prefill": (
-        *("gpu", "model", "implementation", "seqlen", "asked", "rule", "geometry"),
-        *("selection", "voters"),
-    ),
-    "serving": (
-        *("gpu", "model", "vllm", "implementation", "seqlen", "asked", "rule", "geometry"),
-        *("selection", "voters"),
-    ),
-    "serving_load": (
-        *("gpu", "model", "vllm", "implementation", "shortest", "seqlen"),
-        *("answer", "rate", "asked", "rule", "geometry", "selection", "voters"),
-    ),
+    "prefill": (*_PREFILL, "implementation", "seqlen", "asked", *_HOW),
+    "serving": (*_SERVING, "implementation", "seqlen", "asked", *_HOW),
+    "serving_load": (*_LOAD, "implementation", "asked", *_HOW),
     "calibration": ("gpu", "model", "seqlen", "samples", "rule", "geometry", "points"),
     "calibration_phase": (*_LEARNED, "phase"),
     "overhead": ("gpu",),
@@ -390,7 +386,7 @@ def prefill_tables(records: Sequence[Record]) -> str:
     """
     chosen = [record for record in records if record["kind"] == "prefill"]
     parts = []
-    for group in grouped(chosen, ("gpu", "model")):
+    for group in grouped(chosen, _PREFILL):
         for record in group:
             _refuse_self_test(record, "prefill")
         baselines = [b for b in _BASELINES if any(b in r["speedup"] for r in group)]
@@ -412,9 +408,19 @@ def prefill_tables(records: Sequence[Record]) -> str:
             ]
             for record in group
         ]
-        parts += [f"### {group[0]['model']} ({group[0]['gpu']})", markdown_table(header, body)]
+        parts += [f"### {_prefill_title(group[0])}", markdown_table(header, body)]
         parts.append(provenance(group))
     return "\n\n".join(parts) + ("\n" if parts else "")
+
+
+def _prefill_title(record: Record) -> str:
+    lean = ", lean" if record["lean"] else ""
+    return f"{record['model']}, {record['dtype']}{lean} ({record['gpu']})"
+
+
+def _serving_title(record: Record) -> str:
+    eager = ", eager" if record["eager"] else ""
+    return f"{record['model']}, {record['dtype']}, vLLM {record['vllm']}{eager}"
 
 
 def _implementation(record: Record) -> str:
@@ -437,7 +443,7 @@ def serving_tables(records: Sequence[Record]) -> str:
     """
     parts = []
     chosen = [record for record in records if record["kind"] == "serving"]
-    for group in grouped(chosen, ("gpu", "model", "vllm")):
+    for group in grouped(chosen, _SERVING):
         for record in group:
             _refuse_self_test(record, "serving")
         baselines = [b for b in _BASELINES if any(b in r["speedup"] for r in group)]
@@ -457,10 +463,10 @@ def serving_tables(records: Sequence[Record]) -> str:
             ]
             for record in group
         ]
-        title = f"### {group[0]['model']}, vLLM {group[0]['vllm']} ({group[0]['gpu']})"
+        title = f"### {_serving_title(group[0])} ({group[0]['gpu']})"
         parts += [title, markdown_table(header, body), provenance(group)]
     chosen = [record for record in records if record["kind"] == "serving_load"]
-    for group in grouped(chosen, ("gpu", "model", "vllm", "shortest", "seqlen", "answer", "rate")):
+    for group in grouped(chosen, _LOAD):
         for record in group:
             _refuse_self_test(record, "serving_load")
         first = group[0]
@@ -476,7 +482,7 @@ def serving_tables(records: Sequence[Record]) -> str:
             for record in sorted(group, key=lambda r: _sparsity_order(r["asked"]))
         ]
         lengths = f"{_length(first['shortest'])} to {_length(first['seqlen'])}"
-        title = f"### {first['model']}, vLLM {first['vllm']}, under load ({first['gpu']})"
+        title = f"### {_serving_title(first)}, under load ({first['gpu']})"
         text = (
             f"Prompts of {lengths} tokens, {first['rate']:g} a second, {first['answer']} answered."
         )
@@ -642,11 +648,11 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def plot_prefill(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Time to first token against length, one picture a model. Returns the files."""
+    """Time to first token against length, one picture a table. Returns the files."""
     pyplot = load_pyplot()
     files = []
     chosen = [record for record in records if record["kind"] == "prefill"]
-    for group in grouped(chosen, ("gpu", "model")):
+    for group in grouped(chosen, _PREFILL):
         figure, axis = pyplot.subplots(figsize=(6, 4.2))
         lines = grouped(
             group, ("implementation", "asked", "rule", "geometry", "selection", "voters")
@@ -659,11 +665,12 @@ def plot_prefill(records: Sequence[Record], folder: Path) -> list[Path]:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set(xlabel="prompt, thousands (1024) of tokens", ylabel="time to first token, s")
-        axis.set_title(f"{group[0]['model']}, {group[0]['gpu']}", fontsize=9)
+        title = _prefill_title(group[0])
+        axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-        model = "".join(c if c.isalnum() or c in "-." else "-" for c in group[0]["model"])
-        files.append(save(figure, folder / f"prefill-{model}.png"))
+        name = "-".join("".join(c if c.isalnum() or c in "-." else " " for c in title).split())
+        files.append(save(figure, folder / f"prefill-{name}.png"))
     return files
 
 

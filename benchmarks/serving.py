@@ -352,6 +352,7 @@ class FirstToken(Measurement):
             "model": self.served.name,
             "seqlen": seqlen,
             "dtype": self.arguments.dtype,
+            "eager": self.arguments.eager,
             "vllm": _version(),
         }
         return Turns(self.results, about, self.device, runs)
@@ -607,6 +608,7 @@ class Load(Measurement):
             "geometry": None if asked == "dense" else str(self.thresholds.geometry),
             **({} if asked == "dense" else self.mode._asdict()),
             "dtype": self.arguments.dtype,
+            "eager": self.arguments.eager,
             "vllm": _version(),
             "ttft_ms": found["median_ttft_ms"],
             "ttft_p99_ms": found["p99_ttft_ms"],

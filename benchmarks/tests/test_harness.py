@@ -21,6 +21,19 @@ def test_a_record_that_has_its_fields_is_written_and_read_back(
     assert list(harness.read_records(results.path)) == records
 
 
+def test_a_record_behind_half_a_line_is_a_line_of_its_own(
+    records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "results.jsonl"
+    harness.Results(path).append(records[0])
+    half = path.read_text()[:40]
+    path.write_text(path.read_text() + half)
+    harness.Results(path).append(records[0])
+    assert [json.loads(line) for line in path.read_text().splitlines() if line != half] == (
+        [records[0]] * 2
+    )
+
+
 @pytest.mark.parametrize("name", ["kernel", "sparsity", "speedup", "sources", "date"])
 def test_a_record_that_lacks_a_field_is_refused(
     records: list[dict[str, Any]], name: str, tmp_path: Path

@@ -324,12 +324,30 @@ def test_a_learned_calibration_refuses_what_the_command_refuses(tmp_path: Path) 
     import calibration
 
     lengths = ["--method", "learned", "--length", "2K", "--serve-length", "1K"]
+    with pytest.raises(SystemExit, match="--k-values is for --method capture, not learned"):
+        calibration.main([*TINY, "--method", "learned", "--k-values", "4"])
+    with pytest.raises(SystemExit, match="--steps is for --method learned, not capture"):
+        calibration.main([*TINY, "--steps", "4"])
     with pytest.raises(ValueError, match="--serve-length must be at least --length"):
         calibration.main([*TINY, *lengths, "--out", str(tmp_path / "c.jsonl")])
     with pytest.raises(ValueError, match=r"below 0\.882, got 0\.9"):
         calibration.main([*TINY, *LEARNED, "--target-sparsities", "0.9"])
     with pytest.raises(SystemExit):
         calibration.main([*TINY, *LEARNED, "--steps", "0"])
+
+
+def test_prefill_leaves_out_a_length_too_short_for_a_share(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import prefill
+
+    out = tmp_path / "prefill.jsonl"
+    options = ["--seqlens", "256,1K", "--sparsities", "0.5", "--repetitions", "1"]
+    assert prefill.main([*TINY, *options, "--out", str(out)]) == 0
+    found = {(r["seqlen"], r["asked"]) for r in harness.read_records(out)}
+    assert (256, "0.5") not in found
+    assert {(256, "dense"), (1024, "dense"), (1024, "0.5")} <= found
+    assert "left out: 256 tokens" in capsys.readouterr().err
 
 
 def test_prefill_takes_flash_attention_3_where_it_is_installed(

@@ -24,7 +24,7 @@ def prefill_record(**changes: Any) -> dict[str, Any]:
         model="llama-3.1-8b, random weights",
         attention_ms=20.0,
         peak_gib=40.0,
-        **{"speedup": {"sdpa": 1.6, "fa3": 1.4}, **changes},
+        **{"speedup": {"sdpa": 1.6, "fa3": 1.4}, "lean": True, **changes},
     )
 
 
@@ -212,7 +212,7 @@ def test_a_line_has_no_place_beside_a_baseline_that_was_not_in_its_run(
 
 
 def serving_record(**changes: Any) -> dict[str, Any]:
-    return {**prefill_record(vllm="0.26.0", **changes), "kind": "serving"}
+    return {**prefill_record(**{"vllm": "0.26.0", "eager": False, **changes}), "kind": "serving"}
 
 
 def load_record(**changes: Any) -> dict[str, Any]:
@@ -222,6 +222,7 @@ def load_record(**changes: Any) -> dict[str, Any]:
             "implementation": "bsfa",
             "model": "a model",
             "vllm": "0.26.0",
+            "eager": False,
             "shortest": 16384,
             "seqlen": 131072,
             "answer": 64,
@@ -234,6 +235,18 @@ def load_record(**changes: Any) -> dict[str, Any]:
             **changes,
         },
     )
+
+
+def test_how_a_model_ran_is_part_of_what_a_record_measures() -> None:
+    prefills = [prefill_record(lean=lean, dtype=d) for lean in (True, False) for d in ("a", "b")]
+    assert report.latest([*prefills, prefills[0]]) == prefills
+    assert report.prefill_tables(prefills).count("### ") == 4
+    for make in (serving_record, load_record):
+        records = [make(eager=eager, dtype=d) for eager in (True, False) for d in ("a", "b")]
+        assert report.latest(records) == records
+        tables = report.serving_tables(records)
+        assert tables.count("### ") == 4
+        assert tables.count("vLLM 0.26.0, eager") == 2
 
 
 def test_serving_has_tables_and_is_compared(tmp_path: Path) -> None:
