@@ -99,7 +99,7 @@ def test_times_that_are_known_when_a_run_is_stopped_are_kept(
 
 # The program, with a child that sleeps for vLLM's default engine.
 STOPPED = """
-import runpy, subprocess, sys
+import os, runpy, subprocess, sys
 
 popen = subprocess.Popen
 
@@ -111,6 +111,7 @@ def started(command, *args, **options):
 
 subprocess.Popen = started
 sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
