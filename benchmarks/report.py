@@ -25,7 +25,7 @@ from typing import Any
 
 from bsfa_calib.thresholds import DEFAULT_VOTERS
 from bsfa_kernel import DEFAULT_GEOMETRY
-from harness import ROOT, Record, read_records
+from harness import ROOT, Record, progress, read_records
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -725,7 +725,14 @@ def add(files: Iterable[Path], results: Path = RESULTS, *, drop: Sequence[str] =
         ValueError: a line is no record, or one of a self-test.
     """
     kinds: dict[str, list[Record]] = defaultdict(list)
-    for record in load([*sorted(results.glob("*.jsonl")), *files]):
+    current = sorted(results.glob("*.jsonl"))
+    before = {key_of(record): record.get("repetitions", 0) for record in load(current)}
+    for record in load([*current, *files]):
+        repetitions = record.get("repetitions", 0)
+        if repetitions < before.get(key_of(record), 0):
+            progress(
+                f"{repetitions} repetitions replace more: {' '.join(map(str, key_of(record)))}"
+            )
         # A summary of a study follows from the study's records.
         if record["sources"] not in drop and record["kind"] != "thresholds_study_summary":
             kinds[record["kind"]].append(record)

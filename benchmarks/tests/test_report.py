@@ -237,6 +237,17 @@ def load_record(**changes: Any) -> dict[str, Any]:
     )
 
 
+def test_fewer_repetitions_that_replace_more_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, new = tmp_path / "results", tmp_path / "new.jsonl"
+    results.mkdir()
+    for repetitions, named in ((3, False), (1, True), (1, False)):
+        new.write_text(json.dumps(prefill_record(repetitions=repetitions)) + "\n")
+        report.add([new], results)
+        assert ("1 repetitions replace more: prefill" in capsys.readouterr().err) == named
+
+
 def test_how_a_model_ran_is_part_of_what_a_record_measures() -> None:
     prefills = [prefill_record(lean=lean, dtype=d) for lean in (True, False) for d in ("a", "b")]
     assert report.latest([*prefills, prefills[0]]) == prefills

@@ -232,7 +232,8 @@ def test_plot_of_a_table_without_statistics_and_of_a_missing_point(
         ),
         (["--model", "m", "--method", "topk", "--text", "/none"], "/none: there is no such file"),
         (["info", "/none"], "there is no threshold file /none"),
-        (["convert", "/none", "{out}"], "there is no file /none"),
+        (["convert", "/none", "{out}"], "there is no threshold file /none"),
+        (["convert", "/none.pt", "{out}"], "there is no file /none.pt"),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(

@@ -68,6 +68,21 @@ def test_a_table_is_written_anew_with_a_checksum_and_the_same_numbers(
     assert ThresholdTable.load(path).model == "llama"
 
 
+@pytest.mark.parametrize("name", ["a", "a.SAFETENSORS", "a.bin"])
+def test_files_are_told_by_their_content(tmp_path: Path, name: str) -> None:
+    output = str(tmp_path / "table.safetensors")
+    path = tmp_path / name
+    path.write_bytes((Path(__file__).parent / "golden" / "v2.safetensors").read_bytes())
+    for command in (["info", str(path)], ["convert", str(path), output]):
+        assert main(["table", *command]) == 0
+    assert ThresholdTable.load(output).points == (16, 64)
+    paper_file(path)
+    for command in (["info", str(path)], ["convert", str(path), output, "--name", "llama"]):
+        assert main(["table", *command]) == 0
+    table = ThresholdTable.load(output)
+    assert (table.points, table.model) == ((16, 32, 64), "llama")
+
+
 def test_numbers_that_are_stored_negated_are_read_as_what_they_are(tmp_path: Path) -> None:
     negated: torch.Tensor = torch._neg_view(torch.randn(3, 2, 4, 6))
     table = load_pt(paper_file(tmp_path / "a.pt", thresholds=negated))

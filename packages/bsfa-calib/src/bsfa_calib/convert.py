@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 from pathlib import Path
@@ -24,7 +25,7 @@ Table = ThresholdTable | str | os.PathLike[str]
 
 
 def load_table(table: Table) -> ThresholdTable:
-    """A table, or the one in a file; a ``.pt`` file of the paper's repository is converted.
+    """A table, or the one in a file; a file of the paper's repository is converted.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -36,7 +37,10 @@ def load_table(table: Table) -> ThresholdTable:
 
 
 def is_of_paper(path: str | os.PathLike[str]) -> bool:
-    """Whether a file's name is that of a file of the paper's repository."""
+    """Whether a file is one of the paper's repository: torch's archive, or named like one."""
+    with contextlib.suppress(OSError), Path(path).open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            return True
     return Path(path).suffix in (".pt", ".pth")
 
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from bsfa_calib import report
 from bsfa_calib.cli.common import table_path
-from bsfa_calib.convert import is_of_paper, load_pt, load_table
+from bsfa_calib.convert import is_of_paper, load_table
 from bsfa_calib.report import printable
-from bsfa_calib.thresholds import ThresholdTable, checksum_of
+from bsfa_calib.thresholds import checksum_of
 
 
 def add_table(subparsers: Any) -> None:
@@ -77,12 +76,9 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     output = table_path(arguments.output)
-    if Path(arguments.file).suffix == ".safetensors":
-        table = ThresholdTable.load(arguments.file)
-        if arguments.name:
-            table = dataclasses.replace(table, model=arguments.name)
-    else:
-        table = load_pt(arguments.file, model=arguments.name)
+    table = load_table(arguments.file)
+    if arguments.name:
+        table = dataclasses.replace(table, model=arguments.name)
     table.save(output)
     print(
         f"wrote {printable(str(output))}: {table.axis} = {', '.join(map(str, table.points))}; "
