@@ -279,8 +279,9 @@ class Results:
         # In one write, so that a program that is stopped leaves no half of a line. A full disk may
         # have: what follows is a line of its own.
         with self.path.open("a+b", buffering=0) as file:
-            if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
-                line = "\n" + line
+            if file.seek(0, os.SEEK_END) > 0:
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else f"\n{line}"
             file.write(line.encode())
 
 

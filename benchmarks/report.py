@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import textwrap
 from collections import Counter, defaultdict
@@ -310,9 +311,19 @@ def provenance(group: Sequence[Record]) -> str:
     about += f": {', '.join([*versions, *sorted(packages)])}."
     if joined("sources"):
         about += f" Kernel sources {joined('sources')}."
-    commands = sorted({record["command"] for record in group})
+    commands = map(_folded, sorted({record["command"] for record in group}))
     lines = ["<details><summary>Date, versions, commands</summary>", "", *_wrapped(about), ""]
     return "\n".join([*lines, "```", *commands, "```", "", "</details>"])
+
+
+def _folded(command: str) -> str:
+    """A command in lines that a shell takes as one, broken before options."""
+    lines, width = [""], 150
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("   ")
+        lines[-1] += f" {part}" if lines[-1] else part
+    return " \\\n".join(lines)
 
 
 def _wrapped(text: str) -> list[str]:

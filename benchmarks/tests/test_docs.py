@@ -2,15 +2,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The documents agree with the tree: links, paths, figures that cite a record, the example.
 
-A table whose figures are from records says so in comments above it, one a row::
+A table whose figures are from records says so in a comment above it, a line each for the rows::
 
-    <!-- record FILE: row "LABEL" = FIELD by COLUMN where NAME=VALUE NAME=VALUE -->
+    <!-- records FILE: FIELD by COLUMN where NAME=VALUE NAME=VALUE
+    "LABEL": NAME=VALUE
+    "LABEL": NAME=VALUE -->
 
-FILE is in ``benchmarks/results``. Each cell of that row must be FIELD of the one record that has
-these values and, in COLUMN, what the head of the table says; both may be a path such as
-``speedup.fa3``. A row that is one record names a field a cell, in order::
+FILE is in ``benchmarks/results``. Each cell of such a row must be FIELD of the one record that has
+these values, those of all rows and its own, and in COLUMN what the head of the table says; both may
+be a path such as ``speedup.fa3``. Where a row is one record, a field a cell is named, in order::
 
-    <!-- record FILE: row "LABEL" = FIELD, FIELD where NAME=VALUE NAME=VALUE -->
+    <!-- records FILE: FIELD, FIELD where NAME=VALUE
+    "LABEL": NAME=VALUE -->
 
 Of a list, such as the divergence of each context, the mean counts. A cell is compared to its last
 digit.
@@ -35,7 +38,7 @@ from report import RESULTS, current
 
 EXTERNAL = re.compile(r"[a-z]+:")
 COMMENT = re.compile(
-    r'<!-- record (\S+): row "(.+?)" = (\S+(?:, \S+)*)(?: by (\S+))? where (.+?) -->'
+    r"<!-- records (\S+): (\S+(?:, \S+)*)(?: by (\S+))?(?: where (.+))?\n((?:\".+?\":.*\n?)+)-->"
 )
 FOLDERS = "docs|benchmarks|packages|thresholds"
 NAMED = re.compile(rf"(?<![\w./:-])(?:{FOLDERS})/[\w./-]+\.(?:md|py|toml)\b")
@@ -107,17 +110,24 @@ def table_below(text: str) -> list[str]:
     return found[0].splitlines() if found else ["|"]
 
 
+def citations(text: str) -> Iterator[tuple[str, str, re.Match[str]]]:
+    """Of each row that is cited: its label, what its records have, and the comment."""
+    for comment in COMMENT.finditer(text):
+        for label, own in re.findall(r'^"(.+?)":(.*)$', comment[5], re.MULTILINE):
+            yield label, f"{comment[4] or ''} {own}", comment
+
+
 def wrong_figures(text: str, results: Path = RESULTS) -> Iterator[str]:
     """What disagrees between the tables of a page and the records that they cite."""
-    for found in COMMENT.finditer(text):
-        file, label, field, column, where = found.groups()
+    for label, where, cited in citations(text):
+        file, field, column = cited.group(1, 2, 3)
         wanted = dict(part.split("=", 1) for part in shlex.split(where))
         chosen = [
             record
             for record in read_records(results / file)
             if all(same(value_at(record, name), value) for name, value in wanted.items())
         ]
-        header, *rows = map(cells, table_below(text[found.end() :]))
+        header, *rows = map(cells, table_below(text[cited.end() :]))
         row = next((row for row in rows if row[0] == label), None)
         if row is None or len(row) != len(header):
             yield f"the table below has no row {label!r} as wide as its head"
@@ -189,6 +199,9 @@ def test_figures_that_cite_a_record_agree_with_it(page: Path) -> None:
 def test_some_tables_cite_records() -> None:
     citing = [page for page in PAGES if COMMENT.search(page.read_text(encoding="utf-8"))]
     assert ROOT / "docs" / "performance.md" in citing
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("<!-- record") == len(COMMENT.findall(text)), page
 
 
 def test_a_figure_that_disagrees_is_found() -> None:
@@ -198,7 +211,7 @@ def test_a_figure_that_disagrees_is_found() -> None:
     where = " ".join(shlex.quote(f"{name}={record[name]}") for name in names)
 
     def table(figure: str, label: str = "ours", head: str = "0.50") -> list[str]:
-        comment = f'<!-- record {file.name}: row "ours" = speedup.fa3 by asked where {where} -->'
+        comment = f'<!-- records {file.name}: speedup.fa3 by asked where {where}\n"ours": -->'
         rows = f"| x | {head} |\n| --- | --- |\n| {label} | {figure} |\n"
         return list(wrong_figures(f"{comment}\n\n{rows}"))
 
@@ -217,7 +230,7 @@ def test_a_row_of_one_record_is_compared_field_by_field() -> None:
     where = " ".join(shlex.quote(f"{name}={record[name]}") for name in names)
 
     def row(*cells: str) -> list[str]:
-        comment = f'<!-- record {file.name}: row "k" = kl, speedup.fa3 where {where} -->'
+        comment = f'<!-- records {file.name}: kl, speedup.fa3\n"k": {where} -->'
         lines = [f"| x {'| y ' * len(cells)}|", f"| {'--- | ' * (len(cells) + 1)}"]
         return list(wrong_figures("\n".join([comment, "", *lines, f"| k | {' | '.join(cells)} |"])))
 
@@ -291,6 +304,6 @@ def test_an_example_with_an_unknown_name_is_found() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_lines_of_prose_are_short(page: Path) -> None:
-    text = prose(page.read_text(encoding="utf-8"))
-    lines = [line for line in text.splitlines() if not line.startswith(("|", "    ", "!["))]
-    assert [line for line in lines if len(line) > LONGEST_LINE] == []
+    lines = page.read_text(encoding="utf-8").splitlines()
+    prose_lines = [line for line in lines if not line.startswith(("|", "!["))]
+    assert [line for line in prose_lines if len(line) > LONGEST_LINE] == []

@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,15 @@ def test_serving_has_tables_and_is_compared(tmp_path: Path) -> None:
     assert [round(row[0], 3) for row in rows] == [1.0, 1.1]
     with pytest.raises(ValueError, match="self-test"):
         report.serving_tables([load_record(self_test=True)])
+
+
+def test_long_commands_are_folded_as_a_shell_reads_them() -> None:
+    command = "python benchmarks/long.py " + " ".join(f"--option{i} 'a value'" for i in range(30))
+    table = report.prefill_tables([prefill_record(command=command)])
+    folded = table.split("```\n")[1]
+    assert len(folded.splitlines()) > 4
+    assert all(len(line) < 160 for line in folded.splitlines())
+    assert shlex.split(folded.replace("\\\n", "")) == shlex.split(command)
 
 
 def test_prefill_and_calibration_have_tables() -> None:
