@@ -135,6 +135,21 @@ __device__ __forceinline__ void pad() {
   }
 }
 
+// Whether this is the lane that works for its warp, all of whose lanes must ask. ptxas knows that there is but
+// one. Of a lane found by its number it does not, and makes a loop over lanes around each load by TMA. For
+// sm_90.  [elect.sync]
+__device__ __forceinline__ bool is_elected() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // The elected thread arrives at an mbarrier, without a branch. For sm_90.  [mbarrier.arrive]
 __device__ __forceinline__ void arrive(uint32_t barrier_address, bool elected) {
   asm volatile(

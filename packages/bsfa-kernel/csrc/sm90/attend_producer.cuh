@@ -48,8 +48,9 @@ __device__ __forceinline__ void take_tiles(const AttendKernelParams& params,
   }
 }
 
-// By a warp that follows the tiles that are taken, as far ahead of the consumers as there are stages.
-template <class Config, class Load>
+// By a warp (kLanes = 32) or one thread of it that follows the tiles that are taken, as far ahead of the
+// consumers as there are stages.
+template <class Config, int kLanes, class Load>
 __device__ __forceinline__ void for_each_taken_tile(typename Config::SharedStorage& storage,
                                                     const Load& load) {
   for (uint32_t count = 0;; ++count) {
@@ -60,8 +61,10 @@ __device__ __forceinline__ void for_each_taken_tile(typename Config::SharedStora
       return;
     }
     load(tile);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
+    if constexpr (kLanes > 1) {
+      __syncwarp();
+    }
+    if (kLanes == 1 || ptx::is_elected()) {
       storage.tile_empty[slot].arrive();
     }
   }
@@ -74,7 +77,7 @@ __device__ __forceinline__ void load_listed_block(const CUtensorMap& map,
                                                   const PagedLoads<kKeyBlock>& loads, const PagedRow& found,
                                                   const AttendParams& attend, const QueryTile& tile, int row,
                                                   typename Config::Element* to, int column_elements) {
-  if (threadIdx.x % 32 == 0) {
+  if (ptx::is_elected()) {
     full.arrive_and_expect_tx(Config::kBlockBytes);
     if constexpr (!kPaged) {
       load_rows<Config>(map, full, cute::TMA::CacheHintSm90::EVICT_LAST, to, column_elements, row,
@@ -91,8 +94,10 @@ __device__ __forceinline__ void load_listed_block(const CUtensorMap& map,
 template <class Producer>
 __device__ __forceinline__ void produce_lists(const Producer& producer, const AttendParams& attend,
                                               int warp) {
-  if (threadIdx.x == 0) {
-    producer.take_all_tiles();
+  if (warp == 0) {
+    if (ptx::is_elected()) {
+      producer.take_all_tiles();
+    }
   } else if (attend.has_pages()) {
     if (warp == 1) {
       producer.template load_keys<true>();
@@ -147,7 +152,7 @@ struct ListProducer {
     uint32_t written = 0;  // places of the consumer's list
     uint32_t free = 0;     // stages found to be free
     uint32_t rounds = 0;   // of each stage, modulo 2
-    for_each_taken_tile<Config>(storage, [&](const ListTile& tile) BSFA_INLINE_LAMBDA {
+    for_each_taken_tile<Config, 32>(storage, [&](const ListTile& tile) BSFA_INLINE_LAMBDA {
       const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
       int remaining = max(tile.lengths[consumer], 0);
       const int visible = remaining > 0 ? tile.blocks[consumer].keys.visible : 0;

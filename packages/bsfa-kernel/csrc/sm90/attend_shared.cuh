@@ -136,7 +136,7 @@ struct SharedListProducer {
   __device__ __forceinline__ void find_boxes() const {
     const AttendParams& attend = params.order.attend;
     BoxFinder finder(storage.found, attend);
-    for_each_taken_tile<Config>(storage, [&](const SharedListTile& tile) BSFA_INLINE_LAMBDA {
+    for_each_taken_tile<Config, 32>(storage, [&](const SharedListTile& tile) BSFA_INLINE_LAMBDA {
       Places places(attend, tile, tile.first, tile.length, Config::kStepBlocks);
 #pragma unroll 1
       for (int remaining = tile.key_blocks; remaining > 0; remaining -= finder.blocks()) {
@@ -151,7 +151,7 @@ struct SharedListProducer {
     });
   }
 
-  // A warp for K and one for V, of which one lane works. As far ahead of the consumers as there are stages.
+  // A thread for K and one for V. As far ahead of the consumers as there are stages.
   // buffer_of: where a stage begins.
   template <int kStages, class BufferOf>
   __device__ __forceinline__ void load_blocks(const CUtensorMap& map,
@@ -161,18 +161,16 @@ struct SharedListProducer {
                                               int column_elements) const {
     PipelineState<kStages> state;
     PipelineState<FoundBoxes::kStages> found;
-    for_each_taken_tile<Config>(storage, [&](const SharedListTile& tile) BSFA_INLINE_LAMBDA {
-      if (threadIdx.x % 32 == 0) {
-        FoundLoads<Config> loads(storage.found, found, params.order.attend, tile.kv_head);
+    for_each_taken_tile<Config, 1>(storage, [&](const SharedListTile& tile) BSFA_INLINE_LAMBDA {
+      FoundLoads<Config> loads(storage.found, found, params.order.attend, tile.kv_head);
 #pragma unroll 1
-        for (int remaining = tile.key_blocks; remaining > 0; --remaining) {
-          loads.find();
-          const int stage = state.stage();
-          wait(empty[stage], state.phase() ^ 1);
-          loads.load(map, full[stage], blocks + buffer_of(stage), column_elements);
-          loads.advance(remaining == 1);
-          state.advance();
-        }
+      for (int remaining = tile.key_blocks; remaining > 0; --remaining) {
+        loads.find();
+        const int stage = state.stage();
+        wait(empty[stage], state.phase() ^ 1);
+        loads.load(map, full[stage], blocks + buffer_of(stage), column_elements);
+        loads.advance(remaining == 1);
+        state.advance();
       }
     });
   }
@@ -242,14 +240,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   };
   const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
     const SharedListProducer<Config> producer{params, storage};
-    if (threadIdx.x == 0) {
-      producer.take_all_tiles();
-    } else if (warp == 1) {
-      producer.load_keys();
-    } else if (warp == 2) {
-      producer.load_values();
-    } else if (warp == 3) {
+    if (warp == 3) {
       producer.find_boxes();
+    } else if (ptx::is_elected()) {
+      if (warp == 0) {
+        producer.take_all_tiles();
+      } else if (warp == 1) {
+        producer.load_keys();
+      } else {
+        producer.load_values();
+      }
     }
   };
   run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {

@@ -27,7 +27,7 @@ struct UnionProducer : ListProducer<Config> {
                                              Element* blocks) const {
     const AttendParams& attend = params.order.attend;
     PipelineState<kStages> state;
-    for_each_taken_tile<Config>(storage, [&](const ListTile& tile) BSFA_INLINE_LAMBDA {
+    for_each_taken_tile<Config, 32>(storage, [&](const ListTile& tile) BSFA_INLINE_LAMBDA {
       const PagedLoads<kKeyBlock> loads(attend, tile.sequence);
       BlockList list(attend, tile, tile.blocks[0], tile.blocks[1]);
       int next = list.next();

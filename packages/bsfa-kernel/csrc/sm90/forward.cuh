@@ -86,20 +86,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   };
   const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
     const Producer<Config> producer{params, storage};
-    if (params.forward.has_pages()) {
-      if (threadIdx.x == 0) {
-        producer.template load_queries_and_keys<true>();
-      } else if (threadIdx.x == 32) {
-        producer.template load_values<true>();
-      } else if (threadIdx.x == 64) {
-        producer.load_other_keys();
-      } else if (warp == 3) {
+    const bool has_pages = params.forward.has_pages();
+    if (warp == 3) {
+      if (has_pages) {
         producer.find_pages();
       }
-    } else if (threadIdx.x == 0) {
-      producer.template load_queries_and_keys<false>();
-    } else if (threadIdx.x == 32) {
-      producer.template load_values<false>();
+    } else if (ptx::is_elected()) {
+      if (has_pages) {
+        if (warp == 0) {
+          producer.template load_queries_and_keys<true>();
+        } else if (warp == 1) {
+          producer.template load_values<true>();
+        } else {
+          producer.load_other_keys();
+        }
+      } else if (warp == 0) {
+        producer.template load_queries_and_keys<false>();
+      } else if (warp == 1) {
+        producer.template load_values<false>();
+      }
     }
   };
   run_roles<Config>(initialize, produce, [&](Storage& storage, const ConsumerThread& who) BSFA_INLINE_LAMBDA {

@@ -9,6 +9,7 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "../common/ptx.cuh"
 #include "tensor_map.hpp"
 
 namespace bsfa::sm90 {
@@ -66,7 +67,7 @@ class PagedLoads {
       if (index < 1 << boxes_bits<kKeys>(problem_)) {
         const PagedRow box{__shfl_sync(0xffffffff, found.page, index),
                            __shfl_sync(0xffffffff, found.row, index)};
-        if (threadIdx.x % 32 == 0) {
+        if (ptx::is_elected()) {
           load_box<kBoxes, kBoxColumns>(map, full, box, head, to + index * box_rows() * kBoxColumns,
                                         column_elements);
         }

@@ -53,7 +53,7 @@ __device__ __forceinline__ void load_key_tiles(const SelectKernelParams& params,
         next = loads.find((key_tile - 1) * Config::kTileKeys);
       }
       wait(storage.k_empty[stage], keys.phase() ^ 1);
-      if (lane == 0) {
+      if (ptx::is_elected()) {
         auto* full = reinterpret_cast<uint64_t*>(&storage.k_full[stage]);
         storage.k_full[stage].arrive_and_expect_tx(Config::kStageBytes);
         for (int box = 0; box < (in_pages ? 0 : Config::kBoxes); ++box) {

@@ -28,7 +28,7 @@ struct Tuning<64> {
   static constexpr bool kShortEnds = false;
   // No-ops in front of the dense pass, in the forward kernel and in that of lists, which put its loop where
   // it runs fastest: at 32 or 48 modulo 128 bytes; at head_dim 128, in the forward kernel, at 0.
-  static constexpr int kDensePadding = 6;
+  static constexpr int kDensePadding = 8;
   static constexpr int kListPadding = 4;
 };
 
@@ -42,7 +42,7 @@ struct Tuning<128> {
   static constexpr int kValueStages = 4;
   static constexpr int kListStages = 6;
   static constexpr bool kShortEnds = true;
-  static constexpr int kDensePadding = 5;
+  static constexpr int kDensePadding = 0;
   static constexpr int kListPadding = 0;
 };
 
