@@ -178,8 +178,7 @@ def study_tables(records: Sequence[Record]) -> str:
 
 def _studies(records: Sequence[Record]) -> list[list[Record]]:
     """Records by the model and the contexts: a loss is compared with dense on its own card."""
-    named = [{**record, "on": tuple(record["contexts"])} for record in records]
-    groups = report.grouped(named, ("model", "dtype", "seqlen", "on"))
+    groups = report.grouped(records, ("model", "dtype", "seqlen", "contexts"))
     return sorted(groups, key=lambda group: int(group[0]["seqlen"]))
 
 

@@ -581,9 +581,9 @@ def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def grouped(records: Sequence[Record], names: Sequence[str]) -> list[list[Record]]:
     """Records that agree in the fields of these names, in the order of their first ones."""
-    groups: dict[tuple[object, ...], list[Record]] = defaultdict(list)
+    groups: dict[str, list[Record]] = defaultdict(list)  # lists are no keys
     for record in records:
-        groups[tuple(record.get(name) for name in names)].append(record)
+        groups[repr([record.get(name) for name in names])].append(record)
     return list(groups.values())
 
 

@@ -27,23 +27,44 @@ _NOTES = {"running_max": " (BLASST's rule)", "absolute": " (the paper's)"}
 _MODEL = ("gpu", "model", "dtype", "lean")
 _MARKERS = "osD^vP*X<>hp"
 _LAYOUT: dict[str, Any] = {"layout": "constrained"}
+_Point = tuple[str, str, float]
 
 
 def texts(records: Sequence[Record]) -> list[list[Record]]:
-    """Records on text by model and length, of each point the one with the most contexts."""
-    return _groups(records, "long_text")
+    """Records on text by model, length and windows."""
+    return _in_order(_alike(records, "long_text"))
 
 
-def _groups(records: Sequence[Record], kind: str) -> list[list[Record]]:
-    chosen: dict[tuple[str, ...], Record] = {}
-    for record in records:
-        if record["kind"] == kind:
-            names = (*_MODEL, "seqlen", "candidate", "axis", "asked")
-            key = tuple(str(record[name]) for name in names)
-            if key not in chosen or len(record["contexts"]) >= len(chosen[key]["contexts"]):
-                chosen[key] = record
-    groups = report.grouped(list(chosen.values()), (*_MODEL, "seqlen"))
-    return sorted((sorted(g, key=_order) for g in groups), key=lambda group: group[0]["seqlen"])
+def tasks(records: Sequence[Record]) -> list[list[Record]]:
+    """Records on tasks by model, length and prompts."""
+    return _in_order(_alike(records, "long_tasks"))
+
+
+def _alike(records: Sequence[Record], kind: str) -> list[list[Record]]:
+    found = [record for record in records if record["kind"] == kind]
+    return report.grouped(found, (*_MODEL, "seqlen", "contexts"))
+
+
+def _in_order(groups: Iterable[list[Record]]) -> list[list[Record]]:
+    """By length, then the most contexts first; in each group as rows go."""
+    return sorted(
+        (sorted(group, key=_order) for group in groups),
+        key=lambda group: (group[0]["seqlen"], -len(group[0]["contexts"])),
+    )
+
+
+# A record on tasks, and dense's on the same prompts, if there is one.
+Scored = tuple[Record, Record | None]
+
+
+def scored(records: Sequence[Record]) -> dict[tuple[str, ...], dict[_Point, Scored]]:
+    """By model and length: of each point on tasks, the record with the most prompts."""
+    found: dict[tuple[str, ...], dict[_Point, Scored]] = {}
+    for group in reversed(tasks(records)):  # those with the most prompts last
+        dense = next((record for record in group if record["candidate"] == DENSE), None)
+        by_point = found.setdefault(_whose(group[0]), {})
+        by_point.update({_point(record): (record, dense) for record in group})
+    return found
 
 
 def _order(record: Record) -> tuple[Any, ...]:
@@ -60,16 +81,16 @@ def label(candidate: str) -> str:
 
 def accuracy_tables(records: Sequence[Record]) -> str:
     """Markdown: loss, times and task scores of every point, by length."""
-    tasks = {_whose(group[0]): group for group in _groups(records, "long_tasks")}
+    on_tasks = scored(records)
     parts = []
     for group in texts(records):
         first = group[0]
         baselines = list(first["speedup"])
-        scored = {_point(r): r for r in tasks.get(_whose(first), [])}
+        scores = on_tasks.get(_whose(first), {})
         header = ["blocks chosen by", "point", "skipped", "KL divergence", "change of NLL"]
         header += ["first token, ms", *(f"times {report.name_of(b)}" for b in baselines)]
         header += ["attention, ms", *(f"times {report.name_of(b)}" for b in baselines)]
-        header += ["tasks", "share of dense's"] if scored else []
+        header += ["prompts", "tasks", "share of dense's"] if scores else []
         body = []
         for record in group:
             dense = record["candidate"] == DENSE
@@ -81,8 +102,8 @@ def accuracy_tables(records: Sequence[Record]) -> str:
                 row += [
                     f"{record[ratios][b]:.2f}" if b in record[ratios] else "" for b in baselines
                 ]
-            if scored:
-                row += _score_cells(scored.get(_point(record)), scored.get((DENSE, "share", 0.0)))
+            if scores:
+                row += _score_cells(*scores.get(_point(record), (None, None)))
             body.append(row)
         windows = len(first["contexts"])
         parts.append(f"### {_length(first)}, {windows} windows{_where(first)}")
@@ -93,7 +114,7 @@ def accuracy_tables(records: Sequence[Record]) -> str:
 def task_tables(records: Sequence[Record]) -> str:
     """Markdown: the score of each task, by length."""
     parts = []
-    for group in _groups(records, "long_tasks"):
+    for group in tasks(records):
         names = list(dict.fromkeys(_task(context) for r in group for context in r["contexts"]))
         body = [
             [
@@ -192,31 +213,37 @@ def law(group: Sequence[Record], target: float) -> dict[str, dict[int, list[floa
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     """Draw accuracy against time for each length, needles, and skipped against length."""
-    tasks = {_whose(group[0]): group for group in _groups(records, "long_tasks")}
+    on_tasks = scored(records)
+    # Of each length, the windows that the most was measured on.
+    widest = {_whose(group[0]): group for group in sorted(texts(records), key=len)}
     files = [
-        _draw_curves(group, tasks.get(_whose(group[0]), []), folder) for group in texts(records)
+        _draw_curves(group, on_tasks.get(whose, {}), folder) for whose, group in widest.items()
     ]
     files += [
         _draw_law(group, folder)
         for group in _by_model(records)
         if len({record["seqlen"] for record in group}) > 1
     ]
-    needles = list(tasks.values())
-    if needles:
+    if needles := tasks(records):
         files.append(_draw_needles(needles, folder))
     return files
 
 
-def _draw_curves(group: Sequence[Record], tasks: Sequence[Record], folder: Path) -> Path:
+def _draw_curves(group: Sequence[Record], scores: dict[_Point, Scored], folder: Path) -> Path:
     pyplot = report.load_pyplot()
-    scored = {_point(record): record for record in tasks}
-    dense = scored.get((DENSE, "share", 0.0))
     lines = [
         line for line in report.grouped(group, ("candidate",)) if line[0]["candidate"] != DENSE
     ]
     # Where dense attention alone did the tasks, there is nothing to compare.
-    asked = any(_point(record) in scored for line in lines for record in line)
-    panels = 3 if asked and dense is not None else 2
+    compared = {
+        _point(record): _mean_score(score) / max(_mean_score(dense), 1e-9)
+        for line in lines
+        for record in line
+        if _point(record) in scores
+        for score, dense in [scores[_point(record)]]
+        if dense is not None
+    }
+    panels = 3 if compared else 2
     figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels, 5), **_LAYOUT)
     for index, line in enumerate(sorted(lines, key=lambda one: _order(one[0]))):
         style = _style(index)
@@ -224,11 +251,10 @@ def _draw_curves(group: Sequence[Record], tasks: Sequence[Record], folder: Path)
         first, attention = ([_over_fastest(r, n) for r in line] for n in _RATIOS)
         axes[0].plot(attention, losses, label=label(line[0]["candidate"]), **style)
         axes[1].plot(first, losses, **style)
-        pairs = [(r, scored[_point(r)]) for r in line if _point(r) in scored]
-        if pairs and dense is not None:
-            shares = [_mean_score(s) / max(_mean_score(dense), 1e-9) for _, s in pairs]
+        pairs = [(r, compared[_point(r)]) for r in line if _point(r) in compared]
+        if pairs:
             times = [_over_fastest(r, "attention_speedup") for r, _ in pairs]
-            axes[2].plot(times, shares, **style)
+            axes[2].plot(times, [share for _, share in pairs], **style)
     names = ["attention, times the fastest dense", "time to first token, times the fastest dense"]
     for axis, name in zip(axes, [*names, names[0]], strict=False):
         axis.set(xlabel=name, ylabel="KL divergence from dense, nats", yscale="log")
@@ -312,7 +338,8 @@ def _draw_needles(groups: Sequence[Sequence[Record]], folder: Path) -> Path:
             f"{label(r['candidate'])} {'' if r['candidate'] == DENSE else _asked(r)}" for r in rows
         ]
         axis.set_yticks(range(len(rows)), names, fontsize=6)
-        axis.set_title(f"one needle by depth, {_length(rows[0])}", fontsize=8)
+        prompts = len(rows[0]["contexts"])
+        axis.set_title(f"one needle by depth, {_length(rows[0])}, {prompts} prompts", fontsize=8)
     return report.save(figure, folder / "long-needles.png")
 
 
@@ -325,7 +352,7 @@ def _whose(record: Record) -> tuple[str, ...]:
     return tuple(str(record[name]) for name in (*_MODEL, "seqlen"))
 
 
-def _point(record: Record) -> tuple[str, str, float]:
+def _point(record: Record) -> _Point:
     return record["candidate"], record["axis"], float(record["asked"])
 
 
@@ -365,22 +392,22 @@ def _mean_score(record: Record) -> float:
 
 
 def _score_cells(record: Record | None, dense: Record | None) -> list[str]:
-    """A mean score, and the share of dense's with a bootstrap's interval over prompts."""
+    """Prompts, mean score, and the share of dense's with a bootstrap's interval over prompts."""
     if record is None:
-        return ["", ""]
-    mean = f"{_mean_score(record):.3f}"
-    if dense is None or dense["contexts"] != record["contexts"] or record is dense:
-        return [mean, ""]
-    tasks = np.array([_task(context) for context in record["contexts"]])
+        return ["", "", ""]
+    cells = [str(len(record["contexts"])), f"{_mean_score(record):.3f}"]
+    if dense is None or record is dense:
+        return [*cells, ""]
+    names = np.array([_task(context) for context in record["contexts"]])
     ours, theirs = np.asarray(record["scores"]), np.asarray(dense["scores"])
     generator = np.random.default_rng(0)
     sums = np.zeros((2, BOOTSTRAPS))
-    for task in dict.fromkeys(tasks):
-        places = np.flatnonzero(tasks == task)
+    for task in dict.fromkeys(names):
+        places = np.flatnonzero(names == task)
         draws = places[generator.integers(0, len(places), (BOOTSTRAPS, len(places)))]
         sums += [ours[draws].mean(1), theirs[draws].mean(1)]
     shares = np.divide(sums[0], sums[1], out=np.full(BOOTSTRAPS, np.nan), where=sums[1] > 0)
     if _mean_score(dense) == 0:
-        return [mean, ""]
+        return [*cells, ""]
     share, low, high = with_interval(_mean_score(record) / _mean_score(dense), shares)
-    return [mean, f"{share:.1%}" if np.isnan(low) else f"{share:.1%} [{low:.1%}, {high:.1%}]"]
+    return [*cells, f"{share:.1%}" if np.isnan(low) else f"{share:.1%} [{low:.1%}, {high:.1%}]"]
