@@ -511,8 +511,8 @@ def test_tables_say_what_the_records_say(measured: list[dict[str, Any]]) -> None
     assert learned[1:3] == ["share 0.8", "0.800"]
     assert learned[3].startswith("0.0100 [0.0075, 0.0125]")
     assert learned[5:11] == ["20", "5.00", "4.50", "16", "5.00", "4.00"]
-    assert learned[11] == "0.500"
-    assert learned[12].startswith("66.7% [")
+    assert learned[11:13] == ["4", "0.500"]
+    assert learned[13].startswith("66.7% [")
     law = curves.law([r for r in measured if r["kind"] == "long_text"], 0.03)
     mean, low, high = law["peak_lse, learned at 4K, 64x64"][8192]
     # Half way between 0.01 and 0.1 of the logarithm lies 0.0316.
@@ -525,11 +525,38 @@ def test_tables_say_what_the_records_say(measured: list[dict[str, Any]]) -> None
     assert "out of range" in text  # running_max at 0.01
 
 
-def test_the_most_contexts_count(measured: list[dict[str, Any]]) -> None:
+def test_windows_are_not_mixed(measured: list[dict[str, Any]]) -> None:
     few = {**measured[2], "contexts": ["a"], "sparsity": [0.1], "kl": [0.5], "nll_change": [0.1]}
-    (group, _) = curves.texts([*measured, few])
-    assert few not in group
-    assert sum(record["candidate"] == few["candidate"] for record in group) == 3
+    many, alone, _ = curves.texts([*measured, few])
+    assert few not in many
+    assert alone == [few]
+    before = curves.law([r for r in measured if r["kind"] == "long_text"], 0.03)
+    assert curves.law([*many, few], 0.03)[few["candidate"]][8192] == before[few["candidate"]][8192]
+
+
+def test_scores_are_compared_with_dense_on_the_same_prompts(measured: list[dict[str, Any]]) -> None:
+    learned = "peak_lse, learned at 4K, 64x64"
+    contexts = [f"{task} {i}" for task in ("single", "variables") for i in range(3)]
+    more = [
+        {**tasks(name, 8192, share, []), "contexts": contexts, "sparsity": [share] * 6, **scored}
+        for name, share, scored in (
+            ("dense", 0.0, {"scores": [1, 1, 1, 0, 0, 0]}),
+            (learned, 0.7, {"scores": [1, 1, 1, 0, 0, 0.3]}),
+        )
+    ]
+    for order in ([*measured, *more], [*more, *measured]):
+        (by_point,) = [v for k, v in curves.scored(order).items() if "8192" in k]
+        assert by_point["dense", "share", 0.0][0]["contexts"] == contexts
+        score, dense = by_point[learned, "share", 0.7]
+        assert dense is not None
+        assert score["contexts"] == dense["contexts"] == contexts
+        score, dense = by_point[learned, "share", 0.7 + 0.1]
+        assert dense is not None
+        assert len(score["contexts"]) == 4
+        assert dense["contexts"] == score["contexts"]
+        text = curves.task_tables(order)
+        assert "### 8K tokens, 6 prompts" in text
+        assert "### 8K tokens, 4 prompts" in text
 
 
 def test_pictures_are_drawn(measured: list[dict[str, Any]], tmp_path: Path) -> None:
