@@ -39,7 +39,7 @@ import models
 from attention import list_of, parse_length
 from bsfa_calib import learned, learning, serving
 from bsfa_calib.capture import Settings, block_counts, calibrate
-from bsfa_calib.cli.flags import LEARNED_IN, add_flags, complete
+from bsfa_calib.cli.flags import add_flags, complete
 from bsfa_calib.cli.jobs import default_targets
 from bsfa_calib.expected import Calibrated
 from bsfa_kernel import Geometry
@@ -196,9 +196,7 @@ class Phases:
         self._rungs = learned.serving_rungs(
             self._command.targets, self._length, self._options["geometry"]
         )
-        self._dtype = arguments.dtype
-        at_first = {**vars(arguments), "dtype": LEARNED_IN}
-        self.model, tokenizer, self.name = models.load(argparse.Namespace(**at_first))
+        self.model, tokenizer, self.name = models.load(arguments)
         # Random tokens are others than those to learn from; text is read from its beginning, which
         # matters to the loss and not to the time.
         others = argparse.Namespace(**{**vars(arguments), "seed": arguments.seed + 1})
@@ -222,7 +220,6 @@ class Phases:
         """
         here, whole = self._here, self._command
         made = self._made(folder)
-        self.model.to(getattr(torch, self._dtype))
         counted = Settings(target_sparsities=whole.targets, **self._options)
         self._phase(
             *("block maxima", "sample", here.serve_samples, whole.serve_samples),

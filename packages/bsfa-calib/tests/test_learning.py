@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from bsfa_calib import gated
+from bsfa_calib import gated, learning
 from bsfa_calib import learned as calibration
 from bsfa_calib.expected import Measure
 from bsfa_calib.gated import gated_attention
@@ -187,6 +188,40 @@ def test_gradients_are_those_of_attention_to_the_blocks_that_were_kept(
     assert torch.allclose(found.slope, slope / visible, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@BOTH
+def test_attention_with_gradients_keeps_16_bits(dtype: torch.dtype, sinks: Tensor | None) -> None:
+    case = a_case("peak_lse", GEOMETRY)
+    upstream = torch.randn(case[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    options = {"scale": 0.25, "rule": "peak_lse", "geometry": GEOMETRY, "sinks": sinks}
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    outs, grads = [], []
+    for work in (dtype, torch.float32):
+        own = [x.to(dtype).to(work).requires_grad_() for x in case[:3]]
+        thresholds = case.thresholds.clone().requires_grad_()
+        with torch.enable_grad():
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+            with hooks if work == dtype else contextlib.nullcontext():
+                found = gated_attention(*own, thresholds, **options)
+            found.out.backward(upstream.to(work))
+        outs.append(found.out)
+        grads.append([x.grad for x in (*own, thresholds)])
+    assert outs[0].dtype == dtype
+    assert torch.allclose(outs[0].float(), outs[1], atol=2e-2)
+    for mine, theirs in zip(*grads, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert (mine.float() - theirs).norm() < 0.02 * theirs.norm()
+    inputs = [x for x in kept if x.dtype == dtype]
+    assert len(inputs) == 4  # q, k, v and the output
+    assert all(x.numel() < case[0].numel() for x in kept if x.dtype == torch.float32)
+
+
 def test_the_slope_is_what_a_shift_of_thresholds_does_to_the_sparsity() -> None:
     case = a_case("absolute", GEOMETRY)
     options = {"rule": "absolute", "geometry": GEOMETRY, "scale": 0.25, "width": 0.5}
@@ -276,6 +311,31 @@ def test_thresholds_stay_below_a_ceiling_and_follow_the_position(
     assert learned.thresholds.shape == (2, 4, 8)
     assert learned.thresholds.max() <= -2.0 + 1e-5
     assert np.all(learned.thresholds[..., 0] < learned.thresholds[..., -1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_learn_what_float32_learns(
+    model: LlamaForCausalLM, samples: list[list[int]], dtype: torch.dtype
+) -> None:
+    options = {"rule": "peak_lse", "geometry": GEOMETRY, "settings": Settings(steps=30)}
+    (expected,) = learn(model, samples, [0.4], **options)
+    (found,) = learn(copy.deepcopy(model).to(dtype), samples, [0.4], **options)
+    assert found.thresholds.dtype == np.float32
+    assert np.corrcoef(found.thresholds.ravel(), expected.thresholds.ravel())[0, 1] > 0.95
+    assert found.sparsity == pytest.approx(expected.sparsity, abs=0.03)
+    assert found.kl == pytest.approx(expected.kl, rel=0.2)
+
+
+def test_gradients_that_are_not_finite_are_told(
+    model: LlamaForCausalLM, samples: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def divergence(_: Any, hidden: Tensor, dense: Tensor) -> tuple[float, Tensor]:
+        return float((hidden - dense).sum()), torch.full_like(hidden, torch.inf)
+
+    monkeypatch.setattr(learning._Learner, "_divergence", divergence)
+    half = copy.deepcopy(model).to(torch.float16)
+    with pytest.raises(ValueError, match=r"in float16 some are not: learn in bfloat16 or float32"):
+        learn(half, samples, [0.3], rule="peak_lse", geometry=GEOMETRY)
 
 
 def test_knots_share_out_every_position() -> None:

@@ -30,7 +30,7 @@ class Gated(NamedTuple):
     """What attention with gradients gives.
 
     Attributes:
-        out: float32 [seqlen, heads, head_dim].
+        out: [seqlen, heads, head_dim], in the dtype of q.
         skipped: float32 [heads]: share of the visible blocks, without a gradient.
         slope: float32 [heads, q_blocks]: its derivative with respect to the thresholds, the
             logistic function standing for the verdicts again.
@@ -57,7 +57,8 @@ def gated_attention(
     """Causal block-sparse attention of one whole prompt.
 
     Args:
-        q: [seqlen, heads, head_dim]; seqlen is a multiple of both sides of a block.
+        q: [seqlen, heads, head_dim]; seqlen is a multiple of both sides of a block. Any dtype:
+            scores are float32, and what the backward pass needs is kept in the dtype of q.
         k: [seqlen, kv_heads, head_dim].
         v: as k.
         thresholds: float32 [heads, q_blocks].
@@ -85,7 +86,7 @@ def gated_attention(
         raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
     if not width > 0:
         raise ValueError(f"width must be above 0, got {width}")
-    by_head = (x.transpose(0, 1).float() for x in (q, k, v))
+    by_head = (x.transpose(0, 1) for x in (q, k, v))
     out, skipped, slope = _GatedAttention.apply(  # type: ignore[no-untyped-call]
         *by_head, thresholds, _Options(rule, geometry, scale, voters, width, sinks)
     )
@@ -122,7 +123,9 @@ class _GatedAttention(torch.autograd.Function):
         heads, seqlen, _ = q.shape
         q_block, k_block = geometry
         group = heads // k.shape[0]
-        out = torch.empty_like(q)
+        given = q, k, v
+        q, k, v = (x.float() for x in given)
+        out = torch.empty_like(given[0])
         lse = q.new_empty((heads, seqlen, 1))
         q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
         voting = voting_rows(seqlen, seqlen, geometry, voters).to(q.device)
@@ -164,7 +167,7 @@ class _GatedAttention(torch.autograd.Function):
             denominator = denominator.view(heads, -1, 1)
             out[:, here] = numerator / denominator
             lse[:, here] = denominator.log() + largest.view(heads, -1, 1)
-        ctx.save_for_backward(q, k, v, out, lse, kept, slope)
+        ctx.save_for_backward(*given, out, lse, kept, slope)
         ctx.options = options
         index = torch.arange(q_blocks, device=q.device)
         seen = torch.arange(k_blocks, device=q.device) * k_block < (index[:, None] + 1) * q_block
@@ -176,8 +179,9 @@ class _GatedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        out_gradient = gradients[0]
-        q, k, v, out, lse, kept, slope = ctx.saved_tensors
+        *given, lse, kept, slope = ctx.saved_tensors
+        dtype = given[0].dtype
+        q, k, v, out, out_gradient = (x.float() for x in (*given, gradients[0]))
         geometry, scale = ctx.options.geometry, ctx.options.scale
         heads, seqlen, head_dim = q.shape
         q_block, k_block = geometry
@@ -190,9 +194,9 @@ class _GatedAttention(torch.autograd.Function):
         for part in _parts(q, geometry):
             here, before = slice(part.start, part.stop), slice(0, part.stop)
             weights = _scores(q, k, part, group, scale).sub_(lse[:, here]).exp_()
-            given = out_gradient[:, here]
-            worth = given @ _repeated(v[:, before], group).transpose(1, 2)
-            worth -= (given * out[:, here]).sum(-1, keepdim=True)
+            upstream = out_gradient[:, here]
+            worth = upstream @ _repeated(v[:, before], group).transpose(1, 2)
+            worth -= (upstream * out[:, here]).sum(-1, keepdim=True)
             worth *= weights
             shape = (heads, part.blocks.stop - part.blocks.start, q_block, -1, k_block)
             verdict = kept[:, part.blocks, None, : part.stop // k_block, None]
@@ -204,9 +208,10 @@ class _GatedAttention(torch.autograd.Function):
             q_gradient[:, here] = worth @ _repeated(k[:, before], group) * scale
             added = worth.transpose(1, 2) @ q[:, here] * scale
             k_gradient[:, before] += added.view(kv_heads, group, -1, head_dim).sum(1)
-            added = weights.transpose(1, 2) @ given
+            added = weights.transpose(1, 2) @ upstream
             v_gradient[:, before] += added.view(kv_heads, group, -1, head_dim).sum(1)
-        return q_gradient, k_gradient, v_gradient, threshold_gradient, None
+        of_inputs = (x.to(dtype) for x in (q_gradient, k_gradient, v_gradient))
+        return *of_inputs, threshold_gradient, None
 
 
 def _parts(q: Tensor, geometry: Geometry) -> Iterator[_Part]:

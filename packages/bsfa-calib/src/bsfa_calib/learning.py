@@ -111,7 +111,7 @@ class DenseOutputs:
 
 
 def dense_outputs(model: Any, samples: Sequence[Sequence[int]]) -> DenseOutputs:
-    """Read samples dense, in the arithmetic that thresholds are learned in.
+    """Read samples dense, in the dtype that thresholds are learned in.
 
     Args:
         model: a decoder of transformers.
@@ -315,10 +315,18 @@ class _Learner:
                 hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
             kl, upstream = self._divergence(hidden[0].detach(), self.dense[index])
             (gradient,) = torch.autograd.grad(hidden, knots, upstream[None])
-        return kl, gradient
+        if not bool(gradient.isfinite().all()):
+            raise ValueError(
+                f"gradients must be finite, and in {str(hidden.dtype).removeprefix('torch.')} "
+                "some are not: learn in bfloat16 or float32 (--dtype)"
+            )
+        return kl / len(ids), gradient / len(ids)
 
     def _divergence(self, hidden: Tensor, dense: Tensor) -> tuple[float, Tensor]:
-        """Mean KL divergence from dense, and its gradient at the hidden states [seqlen, width]."""
+        """KL divergence from dense and its gradient at the hidden states [seqlen, width].
+
+        The sum over positions: the gradients of a mean are too small for float16.
+        """
         total = 0.0
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), _POSITIONS_AT_A_TIME):
@@ -328,7 +336,6 @@ class _Learner:
             part = hidden[here].clone().requires_grad_()
             actual = self.language_model.logits(part).log_softmax(-1)
             kl = torch.nn.functional.kl_div(actual, expected, log_target=True, reduction="sum")
-            kl = kl / len(hidden)
             (gradient[here],) = torch.autograd.grad(kl, part)
             total += float(kl.detach())
         return total, gradient
@@ -363,7 +370,7 @@ class _Training:
         )
         learner.skipped[layer] = found.skipped
         learner.slopes[layer] = found.slope
-        return Attended(found.out[None].to(q.dtype), found.skipped)
+        return Attended(found.out[None], found.skipped)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bsfa_calib import __version__
 from bsfa_calib.cli.common import INTERRUPTED, note, table_path
-from bsfa_calib.cli.flags import LEARNED_IN, add_flags, command, complete
+from bsfa_calib.cli.flags import add_flags, command, complete
 from bsfa_calib.cli.jobs import Job
 from bsfa_calib.report import printable
 from bsfa_calib.thresholds import ThresholdTable
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace, *, paper: Paper | None = None) -> int:
     note(f"loading {printable(arguments.model)}")
     loaded = models.load(
         arguments.model,
-        dtype=LEARNED_IN if method == "learned" else arguments.dtype,
+        dtype=arguments.dtype,
         device=arguments.device,
         offline=arguments.offline,
     )

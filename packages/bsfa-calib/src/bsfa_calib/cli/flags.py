@@ -26,9 +26,6 @@ from bsfa_calib.thresholds import DEFAULT_VOTERS, RULES, VOTERS
 
 METHODS = ("learned", "scalar", "topk")
 
-# Gradients are small: thresholds are learned in this dtype, and measured in that of the use.
-LEARNED_IN = "float32"
-
 # Points of a table that is calibrated without saying which.
 TARGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 
@@ -178,8 +175,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="in which the model will be used (default: float32 on a CPU, else bfloat16); learning "
-        "runs in float32",
+        help="in which the model will be used, and in which thresholds are made (default: float32 "
+        "on a CPU, else bfloat16)",
     )
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     add("--backend", choices=("auto", "reference"), help="to measure with (default: auto)")

@@ -53,8 +53,6 @@ class Job:
             self._remove()
 
     def learned(self) -> Made:
-        import torch
-
         from bsfa_calib import learned
         from bsfa_calib.learning import Settings
 
@@ -84,10 +82,6 @@ class Job:
                 serve_length=arguments.serve_length,
                 checkpoint=self._learned,
             )
-        dtype = arguments.dtype
-        if dtype == "auto":
-            dtype = "float32" if self._model.device.type == "cpu" else "bfloat16"
-        self._model.to(getattr(torch, dtype))
         if self._serving:
             return self._serve(learned.ThresholdPath(path), len(self._samples), "learned")
         found = learned.calibrate(
