@@ -197,18 +197,27 @@ def law(group: Sequence[Record], target: float) -> dict[str, dict[int, list[floa
     kept = (DENSE, CONTROL)
     sparse = sorted((r for r in group if r["candidate"] not in kept), key=_order)
     for line in report.grouped(sparse, ("candidate", "seqlen")):
-        most = max(len(record["contexts"]) for record in line)
-        same = [record for record in line if len(record["contexts"]) == most]
-        points = [
-            Point(r["asked"], *(np.asarray(r[n]) for n in ("sparsity", "kl", "nll_change")))
-            for r in same
+        # Of the windows on which the loss is reached the most: one point on many says nothing.
+        shares = [
+            _share_at(same, target) for same in _in_order(report.grouped(line, ("contexts",)))
         ]
-        mean = sparsity_at(points, target, np.arange(most))
-        draws = np.random.default_rng(0).integers(0, most, (BOOTSTRAPS, most))
-        drawn = np.array([sparsity_at(points, target, draw) for draw in draws])
-        interval = with_interval(mean, drawn) if most > 1 else [mean, np.nan, np.nan]
-        found.setdefault(line[0]["candidate"], {})[line[0]["seqlen"]] = interval
+        reached = next((share for share in shares if not np.isnan(share[0])), shares[0])
+        found.setdefault(line[0]["candidate"], {})[line[0]["seqlen"]] = reached
     return found
+
+
+def _share_at(line: Sequence[Record], target: float) -> list[float]:
+    """The share skipped at a loss, from records on the same windows: [mean, low, high]."""
+    windows = len(line[0]["contexts"])
+    points = [
+        Point(r["asked"], *(np.asarray(r[n]) for n in ("sparsity", "kl", "nll_change")))
+        for r in line
+    ]
+    mean = sparsity_at(points, target, np.arange(windows))
+    if windows == 1:
+        return [mean, np.nan, np.nan]
+    draws = np.random.default_rng(0).integers(0, windows, (BOOTSTRAPS, windows))
+    return with_interval(mean, np.array([sparsity_at(points, target, draw) for draw in draws]))
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -234,16 +243,13 @@ def _draw_curves(group: Sequence[Record], scores: dict[_Point, Scored], folder: 
     lines = [
         line for line in report.grouped(group, ("candidate",)) if line[0]["candidate"] != DENSE
     ]
-    # Where dense attention alone did the tasks, there is nothing to compare.
-    compared = {
-        _point(record): _mean_score(score) / max(_mean_score(dense), 1e-9)
-        for line in lines
-        for record in line
-        if _point(record) in scores
-        for score, dense in [scores[_point(record)]]
+    shares = {
+        point: _mean_score(score) / max(_mean_score(dense), 1e-9)
+        for point, (score, dense) in scores.items()
         if dense is not None
     }
-    panels = 3 if compared else 2
+    # Where dense attention alone did the tasks, there is nothing to compare.
+    panels = 3 if any(_point(record) in shares for line in lines for record in line) else 2
     figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels, 5), **_LAYOUT)
     for index, line in enumerate(sorted(lines, key=lambda one: _order(one[0]))):
         style = _style(index)
@@ -251,10 +257,9 @@ def _draw_curves(group: Sequence[Record], scores: dict[_Point, Scored], folder: 
         first, attention = ([_over_fastest(r, n) for r in line] for n in _RATIOS)
         axes[0].plot(attention, losses, label=label(line[0]["candidate"]), **style)
         axes[1].plot(first, losses, **style)
-        pairs = [(r, compared[_point(r)]) for r in line if _point(r) in compared]
-        if pairs:
-            times = [_over_fastest(r, "attention_speedup") for r, _ in pairs]
-            axes[2].plot(times, [share for _, share in pairs], **style)
+        if done := [record for record in line if _point(record) in shares]:
+            times = [_over_fastest(record, "attention_speedup") for record in done]
+            axes[2].plot(times, [shares[_point(record)] for record in done], **style)
     names = ["attention, times the fastest dense", "time to first token, times the fastest dense"]
     for axis, name in zip(axes, [*names, names[0]], strict=False):
         axis.set(xlabel=name, ylabel="KL divergence from dense, nats", yscale="log")
@@ -396,7 +401,7 @@ def _score_cells(record: Record | None, dense: Record | None) -> list[str]:
     if record is None:
         return ["", "", ""]
     cells = [str(len(record["contexts"])), f"{_mean_score(record):.3f}"]
-    if dense is None or record is dense:
+    if dense is None or record is dense or _mean_score(dense) == 0:
         return [*cells, ""]
     names = np.array([_task(context) for context in record["contexts"]])
     ours, theirs = np.asarray(record["scores"]), np.asarray(dense["scores"])
@@ -407,7 +412,5 @@ def _score_cells(record: Record | None, dense: Record | None) -> list[str]:
         draws = places[generator.integers(0, len(places), (BOOTSTRAPS, len(places)))]
         sums += [ours[draws].mean(1), theirs[draws].mean(1)]
     shares = np.divide(sums[0], sums[1], out=np.full(BOOTSTRAPS, np.nan), where=sums[1] > 0)
-    if _mean_score(dense) == 0:
-        return [*cells, ""]
     share, low, high = with_interval(_mean_score(record) / _mean_score(dense), shares)
     return [*cells, f"{share:.1%}" if np.isnan(low) else f"{share:.1%} [{low:.1%}, {high:.1%}]"]
