@@ -233,7 +233,8 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
         for group in _by_model(records)
         if len({record["seqlen"] for record in group}) > 1
     ]
-    if needles := tasks(records):
+    by_prompts = ([r for r in group if r["depths"]] for group in tasks(records))
+    if needles := [rows for rows in by_prompts if len(rows) > 1]:  # dense alone shows nothing
         files.append(_draw_needles(needles, folder))
     return files
 
@@ -298,6 +299,7 @@ def _draw_law(group: Sequence[Record], folder: Path) -> Path:
     pyplot = report.load_pyplot()
     figure, axes = pyplot.subplots(1, len(KL_TARGETS), figsize=(10, 5), sharey=True, **_LAYOUT)
     named: set[str] = set()
+    seqlens = sorted({int(record["seqlen"]) for record in group})
     for axis, target in zip(axes, KL_TARGETS, strict=True):
         for index, (name, by) in enumerate(law(group, target).items()):
             known = [(length, *by[length]) for length in sorted(by) if np.isfinite(by[length][0])]
@@ -306,7 +308,7 @@ def _draw_law(group: Sequence[Record], folder: Path) -> Path:
             lengths, means, lows, highs = (np.array(column) for column in zip(*known, strict=True))
             lows, highs = (np.where(np.isfinite(x), x, means) for x in (lows, highs))
             axis.errorbar(
-                lengths / 1024,
+                lengths,
                 1 - means,
                 yerr=np.abs([highs - means, means - lows]),
                 capsize=2,
@@ -316,7 +318,10 @@ def _draw_law(group: Sequence[Record], folder: Path) -> Path:
             named.add(name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set(xlabel="thousands (1024) of tokens", title=f"KL divergence {target:g}")
+        axis.set_xticks(seqlens, [f"{seqlen / 1024:g}K" for seqlen in seqlens])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.set(xlabel="tokens", title=f"KL divergence {target:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("share of the visible blocks kept")
     figure.suptitle(f"{group[0]['model']}, {group[0]['gpu']}", fontsize=9)
@@ -328,21 +333,24 @@ def _draw_law(group: Sequence[Record], folder: Path) -> Path:
 def _draw_needles(groups: Sequence[Sequence[Record]], folder: Path) -> Path:
     """Scores of a single needle: a row a candidate, a column a depth."""
     pyplot = report.load_pyplot()
+    heights = [len(rows) + 3 for rows in groups]
     figure, axes = pyplot.subplots(
-        len(groups), 1, figsize=(7, 3.2 * len(groups)), squeeze=False, **_LAYOUT
+        *(len(groups), 1),
+        figsize=(7, 0.22 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        **_LAYOUT,
     )
-    for axis, group in zip(axes[:, 0], groups, strict=True):
-        rows = [r for r in group if r["depths"]]
-        cells = [_by_task(record)["single"] for record in rows]
-        if not rows:
-            continue
-        axis.imshow(np.array(cells), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        depths = rows[0]["depths"]
-        axis.set_xticks(range(len(depths)), [f"{depth:.2g}" for depth in depths], fontsize=7)
+    for axis, rows in zip(axes[:, 0], groups, strict=True):
+        cells = np.array([_by_task(record)["single"] for record in rows])
+        depths, places = rows[0]["depths"], range(len(rows))
+        axis.pcolormesh(depths, places, cells, shading="nearest", vmin=0, vmax=1, cmap="RdYlGn")
+        axis.invert_yaxis()
         names = [
             f"{label(r['candidate'])} {'' if r['candidate'] == DENSE else _asked(r)}" for r in rows
         ]
-        axis.set_yticks(range(len(rows)), names, fontsize=6)
+        axis.set_yticks(places, names, fontsize=6)
+        axis.tick_params(axis="x", labelsize=7)
         prompts = len(rows[0]["contexts"])
         axis.set_title(f"one needle by depth, {_length(rows[0])}, {prompts} prompts", fontsize=8)
     return report.save(figure, folder / "long-needles.png")
