@@ -50,7 +50,7 @@ _COMMON: dict[str, tuple[type, ...]] = {
     "sources": (str,),
 }
 
-_STEP: dict[str, tuple[type, ...]] = {
+_KERNEL: dict[str, tuple[type, ...]] = {
     "kernel": (str,),
     "dtype": (str,),
     "head_dim": (int,),
@@ -59,6 +59,10 @@ _STEP: dict[str, tuple[type, ...]] = {
     "batch": (int,),
     "seqlen": (int,),
     "causal": (bool,),
+}
+
+_STEP: dict[str, tuple[type, ...]] = {
+    **_KERNEL,
     "geometry": (str,),
     "ms": _NUMBER,
     "tflops": _NUMBER,
@@ -97,14 +101,7 @@ _FIRST_TOKEN: dict[str, tuple[type, ...]] = {
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "attention": {
         **_COMMON,
-        "kernel": (str,),
-        "dtype": (str,),
-        "head_dim": (int,),
-        "heads": (int,),
-        "kv_heads": (int,),
-        "batch": (int,),
-        "seqlen": (int,),
-        "causal": (bool,),
+        **_KERNEL,
         "inputs": (str,),
         "asked": (str,),
         "sparsity": _NUMBER,

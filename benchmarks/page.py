@@ -79,12 +79,12 @@ blocks, on the queries and keys of the dense model. KL is the divergence from de
 _LONG = """\
 ## Accuracy against time
 
-`benchmarks/long.py`: one model, one length a table. Dense is torch's attention; "dense, by our
-kernel" is block-sparse attention that keeps every block. KL is the divergence from dense, NLL the
-negative log-likelihood, in nats a token, means over held-out windows with 95 % intervals (Student's
-t). Times are those of one prefill with its cache, and of attention in it; ratios are those of dense
-kernels in the same run. Scores are means over tasks like RULER's; their share of dense's has a 95 %
-interval from a bootstrap over the prompts of each task.
+`benchmarks/long.py`: one model, length and set of held-out windows a table. Dense is torch's
+attention; "dense, by our kernel" is block-sparse attention that keeps every block. KL is the
+divergence from dense, NLL the negative log-likelihood, in nats a token, means over windows with 95
+% intervals (Student's t). Times are those of one prefill with its cache, and of attention in it;
+ratios are those of dense kernels in the same run. Scores are means over tasks like RULER's; their
+share of dense's has a 95 % interval from a bootstrap over the prompts of each task.
 """
 
 _LONG_TASKS = """\
@@ -106,8 +106,9 @@ _LAW = """\
 ## How much can be skipped as prompts get longer
 
 The share of the visible blocks that is skipped where the KL divergence from dense is 0.01 and 0.03
-nats. Between measured points the logarithm of the divergence is linear in the share. Brackets: 95 %
-intervals from a bootstrap over windows; without, draws went beyond the measured points.
+nats. Between measured points the logarithm of the divergence is linear in the share. Where windows
+differ, of those that reach the divergence the most count. Brackets: 95 % intervals from a bootstrap
+over windows; without, draws went beyond the measured points.
 """
 
 _TEXT = """\

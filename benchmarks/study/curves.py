@@ -197,18 +197,27 @@ def law(group: Sequence[Record], target: float) -> dict[str, dict[int, list[floa
     kept = (DENSE, CONTROL)
     sparse = sorted((r for r in group if r["candidate"] not in kept), key=_order)
     for line in report.grouped(sparse, ("candidate", "seqlen")):
-        most = max(len(record["contexts"]) for record in line)
-        same = [record for record in line if len(record["contexts"]) == most]
-        points = [
-            Point(r["asked"], *(np.asarray(r[n]) for n in ("sparsity", "kl", "nll_change")))
-            for r in same
+        # Of the windows on which the loss is reached the most: one point on many says nothing.
+        shares = [
+            _share_at(same, target) for same in _in_order(report.grouped(line, ("contexts",)))
         ]
-        mean = sparsity_at(points, target, np.arange(most))
-        draws = np.random.default_rng(0).integers(0, most, (BOOTSTRAPS, most))
-        drawn = np.array([sparsity_at(points, target, draw) for draw in draws])
-        interval = with_interval(mean, drawn) if most > 1 else [mean, np.nan, np.nan]
-        found.setdefault(line[0]["candidate"], {})[line[0]["seqlen"]] = interval
+        reached = next((share for share in shares if not np.isnan(share[0])), shares[0])
+        found.setdefault(line[0]["candidate"], {})[line[0]["seqlen"]] = reached
     return found
+
+
+def _share_at(line: Sequence[Record], target: float) -> list[float]:
+    """The share skipped at a loss, from records on the same windows: [mean, low, high]."""
+    windows = len(line[0]["contexts"])
+    points = [
+        Point(r["asked"], *(np.asarray(r[n]) for n in ("sparsity", "kl", "nll_change")))
+        for r in line
+    ]
+    mean = sparsity_at(points, target, np.arange(windows))
+    if windows == 1:
+        return [mean, np.nan, np.nan]
+    draws = np.random.default_rng(0).integers(0, windows, (BOOTSTRAPS, windows))
+    return with_interval(mean, np.array([sparsity_at(points, target, draw) for draw in draws]))
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -224,7 +233,8 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
         for group in _by_model(records)
         if len({record["seqlen"] for record in group}) > 1
     ]
-    if needles := tasks(records):
+    by_prompts = ([r for r in group if r["depths"]] for group in tasks(records))
+    if needles := [rows for rows in by_prompts if len(rows) > 1]:  # dense alone shows nothing
         files.append(_draw_needles(needles, folder))
     return files
 
@@ -234,16 +244,13 @@ def _draw_curves(group: Sequence[Record], scores: dict[_Point, Scored], folder: 
     lines = [
         line for line in report.grouped(group, ("candidate",)) if line[0]["candidate"] != DENSE
     ]
-    # Where dense attention alone did the tasks, there is nothing to compare.
-    compared = {
-        _point(record): _mean_score(score) / max(_mean_score(dense), 1e-9)
-        for line in lines
-        for record in line
-        if _point(record) in scores
-        for score, dense in [scores[_point(record)]]
+    shares = {
+        point: _mean_score(score) / max(_mean_score(dense), 1e-9)
+        for point, (score, dense) in scores.items()
         if dense is not None
     }
-    panels = 3 if compared else 2
+    # Where dense attention alone did the tasks, there is nothing to compare.
+    panels = 3 if any(_point(record) in shares for line in lines for record in line) else 2
     figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels, 5), **_LAYOUT)
     for index, line in enumerate(sorted(lines, key=lambda one: _order(one[0]))):
         style = _style(index)
@@ -251,10 +258,9 @@ def _draw_curves(group: Sequence[Record], scores: dict[_Point, Scored], folder: 
         first, attention = ([_over_fastest(r, n) for r in line] for n in _RATIOS)
         axes[0].plot(attention, losses, label=label(line[0]["candidate"]), **style)
         axes[1].plot(first, losses, **style)
-        pairs = [(r, compared[_point(r)]) for r in line if _point(r) in compared]
-        if pairs:
-            times = [_over_fastest(r, "attention_speedup") for r, _ in pairs]
-            axes[2].plot(times, [share for _, share in pairs], **style)
+        if done := [record for record in line if _point(record) in shares]:
+            times = [_over_fastest(record, "attention_speedup") for record in done]
+            axes[2].plot(times, [shares[_point(record)] for record in done], **style)
     names = ["attention, times the fastest dense", "time to first token, times the fastest dense"]
     for axis, name in zip(axes, [*names, names[0]], strict=False):
         axis.set(xlabel=name, ylabel="KL divergence from dense, nats", yscale="log")
@@ -293,6 +299,7 @@ def _draw_law(group: Sequence[Record], folder: Path) -> Path:
     pyplot = report.load_pyplot()
     figure, axes = pyplot.subplots(1, len(KL_TARGETS), figsize=(10, 5), sharey=True, **_LAYOUT)
     named: set[str] = set()
+    seqlens = sorted({int(record["seqlen"]) for record in group})
     for axis, target in zip(axes, KL_TARGETS, strict=True):
         for index, (name, by) in enumerate(law(group, target).items()):
             known = [(length, *by[length]) for length in sorted(by) if np.isfinite(by[length][0])]
@@ -301,7 +308,7 @@ def _draw_law(group: Sequence[Record], folder: Path) -> Path:
             lengths, means, lows, highs = (np.array(column) for column in zip(*known, strict=True))
             lows, highs = (np.where(np.isfinite(x), x, means) for x in (lows, highs))
             axis.errorbar(
-                lengths / 1024,
+                lengths,
                 1 - means,
                 yerr=np.abs([highs - means, means - lows]),
                 capsize=2,
@@ -311,7 +318,10 @@ def _draw_law(group: Sequence[Record], folder: Path) -> Path:
             named.add(name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set(xlabel="thousands (1024) of tokens", title=f"KL divergence {target:g}")
+        axis.set_xticks(seqlens, [f"{seqlen / 1024:g}K" for seqlen in seqlens])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.set(xlabel="tokens", title=f"KL divergence {target:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("share of the visible blocks kept")
     figure.suptitle(f"{group[0]['model']}, {group[0]['gpu']}", fontsize=9)
@@ -323,21 +333,24 @@ def _draw_law(group: Sequence[Record], folder: Path) -> Path:
 def _draw_needles(groups: Sequence[Sequence[Record]], folder: Path) -> Path:
     """Scores of a single needle: a row a candidate, a column a depth."""
     pyplot = report.load_pyplot()
+    heights = [len(rows) + 3 for rows in groups]
     figure, axes = pyplot.subplots(
-        len(groups), 1, figsize=(7, 3.2 * len(groups)), squeeze=False, **_LAYOUT
+        *(len(groups), 1),
+        figsize=(7, 0.22 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        **_LAYOUT,
     )
-    for axis, group in zip(axes[:, 0], groups, strict=True):
-        rows = [r for r in group if r["depths"]]
-        cells = [_by_task(record)["single"] for record in rows]
-        if not rows:
-            continue
-        axis.imshow(np.array(cells), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        depths = rows[0]["depths"]
-        axis.set_xticks(range(len(depths)), [f"{depth:.2g}" for depth in depths], fontsize=7)
+    for axis, rows in zip(axes[:, 0], groups, strict=True):
+        cells = np.array([_by_task(record)["single"] for record in rows])
+        depths, places = rows[0]["depths"], range(len(rows))
+        axis.pcolormesh(depths, places, cells, shading="nearest", vmin=0, vmax=1, cmap="RdYlGn")
+        axis.invert_yaxis()
         names = [
             f"{label(r['candidate'])} {'' if r['candidate'] == DENSE else _asked(r)}" for r in rows
         ]
-        axis.set_yticks(range(len(rows)), names, fontsize=6)
+        axis.set_yticks(places, names, fontsize=6)
+        axis.tick_params(axis="x", labelsize=7)
         prompts = len(rows[0]["contexts"])
         axis.set_title(f"one needle by depth, {_length(rows[0])}, {prompts} prompts", fontsize=8)
     return report.save(figure, folder / "long-needles.png")
@@ -396,7 +409,7 @@ def _score_cells(record: Record | None, dense: Record | None) -> list[str]:
     if record is None:
         return ["", "", ""]
     cells = [str(len(record["contexts"])), f"{_mean_score(record):.3f}"]
-    if dense is None or record is dense:
+    if dense is None or record is dense or _mean_score(dense) == 0:
         return [*cells, ""]
     names = np.array([_task(context) for context in record["contexts"]])
     ours, theirs = np.asarray(record["scores"]), np.asarray(dense["scores"])
@@ -407,7 +420,5 @@ def _score_cells(record: Record | None, dense: Record | None) -> list[str]:
         draws = places[generator.integers(0, len(places), (BOOTSTRAPS, len(places)))]
         sums += [ours[draws].mean(1), theirs[draws].mean(1)]
     shares = np.divide(sums[0], sums[1], out=np.full(BOOTSTRAPS, np.nan), where=sums[1] > 0)
-    if _mean_score(dense) == 0:
-        return [*cells, ""]
     share, low, high = with_interval(_mean_score(record) / _mean_score(dense), shares)
     return [*cells, f"{share:.1%}" if np.isnan(low) else f"{share:.1%} [{low:.1%}, {high:.1%}]"]

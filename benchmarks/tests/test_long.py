@@ -534,6 +534,19 @@ def test_windows_are_not_mixed(measured: list[dict[str, Any]]) -> None:
     assert curves.law([*many, few], 0.03)[few["candidate"]][8192] == before[few["candidate"]][8192]
 
 
+def test_a_point_on_more_windows_hides_no_curve(measured: list[dict[str, Any]]) -> None:
+    scalar = next(r for r in measured if r["kind"] == "long_text" and "scalar" in r["candidate"])
+    windows = [f"window {i}" for i in range(8)]
+    wide = {**scalar, "contexts": windows, **dict.fromkeys(("sparsity", "kl"), [0.01] * 8)}
+    wide["nll_change"] = [0.01] * 8
+    texts = [r for r in measured if r["kind"] == "long_text"]
+    name = scalar["candidate"]
+    assert curves.law([*texts, wide], 0.03)[name][8192] == curves.law(texts, 0.03)[name][8192]
+    # Where two points on more windows reach the loss, these count.
+    beyond = {**wide, "sparsity": [0.9] * 8, "kl": [0.1] * 8}
+    assert curves.law([*texts, wide, beyond], 0.03)[name][8192][0] > 0.42
+
+
 def test_scores_are_compared_with_dense_on_the_same_prompts(measured: list[dict[str, Any]]) -> None:
     learned = "peak_lse, learned at 4K, 64x64"
     contexts = [f"{task} {i}" for task in ("single", "variables") for i in range(3)]

@@ -329,7 +329,7 @@ def causal_mask(seqlen_q: int, seqlen_k: int, offset: int, device: torch.device)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as numbers to be added to scores: 0, or the lowest number of a dtype."""
+    """A boolean mask of any shape as numbers to add to scores: 0, or the lowest of a dtype."""
     lowest = torch.finfo(dtype).min
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
 

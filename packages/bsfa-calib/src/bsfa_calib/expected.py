@@ -15,6 +15,7 @@ import torch
 from bsfa_calib.dense import named
 from bsfa_calib.hook import BlockSparse, HookError, Meter, applied, attention_shape
 from bsfa_calib.language_model import LanguageModel, Predictions
+from bsfa_calib.report import speed_limit
 from bsfa_calib.thresholds import ThresholdTable
 from bsfa_kernel import Geometry
 
@@ -179,10 +180,8 @@ def verdict(found: Calibrated) -> list[str]:
             "too short."
         )
         return sentences
-    exact, in_8_bits = 1 / (1 - most / 2), 1 / (1 - most + 0.25 / found.table.voters)
     sentences.append(
         f"Up to {most:.0%} of the blocks can be skipped within a KL divergence of {_CHEAP_KL:g} "
-        f"nats; the limit of attention's speed-up is then {exact:.2f}x"
-        + (f", {in_8_bits:.2f}x if blocks are chosen in 8 bits." if in_8_bits > exact else ".")
+        f"nats; the limit of attention's speed-up is then {speed_limit(most, found.table.voters)}."
     )
     return sentences

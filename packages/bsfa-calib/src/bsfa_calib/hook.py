@@ -74,7 +74,7 @@ class Meter:
     _skipped: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def add(self, layer: int, skipped: Tensor) -> None:
-        """Note a layer's skipped shares."""
+        """Note a layer's skipped shares, [heads]."""
         self._skipped.setdefault(layer, []).append(skipped)
 
     def count_dense(self, layer: int, reason: Reason) -> None:

@@ -83,7 +83,7 @@ class LanguageModel:
         return Predictions(hidden[0], time.perf_counter() - begin)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, float32."""
+        """float32 logits [..., vocabulary] of hidden states [..., width]."""
         return (self._head(hidden) if self._split else hidden).float()
 
     @torch.inference_mode()

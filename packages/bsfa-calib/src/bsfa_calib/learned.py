@@ -297,7 +297,17 @@ def table_of_points(
 def find_place(
     measure: Callable[[float], Expected], axis: str, point: float, last: float
 ) -> tuple[float, Expected]:
-    """The place of a point: the closest sparsity, or the sparsest place within a loss."""
+    """The place of a point: the closest sparsity, or the sparsest place within a loss.
+
+    Args:
+        measure: what thresholds do at a place.
+        axis: "target_sparsity" or "max_loss".
+        point: the target: a share of the blocks, or a mean KL divergence in nats.
+        last: the place of the last learned thresholds.
+
+    Raises:
+        TuningError: no place is within the loss.
+    """
     low, high = -2.0, last + 1.5
     best: tuple[float, Expected] | None = None
     for _ in range(_BISECTIONS):

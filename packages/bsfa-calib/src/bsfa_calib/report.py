@@ -190,3 +190,15 @@ def _scalar(row: FloatArray) -> str:
     if finite.min() == finite.max():
         return f"{finite.min():.4f}"
     return f"{finite.min():.3f} to {finite.max():.3f}"
+
+
+def speed_limit(sparsity: float, voters: int) -> str:
+    """How many times as fast attention can be at a dense kernel's rate, in words.
+
+    Args:
+        sparsity: share of the blocks skipped, in [0, 1].
+        voters: one query row in so many votes.
+    """
+    exact, in_8_bits = 1 / (1 - sparsity / 2), 1 / (1 - sparsity + 0.25 / voters)
+    more = f", {in_8_bits:.2f}x if blocks are chosen in 8 bits" if in_8_bits > exact else ""
+    return f"{exact:.2f}x{more}"

@@ -261,7 +261,7 @@ def _reason_of_arguments(module: torch.nn.Module, kwargs: dict[str, Any]) -> Rea
 
 
 def check_layer(state: State, layer: int, query: Tensor) -> None:
-    """Check that a layer is the one that thresholds were made for.
+    """Check that a layer with queries [batch, heads, ...] is one that thresholds were made for.
 
     Raises:
         ValueError: there are no thresholds for the layer, or for another number of heads.

@@ -162,7 +162,7 @@ class DeferredMask(torch.Tensor):
         return made if made is None or made.device == self.device else made.to(self.device)
 
     def explicit(self) -> Tensor:
-        """The mask as an ordinary tensor on this device."""
+        """The mask as an ordinary tensor [batch, 1, seqlen_q, seqlen_k] on this device."""
         made = self.content.explicit()
         return made if made.device == self.device else made.to(self.device)
 

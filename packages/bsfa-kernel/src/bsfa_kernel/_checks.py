@@ -153,10 +153,7 @@ def check_forward(call: ForwardCall, *, any_geometry: bool = False) -> None:
         TypeError: an argument of another type or dtype.
         ValueError: an argument that breaks a rule.
     """
-    check_types(call)
-    _check_options(call, any_geometry)
-    _check_lengths(call)
-    _check_sinks(call, any_geometry)
+    _check_problem(call, any_geometry)
     _check_values(call.v, call.k, call.q)
     _check_thresholds(call.thresholds, call.q, any_geometry)
 
@@ -166,10 +163,7 @@ def check_select(call: SelectCall, *, any_geometry: bool = False) -> None:
 
     Args, raises: as ``check_forward``.
     """
-    check_types(call)
-    _check_options(call, any_geometry)
-    _check_lengths(call)
-    _check_sinks(call, any_geometry)
+    _check_problem(call, any_geometry)
     _check_thresholds(call.thresholds, call.q, any_geometry)
 
 
@@ -178,14 +172,19 @@ def check_attend(call: AttendCall, *, any_geometry: bool = False) -> None:
 
     Args, raises: as ``check_forward``.
     """
-    check_types(call)
-    _check_options(call, any_geometry)
-    _check_lengths(call)
-    _check_sinks(call, any_geometry)
+    _check_problem(call, any_geometry)
     _check_values(call.v, call.k, call.q)
     if call.thresholds is not None:
         _check_thresholds(call.thresholds, call.q, any_geometry)
     _check_block_mask(call)
+
+
+def _check_problem(call: AnyCall, any_geometry: bool) -> None:
+    """Check what every function takes: types and options, queries, keys and lengths, sinks."""
+    check_types(call)
+    _check_options(call, any_geometry)
+    _check_lengths(call)
+    _check_sinks(call, any_geometry)
 
 
 def _check_lengths(call: AnyCall) -> None:
@@ -390,10 +389,7 @@ def check_block_maxima(call: BlockMaximaCall, *, any_geometry: bool = False) -> 
         TypeError: an argument of another type or dtype.
         ValueError: an argument that breaks a rule.
     """
-    check_types(call)
-    _check_options(call, any_geometry)
-    _check_lengths(call)
-    _check_sinks(call, any_geometry)
+    _check_problem(call, any_geometry)
 
 
 def _check_queries_and_keys(call: AnyCall) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from bsfa_calib.report import speed_limit
 from bsfa_hf.evaluation.intervals import Interval, mean_interval, share_interval
 from bsfa_hf.evaluation.results import Record
 from bsfa_kernel.geometry import Geometry, forced_share
@@ -160,62 +161,53 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def advice(content: Mapping[str, Any]) -> list[str]:
-    """What the figures mean for whoever wonders whether it is worth it, a sentence each."""
-    rows = summarise(content)
+    """What the figures mean for whoever wonders whether it is worth it, a sentence each length."""
     known = content["header"]["configurations"]
+    thinned = [row for row in summarise(content) if row.kind in ("table", "scalar")]
     sentences = []
-    for length in sorted({row.length for row in rows if row.task in ("text", "needle")}):
-        sparse = [
-            row
-            for row in rows
-            if row.length == length and row.kind in ("table", "scalar") and row.task == "text"
-        ] or [
-            row
-            for row in rows
-            if row.length == length and row.kind in ("table", "scalar") and row.task == "needle"
-        ]
-        if not sparse:
-            continue
-        best = max(sparse, key=lambda row: row.sparsity)
-        geometry = Geometry.parse(known[best.digest].get("geometry", "128x64"))
-        forced = forced_share(length, length, geometry)
-        limit = 1 / (1 - best.sparsity / 2)
+    for length in sorted({row.length for row in thinned if row.task in ("text", "needle")}):
+        at_length = [row for row in thinned if row.length == length]
+        on_text = [row for row in at_length if row.task == "text"]
+        rows = on_text or [row for row in at_length if row.task == "needle"]
+        best = max(rows, key=lambda row: row.sparsity)
         if best.sparsity < _LITTLE_SPARSITY:
-            why = (
-                f"{forced:.0%} of the blocks of so short a prompt are forced"
-                if forced > 0.5
-                else "nearly every block of scores holds something that the thresholds keep; "
-                "lower k, "
-                "or a higher target sparsity, would skip more if the loss allows it"
-            )
-            sentences.append(
-                f"At {length} tokens there is nothing to gain: at most {best.sparsity:.1%} of the "
-                f"blocks "
-                f"are skipped ({best.name}), which cannot speed attention up by more than "
-                f"{limit:.2f}. "
-                f"The reason: {why}. Leave this model dense here."
-            )
-            continue
-        tolerable = [row for row in sparse if row.kl is not None and row.kl.mean <= _TOLERABLE_KL]
-        if any(row.kl is not None for row in sparse):
-            top = max(tolerable, key=lambda row: row.sparsity, default=None)
-            if top is None or top.sparsity < _USEFUL_SPARSITY:
-                reached = "none" if top is None else f"{top.sparsity:.0%} ({top.name})"
-                sentences.append(
-                    f"At {length} tokens these configurations gain little: the most that is "
-                    f"skipped at a "
-                    f"KL divergence of at most {_TOLERABLE_KL:g} nats is {reached}. Heads that "
-                    f"attend to "
-                    "everything alike (flat heads) cannot be thinned out; a relative rule, a finer "
-                    "geometry or longer prompts may help."
-                )
-            else:
-                sentences.append(
-                    f"At {length} tokens {top.name} skips {top.sparsity:.0%} of the blocks at a KL "
-                    f"divergence of {top.kl} nats; attention can be up to "
-                    f"{1 / (1 - top.sparsity / 2):.2f} times as fast."
-                )
+            sentences.append(_nothing_to_gain(best, known[best.digest]))
+        elif on_text:
+            sentences.append(_gain(on_text, known))
     return sentences
+
+
+def _nothing_to_gain(best: Row, about: Mapping[str, Any]) -> str:
+    geometry = Geometry.parse(about.get("geometry", "128x64"))
+    forced = forced_share(best.length, best.length, geometry)
+    why = (
+        f"{forced:.0%} of the blocks of so short a prompt are forced"
+        if forced > 0.5
+        else "nearly every block of scores holds something that the thresholds keep; lower k, or "
+        "a higher target sparsity, would skip more if the loss allows it"
+    )
+    return (
+        f"At {best.length} tokens there is nothing to gain: at most {best.sparsity:.1%} of the "
+        f"blocks are skipped ({best.name}). The reason: {why}. Leave this model dense here."
+    )
+
+
+def _gain(rows: Sequence[Row], known: Mapping[str, Mapping[str, Any]]) -> str:
+    tolerable = [row for row in rows if row.kl is not None and row.kl.mean <= _TOLERABLE_KL]
+    top = max(tolerable, key=lambda row: row.sparsity, default=None)
+    if top is None or top.sparsity < _USEFUL_SPARSITY:
+        reached = "none" if top is None else f"{top.sparsity:.0%} ({top.name})"
+        return (
+            f"At {rows[0].length} tokens these configurations gain little: the most that is "
+            f"skipped at a KL divergence of at most {_TOLERABLE_KL:g} nats is {reached}. "
+            "Heads that attend to everything alike (flat heads) cannot be thinned out; "
+            "a relative rule, a finer geometry or longer prompts may help."
+        )
+    limit = speed_limit(top.sparsity, known[top.digest].get("voters", 1))
+    return (
+        f"At {top.length} tokens {top.name} skips {top.sparsity:.0%} of the blocks at a KL "
+        f"divergence of {top.kl} nats; the limit of attention's speed-up is then {limit}."
+    )
 
 
 _Column = tuple[str, Callable[[Row], str]]

@@ -168,7 +168,10 @@ def decision_by_rule(
     voters: int,
     sinks: Tensor | None = None,
 ) -> Decision:
-    """The rule's decision of padded tensors, by the scores that it is given."""
+    """The rule's decision of padded q and k, [batch, seqlen, heads, head_dim], by given scores.
+
+    thresholds: float32 [heads, rows]. sinks: [heads], scores.
+    """
     batch, seqlen_q = q.shape[:2]
     seqlen_k, kv_heads = k.shape[1:3]
     rows = thresholds.shape[1]
