@@ -279,8 +279,8 @@ def test_the_phases_of_a_learned_calibration_are_those_of_the_command(tmp_path: 
     assert calibration.main([*TINY, *LEARNED, *FEW, *points]) == 0
     records = list(harness.read_records(out))
     assert [(r["phase"], r["dtype"], r["done"], r["whole"]) for r in records] == [
-        ("dense outputs", "float32", 2, 24),
-        ("learning", "float32", 3 + 1, 60 + 30),  # at 0.6 and 0.75: 1K leaves room for no more
+        ("dense outputs", "bfloat16", 2, 24),
+        ("learning", "bfloat16", 3 + 1, 60 + 30),  # at 0.6 and 0.75: 1K leaves room for no more
         ("block maxima", "bfloat16", 1, 2),
         ("points", "bfloat16", 2, 2 * 6),
     ]
