@@ -135,9 +135,9 @@ __device__ __forceinline__ void pad() {
   }
 }
 
-// Whether this is the lane that works for its warp, all of whose lanes must ask. ptxas knows that there is but
-// one. Of a lane found by its number it does not, and makes a loop over lanes around each load by TMA. For
-// sm_90.  [elect.sync]
+// Whether this is the lane that works for its warp, all of whose lanes must ask. ptxas knows that there is
+// but one. Of a lane found by its number it does not, and makes a loop over lanes around each load by TMA.
+// For sm_90.  [elect.sync]
 __device__ __forceinline__ bool is_elected() {
   uint32_t elected;
   asm volatile(
