@@ -70,6 +70,12 @@ def test_a_rank_gets_its_heads() -> None:
     assert state.statistics.heads == 2
 
 
+@pytest.mark.parametrize("heads", [slice(0, 0), slice(4, 8), slice(2, 9), slice(-2, 4)], ids=str)
+def test_heads_that_the_table_lacks_are_refused(heads: slice) -> None:
+    with pytest.raises(ValueError, match=f"heads {heads.start}:{heads.stop} must be .* 0:4"):
+        bind(a_table(), SHAPE, "k=4", devices=CPU, heads=heads)
+
+
 def test_a_single_point_needs_no_name() -> None:
     table = a_table(thresholds=np.zeros((1, 2, 4, 1)), points=(0.5,), axis="max_loss")
     assert bind(table, SHAPE, devices=CPU).description.endswith("max_loss=0.5")

@@ -609,6 +609,7 @@ def test_the_example_of_the_readme_runs(
         ("--seed", "-1", "a seed must be a whole number of at least 0, got '-1'"),
         ("--ceiling", "nan", "a threshold must be a number, got 'nan'"),
         ("--samples", "9999999999", "must be an integer from 1 to 999999999, got '9999999999'"),
+        ("--holdout", "-1", "must be an integer from 0 to 999999999, got '-1'"),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_their_flag(

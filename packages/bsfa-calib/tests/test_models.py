@@ -21,6 +21,11 @@ def test_a_directory_is_loaded_as_it_is(model_directory: Path) -> None:
     assert identity(model_directory, model) == ("tiny-llama", "")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_a_cpu_by_any_name_computes_in_float32(model_directory: Path, device: str) -> None:
+    assert load(model_directory, device=device).model.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["/no/such/model", "./none", "models.gguf", "a/b/c", "", "~/none"])
 def test_a_path_without_a_model_is_refused_without_a_network(name: str) -> None:
     with pytest.raises(ModelError, match="there is no model at"):

@@ -344,6 +344,18 @@ def sharing() -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+@pytest.mark.parametrize("selection", ["exact", "int8"])
+def test_a_device_without_autocast_is_served(selection: str) -> None:
+    """Shapes on the meta device are those of the dense model, in which torch has no autocast."""
+    model = tiny_model().to("meta")
+    inputs = tokens(300).to("meta")
+    dense = model(inputs).logits
+    with bsfa_hf.enabled(model, table(), selection=selection) as stats:
+        sparse = model(inputs).logits
+    assert (sparse.shape, sparse.dtype, sparse.device) == (dense.shape, dense.dtype, dense.device)
+    assert stats.sparse_calls == model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
 def test_masks_survive_what_models_do_to_them(sharing: Any, options: dict[str, Any]) -> None:
     ids, mask = left_padded()

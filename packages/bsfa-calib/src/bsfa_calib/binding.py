@@ -123,7 +123,8 @@ def bind(
         shape: the model.
         point: the operating point, or its text; not needed if the table holds a single one.
         devices: the device of each layer, or one for all.
-        heads: the query heads of this process, under tensor parallelism; all by default.
+        heads: the query heads of this process, under tensor parallelism, from a first to an end;
+            all by default.
         check_model: whether the table must be of a model with one of the shape's names.
         voters: refuse a table that is not for this number of voters; by default any is taken.
         selection: from what scores blocks are chosen, one of ``bsfa_kernel.SELECTIONS``.
@@ -131,7 +132,8 @@ def bind(
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: the point is not one.
-        ValueError: the table is of another model, shape, geometry or rule, or lacks the point.
+        ValueError: the table is of another model, shape, geometry or rule, or lacks the point or
+            the heads.
     """
     table = load_table(table)
     name = table.model or "a model without a name"
@@ -152,9 +154,10 @@ def bind(
         )
     if point is None and len(table.points) == 1:
         point = Point(table.axis, table.points[0])
-    thresholds = table.select(point)
+    # Slices of numpy end silently at the last head; what is expected goes by all heads.
+    own = table if heads is None else table.head_slice(heads.start, heads.stop)
     return make_state(
-        thresholds if heads is None else thresholds[:, heads],
+        own.select(point),
         rule=table.rule,
         geometry=Geometry(table.q_block, table.k_block),
         devices=devices,

@@ -50,18 +50,19 @@ def load(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
     directory, gguf = locate(name)
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     if offline or os.path.isdir(directory):
         options["local_files_only"] = True
     try:
+        place = torch.device(device)
+        if dtype == "auto":
+            dtype = "float32" if place.type == "cpu" else "bfloat16"
         tokenizer = AutoTokenizer.from_pretrained(directory, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=getattr(torch, dtype), **options
         )
-        return Loaded(model.to(device).eval(), tokenizer)
+        return Loaded(model.to(place).eval(), tokenizer)
     except Exception as error:  # whatever a damaged file or an absent device makes them raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"the model {name} cannot be loaded: {reason}") from error

@@ -188,7 +188,8 @@ def _arguments_of_kernel(*tensors: Tensor) -> list[Tensor]:
     """
     _refuse_tangents(*tensors)
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # Some devices, "meta" among them, have no autocast, and torch raises where it is asked of them.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x if x.dtype == torch.float64 else x.to(dtype) for x in tensors]

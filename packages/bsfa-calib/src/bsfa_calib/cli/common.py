@@ -102,7 +102,10 @@ def positive(text: str) -> int:
 
 def not_negative(text: str) -> int:
     """A whole number of at least 0."""
-    return 0 if text == "0" else positive(text)
+    try:
+        return 0 if text == "0" else positive(text)
+    except ValueError:
+        raise ValueError(f"must be an integer from 0 to 999999999, got {text!r}") from None
 
 
 def seed(text: str) -> int:
