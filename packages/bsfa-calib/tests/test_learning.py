@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
 from bsfa_calib import gated, learning
 from bsfa_calib import learned as calibration
@@ -324,6 +324,18 @@ def test_16_bits_learn_what_float32_learns(
     assert np.corrcoef(found.thresholds.ravel(), expected.thresholds.ravel())[0, 1] > 0.95
     assert found.sparsity == pytest.approx(expected.sparsity, abs=0.03)
     assert found.kl == pytest.approx(expected.kl, rel=0.2)
+
+
+def test_models_that_scale_their_logits_are_learned_too(samples: list[list[int]]) -> None:
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    scaled = GraniteForCausalLM(GraniteConfig(**sizes, **heads, logits_scaling=0.25)).eval()
+    options = {"rule": "peak_lse", "geometry": GEOMETRY, "settings": Settings(steps=20)}
+    (found,) = learn(scaled, samples, [0.3], **options)
+    assert found.sparsity == pytest.approx(0.3, abs=0.05)
+    assert 0 < found.kl < 10
+    assert found.thresholds.std() > 0  # not one scalar
 
 
 def test_gradients_that_are_not_finite_are_told(

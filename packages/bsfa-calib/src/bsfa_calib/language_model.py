@@ -75,12 +75,17 @@ class LanguageModel:
         tokens = torch.tensor([list(ids)], device=self.device)
         self._synchronize()
         begin = time.perf_counter()
-        if self._split:
-            hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        else:
-            hidden = self.model(input_ids=tokens, use_cache=False).logits
+        hidden = self.read(tokens)
         self._synchronize()
         return Predictions(hidden[0], time.perf_counter() - begin)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """What ``logits`` makes logits of, [1, seqlen, width], for tokens [1, seqlen]."""
+        if self._split:
+            return self.model.base_model(  # type: ignore[no-any-return]
+                input_ids=tokens, use_cache=False
+            ).last_hidden_state
+        return self.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [..., vocabulary] of hidden states [..., width]."""

@@ -312,7 +312,7 @@ class _Learner:
         with torch.enable_grad():
             rows = knots @ self.weights
             with applied(model, _Training(self, rows)):
-                hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+                hidden = self.language_model.read(tokens)
             kl, upstream = self._divergence(hidden[0].detach(), self.dense[index])
             (gradient,) = torch.autograd.grad(hidden, knots, upstream[None])
         if not bool(gradient.isfinite().all()):
