@@ -100,21 +100,40 @@ __device__ __forceinline__ Sequence find_packed_sequence(const Problem& problem,
   return find_sequence(problem, find_packed(problem.cu_seqlens_q, problem.batch, tile, tile_rows, spare));
 }
 
+// How many tiles (or blocks) of `rows` queries are set aside for a sequence.
+__device__ __forceinline__ int set_aside(const Problem& problem, const Sequence& sequence, int rows) {
+  if (!problem.packs_queries()) {
+    return problem.query_blocks(rows);
+  }
+  const int32_t* starts = problem.cu_seqlens_q + sequence.index;
+  return packed_tile(starts, 1, rows, kSpareBlocks) - packed_tile(starts, 0, rows, kSpareBlocks);
+}
+
+// The number of the tile at `place` of the `places` that are set aside for a sequence that has `tiles`.
+// Numbers from there on, which hold no query, come first: there the schedule has short tiles. Behind the last
+// tile, which is the longest where causal, they would leave some CTAs with less to do than others.
+__device__ __forceinline__ int tile_at(int place, int places, int tiles) {
+  const int number = place + tiles - places;
+  return number < 0 ? number + places : number;
+}
+
 // The tile at `index` of the schedule. No memory is read unless queries are packed or seqused_k is there.
 __device__ __forceinline__ QueryTile find_tile(const Problem& problem, const Schedule& schedule, int index,
                                                int tile_rows) {
   const Work work = find_work(schedule, index);
   QueryTile tile;
-  int tile_of_sequence = work.tile;
+  int place = work.tile;
   if (problem.packs_queries()) {
     tile.sequence = find_packed_sequence(problem, work.tile, tile_rows, kSpareBlocks);
     tile.kv_head = work.kv_head;
-    tile_of_sequence -= packed_tile(problem.cu_seqlens_q, tile.sequence.index, tile_rows, kSpareBlocks);
+    place -= packed_tile(problem.cu_seqlens_q, tile.sequence.index, tile_rows, kSpareBlocks);
   } else {
     tile.sequence = find_sequence(problem, work.kv_head / problem.kv_heads);
     tile.kv_head = work.kv_head % problem.kv_heads;
   }
-  tile.first_query = tile_of_sequence * tile_rows - tile.sequence.lead(tile_rows);
+  const int number =
+      tile_at(place, set_aside(problem, tile.sequence, tile_rows), tile.sequence.blocks(tile_rows));
+  tile.first_query = number * tile_rows - tile.sequence.lead(tile_rows);
   tile.head = tile.kv_head * schedule.group + work.member;
   return tile;
 }
@@ -219,22 +238,15 @@ __device__ __forceinline__ Word* words_of_block(const Problem& problem, Word* bl
 }
 
 // Where Problem::has_spare_blocks(), a sequence can have more columns of `kept` than blocks of queries: the
-// tile at its last place, which may hold no query, sets the others to 0, with `threads` threads of which this
-// is number `thread`.
+// tile with the last number, which may hold no query, sets the others to 0, with `threads` threads of which
+// this is number `thread`.
 __device__ __forceinline__ void clear_spare_kept(const ForwardParams& params, const QueryTile& tile,
                                                  int tile_rows, int thread, int threads) {
   const Sequence& sequence = tile.sequence;
-  const auto set_aside = [&](int rows) {
-    if (!params.packs_queries()) {
-      return params.query_blocks(rows);
-    }
-    const int32_t* starts = params.cu_seqlens_q + sequence.index;
-    return starts[1] / rows - starts[0] / rows + kSpareBlocks;
-  };
-  if (sequence.block_at(tile.first_query, tile_rows) != set_aside(tile_rows) - 1) {
+  if (sequence.block_at(tile.first_query, tile_rows) != set_aside(params, sequence, tile_rows) - 1) {
     return;
   }
-  const int columns = set_aside(params.q_block);
+  const int columns = set_aside(params, sequence, params.q_block);
   for (int index = sequence.blocks(params.q_block) + thread; index < columns; index += threads) {
     *kept_of_block(params, tile, index) = 0;
   }

@@ -71,12 +71,16 @@ __device__ __forceinline__ SelectTile find_select_tile(const SelectParams& param
   const Work work = find_work(schedule, index);
   const SlotList list{params.q_block, params.voters, slots_of_tile};
   SelectTile tile;
-  int tile_of_sequence = work.tile;
+  int place = work.tile;
+  int set_aside = schedule.tiles;
   if (params.packs_queries()) {
     tile.sequence = find_packed_sequence(params, work.tile, list.tile_queries(), list.spare());
     tile.kv_head = work.kv_head;
-    tile_of_sequence -=
-        packed_tile(params.cu_seqlens_q, tile.sequence.index, list.tile_queries(), list.spare());
+    const auto first_of = [&](int index) {
+      return packed_tile(params.cu_seqlens_q, index, list.tile_queries(), list.spare());
+    };
+    place -= first_of(tile.sequence.index);
+    set_aside = first_of(tile.sequence.index + 1) - first_of(tile.sequence.index);
   } else {
     tile.sequence = find_sequence(params, work.kv_head / params.kv_heads);
     tile.kv_head = work.kv_head % params.kv_heads;
@@ -85,8 +89,9 @@ __device__ __forceinline__ SelectTile find_select_tile(const SelectParams& param
   // The last tile is full; where causal, it is the longest.
   const int rows = slot_rows(tile.sequence, params.q_block);
   const int tiles = list.tiles(rows);
-  tile.first_slot = list.slots(rows) - (tiles - tile_of_sequence) * slots_of_tile;
-  tile.exists = tile_of_sequence < tiles;
+  const int number = tile_at(place, set_aside, tiles);
+  tile.first_slot = list.slots(rows) - (tiles - number) * slots_of_tile;
+  tile.exists = number < tiles;
   return tile;
 }
 

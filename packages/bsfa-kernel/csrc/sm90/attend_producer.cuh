@@ -186,7 +186,7 @@ struct ListProducer {
             free &= free - 1;
             uint32_t where = stage | (rounds >> stage & 1) << place::kPhase;
             rounds ^= 1u << stage;
-            if (lane == 0 && !both) {
+            if (!both && ptx::is_elected()) {
               // For the consumer that does not attend to the block, and will not touch the stage.
               ptx::arrive_times(cute::cast_smem_ptr_to_uint(&ring.empty[stage]),
                                 Config::kConsumerWarps / Config::kConsumers);

@@ -43,7 +43,7 @@ struct UnionProducer : ListProducer<Config> {
         const int stage = state.stage();
         wait(empty[stage], state.phase() ^ 1);
         if constexpr (kTells) {
-          if (threadIdx.x % 32 == 0) {
+          if (ptx::is_elected()) {  // that which arrives at full[stage]
             storage.blocks[stage] = listed | (next < 0 ? kLastBlock : 0);
           }
         }
