@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bsfa_calib import capture, learned, scalar, serving
+from bsfa_calib import capture, scalar, serving
 from bsfa_calib.hook import BlockSparse, Method, attention_shape
 from bsfa_calib.language_model import fingerprint
 from bsfa_calib.thresholds import ThresholdTable
@@ -187,16 +187,11 @@ class Candidates:
     def _table(self, table: ThresholdTable, points: Sequence[float]) -> Candidate:
         """Thresholds made before, wherever, pointed at the shares by the samples."""
         geometry = Geometry(table.q_block, table.k_block)
-        how: dict[str, Any] = {"rule": table.rule, "geometry": geometry, "voters": table.voters}
 
         def prepare(shares: Sequence[float]) -> dict[float, Thresholds]:
-            options = {**how, "target_sparsities": shares, "progress": progress}
-            path = serving.path_of(table)
-            if self.length < table.max_seqlen:
-                made = learned.calibrate(self.model, path, self.samples, **options)
-            else:
-                made_at = table.max_seqlen
-                made = serving.serve(self.model, path, self.samples, made_at=made_at, **options)
+            made = serving.find_points(
+                self.model, table, self.samples, target_sparsities=shares, progress=progress
+            )
             return dict(zip(made.table.points, made.table.thresholds, strict=True))
 
         at = f"{table.max_seqlen / 1024:g}K"

@@ -454,20 +454,43 @@ def test_a_table_may_be_learned_on_from_and_what_was_learned_is_kept(
     assert "was learned before" not in capsys.readouterr().err
 
 
-def test_a_table_is_shifted_until_a_bound_on_the_loss_is_kept(
+def test_points_are_found_on_the_thresholds_of_a_table(
     model_directory: Path, text_directory: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = output.with_name("start.safetensors")
-    values = np.full((1, 2, 4, 1), 2.0)
-    ThresholdTable(values, (0.5,), axis="target_sparsity", rule="peak_lse").save(start)
-    arguments = command(model_directory, text_directory, output, "--shift-only")
+    heads = np.linspace(-1, 1, 8, dtype=np.float32).reshape(1, 2, 4, 1)
+    ThresholdTable(
+        *(heads, (0.5,), "target_sparsity", 64, 64, "peak_lse", 2),
+        samples=7,
+        aggregate="learned",
+        provenance={"command": "made it so"},
+    ).save(start)
+    arguments = command(model_directory, text_directory, output, "--points-only")
     arguments.remove("--holdout")
     arguments.remove("1")
-    assert main([*arguments, "--start", str(start), "--max-loss", "0.05"]) == 0
-    table = ThresholdTable.load(output)
-    assert (table.points, table.axis, table.geometry) == ((0.05,), "max_loss", "128x64")
-    assert float(table.provenance["expected_kl"]) <= 0.05
-    assert "shift +0.000" in capsys.readouterr().err
+    arguments += ["--start", str(start)]
+    for points in (["--max-loss", "0.01", "0.05"], ["--target-sparsity", "0.2", "0.4"]):
+        assert main([*arguments, *points]) == 0
+        table = ThresholdTable.load(output)
+        assert (table.axis, table.geometry, table.voters, table.samples, table.aggregate) == (
+            *(points[0][2:].replace("-", "_"), "64x64", 2, 7, "learned"),
+        )
+        assert table.points == tuple(map(float, points[1:]))
+        # Heads differ as they did.
+        assert np.allclose(table.thresholds - table.thresholds[:, :1, :1], heads - heads[:, :1, :1])
+        assert table.provenance["start_command"] == "made it so"
+        assert "--points-only" in table.provenance["command"]
+        assert "served" in table.provenance
+        assert "data" not in table.provenance
+        losses, shares = (
+            [float(each) for each in table.provenance[f"expected_{what}"].split(", ")]
+            for what in ("kl", "sparsity")
+        )
+        if table.axis == "max_loss":
+            assert all(loss <= bound for loss, bound in zip(losses, table.points, strict=True))
+        else:
+            assert shares == pytest.approx(table.points, abs=0.01)
+    assert "target_sparsity 0.4: skips" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -501,11 +524,11 @@ def test_json_samples_are_read_by_every_method(
         (["--method", "scalar", "--max-loss", "0.1"], "--max-loss is not for --method scalar"),
         (["--method", "scalar", "--steps", "9"], "--steps is not for --method scalar"),
         (["--method", "scalar", "--seed", "0"], "--seed is not for --method scalar"),
-        (["--method", "scalar", "--shift-only"], "--shift-only is not for --method scalar"),
-        (["--shift-only", "--start", "x"], "--shift-only needs --start and one --max-loss"),
-        (["--shift-only", "--rule", "absolute"], "--rule is not for --shift-only"),
-        (["--shift-only", "--voters", "2"], "--voters is not for --shift-only"),
-        (["--shift-only", "--no-resume"], "--resume is not for --shift-only"),
+        (["--method", "scalar", "--points-only"], "--points-only is not for --method scalar"),
+        (["--points-only", "--max-loss", "0.1"], "--points-only needs --start"),
+        (["--points-only", "--rule", "absolute"], "--rule is not for --points-only"),
+        (["--points-only", "--voters", "2"], "--voters is not for --points-only"),
+        (["--points-only", "--serve-length", "9"], "--serve-length is not for --points-only"),
     ],
 )
 def test_calibrate_says_what_is_wrong_before_it_loads_a_model(

@@ -23,7 +23,7 @@ from bsfa_calib.language_model import LanguageModel
 from bsfa_calib.learned import ThresholdPath, check_points, learn_path, serving_rungs
 from bsfa_calib.learning import Settings as Learning
 from bsfa_calib.progress import Interrupted
-from bsfa_calib.serving import path_of, serve
+from bsfa_calib.serving import find_points, path_of, serve
 from bsfa_calib.tuning import TuningError
 from bsfa_kernel import Geometry
 from tiny_calib import random_tokens, small_llama, tiny_model
@@ -171,6 +171,42 @@ def test_a_bound_on_the_loss_is_kept_at_the_longer_length(
     assert (found.table.axis, found.table.serve_seqlen) == ("max_loss", LONG)
     measure = Measure(llama, longer, rule="peak_lse", geometry=GEOMETRY)
     assert measure(found.table.thresholds[0]).kl == pytest.approx(expected.kl)
+
+
+def test_a_table_for_k_blocks_gets_points_by_share_and_by_loss(
+    llama: LlamaForCausalLM, longer: list[list[int]]
+) -> None:
+    rows = np.linspace(-1, 1, SHORT // 64, dtype=np.float32)
+    heads = np.linspace(-0.5, 0.5, 8, dtype=np.float32).reshape(2, 4, 1)
+    # Thresholds that keep more blocks are lower; points ascend.
+    values = np.stack([heads + rows + 1, heads + rows - 2])
+    table = ThresholdTable(values, (2, 8), "k", 64, 64, "peak_lse", max_seqlen=SHORT)
+    by_share = find_points(llama, table, longer, target_sparsities=TARGETS)
+    assert [one.sparsity for one in by_share.expected] == pytest.approx(TARGETS, abs=0.01)
+    assert (by_share.table.axis, by_share.table.serve_seqlen) == ("target_sparsity", LONG)
+    (strict, loose) = find_points(llama, table, longer, max_losses=(1e-3, 1e-2)).expected
+    assert strict.kl <= 1e-3 < loose.kl <= 1e-2
+    assert strict.sparsity < loose.sparsity
+
+
+def test_points_of_a_table_are_found_for_prompts_shorter_than_its_samples(
+    llama: LlamaForCausalLM, longer: list[list[int]]
+) -> None:
+    values = np.linspace(-1, 1, 8, dtype=np.float32).reshape(1, 2, 4, 1)
+    table = ThresholdTable(
+        *(values, (0.5,), "target_sparsity", 64, 64, "peak_lse"), max_seqlen=2 * LONG
+    )
+    found = find_points(llama, table, longer, target_sparsities=(0.4,))
+    assert found.expected[0].sparsity == pytest.approx(0.4, abs=0.01)
+    assert (found.table.max_seqlen, found.table.serve_seqlen) == (LONG, 0)
+    with pytest.raises(TuningError, match=r"below 0\.882, got 0\.99"):
+        find_points(llama, table, longer, target_sparsities=(0.99,))
+
+
+def test_points_of_a_table_of_another_model_are_refused(llama: LlamaForCausalLM) -> None:
+    table = ThresholdTable(np.full((1, 3, 4, 1), 2.0), (0.5,), axis="target_sparsity")
+    with pytest.raises(TuningError, match="for 3 layers of 4 heads, and the model has 2 of 4"):
+        find_points(llama, table, [[0] * 64], max_losses=(1.0,))
 
 
 def test_what_was_measured_is_kept_and_used_for_the_same_work_only(

@@ -15,9 +15,9 @@ from bsfa_calib import hook, scalar
 from bsfa_calib.expected import Expected, Measure, check_layers, verdict, with_expected
 from bsfa_calib.hook import HookError, Meter
 from bsfa_calib.thresholds import ThresholdTable
-from bsfa_calib.tuning import TuningError, find_scalar, limit_loss
+from bsfa_calib.tuning import TuningError, find_scalar
 from bsfa_kernel import Geometry
-from tiny_calib import HEADS, LAYERS, random_tokens, small_llama, tiny_model
+from tiny_calib import random_tokens, small_llama, tiny_model
 
 LENGTH = 512
 
@@ -59,26 +59,6 @@ def test_a_sparsity_beyond_what_is_not_forced_is_refused(
 ) -> None:
     with pytest.raises(TuningError, match="are forced"):
         find_scalar(model, [ids[:256]], rule="running_max", target_sparsity=0.9)
-
-
-def test_a_bounded_loss_is_kept_to_and_written_into_the_table(
-    model: LlamaForCausalLM, ids: list[int]
-) -> None:
-    values = np.full((1, LAYERS, HEADS, 1), 3.0, np.float32)
-    table = ThresholdTable(values, (0.5,), axis="target_sparsity", rule="peak_lse")
-    found = limit_loss(model, table, [ids], max_loss=0.05)
-    (expected,) = found.expected
-    assert 0 < expected.kl <= 0.05
-    assert found.table.axis == "max_loss"
-    shift = float(found.table.provenance["shift"].split(" from target_sparsity=0.5")[0])
-    assert np.allclose(found.table.select(max_loss=0.05), 3.0 + shift)
-    assert float(found.table.provenance["expected_kl"]) == pytest.approx(expected.kl, abs=1e-6)
-
-
-def test_a_table_of_another_model_is_not_shifted(model: LlamaForCausalLM) -> None:
-    table = ThresholdTable(np.full((1, 3, HEADS, 1), 2.0), (0.5,), axis="target_sparsity")
-    with pytest.raises(TuningError, match="for 3 layers of 4 heads, and the model has 2 of 4"):
-        limit_loss(model, table, [[0] * 64], max_loss=1.0)
 
 
 def test_a_scalar_of_one_pass_is_measured_on_other_text(model: LlamaForCausalLM) -> None:

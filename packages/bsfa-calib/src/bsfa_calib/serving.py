@@ -17,7 +17,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from bsfa_calib.estimate import blocks_below
 from bsfa_calib.expected import Calibrated, Expected, Measure
 from bsfa_calib.learned import (
     ThresholdPath,
+    calibrate,
     check_points,
     digest_of,
     find_place,
@@ -37,7 +38,7 @@ from bsfa_calib.learned import (
 from bsfa_calib.learning import Learned
 from bsfa_calib.progress import clock
 from bsfa_calib.thresholds import DEFAULT_VOTERS, ThresholdTable, write_atomically
-from bsfa_calib.tuning import TuningError
+from bsfa_calib.tuning import TuningError, check_shape
 from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 
 # How far a point's share may be from its target, and passes over the samples to come closer.
@@ -160,15 +161,68 @@ def serve(
     )
 
 
+def find_points(
+    model: Any,
+    table: ThresholdTable,
+    samples: Sequence[Sequence[int]],
+    *,
+    target_sparsities: Sequence[float] = (),
+    max_losses: Sequence[float] = (),
+    backend: str = "auto",
+    checkpoint: Path | None = None,
+    reading: Callable[[Progress], None] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Calibrated:
+    """Find other points of a table, or the same ones at another length; nothing is learned.
+
+    Args:
+        model: that of the table, in the dtype that it is to be used in.
+        table: whose thresholds the path of points goes through.
+        samples: tokens of each, of one length; better not those that the table was made from.
+        target_sparsities: shares of blocks to be skipped of the samples.
+        max_losses: or bounds on the mean KL divergence from dense, in nats, on the samples.
+        backend: one of ``bsfa_calib.hook.BACKENDS``.
+        checkpoint: as `serve`; for samples shorter than the table's there is none.
+        reading: as `serve`.
+        progress: told of each measurement.
+
+    Returns:
+        As `serve`. Of samples shorter than the table's, ``max_seqlen`` is their length.
+
+    Raises:
+        CaptureError: as `serve`.
+        HookError: as `serve`.
+        TuningError: as `serve`, or the table is of a model of another shape.
+        ValueError: there are no samples.
+    """
+    check_shape(table, model)
+    options: dict[str, Any] = {
+        "target_sparsities": target_sparsities,
+        "max_losses": max_losses,
+        "rule": table.rule,
+        "geometry": Geometry(table.q_block, table.k_block),
+        "voters": table.voters,
+        "backend": backend,
+        "progress": progress,
+    }
+    path = path_of(table)
+    if not samples or min(map(len, samples)) >= table.max_seqlen:
+        options.update(aggregate=table.aggregate, checkpoint=checkpoint, reading=reading)
+        return serve(model, path, samples, made_at=table.max_seqlen, **options)
+    check_points(target_sparsities, max_losses, min(map(len, samples)), options["geometry"])
+    found = calibrate(model, path, samples, **options)
+    return replace(found, table=replace(found.table, aggregate=table.aggregate))
+
+
 def path_of(table: ThresholdTable) -> ThresholdPath:
     """The path through the points of a table; layers that run dense get thresholds of 0."""
     values = np.where(np.isneginf(table.thresholds), np.float32(0), table.thresholds)
-    return ThresholdPath(
-        [
-            Learned(float(point), one, np.nan, np.nan)
-            for point, one in zip(table.points, values, strict=True)
-        ]
-    )
+    learned = [
+        Learned(float(point), one, np.nan, np.nan)
+        for point, one in zip(table.points, values, strict=True)
+    ]
+    # Who keeps more blocks skips fewer.
+    return ThresholdPath(learned[::-1] if table.axis == "k" else learned)
 
 
 class _ByShare:

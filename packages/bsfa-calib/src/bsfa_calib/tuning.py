@@ -1,10 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""Find the operating point: a scalar for a sparsity, the shift of a table for a bounded loss."""
+"""Find the scalar that skips a share of the blocks."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bsfa_calib.expected import Calibrated, Expected, Measure, with_expected
 from bsfa_calib.hook import BlockSparse, applied, attention_shape
 from bsfa_calib.language_model import LanguageModel
 from bsfa_calib.thresholds import ThresholdTable
@@ -90,83 +88,6 @@ def find_scalar(
 
     threshold, reached = _bisect(sparsity, -_REACH, _REACH, target_sparsity, tolerance)
     return FoundScalar(threshold, reached)
-
-
-def limit_loss(
-    model: Any,
-    table: ThresholdTable,
-    samples: Sequence[Sequence[int]],
-    *,
-    max_loss: float,
-    backend: str = "auto",
-    steps: int = 8,
-    progress: Callable[[str], None] = lambda _: None,
-) -> Calibrated:
-    """Shift a table so that the mean KL divergence from dense stays within a bound.
-
-    Starts from the table's point of most sparsity and adds one number to all its thresholds; which
-    heads and layers give up more stays as the table has it.
-
-    Args:
-        model: a decoder of transformers.
-        table: whose thresholds are shifted.
-        samples: tokens of each sample, better not those that the table was calibrated on.
-        max_loss: bound on the mean KL divergence, in nats.
-        backend: one of ``bsfa_calib.hook.BACKENDS``.
-        steps: of the bisection.
-        progress: told of each step.
-
-    Returns:
-        A table with one point on the axis max_loss, and what it does on these samples. Its KL
-        divergence is at most ``max_loss``.
-
-    Raises:
-        HookError: no layer of the model can skip a block.
-        TuningError: even the smallest shift tried loses more.
-        ValueError: there are no samples.
-    """
-    if not max_loss > 0 or not math.isfinite(max_loss):
-        raise TuningError(f"max_loss must be finite and above 0, got {max_loss}")
-    check_shape(table, model)
-    geometry = Geometry(table.q_block, table.k_block)
-    measure = Measure(
-        *(model, samples),
-        rule=table.rule,
-        geometry=geometry,
-        voters=table.voters,
-        backend=backend,
-    )
-    base = np.asarray(table.thresholds[-1])
-    low, high = -16.0, 8.0
-    best: tuple[float, Expected] | None = None
-    shift = 0.0
-    for _ in range(steps):
-        found = measure(base + np.float32(shift))
-        progress(f"shift {shift:+.3f}: sparsity {found.sparsity:.3f}, KL {found.kl:.5f}")
-        if found.kl <= max_loss:
-            best = (shift, found)
-            low = shift
-        else:
-            high = shift
-        shift = (low + high) / 2
-    if best is None:
-        raise TuningError(
-            f"a KL divergence of {max_loss:g} is exceeded at every shift tried, down to {low:g}; "
-            "in 16-bit types rounding alone may do that: allow more"
-        )
-    shift, found = best
-    shifted = dataclasses.replace(
-        table,
-        thresholds=(base + np.float32(shift))[None],
-        points=(max_loss,),
-        axis="max_loss",
-        statistics={},
-        provenance={
-            **table.provenance,
-            "shift": f"{shift:.6g} from {table.axis}={table.points[-1]}",
-        },
-    )
-    return with_expected(shifted, [found], measure.dense_layers)
 
 
 def check_shape(table: ThresholdTable, model: Any) -> None:

@@ -84,9 +84,9 @@ def run(arguments: argparse.Namespace, *, paper: Paper | None = None) -> int:
     """
     written = command(arguments)
     method = complete(arguments, paper=paper is not None)
-    geometry = None if method == "shift" else _geometry(arguments, method)
     output = table_path(arguments.out)
     start = None if arguments.start is None else ThresholdTable.load(arguments.start)
+    geometry = _geometry(arguments, method, start)
     # Mistakes in the text should show before the model is loaded.
     documents = _documents(arguments, paper)
     part = _part(arguments, documents)
@@ -116,8 +116,9 @@ def run(arguments: argparse.Namespace, *, paper: Paper | None = None) -> int:
         model=arguments.name or name,
         revision=revision,
         provenance={
+            **_of_start(method, start),
             **table.provenance,
-            **_provenance(written, loaded.model, split),
+            **_provenance(written, loaded.model, split, method),
             **_parts_of(arguments, part),
         },
     )
@@ -128,9 +129,12 @@ def run(arguments: argparse.Namespace, *, paper: Paper | None = None) -> int:
     return 0
 
 
-def _geometry(arguments: argparse.Namespace, method: str) -> Geometry:
+def _geometry(arguments: argparse.Namespace, method: str, start: ThresholdTable | None) -> Geometry:
     from bsfa_kernel import GEOMETRIES, Geometry
 
+    if method == "points":
+        assert start is not None
+        return Geometry(start.q_block, start.k_block)
     geometry = Geometry.parse(arguments.geometry)
     if geometry not in GEOMETRIES:
         known = " or ".join(map(str, GEOMETRIES))
@@ -277,7 +281,14 @@ def _parts_of(arguments: argparse.Namespace, part: tuple[float, float]) -> dict[
     }
 
 
-def _provenance(command: str, model: Any, split: Split) -> dict[str, str]:
+def _of_start(method: str, start: ThresholdTable | None) -> dict[str, str]:
+    """Where the thresholds come from that points were found on."""
+    if method != "points" or start is None:
+        return {}
+    return {f"start_{key}": value for key, value in start.provenance.items()}
+
+
+def _provenance(command: str, model: Any, split: Split, method: str) -> dict[str, str]:
     import torch
 
     import bsfa_kernel
@@ -294,9 +305,9 @@ def _provenance(command: str, model: Any, split: Split) -> dict[str, str]:
         "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
     }
     groups = {
-        "data": split.calibration,
+        "served" if method == "points" else "data": split.calibration,
         "held_out": split.held_out,
-        "served": split.serving,
+        **({"served": split.serving} if split.serving else {}),
     }
     for key, windows in groups.items():
         if windows:

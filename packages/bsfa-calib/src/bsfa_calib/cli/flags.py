@@ -29,11 +29,11 @@ METHODS = ("learned", "scalar", "topk")
 # Points of a table that is calibrated without saying which.
 TARGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 
-# Who takes the flags that not all take; "shift" is learned with --shift-only.
-_MADE, _ALL = METHODS, (*METHODS, "shift")
+# Who takes the flags that not all take; "points" is learned with --points-only.
+_MADE, _ALL = METHODS, (*METHODS, "points")
 _TAKERS: dict[str, tuple[str, ...]] = {
-    "target_sparsity": ("learned", "scalar"),
-    "max_loss": ("learned", "shift"),
+    "target_sparsity": ("learned", "scalar", "points"),
+    "max_loss": ("learned", "points"),
     "k": ("topk",),
     "rule": _MADE,
     "geometry": _MADE,
@@ -41,19 +41,17 @@ _TAKERS: dict[str, tuple[str, ...]] = {
     "holdout": _MADE,
     "serve_length": ("learned", "scalar"),
     "serve_samples": ("learned", "scalar"),
-    "start": ("learned", "shift"),
-    "shift_only": ("shift",),
+    "start": ("learned", "points"),
+    "points_only": ("points",),
     "steps": ("learned",),
     "further_steps": ("learned",),
     "knots": ("learned",),
     "ceiling": ("learned",),
     "seed": ("learned",),
-    "backend": ("learned", "scalar", "shift"),
+    "backend": ("learned", "scalar", "points"),
     "aggregate": ("topk",),
     "keep_maxima": ("topk",),
-    "checkpoint": _MADE,
-    "resume": _MADE,
-    "keep_checkpoint": _MADE,
+    "checkpoint": _ALL,
 }
 _DEFAULTS: dict[str, Any] = {
     "length": 4096,
@@ -79,7 +77,7 @@ _BY_METHOD: dict[str, dict[str, Any]] = {
     "learned": {"rule": "peak_lse", "geometry": "128x64", "voters": DEFAULT_VOTERS},
     "scalar": {"rule": "peak_lse", "geometry": "128x64", "voters": DEFAULT_VOTERS},
     "topk": {"rule": "absolute", "geometry": "128x64", "voters": 1},
-    "shift": {"samples": 4},
+    "points": {"samples": 4, "holdout": 0},
 }
 FLAGS = (
     *("method", "model", "text", "text_part", "name"),
@@ -121,7 +119,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=checked(sparsity),
         nargs="+",
         metavar="S",
-        help="shares of blocks to skip (learned, scalar; default: "
+        help="shares of blocks to skip (not for topk; default: "
         f"{' '.join(map(str, TARGETS))}, as far as they can be reached at the length)",
     )
     points.add_argument(
@@ -150,11 +148,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--start", type=Path, metavar="TABLE", help="learned: start from these; fewer steps do")
     add(
-        "--shift-only",
+        "--points-only",
         action="store_const",
         const=True,
-        help="do not learn: shift the last point of --start by one number, so that the divergence "
-        "stays within --max-loss",
+        help="learn nothing: find the points on the thresholds of --start, on --samples (default: "
+        "4) of --length",
     )
     add("--steps", type=checked(positive), help="learned: for the first sparsity (default: 60)")
     add("--further-steps", type=checked(positive), help="learned: for the others (default: 30)")
@@ -207,20 +205,20 @@ def complete(arguments: argparse.Namespace, *, paper: bool = False) -> str:
         paper: whether they come from the paper's flags, which leave more to the model.
 
     Returns:
-        The method; "shift" for learned with --shift-only.
+        The method; "points" for learned with --points-only.
 
     Raises:
         ValueError: a flag is not for the method, or breaks a rule.
     """
     method = arguments.method or "learned"
     shown = f"--method {method}"
-    if arguments.shift_only and method == "learned":
-        method, shown = "shift", "--shift-only"
+    if arguments.points_only and method == "learned":
+        method, shown = "points", "--points-only"
     for name in FLAGS:
         if getattr(arguments, name) is not None and method not in _TAKERS.get(name, _ALL):
             raise ValueError(f"--{name.replace('_', '-')} is not for {shown}")
-    if method == "shift" and (arguments.start is None or len(arguments.max_loss or ()) != 1):
-        raise ValueError("--shift-only needs --start and one --max-loss")
+    if method == "points" and arguments.start is None:
+        raise ValueError("--points-only needs --start")
     serves = arguments.serve_length is not None
     if arguments.serve_samples is not None and not serves:
         raise ValueError("--serve-samples needs --serve-length")

@@ -37,7 +37,7 @@ class Job:
         arguments: argparse.Namespace,
         model: Any,
         split: Split,
-        geometry: Geometry | None,
+        geometry: Geometry,
         start: ThresholdTable | None,
         output: Path,
     ) -> None:
@@ -57,7 +57,6 @@ class Job:
         from bsfa_calib.learning import Settings
 
         arguments, geometry = self._arguments, self._geometry
-        assert geometry is not None
         common: dict[str, Any] = {
             "target_sparsities": self._targets(),
             "max_losses": arguments.max_loss or (),
@@ -99,7 +98,6 @@ class Job:
         from bsfa_calib.serving import path_of
 
         arguments, geometry = self._arguments, self._geometry
-        assert geometry is not None
         targets = self._targets()
         if self._serving:
             check_points(targets, (), arguments.serve_length, geometry)
@@ -129,7 +127,6 @@ class Job:
         from bsfa_calib import capture
 
         arguments, geometry = self._arguments, self._geometry
-        assert geometry is not None
         settings = capture.Settings(
             k_values=arguments.k,
             rule=arguments.rule,
@@ -150,18 +147,24 @@ class Job:
             )
         return table, _statistics
 
-    def shift(self) -> Made:
-        from bsfa_calib.tuning import limit_loss
+    def points(self) -> Made:
+        from bsfa_calib import serving
 
+        arguments = self._arguments
         assert self._start is not None
-        found = limit_loss(
-            self._model,
-            self._start,
-            self._samples,
-            max_loss=self._arguments.max_loss[0],
-            backend=self._arguments.backend,
-            progress=note,
-        )
+        reporter = ProgressReporter()
+        with self._phase("found the points"), reporter.interruptible():
+            found = serving.find_points(
+                self._model,
+                self._start,
+                self._samples,
+                target_sparsities=() if arguments.max_loss else self._targets(),
+                max_losses=arguments.max_loss or (),
+                backend=arguments.backend,
+                checkpoint=self._checkpoint,
+                reading=reporter,
+                progress=reporter.note,
+            )
         return self._measured(found, self._start.samples)
 
     def kept(self) -> str:
@@ -194,7 +197,6 @@ class Job:
 
     def _targets(self) -> Sequence[float]:
         arguments, geometry = self._arguments, self._geometry
-        assert geometry is not None
         if arguments.target_sparsity or arguments.max_loss:
             return tuple(arguments.target_sparsity or ())
         return default_targets(arguments.serve_length or arguments.length, geometry)
@@ -204,7 +206,6 @@ class Job:
         from bsfa_calib import serving
 
         arguments, geometry = self._arguments, self._geometry
-        assert geometry is not None
         reporter = ProgressReporter()
         note(f"finding the points at {max(map(len, self._serving))} tokens")
         with self._phase("found the points"), reporter.interruptible():
