@@ -241,7 +241,7 @@ class Study:
         usable = [text for text in self.texts if text[0] != "code" and len(text[1]) >= self.length]
         sources = sorted((self.arguments.text / "novels").glob("*.txt"))
         words = ruler.vocabulary([path.read_text(encoding="utf-8") for path in sources])
-        maker = ruler.Maker(self.tokenizer, usable, words)
+        maker = ruler.Maker(self.tokenizer, usable, words, self.arguments.seed)
         prompts = []
         for task in self.arguments.tasks:
             count = self.arguments.prompts
@@ -302,7 +302,7 @@ class Study:
         }
         record = {
             **self._named("long_tasks", candidate, point),
-            "contexts": prompt_names(prompts),
+            "contexts": [prompt.name for prompt in prompts],
             "sparsity": [share for _, share in answers],
             "scores": scores,
             "depths": [prompt.depth for prompt in prompts if prompt.task == "single"],
@@ -420,7 +420,7 @@ class Study:
         point: float,
         tasks: Sequence[ruler.Prompt] = (),
     ) -> tuple[str, ...]:
-        contexts = prompt_names(tasks) if tasks else [window.name for window in self.windows]
+        contexts = [one.name for one in tasks or self.windows]
         return key_of({**self._named(kind, candidate, point), "contexts": contexts})
 
     def _lacks(
@@ -488,16 +488,6 @@ def held_out(texts: Sequence[check.Document], length: int, count: int) -> list[W
     if not found:
         raise ValueError(f"no held-out text has {length} tokens")
     return found
-
-
-def prompt_names(prompts: Sequence[ruler.Prompt]) -> list[str]:
-    """Task and number of each prompt; those of one name have the same tokens at a length."""
-    counts: dict[str, int] = {}
-    names = []
-    for prompt in prompts:
-        counts[prompt.task] = counts.get(prompt.task, -1) + 1
-        names.append(f"{prompt.task} {counts[prompt.task]}")
-    return names
 
 
 def table_files(paths: Sequence[Path]) -> list[Path]:

@@ -98,7 +98,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, help="text to read; random tokens without")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a self-test")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of random weights, tokens and the prompts of tasks"
+    )
 
 
 def build(shape: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:

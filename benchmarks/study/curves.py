@@ -58,13 +58,34 @@ Scored = tuple[Record, Record | None]
 
 
 def scored(records: Sequence[Record]) -> dict[tuple[str, ...], dict[_Point, Scored]]:
-    """By model and length: of each point on tasks, the record with the most prompts."""
-    found: dict[tuple[str, ...], dict[_Point, Scored]] = {}
+    """By model and length: of each point on tasks, the most prompts, those of all seeds joined."""
+    found: dict[tuple[str, ...], dict[_Point, dict[str, Scored]]] = {}
     for group in reversed(tasks(records)):  # those with the most prompts last
         dense = next((record for record in group if record["candidate"] == DENSE), None)
         by_point = found.setdefault(_whose(group[0]), {})
-        by_point.update({_point(record): (record, dense) for record in group})
-    return found
+        for record in group:
+            by_point.setdefault(_point(record), {})[_seed(record)] = record, dense
+    return {
+        whose: {point: _joined(list(by_seed.values())) for point, by_seed in by_point.items()}
+        for whose, by_point in found.items()
+    }
+
+
+def _joined(pairs: Sequence[Scored]) -> Scored:
+    """The prompts of several seeds as if they were of one record, and dense's."""
+    records, dense = zip(*pairs, strict=True)
+    joined = _one_of(records)
+    if records[0] is dense[0]:
+        return joined, joined
+    return joined, None if None in dense else _one_of(dense)
+
+
+def _one_of(records: Sequence[Record]) -> Record:
+    lists = {
+        name: [value for record in records for value in record[name]]
+        for name in ("contexts", "scores", "sparsity")
+    }
+    return {**records[0], **lists}
 
 
 def _order(record: Record) -> tuple[Any, ...]:
@@ -127,7 +148,8 @@ def task_tables(records: Sequence[Record]) -> str:
             for record in group
         ]
         first = group[0]
-        parts.append(f"### {_length(first)}, {len(first['contexts'])} prompts{_where(first)}")
+        prompts = f"{len(first['contexts'])} prompts{_seed(first)}"
+        parts.append(f"### {_length(first)}, {prompts}{_where(first)}")
         header = ["blocks chosen by", "point", "skipped", *names, "mean"]
         parts += [report.markdown_table(header, body), report.provenance(group)]
     return "\n\n".join(parts)
@@ -351,8 +373,8 @@ def _draw_needles(groups: Sequence[Sequence[Record]], folder: Path) -> Path:
         ]
         axis.set_yticks(places, names, fontsize=6)
         axis.tick_params(axis="x", labelsize=7)
-        prompts = len(rows[0]["contexts"])
-        axis.set_title(f"one needle by depth, {_length(rows[0])}, {prompts} prompts", fontsize=8)
+        prompts = f"{len(rows[0]['contexts'])} prompts{_seed(rows[0])}"
+        axis.set_title(f"one needle by depth, {_length(rows[0])}, {prompts}", fontsize=8)
     return report.save(figure, folder / "long-needles.png")
 
 
@@ -386,6 +408,12 @@ def _interval(values: Sequence[float]) -> str:
     if found.low is None or found.high is None:
         return f"{found.mean:.4f}"
     return f"{found.mean:.4f} [{found.low:.4f}, {found.high:.4f}]"
+
+
+def _seed(record: Record) -> str:
+    """Of a record on tasks: " of seed" and its number; nothing for seed 0."""
+    first: str = record["contexts"][0]
+    return first[len(first.partition(" of seed ")[0]) :]
 
 
 def _task(context: str) -> str:

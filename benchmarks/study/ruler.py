@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ TASKS = ("single", "multikey", "multivalue", "multiquery", "variables", "common"
 # Tokens of an answer, and what a prompt leaves free for it.
 ANSWER = 64
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# A prompt's tokens, and what the answer is to hold.
+_Content: TypeAlias = tuple[tuple[int, ...], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,15 @@ class Prompt:
 
     Attributes:
         task: one of ``TASKS``.
+        name: task, number and seed: those of one name have the same tokens at a length, but for
+            the depth of a single needle.
         ids: its tokens.
         answers: what the answer is to hold.
         depth: of the needle that is asked for, 0 to 1, where there is one.
     """
 
     task: str
+    name: str
     ids: tuple[int, ...]
     answers: tuple[str, ...]
     depth: float | None = None
@@ -59,11 +64,13 @@ class Maker:
         tokenizer: of transformers.
         texts: haystacks: tokens of documents of at least a prompt's length, by name.
         words: different words, a few hundred at least.
+        seed: of all that is drawn.
     """
 
     tokenizer: Any
     texts: Sequence[Document]
     words: Sequence[str]
+    seed: int = 0
 
     def make(self, task: str, length: int, index: int, count: int) -> Prompt:
         """The prompt of a task with exactly ``length`` tokens.
@@ -77,18 +84,22 @@ class Maker:
         Raises:
             ValueError: there is no such task, or no text is long enough.
         """
-        draw = random.Random(f"{task} {length} {index}")
-        if task in ("common", "frequent"):
-            kind = self._common if task == "common" else self._frequent
-            return kind(draw, length)
-        if task == "variables":
-            return self._variables(draw, length)
         if task not in TASKS:
             raise ValueError(f"a task is one of {', '.join(TASKS)}, got {task!r}")
-        depth = index / max(count - 1, 1) if task == "single" else draw.random()
-        return self._needles(draw, task, length, depth)
+        seed = f" of seed {self.seed}" if self.seed else ""
+        draw = random.Random(f"{task} {length} {index}{seed}")
+        depth = None
+        if task in ("common", "frequent"):
+            kind = self._common if task == "common" else self._frequent
+            ids, answers = kind(draw, length)
+        elif task == "variables":
+            ids, answers = self._variables(draw, length)
+        else:
+            depth = index / max(count - 1, 1) if task == "single" else draw.random()
+            ids, answers = self._needles(draw, task, length, depth)
+        return Prompt(task, f"{task} {index}{seed}", ids, answers, depth)
 
-    def _needles(self, draw: random.Random, task: str, length: int, depth: float) -> Prompt:
+    def _needles(self, draw: random.Random, task: str, length: int, depth: float) -> _Content:
         keys = draw.sample(self.words, 1 if task in ("single", "multivalue") else 4)
         pairs = [(key, str(draw.randrange(1_000_000, 10_000_000))) for key in keys]
         if task == "multivalue":
@@ -102,9 +113,9 @@ class Maker:
         hidden = [NEEDLE.format(word=key, number=number) for key, number in pairs]
         depths = [depth, *(draw.random() for _ in hidden[1:])]
         ids = self._hidden(draw, length, INTRODUCTION, hidden, depths, f"\n\n{cue}")
-        return Prompt(task, ids, tuple(number for _, number in asked), depth)
+        return ids, tuple(number for _, number in asked)
 
-    def _variables(self, draw: random.Random, length: int) -> Prompt:
+    def _variables(self, draw: random.Random, length: int) -> _Content:
         """A chain of five variables, in the order of the text; its first has a number."""
         names = ["".join(draw.choice(_LETTERS.upper()) for _ in range(5)) for _ in range(5)]
         number = str(draw.randrange(10_000, 100_000))
@@ -120,9 +131,9 @@ class Maker:
         depths = sorted(draw.random() for _ in hidden)
         introduction = "Keep track of the variables that are assigned below.\n\n"
         ids = self._hidden(draw, length, introduction, hidden, depths, tail, quiet=True)
-        return Prompt("variables", ids, tuple(names))
+        return ids, tuple(names)
 
-    def _common(self, draw: random.Random, length: int) -> Prompt:
+    def _common(self, draw: random.Random, length: int) -> _Content:
         """Ten words ten times as common as the rest."""
         chosen = draw.sample(self.words, len(self.words))
         favourites, others = chosen[:10], chosen[10:]
@@ -141,9 +152,9 @@ class Maker:
         few = max(int((total - 300 * times) / (3 * times)), 1)
         order = favourites * round(30 * times) + others[:few] * max(round(3 * times), 1)
         draw.shuffle(order)
-        return self._listed("common", head, order, pieces, room, tail, tuple(favourites))
+        return self._listed(head, order, pieces, room, tail), tuple(favourites)
 
-    def _frequent(self, draw: random.Random, length: int) -> Prompt:
+    def _frequent(self, draw: random.Random, length: int) -> _Content:
         """Made-up words, the n-th as common as 1 / n²; the three commonest are asked for."""
         names = ["".join(draw.choice(_LETTERS) for _ in range(6)) for _ in range(200)]
         head = encode(self.tokenizer, "Read the coded text below.\n\n")
@@ -161,22 +172,20 @@ class Maker:
             used += len(pieces[order[count]])
             count += 1
         commonest = [name for name, _ in Counter(order[:count]).most_common(3)]
-        return self._listed("frequent", head, order[:count], pieces, room, tail, tuple(commonest))
+        return self._listed(head, order[:count], pieces, room, tail), tuple(commonest)
 
     def _listed(
         self,
-        task: str,
         head: list[int],
         order: Sequence[str],
         pieces: dict[str, list[int]],
         room: int,
         tail: list[int],
-        answers: tuple[str, ...],
-    ) -> Prompt:
+    ) -> tuple[int, ...]:
         body = [token for word in order for token in pieces[word]][:room]
         while len(body) < room:  # a list that comes out short goes on from its beginning
             body += body[: room - len(body)]
-        return Prompt(task, (*head, *body, *tail), answers)
+        return (*head, *body, *tail)
 
     def _hidden(
         self,

@@ -3,6 +3,7 @@
 """Accuracy against time at long lengths, on a tiny model and on records made by hand."""
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,11 @@ def test_prompts_have_their_length_and_hold_their_answers(
     assert len(first.answers) == {**counts, "common": 10, "frequent": 3}[task]
     assert all(answer in text for answer in first.answers)
     assert (first.depth is None) == (task in ("variables", "common", "frequent"))
+    other = dataclasses.replace(maker, seed=3).make(task, length, 1, 3)
+    assert (first.name, other.name) == (f"{task} 1", f"{task} 1 of seed 3")
+    assert len(other.ids) == length
+    assert other.ids != first.ids
+    assert other.answers != first.answers
 
 
 def test_a_single_needle_lies_at_its_depth(tokenizer: Any, novel: str) -> None:
@@ -202,7 +208,7 @@ def test_prompts_that_are_answered_together_get_their_own_answers(tokenizer: Any
     model = small()
     generator = torch.Generator().manual_seed(1)
     every = torch.randint(2048, (3, 200), generator=generator).tolist()
-    prompts = [ruler.Prompt("single", tuple(ids), ("1",)) for ids in every]
+    prompts = [ruler.Prompt("single", "", tuple(ids), ("1",)) for ids in every]
     read = itertools.count(1)
 
     @contextlib.contextmanager
@@ -570,6 +576,29 @@ def test_scores_are_compared_with_dense_on_the_same_prompts(measured: list[dict[
         text = curves.task_tables(order)
         assert "### 8K tokens, 6 prompts" in text
         assert "### 8K tokens, 4 prompts" in text
+
+
+def test_prompts_of_other_seeds_join_those_of_the_first(measured: list[dict[str, Any]]) -> None:
+    names = [name for name in dict.fromkeys(r["candidate"] for r in measured) if "4K" in name]
+    firsts = [r for r in measured if r["kind"] == "long_tasks" and r["seqlen"] == 8192]
+    firsts = [r for r in firsts if r["candidate"] in ("dense", *names)]
+    others = [
+        {**r, "contexts": [f"{name} of seed 2" for name in r["contexts"]]}
+        | {"scores": [1 - score for score in r["scores"]]}
+        for r in firsts
+    ]
+    for order in ([*firsts, *others], [*others, *firsts]):
+        (by_point,) = curves.scored(order).values()
+        assert len(by_point) == len(firsts)
+        for score, dense in by_point.values():
+            assert dense is not None
+            assert len(score["contexts"]) == len(set(score["contexts"])) == 8
+            assert score["contexts"] == dense["contexts"]
+            assert np.mean(score["scores"]) == pytest.approx(0.5)
+        same, dense = by_point["dense", "share", 0.0]
+        assert same is dense
+        assert "### 8K tokens, 4 prompts of seed 2: m" in curves.task_tables(order)
+    assert len({report.key_of(record) for record in [*firsts, *others]}) == 2 * len(firsts)
 
 
 def test_pictures_are_drawn(measured: list[dict[str, Any]], tmp_path: Path) -> None:
