@@ -28,6 +28,11 @@ _HEADER = """\
 # The tables in this directory, how they were made, and what they were measured to do.
 # Written by update_manifest.py.
 """
+# Of the provenance; "start_" is what the thresholds come from that points were found on.
+_FACTS = (
+    *("command", "start_command", "versions", "device", "dtype"),
+    *("data", "start_data", "held_out", "start_held_out", "served", "dense_layers"),
+)
 
 
 def table_paths() -> list[Path]:
@@ -56,7 +61,7 @@ def entry(path: Path) -> str:
         "samples": table.samples,
         "aggregate": table.aggregate,
     }
-    for key in ("command", "versions", "device", "dtype", "data", "held_out", "dense_layers"):
+    for key in _FACTS:
         if key in table.provenance:
             fields[key] = table.provenance[key]
     for key in ("expected_sparsity", "expected_kl", "expected_nll"):

@@ -285,7 +285,11 @@ def _of_start(method: str, start: ThresholdTable | None) -> dict[str, str]:
     """Where the thresholds come from that points were found on."""
     if method != "points" or start is None:
         return {}
-    return {f"start_{key}": value for key, value in start.provenance.items()}
+    return {
+        f"start_{key}": value
+        for key, value in start.provenance.items()
+        if not key.startswith("expected_")
+    }
 
 
 def _provenance(command: str, model: Any, split: Split, method: str) -> dict[str, str]:
