@@ -139,33 +139,46 @@ def test_shared_memory_of_the_kernels_fits_as_many_blocks_as_they_are_made_for(
 
 
 @pytest.mark.slow
-def test_dense_loop_of_head_dim_64_lies_where_it_is_fast() -> None:
-    """What Config::kDensePadding is for: 4 % of its time (docs/lab/sm90.md)."""
+@pytest.mark.parametrize(
+    ("head_dim", "names", "places"),
+    [
+        (64, ("forward", "attend_blocks"), {32, 48}),
+        (128, ("forward",), {0, 16}),  # that of lists is as fast elsewhere
+    ],
+)
+def test_the_dense_loop_lies_where_it_is_fast(
+    head_dim: int, names: tuple[str, ...], places: set[int]
+) -> None:
+    """What Config::kDensePadding is for: 4 to 6 % of its time (docs/lab/selection.md)."""
     kernels = [
         kernel
         for kernel in bsfa_kernel.build_info().kernels
-        if (kernel.arch, kernel.head_dim) == (90, 64)
-        and kernel.name in ("forward", "attend_blocks")
+        if (kernel.arch, kernel.head_dim) == (90, head_dim) and kernel.name in names
     ]
     if not kernels:
-        pytest.skip("the library has no sm_90 kernels for head_dim 64")
+        pytest.skip(f"the library has no sm_90 kernels for head_dim {head_dim}")
     if shutil.which("cuobjdump") is None:
         pytest.skip("needs cuobjdump on the PATH")
     version, _ = parse_report(report_path().read_text())
     if version.split(".")[:2] != read_reviewed()[0].split(".")[:2]:
         pytest.skip("another compiler places the code otherwise")
     dump = run_well(tool("cuobjdump"), "-sass", "-arch", "sm_90a", library())
-    places = [
-        dense_loop(function)
+    called = {"forward": "forward_kernel", "attend_blocks": "attend_shared_kernel"}
+    wanted = rf"\S*sm90\d+({'|'.join(called[name] for name in names)})\S*Li{head_dim}E"
+    found = [
+        dense_loop(function, head_dim)
         for function in dump.split("Function : ")[1:]
-        if re.match(r"\S*sm90\d+(forward_kernel|attend_shared_kernel)\S*Li64E", function)
+        if re.match(wanted, function)
     ]
-    assert len(places) == len(kernels)
-    assert {place % 128 for place in places} <= {32, 48}
+    assert len(found) == len(kernels)
+    assert {place % 128 for place in found} <= places
 
 
-def dense_loop(disassembly: str) -> int:
+def dense_loop(disassembly: str, head_dim: int) -> int:
     """Where the loop over pairs of key blocks begins: the shortest one with all their products."""
+    # Scores of 128 keys, and values of head_dim channels, 16 of the sum at a time.
+    scores, values = head_dim // 16, 128 // 16
+    wide = scores + (values if head_dim == 128 else 0)
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) *;", disassembly)
     code = [(int(address, 16), text) for address, text in lines]
     products = [(address, text.split()[0]) for address, text in code if "HGMMA" in text]
@@ -174,9 +187,9 @@ def dense_loop(disassembly: str) -> int:
         target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text)
         if target and (first := int(target[1], 16)) < last:
             kinds = [kind for address, kind in products if first <= address <= last]
-            if len(kinds) == 12 and sum("64x128x16" in kind for kind in kinds) == 4:
+            if len(kinds) == scores + values and sum("64x128x16" in k for k in kinds) == wide:
                 loops.append((last - first, first))
-    assert loops, "no loop with the 12 products of a dense step"
+    assert loops, f"no loop with the {scores + values} products of a dense step"
     return min(loops)[1]
 
 
