@@ -145,8 +145,8 @@ def bind(
     if check_model and not same_model(table.model, shape.names):
         raise ValueError(
             f"the thresholds are of {name}, and this model is {shape.shown or shape.names[0]}; if "
-            "its weights are the same under another name, switch this check off: check_model=False, "
-            "in a command --any-model"
+            "its weights are the same under another name, switch this check off: "
+            "check_model=False, in a command --any-model"
         )
     if voters is not None and voters != table.voters:
         raise ValueError(

@@ -13,6 +13,7 @@ of the blocks near it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,17 @@ class Gated(NamedTuple):
     slope: Tensor
 
 
+@dataclass
+class Memo:
+    """What a call came to, for a call with the same arguments.
+
+    Attributes:
+        found: output, LSE, verdicts and slopes; None before the first call.
+    """
+
+    found: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+
 def gated_attention(
     q: Tensor,
     k: Tensor,
@@ -53,6 +65,7 @@ def gated_attention(
     voters: int = 1,
     width: float = 0.5,
     sinks: Tensor | None = None,
+    memo: Memo | None = None,
 ) -> Gated:
     """Causal block-sparse attention of one whole prompt.
 
@@ -68,6 +81,8 @@ def gated_attention(
         voters: one query row in 1, 2 or 4 votes.
         width: of the logistic function, in units of scaled scores.
         sinks: float32 [heads], a score of each head without a value, or None; no gradient.
+        memo: takes what is computed, and gives it to the next call, which must have the same
+            arguments: that of a layer that is recomputed in the backward pass.
 
     Raises:
         ValueError: an argument breaks a rule.
@@ -88,7 +103,7 @@ def gated_attention(
         raise ValueError(f"width must be above 0, got {width}")
     by_head = (x.transpose(0, 1) for x in (q, k, v))
     out, skipped, slope = _GatedAttention.apply(  # type: ignore[no-untyped-call]
-        *by_head, thresholds, _Options(rule, geometry, scale, voters, width, sinks)
+        *by_head, thresholds, _Options(rule, geometry, scale, voters, width, sinks, memo)
     )
     return Gated(out.transpose(0, 1), skipped, slope)
 
@@ -102,6 +117,7 @@ class _Options(NamedTuple):
     voters: int
     width: float
     sinks: Tensor | None
+    memo: Memo | None
 
 
 class _Part(NamedTuple):
@@ -119,63 +135,22 @@ class _GatedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rule, geometry, scale, voters, width, sinks = options
-        heads, seqlen, _ = q.shape
-        q_block, k_block = geometry
-        group = heads // k.shape[0]
-        given = q, k, v
-        q, k, v = (x.float() for x in given)
-        out = torch.empty_like(given[0])
-        lse = q.new_empty((heads, seqlen, 1))
-        q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
-        voting = voting_rows(seqlen, seqlen, geometry, voters).to(q.device)
-        kept = torch.zeros((heads, q_blocks, k_blocks), dtype=torch.bool, device=q.device)
-        slope = q.new_zeros((heads, q_blocks, k_blocks))
-        first = None if sinks is None else sinks.detach().float().view(-1, 1, 1)
-        for part in _parts(q, geometry):
-            weights = _scores(q, k, part, group, scale)
-            rows, columns = part.blocks.stop - part.blocks.start, part.stop // k_block
-            by_block = weights.view(heads, rows, q_block, columns, k_block)
-            peaks = by_block.amax(-1)
-            largest = peaks.amax(-1, keepdim=True)
-            reference = None
-            if first is not None:
-                reference = first.expand(peaks.shape[:-1])
-                largest = torch.maximum(largest, reference[..., None])
-            by_block = by_block.sub_(largest[..., None]).exp_()
-            masses = by_block.sum(-1)
-            index = torch.arange(part.blocks.start, part.blocks.stop, device=q.device)
-            full = full_blocks(index, seqlen, seqlen, geometry)
-            chosen = thresholds[:, part.blocks]
-            verdict, excess = verdicts(
-                *(peaks, chosen),
-                rule=rule,
-                reference=reference,
-                voting=voting[part.blocks],
-                full=full,
-            )
-            share = torch.sigmoid((excess - chosen[..., None]) / width)
-            free = torch.arange(columns, device=q.device) < full[:, None]
-            kept[:, part.blocks, :columns] = verdict
-            slope[:, part.blocks, :columns] = share * (1 - share) / width * free
-            denominator = (masses * verdict[:, :, None]).sum(-1)
-            if reference is not None:
-                denominator += (reference - largest[..., 0]).exp()
-            by_block *= verdict[:, :, None, :, None]
-            numerator = weights @ _repeated(v[:, : part.stop], group)
-            here = slice(part.start, part.stop)
-            denominator = denominator.view(heads, -1, 1)
-            out[:, here] = numerator / denominator
-            lse[:, here] = denominator.log() + largest.view(heads, -1, 1)
-        ctx.save_for_backward(*given, out, lse, kept, slope)
+        memo = options.memo or Memo()
+        if memo.found is None:
+            memo.found = _attend(q, k, v, thresholds, options)
+        out, lse, kept, slope = memo.found
+        ctx.save_for_backward(q, k, v, out, lse, kept, slope)
         ctx.options = options
+        (_, q_blocks, k_blocks), seqlen = kept.shape, q.shape[1]
+        q_block, k_block = options.geometry
         index = torch.arange(q_blocks, device=q.device)
         seen = torch.arange(k_blocks, device=q.device) * k_block < (index[:, None] + 1) * q_block
-        visible = count_visible(seqlen, seqlen, geometry)
+        visible = count_visible(seqlen, seqlen, options.geometry)
         skipped = 1 - (kept & seen).sum((1, 2)).float() / visible
         of_row = slope.sum(-1) / visible
         ctx.mark_non_differentiable(skipped, of_row)
-        return out, skipped, of_row
+        # Not the tensor of the memo, which would then hold the graph.
+        return out.detach(), skipped, of_row
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -212,6 +187,60 @@ class _GatedAttention(torch.autograd.Function):
             v_gradient[:, before] += added.view(kv_heads, group, -1, head_dim).sum(1)
         of_inputs = (x.to(dtype) for x in (q_gradient, k_gradient, v_gradient))
         return *of_inputs, threshold_gradient, None
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor, options: _Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, LSE [heads, seqlen, 1], and verdicts and slopes [heads, q_blocks, k_blocks]."""
+    rule, geometry, scale, voters, width, sinks, _ = options
+    heads, seqlen, _ = q.shape
+    q_block, k_block = geometry
+    group = heads // k.shape[0]
+    out = torch.empty_like(q)
+    q, k, v = (x.float() for x in (q, k, v))
+    lse = q.new_empty((heads, seqlen, 1))
+    q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
+    voting = voting_rows(seqlen, seqlen, geometry, voters).to(q.device)
+    kept = torch.zeros((heads, q_blocks, k_blocks), dtype=torch.bool, device=q.device)
+    slope = q.new_zeros((heads, q_blocks, k_blocks))
+    first = None if sinks is None else sinks.detach().float().view(-1, 1, 1)
+    for part in _parts(q, geometry):
+        weights = _scores(q, k, part, group, scale)
+        rows, columns = part.blocks.stop - part.blocks.start, part.stop // k_block
+        by_block = weights.view(heads, rows, q_block, columns, k_block)
+        peaks = by_block.amax(-1)
+        largest = peaks.amax(-1, keepdim=True)
+        reference = None
+        if first is not None:
+            reference = first.expand(peaks.shape[:-1])
+            largest = torch.maximum(largest, reference[..., None])
+        by_block = by_block.sub_(largest[..., None]).exp_()
+        masses = by_block.sum(-1)
+        index = torch.arange(part.blocks.start, part.blocks.stop, device=q.device)
+        full = full_blocks(index, seqlen, seqlen, geometry)
+        chosen = thresholds[:, part.blocks]
+        verdict, excess = verdicts(
+            *(peaks, chosen),
+            rule=rule,
+            reference=reference,
+            voting=voting[part.blocks],
+            full=full,
+        )
+        share = torch.sigmoid((excess - chosen[..., None]) / width)
+        free = torch.arange(columns, device=q.device) < full[:, None]
+        kept[:, part.blocks, :columns] = verdict
+        slope[:, part.blocks, :columns] = share * (1 - share) / width * free
+        denominator = (masses * verdict[:, :, None]).sum(-1)
+        if reference is not None:
+            denominator += (reference - largest[..., 0]).exp()
+        by_block *= verdict[:, :, None, :, None]
+        numerator = weights @ _repeated(v[:, : part.stop], group)
+        here = slice(part.start, part.stop)
+        denominator = denominator.view(heads, -1, 1)
+        out[:, here] = numerator / denominator
+        lse[:, here] = denominator.log() + largest.view(heads, -1, 1)
+    return out, lse, kept, slope
 
 
 def _parts(q: Tensor, geometry: Geometry) -> Iterator[_Part]:

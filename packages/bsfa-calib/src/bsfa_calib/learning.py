@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from bsfa_calib.expected import check_layers
-from bsfa_calib.gated import gated_attention
-from bsfa_calib.hook import Attended, applied, attention_shape
+from bsfa_calib.gated import Memo, gated_attention
+from bsfa_calib.hook import Attended, HookError, applied, attention_shape
 from bsfa_calib.language_model import LanguageModel
+from bsfa_calib.recompute import recomputed_layers
 from bsfa_kernel import Geometry
 
 Float32Array = npt.NDArray[np.float32]
@@ -311,10 +312,12 @@ class _Learner:
         tokens = torch.tensor([list(ids)], device=self.language_model.device)
         with torch.enable_grad():
             rows = knots @ self.weights
-            with applied(model, _Training(self, rows)):
+            training = _Training(self, rows)
+            with applied(model, training), recomputed_layers(model):
                 hidden = self.language_model.read(tokens)
-            kl, upstream = self._divergence(hidden[0].detach(), self.dense[index])
-            (gradient,) = torch.autograd.grad(hidden, knots, upstream[None])
+                training.is_read = True
+                kl, upstream = self._divergence(hidden[0].detach(), self.dense[index])
+                (gradient,) = torch.autograd.grad(hidden, knots, upstream[None])
         if not bool(gradient.isfinite().all()):
             raise ValueError(
                 f"gradients must be finite, and in {str(hidden.dtype).removeprefix('torch.')} "
@@ -343,10 +346,20 @@ class _Learner:
 
 @dataclass
 class _Training:
-    """A method (see ``hook.Method``) that notes what its thresholds did."""
+    """A method (see ``hook.Method``) of one step, that notes what its thresholds did.
+
+    Attributes:
+        learner: who learns.
+        rows: thresholds [layers, heads, rows].
+        memos: by layer. Attention takes most of the time: a layer that is recomputed has its
+            output from there, and computes all else again.
+        is_read: whether the forward pass is over.
+    """
 
     learner: _Learner
     rows: Tensor
+    memos: dict[int, Memo] = field(default_factory=dict)
+    is_read: bool = False
 
     def __call__(
         self,
@@ -359,6 +372,8 @@ class _Training:
     ) -> Attended:
         """See ``hook.Method``."""
         learner = self.learner
+        if layer in self.memos and not self.is_read:
+            raise HookError(f"layer {layer} computes attention more than once in a pass")
         found = gated_attention(
             *(q[0], k[0], v[0], self.rows[layer]),
             rule=learner.rule,
@@ -367,6 +382,7 @@ class _Training:
             voters=learner.voters,
             width=learner.settings.width,
             sinks=sinks,
+            memo=self.memos.setdefault(layer, Memo()),
         )
         learner.skipped[layer] = found.skipped
         learner.slopes[layer] = found.slope
