@@ -304,8 +304,8 @@ def table_of_points(
         place, found = find(point)
         if axis == "target_sparsity" and abs(found.sparsity - point) > _WRONG:
             raise TuningError(
-                f"a sparsity of {point:g} cannot be reached on these thresholds: of all places the "
-                f"closest skips {found.sparsity:.3f}, which must be within {_WRONG:g}; ask for "
+                f"a sparsity of {point:g} cannot be reached on these thresholds: the closest place "
+                f"found skips {found.sparsity:.3f}, which must be within {_WRONG:g}; ask for "
                 "another share, or start from other thresholds"
             )
         thresholds.append(path.at(place))
