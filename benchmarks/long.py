@@ -502,7 +502,7 @@ def table_files(paths: Sequence[Path]) -> list[Path]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description="Accuracy against time at a length.")
-    models.add_model_options(result)
+    models.add_model_options(result, "the prompts of tasks")
     add = result.add_argument
     add("--calibration-text", type=Path, help="a folder a kind, other text than --text")
     add("--length", type=parse_length, required=True, help="such as 32K, a multiple of 128")

@@ -89,8 +89,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 _POSITIONS = 1 << 20
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that choose a model and its input."""
+def add_model_options(
+    parser: argparse.ArgumentParser, drawn: str | None = "random weights and tokens"
+) -> None:
+    """The options that choose a model and its input; ``drawn``: by --seed, if there is one."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="GGUF file, model directory or hub id")
     which.add_argument("--model-shape", choices=SHAPES, help="this shape, with random weights")
@@ -98,9 +100,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, help="text to read; random tokens without")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a self-test")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of random weights, tokens and the prompts of tasks"
-    )
+    if drawn is None:
+        parser.set_defaults(seed=0)
+    else:
+        parser.add_argument("--seed", type=int, default=0, help=f"of {drawn}")
 
 
 def build(shape: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:

@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    models.add_model_options(parser)
+    models.add_model_options(parser, None)  # prompts are drawn by their numbers
     parser.add_argument("--lengths", type=lengths, default=lengths("32K,64K,128K"))
     parser.add_argument("--windows", type=int, default=3, help="at most, of each held-out text")
     parser.add_argument("--needles", type=int, default=48, help="prompts a wording and key count")

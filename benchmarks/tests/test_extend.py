@@ -421,3 +421,9 @@ def test_the_card_has_the_figures_of_the_records() -> None:
             label = f"{keys}, {wordings[one['wording']]}"
             (cell,) = [row[column] for row in rows if row[0] == label]
             assert cell.startswith(f"{one['hits']} of {one['count']} (")
+
+
+def test_a_seed_that_draws_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        check.main(["--model", "m", "--text", "t", "--out", "o", "--seed", "1"])
+    assert "unrecognized arguments: --seed 1" in capsys.readouterr().err

@@ -493,6 +493,27 @@ def test_points_are_found_on_the_thresholds_of_a_table(
     assert "target_sparsity 0.4: skips" in capsys.readouterr().err
 
 
+def test_points_are_found_for_samples_of_different_lengths(
+    model_directory: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    words = (" ".join(f"w{i * i % 997}" for i in range(count)) for count in (110, 400))
+    data.write_text("\n".join(json.dumps({"input_text": text}) for text in words))
+    start = output.with_name("start.safetensors")
+    thresholds = np.linspace(-1, 1, 8, dtype=np.float32).reshape(1, 2, 4, 1)
+    ThresholdTable(
+        *(thresholds, (0.5,), "target_sparsity", 64, 64, "peak_lse"), max_seqlen=2048
+    ).save(start)
+    arguments = command(model_directory, data, output, "--points-only", "--start", str(start))
+    arguments[arguments.index("--holdout") : arguments.index("--holdout") + 2] = []
+    assert main(arguments) == 0
+    table = ThresholdTable.load(output)
+    # The shortest decides what can be asked for, the longest what the table is for.
+    assert table.points == (0.5, 0.6, 0.7, 0.75)
+    assert table.max_seqlen == 1024
+    assert "at 1024 tokens, place" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_json_samples_are_read_by_every_method(
     model_directory: Path, output: Path, tmp_path: Path, method: str

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,110 @@ def test_points_of_a_table_of_another_model_are_refused(llama: LlamaForCausalLM)
         find_points(llama, table, [[0] * 64], max_losses=(1.0,))
 
 
+def table_of(values: Any, made_at: int = SHORT) -> ThresholdTable:
+    """A table of two layers of four heads, with a point for each of some thresholds."""
+    heads = np.linspace(-0.5, 0.5, 8, dtype=np.float32).reshape(2, 4, 1)
+    thresholds = np.stack([heads + value for value in values])
+    points = tuple(0.1 * (index + 1) for index in range(len(values)))
+    return ThresholdTable(
+        *(thresholds, points, "target_sparsity", 64, 64, "peak_lse"), max_seqlen=made_at
+    )
+
+
+@pytest.mark.parametrize("threshold", [-40.0, 40.0])
+@pytest.mark.parametrize("made_at", [SHORT, 2 * LONG])
+def test_points_far_from_the_thresholds_of_a_table_are_found(
+    llama: LlamaForCausalLM, longer: list[list[int]], threshold: float, made_at: int
+) -> None:
+    table = table_of([threshold], made_at)
+    by_share = find_points(llama, table, longer, target_sparsities=TARGETS)
+    assert [one.sparsity for one in by_share.expected] == pytest.approx(TARGETS, abs=0.01)
+    (strict, loose) = find_points(llama, table, longer, max_losses=(0.01, 0.1)).expected
+    assert 0.008 < strict.kl <= 0.01
+    assert 0.09 < loose.kl <= 0.1
+    # Where everything that may be is skipped within the bound, no more is looked for.
+    told: list[str] = []
+    (most,) = find_points(llama, table, longer, max_losses=(99.0,), progress=told.append).expected
+    assert most.sparsity == pytest.approx(1 - 0.118, abs=0.001)
+    assert len(told) < 9
+
+
+def test_heads_that_keep_everything_go_on_doing_so(
+    llama: LlamaForCausalLM, longer: list[list[int]]
+) -> None:
+    table = table_of([0.0, 1.0])
+    values = table.thresholds.copy()
+    values[:, 1, 2] = -np.inf
+    table = dataclasses.replace(table, thresholds=values)
+    for more in (0.3, 0.7):
+        found = find_points(llama, table, longer, target_sparsities=(more,))
+        assert found.expected[0].sparsity == pytest.approx(more, abs=0.01)
+        assert np.isneginf(found.table.thresholds[:, 1, 2]).all()
+        assert np.isneginf(found.table.thresholds).sum() == 1
+    with pytest.raises(TuningError, match=r"0\.87 cannot be reached .* found skips 0\.7"):
+        find_points(llama, table, longer, target_sparsities=(0.87,))
+    nothing = dataclasses.replace(table, thresholds=np.full_like(values, -np.inf))
+    with pytest.raises(TuningError, match="some threshold must be above −inf"):
+        find_points(llama, nothing, longer, max_losses=(0.1,))
+
+
+def test_rows_that_keep_everything_at_large_k_only_are_continued() -> None:
+    values = np.full((3, 1, 1, 3), -np.inf, np.float32)
+    values[0, ..., 1:], values[1, ..., 2] = 3.0, 1.0
+    path = path_of(ThresholdTable(values, (2, 4, 8), "k"))
+    expected = [[-np.inf, -5, -3], [-np.inf, -1, 1], [-np.inf, 3, 3]]
+    np.testing.assert_array_equal(path.points[:, 0, 0], expected)
+    for place, value in ((-1.0, -9), (0.0, -5), (0.5, -3), (1.0, -1), (1.5, 1), (2.0, 3), (3, 7)):
+        np.testing.assert_array_equal(path.at(place)[0, 0, :2], [-np.inf, value])
+
+
+def test_thresholds_of_infinity_lie_on_a_path() -> None:
+    values = np.array([[0, -np.inf, 0, np.inf], [2, 0, 1, np.inf], [4, np.inf, -np.inf, np.inf]])
+    path = path_of(
+        ThresholdTable(values.reshape(3, 1, 4, 1), (0.1, 0.2, 0.3), axis="target_sparsity")
+    )
+    for place, expected in (
+        (0.0, [0, -4, 0, np.inf]),
+        (0.5, [1, -2, 0.5, np.inf]),
+        (1.0, [2, 0, 1, np.inf]),
+        (1.5, [3, np.inf, -np.inf, np.inf]),
+    ):
+        np.testing.assert_array_equal(path.at(place)[0, :, 0], expected)
+
+
+def test_what_was_measured_of_shorter_prompts_is_kept_too(
+    llama: LlamaForCausalLM,
+    longer: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = table_of([0.0], 2 * LONG)
+    options: dict[str, Any] = {"target_sparsities": (0.4,), "checkpoint": tmp_path}
+    told: list[str] = []
+
+    def stop(text: str) -> None:
+        raise Interrupted(text)
+
+    with pytest.raises(Interrupted):
+        find_points(llama, table, longer, progress=stop, **options)
+    whole = find_points(llama, table, longer, progress=told.append, **options)
+    assert told[0].endswith("measured before")
+    assert "measured in" in told[1]
+    monkeypatch.setattr(Measure, "__call__", None)
+    again = find_points(llama, table, longer, **options)
+    np.testing.assert_array_equal(again.table.thresholds, whole.table.thresholds)
+
+
+def test_the_table_says_how_long_prompts_of_different_lengths_are(
+    llama: LlamaForCausalLM, longer: list[list[int]]
+) -> None:
+    mixed = [longer[0][:600], longer[1]]
+    for made_at, lengths in ((800, (800, LONG)), (SHORT, (SHORT, LONG)), (2 * LONG, (LONG, 0))):
+        found = find_points(llama, table_of([0.0], made_at), mixed, target_sparsities=(0.4,))
+        assert (found.table.max_seqlen, found.table.serve_seqlen) == lengths
+        assert found.expected[0].sparsity == pytest.approx(0.4, abs=0.01)
+
+
 def test_what_was_measured_is_kept_and_used_for_the_same_work_only(
     llama: LlamaForCausalLM,
     longer: list[list[int]],
@@ -406,7 +511,7 @@ def test_the_command_goes_on_where_it_was_stopped(
     monkeypatch.setattr(learned, "with_expected", interrupt)
     assert main(arguments) == 130
     where = f"kept in {output}.checkpoint"
-    assert f"what was measured at the serving length is {where}" in capsys.readouterr().err
+    assert f"what was measured is {where}" in capsys.readouterr().err
     monkeypatch.setattr(learned, "with_expected", right)
     assert main(arguments) == 0
     printed = capsys.readouterr().err

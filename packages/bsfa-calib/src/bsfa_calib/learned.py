@@ -41,13 +41,21 @@ from bsfa_kernel.geometry import forced_share
 LADDER = (0.6, 0.75, 0.85, 0.92)
 
 # Beyond the learned thresholds the path goes on by shifting all alike, by so much for each unit.
-_BEYOND = 4.0
-_BISECTIONS = 9
+BEYOND = 4.0
+# Places this far beyond the path are considered: a hundred units of scaled scores.
+FAR = 25.0
+# Most points lie near the path, where places are looked for first; one that lies farther takes more
+# halvings. An end that is this near, and was not seen, is exchanged for the farthest place.
+_BISECTIONS, _FAR_BISECTIONS, _NEAR_END = 9, 12, 0.5
+# How far the share at a point may be from its target: what is farther is no such point.
+_WRONG = 0.05
 _CLOSE_SPARSITY, _CLOSE_LOSS = 0.002, 0.03
 
 
 class ThresholdPath:
     """Thresholds from dense to sparse: learned ones, and what lies between and beyond them.
+
+    What is −inf in a learned one, and so keeps everything, is −inf up to its neighbours.
 
     Attributes:
         points: the learned ones, float32 [points, layers, heads, rows].
@@ -71,13 +79,18 @@ class ThresholdPath:
     def at(self, place: float) -> Float32Array:
         """Thresholds [layers, heads, rows] at a place."""
         if place <= 0:
-            found = self.points[0] + _BEYOND * place
+            found = self.points[0] + BEYOND * place
         elif place >= self.last:
-            found = self.points[-1] + _BEYOND * (place - self.last)
+            found = self.points[-1] + BEYOND * (place - self.last)
         else:
             index = int(place)
             share = place - index
-            found = (1 - share) * self.points[index] + share * self.points[index + 1]
+            low, high = self.points[index], self.points[index + 1]
+            if share == 0:
+                return np.array(low, np.float32)
+            kept = np.isneginf(low) | np.isneginf(high)
+            # What is infinite stays so, and is not subtracted from its like.
+            found = np.where(kept, -np.inf, (1 - share) * low + share * np.where(kept, low, high))
         return np.asarray(found, np.float32)
 
 
@@ -206,7 +219,8 @@ def calibrate(
 
     Raises:
         HookError: no layer of the model can skip a block.
-        TuningError: a bound on the loss cannot be kept, or neither or both kinds are given.
+        TuningError: a target cannot be reached or a bound on the loss not be kept on the path, or
+            neither or both kinds are given.
         ValueError: there are no samples.
     """
     if bool(target_sparsities) == bool(max_losses):
@@ -280,11 +294,20 @@ def table_of_points(
         dense: the layers that run dense whatever the thresholds, and why.
         progress: told of each point.
         fields: the table's others, as ``ThresholdTable`` takes them.
+
+    Raises:
+        TuningError: what is found for a target sparsity skips another share.
     """
     points = tuple(sorted(set(points)))
     thresholds, expected = [], []
     for point in points:
         place, found = find(point)
+        if axis == "target_sparsity" and abs(found.sparsity - point) > _WRONG:
+            raise TuningError(
+                f"a sparsity of {point:g} cannot be reached on these thresholds: the closest place "
+                f"found skips {found.sparsity:.3f}, which must be within {_WRONG:g}; ask for "
+                "another share, or start from other thresholds"
+            )
         thresholds.append(path.at(place))
         expected.append(found)
         progress(
@@ -309,10 +332,13 @@ def find_place(
         TuningError: no place is within the loss.
     """
     low, high = -2.0, last + 1.5
+    # Of the ends, those that were measured, or are the farthest.
+    seen: set[float] = set()
     best: tuple[float, Expected] | None = None
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        found = measure(middle)
+    left, place = _BISECTIONS, (low + high) / 2
+    while left:
+        left -= 1
+        found = measure(place)
         if axis == "target_sparsity":
             rising, close = found.sparsity, abs(found.sparsity - point) <= _CLOSE_SPARSITY
             better = best is None or abs(rising - point) < abs(best[1].sparsity - point)
@@ -321,10 +347,18 @@ def find_place(
             better = rising <= point and (best is None or found.sparsity > best[1].sparsity)
             close = better and rising >= (1 - _CLOSE_LOSS) * point
         if better:
-            best = (middle, found)
+            best = (place, found)
         if close:
             break
-        low, high = (middle, high) if rising < point else (low, middle)
+        if place == (last + FAR if rising < point else -FAR):
+            break  # nothing lies beyond
+        low, high = (place, high) if rising < point else (low, place)
+        seen.add(place)
+        place = (low + high) / 2
+        if high - low < _NEAR_END and not {low, high} <= seen:
+            place = -FAR if high in seen else last + FAR
+            low, high = (place, high) if high in seen else (low, place)
+            left = _FAR_BISECTIONS
     if best is None:
         raise TuningError(
             f"a KL divergence of {point:g} is exceeded however low the thresholds; in 16-bit types "

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from bsfa_calib.capture import BlockCounts, Progress
 from bsfa_calib.estimate import blocks_below
 from bsfa_calib.expected import Calibrated, Expected, Measure
 from bsfa_calib.learned import (
+    BEYOND,
+    FAR,
     ThresholdPath,
-    calibrate,
     check_points,
     digest_of,
     find_place,
@@ -43,8 +45,6 @@ from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 
 # How far a point's share may be from its target, and passes over the samples to come closer.
 _CLOSE, _TRIES = 0.005, 5
-# Places this far beyond the path are considered: a hundred units of scaled scores.
-_FAR = 25.0
 _HALVINGS = 40
 
 
@@ -93,19 +93,61 @@ def serve(
     Raises:
         CaptureError: no layer of the model can skip a block, or its scores are NaN.
         HookError: as `Measure`.
-        TuningError: a target cannot be reached at this length, a bound on the loss cannot be kept,
-            neither or both kinds are given, or the checkpoint holds another kind of file.
+        TuningError: a target cannot be reached at this length or on the path, a bound on the loss
+            cannot be kept, neither or both kinds are given, or the checkpoint holds another kind of
+            file.
         ValueError: there are no samples, or they are shorter than those of the path.
     """
-    if not samples:
-        raise ValueError("at least one sample is needed to find points on")
-    length, shortest = max(map(len, samples)), min(map(len, samples))
-    if shortest < made_at:
+    _check_any(samples)
+    if (shortest := min(map(len, samples))) < made_at:
         raise ValueError(
             f"samples to serve must be at least as long as those that thresholds were made from, "
             f"{made_at} tokens, got {shortest}"
         )
-    check_points(target_sparsities, max_losses, shortest, geometry)
+    return _points_of(
+        model,
+        path,
+        samples,
+        made_at=made_at,
+        target_sparsities=target_sparsities,
+        max_losses=max_losses,
+        rule=rule,
+        geometry=geometry,
+        voters=voters,
+        backend=backend,
+        aggregate=aggregate,
+        checkpoint=checkpoint,
+        reading=reading,
+        progress=progress,
+    )
+
+
+def _check_any(samples: Sequence[Sequence[int]]) -> None:
+    if not samples:
+        raise ValueError("at least one sample is needed to find points on")
+
+
+def _points_of(
+    model: Any,
+    path: ThresholdPath,
+    samples: Sequence[Sequence[int]],
+    *,
+    made_at: int,
+    target_sparsities: Sequence[float],
+    max_losses: Sequence[float],
+    rule: str,
+    geometry: Geometry,
+    voters: int,
+    backend: str,
+    aggregate: str,
+    checkpoint: Path | None,
+    reading: Callable[[Progress], None] | None,
+    progress: Callable[[str], None],
+) -> Calibrated:
+    """As `serve`, of samples of any length; of shorter ones the table says that they made it."""
+    length = max(map(len, samples))
+    longer = length >= made_at
+    check_points(target_sparsities, max_losses, min(map(len, samples)), geometry)
     options: dict[str, Any] = {"rule": rule, "geometry": geometry, "voters": voters}
     key = digest_of(model, samples, f"{options} {backend}", path.points)
     known = _Known(None if checkpoint is None else checkpoint / "served.json", key)
@@ -131,7 +173,8 @@ def serve(
         )
         return found
 
-    if target_sparsities:
+    axis = "target_sparsity" if target_sparsities else "max_loss"
+    if target_sparsities and longer:
         counted = capture.block_counts(
             model,
             samples,
@@ -139,9 +182,9 @@ def serve(
             checkpoint=checkpoint,
             progress=reading,
         )
-        axis, dense, find = "target_sparsity", counted.dense, _ByShare(path, counted).find
+        dense, find = counted.dense, _ByShare(path, counted).find
     else:
-        axis, dense = "max_loss", measure().dense_layers
+        dense = measure().dense_layers
         find = functools.partial(find_place, axis=axis, last=path.last)
     return table_of_points(
         path,
@@ -154,8 +197,8 @@ def serve(
         k_block=geometry.k_block,
         rule=rule,
         voters=voters,
-        max_seqlen=made_at,
-        serve_seqlen=length,
+        max_seqlen=made_at if longer else length,
+        serve_seqlen=length if longer else 0,
         aggregate=aggregate,
         provenance={"served_samples": str(len(samples))},
     )
@@ -178,51 +221,68 @@ def find_points(
     Args:
         model: that of the table, in the dtype that it is to be used in.
         table: whose thresholds the path of points goes through.
-        samples: tokens of each, of one length; better not those that the table was made from.
+        samples: tokens of each; better not those that the table was made from.
         target_sparsities: shares of blocks to be skipped of the samples.
         max_losses: or bounds on the mean KL divergence from dense, in nats, on the samples.
         backend: one of ``bsfa_calib.hook.BACKENDS``.
-        checkpoint: as `serve`; for samples shorter than the table's there is none.
+        checkpoint: as `serve`.
         reading: as `serve`.
         progress: told of each measurement.
 
     Returns:
-        As `serve`. Of samples shorter than the table's, ``max_seqlen`` is their length.
+        As `serve`. Of samples that are all shorter than the table's, ``max_seqlen`` is the longest
+        one's length.
 
     Raises:
         CaptureError: as `serve`.
         HookError: as `serve`.
-        TuningError: as `serve`, or the table is of a model of another shape.
+        TuningError: as `serve`, or the table is of a model of another shape or keeps everything.
         ValueError: there are no samples.
     """
     check_shape(table, model)
-    options: dict[str, Any] = {
-        "target_sparsities": target_sparsities,
-        "max_losses": max_losses,
-        "rule": table.rule,
-        "geometry": Geometry(table.q_block, table.k_block),
-        "voters": table.voters,
-        "backend": backend,
-        "progress": progress,
-    }
-    path = path_of(table)
-    if not samples or min(map(len, samples)) >= table.max_seqlen:
-        options.update(aggregate=table.aggregate, checkpoint=checkpoint, reading=reading)
-        return serve(model, path, samples, made_at=table.max_seqlen, **options)
-    check_points(target_sparsities, max_losses, min(map(len, samples)), options["geometry"])
-    found = calibrate(model, path, samples, **options)
-    return replace(found, table=replace(found.table, aggregate=table.aggregate))
+    _check_any(samples)
+    if np.isneginf(table.thresholds).all():
+        raise TuningError(
+            "some threshold must be above −inf to find points on, and all of this table keep "
+            "everything; start from another"
+        )
+    return _points_of(
+        model,
+        path_of(table),
+        samples,
+        made_at=table.max_seqlen,
+        target_sparsities=target_sparsities,
+        max_losses=max_losses,
+        rule=table.rule,
+        geometry=Geometry(table.q_block, table.k_block),
+        voters=table.voters,
+        backend=backend,
+        aggregate=table.aggregate,
+        checkpoint=checkpoint,
+        reading=reading,
+        progress=progress,
+    )
 
 
 def path_of(table: ThresholdTable) -> ThresholdPath:
-    """The path through the points of a table; layers that run dense get thresholds of 0."""
-    values = np.where(np.isneginf(table.thresholds), np.float32(0), table.thresholds)
-    learned = [
-        Learned(float(point), one, np.nan, np.nan)
-        for point, one in zip(table.points, values, strict=True)
-    ]
+    """The path through the points of a table.
+
+    What is −inf at all of them, as in layers that run dense, stays so. What is −inf at the denser
+    ones alone, as where a query block has no more than k blocks, lies as far below the next sparser
+    one as the path's own continuation would.
+    """
     # Who keeps more blocks skips fewer.
-    return ThresholdPath(learned[::-1] if table.axis == "k" else learned)
+    values = (table.thresholds[::-1] if table.axis == "k" else table.thresholds).copy()
+    points = table.points[::-1] if table.axis == "k" else table.points
+    for denser, sparser in reversed(list(itertools.pairwise(values))):
+        below = np.isneginf(denser) & np.isfinite(sparser)
+        denser[below] = sparser[below] - np.float32(BEYOND)
+    return ThresholdPath(
+        [
+            Learned(float(point), one, np.nan, np.nan)
+            for point, one in zip(points, values, strict=True)
+        ]
+    )
 
 
 class _ByShare:
@@ -233,7 +293,7 @@ class _ByShare:
         self._totals = counted.counts.cumsum(-1)
         heads = self._totals.shape[0] * self._totals.shape[1]
         self._visible = counted.visible * heads
-        self._low, self._high = -_FAR, path.last + _FAR
+        self._low, self._high = -FAR, path.last + FAR
         # By how much more is skipped than foretold; points near each other are alike in that.
         self._off = 0.0
 

@@ -31,7 +31,8 @@ Calibrate thresholds for a model on your own text, and write a table.
   topk     the paper's: for every layer, head and position a threshold that keeps k blocks
 
 What to expect of each point is measured on further samples; with --serve-length, on longer ones,
-which learned and scalar find their points on then. The same command goes on where it was
+which learned and scalar find their points on then. With --points-only nothing is learned: points of
+the table --start are found and measured on the samples. The same command goes on where it was
 stopped.
 """
 

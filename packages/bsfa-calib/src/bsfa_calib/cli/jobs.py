@@ -158,7 +158,7 @@ class Job:
                 self._model,
                 self._start,
                 self._samples,
-                target_sparsities=() if arguments.max_loss else self._targets(),
+                target_sparsities=self._targets(min(map(len, self._samples))),
                 max_losses=arguments.max_loss or (),
                 backend=arguments.backend,
                 checkpoint=self._checkpoint,
@@ -172,7 +172,7 @@ class Job:
         samples = len(list(self._checkpoint.glob("sample-*.safetensors")))
         where = printable(str(self._checkpoint))
         if self._served.exists():
-            done = "what was measured at the serving length is"
+            done = "what was measured is"
         elif samples:
             done = f"{samples} samples are done and"
         elif self._learned.exists():
@@ -195,11 +195,13 @@ class Job:
         with contextlib.suppress(OSError):
             self._checkpoint.rmdir()
 
-    def _targets(self) -> Sequence[float]:
+    def _targets(self, length: int | None = None) -> Sequence[float]:
+        """The target sparsities: those given, or as prompts of a length leave room for."""
         arguments, geometry = self._arguments, self._geometry
         if arguments.target_sparsity or arguments.max_loss:
             return tuple(arguments.target_sparsity or ())
-        return default_targets(arguments.serve_length or arguments.length, geometry)
+        length = length or arguments.serve_length or arguments.length
+        return default_targets(length, geometry)
 
     def _serve(self, path: ThresholdPath, samples: int, aggregate: str) -> Made:
         """The points on a path at the serving length."""
@@ -214,7 +216,7 @@ class Job:
                 path,
                 self._serving,
                 made_at=max(map(len, self._samples)),
-                target_sparsities=() if arguments.max_loss else self._targets(),
+                target_sparsities=self._targets(),
                 max_losses=arguments.max_loss or (),
                 rule=arguments.rule,
                 geometry=geometry,
