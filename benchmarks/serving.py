@@ -564,7 +564,8 @@ class Load(Measurement):
         spread = (max(lengths) - min(lengths)) / 2 / middle
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
         command += ["--backend", "openai", "--base-url", f"http://127.0.0.1:{_PORT}"]
-        command += ["--model", self.served.path, "--dataset-name", "random", "--seed", "0"]
+        command += ["--model", self.served.path, "--dataset-name", "random"]
+        command += ["--seed", str(self.arguments.seed)]
         command += ["--random-input-len", str(middle), "--random-range-ratio", f"{spread:.4f}"]
         command += ["--random-output-len", str(self.arguments.answer), "--ignore-eos"]
         command += ["--request-rate", str(self.arguments.rate)]
@@ -637,7 +638,7 @@ def parser() -> argparse.ArgumentParser:
         add("--table", type=Path, help="thresholds of --model, with a point for each share")
         add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
         add("--device", default="cuda", help="cuda, or cpu for a self-test")
-        add("--seed", type=int, default=0)
+        add("--seed", type=int, default=0, help="of prompts and arrivals")
         add("--seqlens", type=list_of(parse_length), default=(16384, 131072))
         add("--sparsities", type=list_of(parse_share), default=("0.75", "0.9"))
         add("--rule", choices=bsfa_kernel.RULES, help="that of --table, or peak_lse")
