@@ -454,6 +454,24 @@ def test_a_table_may_be_learned_on_from_and_what_was_learned_is_kept(
     assert "was learned before" not in capsys.readouterr().err
 
 
+def test_finding_points_leaves_what_was_learned_where_it_is(
+    model_directory: Path, text_directory: Path, output: Path
+) -> None:
+    start, kept = output.with_name("start.safetensors"), output.with_name("kept")
+    kept.mkdir()
+    (kept / "learned.npz").write_bytes(b"of another run")
+    ThresholdTable(
+        np.zeros((1, 2, 4, 1), np.float32), (0.5,), "target_sparsity", 64, 64, "peak_lse"
+    ).save(start)
+    arguments = command(model_directory, text_directory, output, "--points-only")
+    arguments.remove("--holdout")
+    arguments.remove("1")
+    arguments += ["--start", str(start), "--target-sparsity", "0.3", "--checkpoint", str(kept)]
+    for more in ([], ["--no-resume"]):
+        assert main([*arguments, *more]) == 0
+        assert [path.name for path in kept.iterdir()] == ["learned.npz"]
+
+
 def test_points_are_found_on_the_thresholds_of_a_table(
     model_directory: Path, text_directory: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,9 @@ class Job:
         self._checkpoint = Path(arguments.checkpoint or f"{output}.checkpoint")
         self._learned = self._checkpoint / "learned.npz"
         self._served = self._checkpoint / "served.json"
+        # What another method left in a folder of its choice is none of this one's business.
+        learns = (arguments.method or "learned") == "learned" and not arguments.points_only
+        self._own = (self._learned, self._served) if learns else (self._served,)
         if arguments.resume is False:
             self._remove()
 
@@ -175,7 +178,7 @@ class Job:
             done = "what was measured is"
         elif samples:
             done = f"{samples} samples are done and"
-        elif self._learned.exists():
+        elif self._learned in self._own and self._learned.exists():
             done = "what was learned is"
         else:
             return "nothing was done yet that could be kept."
@@ -189,7 +192,7 @@ class Job:
     def _remove(self) -> None:
         for old in (
             *self._checkpoint.glob("sample-*.safetensors"),
-            *(self._learned, self._served),
+            *self._own,
         ):
             old.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
