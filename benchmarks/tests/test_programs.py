@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
 import dataclasses
+import functools
 import math
 import signal
 import subprocess
@@ -560,7 +561,9 @@ def test_what_was_measured_before_a_signal_is_kept(
     out = tmp_path / "out.jsonl"
     path = harness.ROOT / "benchmarks" / f"{program}.py"
     command = [sys.executable, str(path), *TINY, *options, "--out", str(out)]
-    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    # Shells let what they start in the background ignore Ctrl-C, which would be handed down.
+    default = functools.partial(signal.signal, sent, signal.SIG_DFL)
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=default)
     try:
         end = time.monotonic() + 120
         while not (out.exists() and out.stat().st_size) and time.monotonic() < end:
