@@ -309,12 +309,12 @@ def _provenance(command: str, model: Any, split: Split, method: str) -> dict[str
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
     }
-    groups = {
-        "served" if method == "points" else "data": split.calibration,
-        "held_out": split.held_out,
-        **({"served": split.serving} if split.serving else {}),
-    }
-    for key, windows in groups.items():
+    groups = (
+        ("served" if method == "points" else "data", split.calibration),
+        ("held_out", split.held_out),
+        ("served", split.serving),
+    )
+    for key, windows in groups:
         if windows:
             facts[key] = printable("; ".join(window.name for window in windows))
     return facts

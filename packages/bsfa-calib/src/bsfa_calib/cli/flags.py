@@ -51,7 +51,6 @@ _TAKERS: dict[str, tuple[str, ...]] = {
     "backend": ("learned", "scalar", "points"),
     "aggregate": ("topk",),
     "keep_maxima": ("topk",),
-    "checkpoint": _ALL,
 }
 _DEFAULTS: dict[str, Any] = {
     "length": 4096,
@@ -80,7 +79,7 @@ _BY_METHOD: dict[str, dict[str, Any]] = {
     "points": {"samples": 4, "holdout": 0},
 }
 FLAGS = (
-    *("method", "model", "text", "text_part", "name"),
+    *("method", "model", "text", "text_part", "name", "checkpoint"),
     *dict.fromkeys((*_TAKERS, *_DEFAULTS)),
 )
 
