@@ -70,7 +70,7 @@ def test_recomputed_layers_learn_the_same(
     model = small_llama() if kind == "llama" else tiny_model(kind, implementation=implementation)
     model = model.to(dtype)
     # Where blocks are skipped and gradients tell heads apart.
-    options = {**OPTIONS, "start": np.full((2, 4), -1.0)}
+    options = {**OPTIONS, "start": np.zeros((2, 4))}
     with one_thread():
         (found,) = learn(model, samples, [0.4], **options)
         keep_everything(monkeypatch)
