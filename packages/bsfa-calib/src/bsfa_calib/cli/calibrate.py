@@ -286,7 +286,9 @@ def _of_start(method: str, start: ThresholdTable | None) -> dict[str, str]:
     """Where the thresholds come from that points were found on."""
     if method != "points" or start is None:
         return {}
-    return {
+    # Of a table whose points were found in the same way, the one behind it.
+    made = {key: value for key, value in start.provenance.items() if key.startswith("start_")}
+    return made or {
         f"start_{key}": value
         for key, value in start.provenance.items()
         if not key.startswith("expected_")
