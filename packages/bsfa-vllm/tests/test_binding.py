@@ -125,6 +125,17 @@ def test_a_draft_model_runs_without_a_table(tmp_path: Path) -> None:
     assert engine_of(config, 0, CPU, required=True) is not None
 
 
+def test_drafts_without_a_model_leave_the_model_its_table(tmp_path: Path) -> None:
+    """Where drafts are n-grams of the prompt, vLLM names the model itself as that of drafts."""
+    config = configured(tmp_path)
+    config.speculative_config = SimpleNamespace(
+        draft_model_config=config.model_config, target_model_config=config.model_config
+    )
+    assert engine_of(config, 0, CPU, required=True) is not None
+    config.speculative_config.target_model_config = object()
+    assert engine_of(config, 0, CPU, required=True) is None
+
+
 def test_a_plain_configuration_is_not_refused() -> None:
     assert refusals(standins.config()) == []
     assert refusals(standins.config(cache_dtype="bfloat16")) == []

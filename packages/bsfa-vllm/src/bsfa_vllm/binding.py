@@ -123,7 +123,9 @@ def engine_of(config: Any, rank: int, device: torch.device, *, required: bool) -
     """
     speculative = getattr(config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
-    if draft is not None and draft is config.model_config:
+    # Without a model of their own, as n-grams of the prompt are, drafts have the model's.
+    target = getattr(speculative, "target_model_config", None)
+    if draft is not None and draft is config.model_config and draft is not target:
         return None
     with _lock:
         key = (str(config.instance_id), id(config.model_config))
