@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -134,9 +135,9 @@ class Builder:
         return self.build(0, common)
 
     def update_block_table(self, metadata: Metadata, table: Tensor, slots: Tensor) -> Metadata:
-        fields = vars(metadata) | {"block_table": table, "slot_mapping": slots}
-        fields.pop("bsfa_plan", None)
-        return Metadata(**fields)
+        changed = copy.copy(metadata)
+        changed.block_table, changed.slot_mapping = table, slots
+        return changed
 
 
 class Impl:

@@ -416,6 +416,23 @@ def test_two_ranks_answer_as_one_does(tmp_path: Path, folder: str, kv_heads: int
     assert counted[0] == counted[1]
 
 
+def test_drafts_of_n_grams_leave_the_prefill_block_sparse(
+    folder: str, learned: str, prompts: list[list[int]]
+) -> None:
+    """Text that repeats itself has its drafts verified."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    asked = [prompts[2], prompts[4] * 2]
+    found = []
+    for options in ({}, {"speculative_config": drafts}):
+        with engine(folder, learned, **options) as llm:
+            found.append(answers(llm, asked))
+            report = bsfa_vllm.statistics()
+        found.append((report.sparse_calls, report.kept_blocks))
+    assert found[:2] == found[2:]
+    assert report.sparse_calls["exact"] == 30 * 2
+    assert 0 < report.dense_calls[Reason.DECODE] <= 30 * 2 * (ANSWER - 1)
+
+
 def test_a_table_of_another_model_is_refused(folder: str, tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     ThresholdTable(

@@ -323,6 +323,38 @@ def test_pages_of_a_builder_without_an_engine(tmp_path: Path) -> None:
     assert engine.calls["exact"] == 1
 
 
+@pytest.mark.parametrize("rows", [[(1, 100), (1, 64)], [(1, 100), (256, 256)]])
+def test_groups_of_layers_that_share_metadata_are_all_counted(
+    tmp_path: Path, rows: list[tuple[int, int]]
+) -> None:
+    """vLLM makes it once for groups of one kind: of the first, whose layers may all run dense."""
+    window, able = OurImpl(sliding_window=(127, 0)), OurImpl()
+    engine, builder = made(tmp_path, torch.inf, window)
+    able.attach(engine)
+    other = OurBuilder()
+    other.prepare({"layers.1.attn": SimpleNamespace(impl=able)}, standins.SPEC, torch.float32)
+    step = Step(rows, seed=5)
+    metadata = builder.build(0, step.common)
+    common = step.common
+    table, slots = common.block_table_tensor, common.slot_mapping
+    # Pages of another group, in which the same keys lie elsewhere.
+    count = len(step.cache)
+    turned = torch.where(table < count, count - 1 - table, table)
+    changed = other.update_block_table(metadata, turned, slots)
+    flipped = step.cache.flip(0)
+    step.cache, cache = flipped, step.cache
+    output = run(able, step, changed, layer=1)
+    step.cache = cache
+    torch.testing.assert_close(output[:1], step.expected()[:1])
+    assert engine.calls[Reason.SLIDING_WINDOW] == 2
+    assert engine.calls[Reason.DECODE] + engine.calls["exact"] == 2
+    sparse = rows[1][0] > 1
+    assert hasattr(changed, PLAN) == sparse
+    assert not hasattr(metadata, PLAN)
+    assert able.tokens == (1 if sparse else 2)
+    assert engine.state.statistics.visible_blocks == [0, 10 if sparse else 0]
+
+
 def test_capture_profiling_and_fused_scales_are_vllms(tmp_path: Path) -> None:
     impl, step = OurImpl(), Step([(256, 256)])
     engine, builder = made(tmp_path, torch.inf, impl)

@@ -55,7 +55,7 @@ def read_settings(
     given = additional.get(KEY, {}) if isinstance(additional, Mapping) else {}
     if not isinstance(given, Mapping):
         raise ValueError(f"the additional config {KEY!r} must be an object, got {given!r}")
-    unknown = sorted(set(given) - set(_NAMES))
+    unknown = sorted(set(given) - set(_NAMES), key=str)
     if unknown:
         raise ValueError(
             f"the additional config {KEY!r} takes {', '.join(_NAMES)}, got {unknown[0]!r}"
@@ -98,8 +98,7 @@ def _point(where: str, value: Any) -> Point:
     axis = where.rpartition(".")[2].lower().removeprefix("bsfa_")
     try:
         if axis != "point":
-            number = value if isinstance(value, (int, float)) else float(value)
-            return Point(axis, number)
+            return Point(axis, float(value) if isinstance(value, str) else value)
         point = as_point(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None

@@ -28,6 +28,8 @@ logger = logging.getLogger("vllm.bsfa")
 
 PLAN = "bsfa_plan"
 """Attribute of a step's metadata: its `Plan`, where some row runs block-sparse."""
+STEP = "bsfa_step"
+"""Attribute of a step's metadata: its `Plan` and vLLM's description, for other groups of layers."""
 # Methods of vLLM's workers under which steps are no user's, and graphs are captured.
 _WARM_UP = frozenset({"compile_or_warm_up_model", "determine_available_memory"})
 
@@ -89,10 +91,8 @@ class SparseBuilder:
         metadata = parent.build(common_prefix_len, common_attn_metadata, fast_build, **more)
         plan = self._plan(common_attn_metadata)
         if plan is not None:
-            self._count(plan)
-            if plan.sparse and self._able:
-                self._describe(plan, common_attn_metadata)
-                setattr(metadata, PLAN, plan)
+            setattr(metadata, STEP, (plan, common_attn_metadata))
+            self._attach(metadata, plan, common_attn_metadata)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any):  # type: ignore[no-untyped-def]
@@ -108,19 +108,23 @@ class SparseBuilder:
         """The metadata of the same step for layers with other pages."""
         parent: Any = super()
         changed_metadata = parent.update_block_table(metadata, blk_table, slot_mapping)
-        plan: Plan | None = getattr(metadata, PLAN, None)
-        # Without a layer that runs block-sparse here, the whole step is dense.
-        if plan is not None and self._engine is not None:
-            parts = []
-            for part in plan.parts:
-                inner = part.metadata
-                if inner is not None:
-                    table, slots = blk_table[part.rows], slot_mapping[part.tokens]
-                    inner = parent.update_block_table(inner, table, slots)
-                parts.append(dataclasses.replace(part, metadata=inner))
-            setattr(changed_metadata, PLAN, dataclasses.replace(plan, parts=parts))
-            self._count(plan)
+        # It is a copy, of what was made for layers that may all run dense.
+        vars(changed_metadata).pop(PLAN, None)
+        step: tuple[Plan, Any] | None = getattr(metadata, STEP, None)
+        if step is not None and self._engine is not None:
+            plan, common = step
+            parts = [dataclasses.replace(part) for part in plan.parts]
+            pages = {"block_table_tensor": blk_table, "slot_mapping": slot_mapping}
+            common = dataclasses.replace(common, **pages)
+            self._attach(changed_metadata, dataclasses.replace(plan, parts=parts), common)
         return changed_metadata
+
+    def _attach(self, metadata: Any, plan: Plan, common: Any) -> None:
+        """Count a step for the layers of this builder, and give its plan to those that split it."""
+        self._count(plan)
+        if plan.sparse and self._able:
+            self._describe(plan, common)
+            setattr(metadata, PLAN, plan)
 
     def _plan(self, common: Any) -> Plan | None:
         """How to split a step; None if no layer of this builder is of an engine that splits any."""
