@@ -172,3 +172,14 @@ def test_statistics_count_the_blocks_of_the_semantics(geometry: Geometry) -> Non
     assert "which 1 of them chose in 8 bits" in statistics.summary()
     statistics.count_sparse(1, kept, lengths, geometry)
     assert statistics.sparse_calls_by_selection == {"exact": 1, "int8": 1}
+
+
+def test_what_moves_in_inference_mode_can_be_changed_outside_of_it() -> None:
+    state = bind(a_table(), SHAPE, "k=4", devices=CPU)
+    kept = torch.ones((4, 4), dtype=torch.int32, device="meta")
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            state.statistics.count_sparse(0, [kept], [(256, 256)], state.geometry)
+            state.layer_thresholds(0, kept.device).fill_(1)
+    assert state.thresholds[0].device.type == "meta"
+    assert state.statistics.sparse_calls == 2

@@ -233,6 +233,25 @@ def test_a_gpu_without_a_kernel_is_refused_at_the_start(
         engine_of(configured(tmp_path), 0, torch.device("cuda", 0), required=True)
 
 
+def test_nothing_is_allocated_where_weights_are_put_to_sleep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM makes engines while it loads a model, in a pool whose memory sleep mode takes back."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kernels = library(("forward", 90, False, (64,)))
+    monkeypatch.setattr("bsfa_vllm.binding.build_info", lambda: kernels)
+    path = standins.table(tmp_path / "wide.safetensors", 0.5, q_block=128)
+    config = standins.config(additional_config={"bsfa": {"thresholds": path}})
+    engine = engine_of(config, 0, torch.device("cuda", 0), required=True)
+    assert engine is not None
+    assert engine.head_dims == {64}
+    assert all(one.device == CPU for one in engine.state.thresholds)
+    assert engine.state.statistics.kept_blocks.sum() == 0
+    # The first step that needs them takes them to its device.
+    engine.state.layer_thresholds(1, torch.device("meta"))
+    assert [one.device.type for one in engine.state.thresholds] == ["cpu", "meta"]
+
+
 def test_a_copy_of_the_configuration_has_the_same_engine(tmp_path: Path) -> None:
     config = configured(tmp_path)
     engine = engine_of(config, 0, CPU, required=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bsfa_calib.convert import Table, load_table
 from bsfa_calib.point import Point, PointLike
-from bsfa_calib.statistics import Statistics
+from bsfa_calib.statistics import Statistics, moved
 from bsfa_kernel import (
     DEFAULT_GEOMETRY,
     GEOMETRIES,
@@ -100,8 +100,8 @@ class State:
         """Thresholds of a layer, float32 [heads, rows], on a device."""
         thresholds = self.thresholds[layer]
         if thresholds.device != device:
-            # The model has been moved since it was patched.
-            thresholds = self.thresholds[layer] = thresholds.to(device)
+            # The model has been moved since it was patched, or this is its first call.
+            thresholds = self.thresholds[layer] = moved(thresholds, device)
         return thresholds
 
 

@@ -110,7 +110,7 @@ class Statistics:
         with self._lock:
             for total in totals:
                 if counters.kept.device != total.device:
-                    counters.kept = counters.kept.to(total.device)
+                    counters.kept = moved(counters.kept, total.device)
                 counters.kept += total
             counters.visible += visible
             counters.query_blocks += query_blocks
@@ -218,3 +218,10 @@ class Statistics:
 
     def __repr__(self) -> str:
         return f"<Statistics: {self.summary().replace(chr(10), '; ')}>"
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device; what comes from the host is not waited for."""
+    # Tensors made in inference mode could not be changed outside of it.
+    with torch.inference_mode(False):
+        return tensor.to(device, non_blocking=tensor.device.type == "cpu")

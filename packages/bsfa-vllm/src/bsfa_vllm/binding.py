@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
-"""From vLLM's configuration to thresholds on the device of this rank.
+"""From vLLM's configuration to the thresholds of this rank.
 
 Only attributes of the configuration are read; vLLM itself is not imported.
 """
@@ -226,11 +226,13 @@ def _make(config: Any, settings: Settings, rank: int, device: torch.device) -> E
         head_dims = kernel_head_dims(
             build_info(), capability, config.model_config.dtype, geometry, settings.selection
         )
+    # The first step takes thresholds and counters to the device. They must not be in the memory of
+    # a model that is loaded: in sleep mode vLLM unmaps it, and gives it back empty.
     state = bind(
         table,
         shape,
         settings.point,
-        devices=[device],
+        devices=[torch.device("cpu")],
         heads=local_heads(shape.heads, parallel.tensor_parallel_size, rank),
         check_model=settings.check_model,
         selection=settings.selection,
