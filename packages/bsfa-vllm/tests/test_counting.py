@@ -135,6 +135,22 @@ def test_a_folder_that_is_gone_is_not_made_again(
     del engine
 
 
+def test_a_folder_that_cannot_be_made_does_not_end_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(counting, "_writer", None)
+    monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", "1000")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BSFA_STATISTICS", str(tmp_path / "file"))
+    engine = ran(tmp_path)
+    assert "statistics cannot be written to" in caplog.messages[0]
+    assert engine.calls["exact"] == 1
+    with caplog.at_level(logging.INFO, logger="vllm.bsfa"):
+        assert counting._writer is not None
+        counting._writer.write()
+    assert caplog.messages[1].startswith("BSFA, tiny-model at target_sparsity=0.5: 1 block-sparse")
+
+
 def test_files_of_others_are_passed_over(tmp_path: Path) -> None:
     engine, folder = ran(tmp_path), counting.statistics_folder()
     for name, text in (

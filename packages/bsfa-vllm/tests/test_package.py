@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -76,6 +77,20 @@ def test_an_interval_that_is_none_is_refused_at_the_start(monkeypatch: pytest.Mo
     monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", "soon")
     with pytest.raises(ValueError, match="BSFA_STATISTICS_INTERVAL must be a positive number"):
         plugin.register()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_one_is_refused_at_the_start(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Registry(monkeypatch, "0.26.0", cpu=False, names=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BSFA_STATISTICS", str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"BSFA_STATISTICS must name a folder .*file"):
+        plugin.register()
+    monkeypatch.setenv("BSFA_STATISTICS", str(tmp_path / "new" / "folder"))
+    plugin.register()
+    assert not (tmp_path / "new").exists()
 
 
 def test_newer_releases_have_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,18 @@ def statistics_folder() -> Path:
     return Path(os.environ[FOLDER])
 
 
+def check_folder() -> None:
+    """Refuse a folder of statistics that cannot be made or written to.
+
+    Raises:
+        ValueError: something in its path is no folder, or not ours to write to.
+    """
+    path = statistics_folder()
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{FOLDER} must name a folder that can be written to, got {path}")
+
+
 def interval() -> float:
     """Seconds between two writings.
 
@@ -228,7 +240,10 @@ class _Writer(threading.Thread):
         self._lock = threading.Lock()
         self._seconds = interval()
         self._stop = threading.Event()
-        _make_folder()
+        try:
+            _make_folder()
+        except OSError:
+            logger.exception("BSFA: statistics cannot be written to %s", statistics_folder())
         atexit.register(self.finish)
 
     def add(self, engine: Engine) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 
 from bsfa_vllm import metrics
-from bsfa_vllm.counting import interval, statistics_folder
+from bsfa_vllm.counting import check_folder, interval
 from bsfa_vllm.versions import check_version, is_supported, window
 
 logger = logging.getLogger("vllm.bsfa")
@@ -23,7 +23,8 @@ def register() -> None:
 
     Raises:
         UnsupportedVersionError: a table is named, and this release is outside the window.
-        ValueError: BSFA_STATISTICS_INTERVAL is not a positive number.
+        ValueError: BSFA_STATISTICS_INTERVAL is not a positive number, or BSFA_STATISTICS names what
+            cannot be a folder.
     """
     import vllm
     from vllm.platforms import current_platform
@@ -43,6 +44,6 @@ def register() -> None:
         if hasattr(AttentionBackendEnum, "register") and not hasattr(AttentionBackendEnum, "BSFA"):
             register_backend("BSFA", "bsfa_vllm.cuda.NamedCUDABackend")
     # Processes that are started from here on write their statistics to the same place.
-    statistics_folder()
+    check_folder()
     interval()
     metrics.register()
