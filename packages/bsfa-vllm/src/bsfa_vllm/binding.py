@@ -163,6 +163,11 @@ def refusals(config: Any) -> list[str]:
             f"block-sparse attention reads caches of 16 bits, got --kv-cache-dtype {cache}: leave "
             "it at auto"
         )
+    elif cache not in ("auto", dtype := str(model.dtype).removeprefix("torch.")):
+        found.append(
+            f"block-sparse attention reads caches in the model's {dtype}, got --kv-cache-dtype "
+            f"{cache}: leave it at auto"
+        )
     for name, flag in (("decode", "dcp"), ("prefill", "pcp")):
         size = getattr(parallel, f"{name}_context_parallel_size", 1)
         if size > 1:
