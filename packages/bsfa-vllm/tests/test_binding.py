@@ -91,7 +91,7 @@ def test_heads_of_ranks() -> None:
         ({"use_mla": True}, "latent ones"),
         ({"cache_dtype": "fp8"}, "caches of 16 bits, got --kv-cache-dtype fp8"),
         ({"cache_dtype": "fp8_e4m3"}, "caches of 16 bits"),
-        ({"cache_dtype": "float16"}, "caches in the model's bfloat16, got --kv-cache-dtype float16"),
+        ({"cache_dtype": "float16"}, "in the model's bfloat16, got --kv-cache-dtype float16"),
         ({"decode_context_parallel_size": 2}, r"decode context parallel size \(dcp\) of 2"),
         ({"prefill_context_parallel_size": 4}, r"prefill context parallel size \(pcp\) of 4"),
         ({"model": "some/other-model"}, "thresholds are of tiny-model, and this model is some/oth"),

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ import standins
 from bsfa_calib.reasons import Reason
 from bsfa_vllm import counting, metrics
 from bsfa_vllm.binding import Engine, engine_of
+from bsfa_vllm.counting import Report
 from standins import HEADS, LAYERS, OurBuilder, OurImpl, Step
 
 CPU = torch.device("cpu")
@@ -97,6 +99,39 @@ def test_what_changed_is_written_and_logged(
     assert counting._writer is not None
     counting._writer.finish()
     del engine
+
+
+def test_nothing_is_read_while_another_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may capture graphs, and a device that is read from another thread ends a capture."""
+    monkeypatch.setattr(counting, "_writer", None)
+    monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", "0.02")
+    starts, done = threading.Event(), threading.Event()
+    written: list[Engine] = []
+
+    def compile_or_warm_up_model() -> None:
+        starts.set()
+        done.wait(20)
+
+    other = threading.Thread(target=compile_or_warm_up_model)
+    other.start()
+    starts.wait(20)
+
+    def write(engine: Engine) -> Report:
+        written.append(engine)
+        return Report()
+
+    monkeypatch.setattr(counting, "_write", write)
+    engine = ran(tmp_path)
+    time.sleep(0.3)
+    assert not written
+    done.set()
+    other.join()
+    end = time.monotonic() + 20
+    while not written and time.monotonic() < end:
+        time.sleep(0.02)
+    assert written == [engine]
 
 
 def test_a_full_disk_does_not_end_the_writing(

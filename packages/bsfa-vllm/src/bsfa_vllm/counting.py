@@ -18,12 +18,14 @@ import math
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from bsfa_calib.thresholds import write_atomically
@@ -34,6 +36,8 @@ _SECONDS = 10.0
 _PREFIX = "bsfa-"
 SPARSE = ("exact", "int8")
 """How block-sparse calls choose their blocks; every other outcome of a call is a reason."""
+# Methods of vLLM's workers under which steps are no user's, and graphs are captured.
+_WARM_UP = frozenset({"compile_or_warm_up_model", "determine_available_memory"})
 
 logger = logging.getLogger("vllm.bsfa")
 
@@ -172,6 +176,18 @@ def statistics_folder() -> Path:
     return Path(os.environ[FOLDER])
 
 
+def warming_up(frame: FrameType | None) -> bool:
+    """Whether a frame is run by vLLM's worker before it serves anything.
+
+    Its steps look like requests of a user, and no argument tells them apart.
+    """
+    while frame is not None:
+        if frame.f_code.co_name in _WARM_UP:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def check_folder() -> None:
     """Refuse a folder of statistics that cannot be made or written to.
 
@@ -252,7 +268,9 @@ class _Writer(threading.Thread):
 
     def run(self) -> None:
         while not self._stop.wait(self._seconds):
-            self.write()
+            # Another engine of this process may capture graphs, which reading the device would end.
+            if not any(map(warming_up, sys._current_frames().values())):
+                self.write()
 
     def write(self) -> None:
         with self._lock:

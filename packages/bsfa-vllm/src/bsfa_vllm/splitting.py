@@ -21,7 +21,7 @@ from torch import Tensor
 from bsfa_calib.reasons import Reason
 from bsfa_kernel import block_sparse_attention
 from bsfa_vllm.binding import Engine, layer_index, layer_reason
-from bsfa_vllm.counting import changed
+from bsfa_vllm.counting import changed, warming_up
 from bsfa_vllm.planning import Part, Plan, Row, split
 
 logger = logging.getLogger("vllm.bsfa")
@@ -30,8 +30,6 @@ PLAN = "bsfa_plan"
 """Attribute of a step's metadata: its `Plan`, where some row runs block-sparse."""
 STEP = "bsfa_step"
 """Attribute of a step's metadata: its `Plan` and vLLM's description, for other groups of layers."""
-# Methods of vLLM's workers under which steps are no user's, and graphs are captured.
-_WARM_UP = frozenset({"compile_or_warm_up_model", "determine_available_memory"})
 
 
 class SparseBuilder:
@@ -137,7 +135,7 @@ class SparseBuilder:
         else:
             plan = Plan(dense=Counter({reason: sum(row.real for row in rows)}))
         # Graphs are captured once, before a user's first step: from then on nothing is warm-up.
-        plan.counted = engine.served or not warming_up()
+        plan.counted = engine.served or not warming_up(sys._getframe())
         return plan
 
     def _reason(self, common: Any) -> Reason | None:
@@ -203,19 +201,6 @@ class SparseBuilder:
         for reason in self._dense_layers.values():
             engine.calls[reason] += rows
         changed(engine)
-
-
-def warming_up() -> bool:
-    """Whether the caller is run by vLLM's worker before it serves anything.
-
-    Its steps look like requests of a user, and no argument tells them apart.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code.co_name in _WARM_UP:
-            return True
-    return False
 
 
 def sliced(common: Any, part: Part, starts: Tensor) -> Any:
