@@ -126,6 +126,18 @@ def test_a_draft_model_runs_without_a_table(tmp_path: Path) -> None:
     assert engine_of(config, 0, CPU, required=True) is not None
 
 
+def test_a_part_of_a_draft_model_runs_without_a_table(tmp_path: Path) -> None:
+    """The language model of a multimodal one has a copy of the configuration."""
+    config = configured(tmp_path)
+    config.speculative_config = SimpleNamespace(
+        draft_model_config=SimpleNamespace(runner_type="draft"), target_model_config=object()
+    )
+    config.model_config.runner_type = "generate"
+    assert engine_of(config, 0, CPU, required=True) is not None
+    config.model_config.runner_type = "draft"
+    assert engine_of(config, 0, CPU, required=True) is None
+
+
 def test_drafts_without_a_model_leave_the_model_its_table(tmp_path: Path) -> None:
     """Where drafts are n-grams of the prompt, vLLM names the model itself as that of drafts."""
     config = configured(tmp_path)

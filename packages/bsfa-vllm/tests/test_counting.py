@@ -29,7 +29,9 @@ from standins import HEADS, LAYERS, OurBuilder, OurImpl, Step
 CPU = torch.device("cpu")
 
 
-def ran(path: Path, *, size: int = 1, rank: int = 0, name: str = "one") -> Engine:
+def ran(
+    path: Path, *, size: int = 1, rank: int = 0, name: str = "one", whole: str | None = None
+) -> Engine:
     """An engine of one rank that has run one prompt and one decode step in layer 0."""
     config = standins.config(
         additional_config={"bsfa": {"thresholds": standins.table(path / "t.safetensors", 9e9)}},
@@ -43,7 +45,7 @@ def ran(path: Path, *, size: int = 1, rank: int = 0, name: str = "one") -> Engin
     impl.attach(engine)
     builder = OurBuilder()
     layer = SimpleNamespace(impl=impl, layer_name="model.layers.0.attn")
-    builder.prepare({layer.layer_name: layer}, standins.SPEC, torch.float32)
+    builder.prepare({layer.layer_name: layer}, standins.SPEC, torch.float32, whole)
     step = Step([(1, 40), (256, 256)])
     step.query = step.query[:, : HEADS // size].contiguous()
     cache = step.cache[:, : max(standins.KV_HEADS // size, 1)]
@@ -82,6 +84,18 @@ def test_ranks_are_merged_and_engines_kept_apart(tmp_path: Path) -> None:
     assert bsfa_vllm.statistics().engine == "other"
     assert len(list(Path(os.environ["BSFA_STATISTICS"]).glob("*.json"))) == len(ranks) + 1
     assert bsfa_vllm.reports(tmp_path) == []
+
+
+def test_ranks_whose_model_has_parts_are_merged(tmp_path: Path) -> None:
+    """Each names the part that has layers by the time when it was made."""
+    ranks = []
+    for rank in range(2):
+        engine = ran(tmp_path, size=2, rank=rank, name=f"made at {rank}", whole="whole")
+        ranks.append(engine)
+    (report,) = bsfa_vllm.reports()
+    assert report.engine == "whole"
+    assert report.kept_blocks == [4 * HEADS, 0]
+    assert sum(report.sparse_calls.values()) == 1
 
 
 def test_what_changed_is_written_and_logged(

@@ -43,7 +43,7 @@ class Engine:
             "exact" or "int8" for block-sparse ones.
         dense_layers: layers that run dense whatever the step, and why.
         able_layers: layers that can run block-sparse.
-        identity: the same for all ranks of an engine.
+        identity: vLLM's name of the engine, the same for all ranks once builders know their layers.
         rank: name of this rank.
         counts_rows: whether this rank's calls count: the others of its tensor-parallel group run
             the same rows.
@@ -121,6 +121,9 @@ def engine_of(config: Any, rank: int, device: torch.device, *, required: bool) -
             kernel for the device, or the engine is configured in a way that the back end does not
             support.
     """
+    # Parts of a model, of a draft as of another, have copies of its configuration.
+    if getattr(config.model_config, "runner_type", None) == "draft":
+        return None
     speculative = getattr(config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
     # Without a model of their own, as n-grams of the prompt are, drafts have the model's.

@@ -46,7 +46,8 @@ class CPUBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
-        self.prepare(layers, kv_cache_spec, vllm_config.model_config.dtype)
+        dtype, identity = vllm_config.model_config.dtype, str(vllm_config.instance_id)
+        self.prepare(layers, kv_cache_spec, dtype, identity)
         if self._engine is not None and self.isa not in _PLAIN:
             raise ValueError(
                 "on a CPU block-sparse attention reads a cache in the order of vLLM's "

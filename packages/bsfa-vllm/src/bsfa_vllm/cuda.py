@@ -47,7 +47,8 @@ class CUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
-        self.prepare(layers, kv_cache_spec, vllm_config.model_config.dtype)
+        dtype, identity = vllm_config.model_config.dtype, str(vllm_config.instance_id)
+        self.prepare(layers, kv_cache_spec, dtype, identity)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

@@ -38,13 +38,17 @@ class SparseBuilder:
     _engine: Engine | None = None
     _capturing = False
 
-    def prepare(self, layers: dict[str, Any], spec: Any, dtype: torch.dtype) -> None:
+    def prepare(
+        self, layers: dict[str, Any], spec: Any, dtype: torch.dtype, identity: str | None = None
+    ) -> None:
         """Look at the layers that this builder works for.
 
         Args:
             layers: by name; each has an ``impl``.
             spec: of their cache, vLLM's ``AttentionSpec``.
             dtype: of the queries.
+            identity: vLLM's name of the engine. The language model of a multimodal one is made
+                under a name of its own, which each rank makes up.
         """
         chunked = getattr(spec, "attention_chunk_size", None) is not None
         self._able, self._dense_layers = 0, dict[int, Reason]()
@@ -68,6 +72,7 @@ class SparseBuilder:
                 self._dense_layers[index] = impl.bsfa_reason
         if self._engine is not None:
             self._engine.dense_layers.update(self._dense_layers)
+            self._engine.identity = identity or self._engine.identity
         if unnumbered:
             logger.warning(
                 "BSFA: these layers run dense and are not counted, for their names do not hold one "
