@@ -233,6 +233,11 @@ def test_an_interval_must_be_positive(text: str, monkeypatch: pytest.MonkeyPatch
         counting.interval()
 
 
+def test_an_interval_may_be_longer_than_a_thread_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", "1e300")
+    assert threading.Lock().acquire(timeout=counting.interval())
+
+
 def test_the_folder_goes_with_the_process_that_chose_it() -> None:
     code = (
         "import pathlib, os; from bsfa_vllm.counting import statistics_folder as folder; "

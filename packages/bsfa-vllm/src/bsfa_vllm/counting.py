@@ -213,7 +213,7 @@ def interval() -> float:
         seconds = math.nan
     if not 0 < seconds < math.inf:
         raise ValueError(f"{INTERVAL} must be a positive number of seconds, got {text!r}")
-    return seconds
+    return min(seconds, threading.TIMEOUT_MAX)
 
 
 def _remove(path: Path, process: int) -> None:
