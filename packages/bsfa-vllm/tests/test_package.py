@@ -79,7 +79,7 @@ def test_an_interval_that_is_none_is_refused_at_the_start(monkeypatch: pytest.Mo
         plugin.register()
 
 
-@pytest.mark.parametrize("name", ["file", "file/below"])
+@pytest.mark.parametrize("name", ["file", "file/below", "file" * 100])
 def test_a_folder_that_cannot_be_one_is_refused_at_the_start(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

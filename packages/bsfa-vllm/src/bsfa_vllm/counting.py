@@ -12,6 +12,7 @@ that runs the model does not.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import math
@@ -195,8 +196,11 @@ def check_folder() -> None:
         ValueError: something in its path is no folder, or not ours to write to.
     """
     path = statistics_folder()
-    there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    usable = False
+    with contextlib.suppress(OSError):  # such as of a name that is too long
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+        usable = there.is_dir() and os.access(there, os.W_OK)
+    if not usable:
         raise ValueError(f"{FOLDER} must name a folder that can be written to, got {path}")
 
 
