@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const auto initialize = [&](Storage& storage) {
     prefetch(params);
     initialize_barriers<Config>(storage);
-    initialize_found(storage.found, 3);
+    initialize_found(storage.found, Producer<Config>::key_loaders(params.forward) + 1);
   };
   const auto produce = [&](Storage& storage, int warp) BSFA_INLINE_LAMBDA {
     const Producer<Config> producer{params, storage};
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           producer.template load_queries_and_keys<true>();
         } else if (warp == 1) {
           producer.template load_values<true>();
-        } else {
+        } else if (producer.key_loaders(params.forward) == 2) {
           producer.load_other_keys();
         }
       } else if (warp == 0) {

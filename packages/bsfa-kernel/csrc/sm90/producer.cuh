@@ -86,13 +86,17 @@ struct Producer {
   const KernelParams& params;
   Storage& storage;
 
+  // Blocks that are skipped pass faster than one thread loads small boxes: then two share the loads of K.
+  __device__ __forceinline__ static int key_loaders(const Problem& problem) {
+    return boxes_bits<kKeyBlock>(problem) == 0 ? 1 : 2;
+  }
+
   // Runs ahead as far as the stages of K allow, into the next tiles too, and publishes the tiles to the
-  // consumers. One thread. kPaged: keys and values lie in pages; then K of the even stages only, since blocks
-  // that are skipped pass faster than one thread loads small boxes.
+  // consumers. One thread. kPaged: keys and values lie in pages. Of two key_loaders(), K of the even stages.
   template <bool kPaged>
   __device__ __forceinline__ void load_queries_and_keys() const {
     PipelineState<1> queries;
-    load_keys<kPaged>(kPaged ? 2 : 1, 0, [&](int index, Tile& tile) BSFA_INLINE_LAMBDA {
+    load_keys<kPaged>(kPaged ? key_loaders(params.forward) : 1, 0, [&](int index, Tile& tile) BSFA_INLINE_LAMBDA {
       wait(storage.q_empty, queries.phase() ^ 1);
       place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
       // Before the thresholds are read, to hide that, even for a tile that turns out to have no keys.
@@ -105,7 +109,7 @@ struct Producer {
     });
   }
 
-  // K of the odd stages, in pages. One thread.
+  // K of the odd stages, in small boxes. One thread.
   __device__ __forceinline__ void load_other_keys() const {
     static_assert(Config::kKeyStages % 2 == 0);
     load_keys<true>(2, 1, [&](int index, Tile& tile) BSFA_INLINE_LAMBDA { find_whole_tile(index, tile); });
@@ -164,9 +168,10 @@ struct Producer {
     find_blocks<Config::kStepBlocks>(params.forward, Config::kTileQ, tile);
   }
 
-  // One of `parts` threads: that of the stages with remainder `part`. begin(index, tile) finds a tile.
+  // One of `loaders` threads, 1 or 2: that of the stages with remainder `loader`. begin(index, tile) finds a
+  // tile.
   template <bool kPaged, class Begin>
-  __device__ __forceinline__ void load_keys(int parts, int part, const Begin& begin) const {
+  __device__ __forceinline__ void load_keys(int loaders, int loader, const Begin& begin) const {
     PipelineState<Config::kKeyStages> keys;
     PipelineState<Config::kVoteStages> vote_state;
     typename KeyLoads<Config, kPaged>::State pages;
@@ -177,7 +182,7 @@ struct Producer {
 #pragma unroll 1
       for (int key_block = tile.key_blocks - 1; key_block >= 0; --key_block) {
         loads.find();
-        if (keys.count % parts == part) {
+        if ((keys.count & (loaders - 1)) == loader) {
           const int stage = keys.stage();
           wait(storage.k_empty[stage], keys.phase() ^ 1);
           // Votes may come as soon as the keys are there.
