@@ -40,8 +40,9 @@ struct RowReference {
     // By how much the logarithm of the sum exceeds the larger one. Of NaN, here the distance of two equal
     // infinities, fminf makes 0.
     const float distance = fminf(-fabsf(excess(peak)) * CUDART_L2E_F, 0.0f);
-    const float more = CUDART_LN2_F * ptx::log2_approx(1.0f + ptx::exp2_approx(distance));
-    const float taken = rule == Rule::kPeakLse ? larger + more : larger;
+    // A factor instead of a branch, for which ptxas would put what follows behind the peak.
+    const float unit = rule == Rule::kPeakLse ? CUDART_LN2_F : 0.0f;
+    const float taken = fmaf(unit, ptx::log2_approx(1.0f + ptx::exp2_approx(distance)), larger);
     value = taken == CUDART_INF_F ? CUDART_NAN_F : taken;
   }
 };

@@ -65,6 +65,7 @@ __device__ __forceinline__ void for_each_taken_tile(typename Config::SharedStora
       __syncwarp();
     }
     if (kLanes == 1 || ptx::is_elected()) {
+      keep_order();
       storage.tile_empty[slot].arrive();
     }
   }

@@ -78,6 +78,7 @@ class FoundLoads {
   __device__ __forceinline__ void advance(bool is_last_of_tile) {
     box_ += 1 << bits_;
     if (box_ == FoundBoxes::kBoxes || is_last_of_tile) {
+      keep_order();
       found_.empty[state_.stage()].arrive();
       state_.advance();
       box_ = 0;

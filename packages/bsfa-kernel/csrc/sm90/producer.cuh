@@ -96,17 +96,19 @@ struct Producer {
   template <bool kPaged>
   __device__ __forceinline__ void load_queries_and_keys() const {
     PipelineState<1> queries;
-    load_keys<kPaged>(kPaged ? key_loaders(params.forward) : 1, 0, [&](int index, Tile& tile) BSFA_INLINE_LAMBDA {
-      wait(storage.q_empty, queries.phase() ^ 1);
-      place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
-      // Before the thresholds are read, to hide that, even for a tile that turns out to have no keys.
-      load_tile_queries<Config>(params, params.forward, tile, storage);
-      find_blocks<Config::kStepBlocks>(params.forward, Config::kTileQ, tile);
-      storage.tiles[queries.count % Config::kTileSlots] = tile;
-      keep_order();
-      storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
-      queries.advance();
-    });
+    load_keys<kPaged>(kPaged ? key_loaders(params.forward) : 1, 0,
+                      [&](int index, Tile& tile) BSFA_INLINE_LAMBDA {
+                        wait(storage.q_empty, queries.phase() ^ 1);
+                        place_tile(params.forward, params.schedule, index, Config::kTileQ, tile);
+                        // Before the thresholds are read, to hide that, even for a tile that turns out to
+                        // have no keys.
+                        load_tile_queries<Config>(params, params.forward, tile, storage);
+                        find_blocks<Config::kStepBlocks>(params.forward, Config::kTileQ, tile);
+                        storage.tiles[queries.count % Config::kTileSlots] = tile;
+                        keep_order();
+                        storage.q_full.arrive_and_expect_tx(Config::kTileQBytes);
+                        queries.advance();
+                      });
   }
 
   // K of the odd stages, in small boxes. One thread.

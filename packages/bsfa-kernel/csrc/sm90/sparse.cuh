@@ -246,7 +246,8 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
   // have work while consumers vote and exponentiate. When a step begins, `current` and the block after it
   // have been voted on, and the GEMM of the one after that, `last`, is in flight. When it ends, so is the
   // GEMM of one more, in the registers of `current`. The vote on `last` is computed while wgmma are issued.
-  // What both arms end with stands after them, so that ptxas puts no further branch into either.
+  // The votes on the block before it, which have been there for most of a step, are read in front of it. What
+  // both arms end with stands after them, so that ptxas puts no further branch into either.
   const auto step = [&](auto& current, auto& last) BSFA_INLINE_LAMBDA {
     float values[kThreadRows];
     if (keeps(1)) {
@@ -263,17 +264,17 @@ __device__ __forceinline__ int attend_sparse(const TileContext<Config>& context,
       if (ping_pong != 0) {
         pingpong_signal(who.warpgroup);
       }
+      look_for_votes(0);
       cast_vote(passes(values));
-      look_for_votes(1);
       finish_gemm<1>(output);
       release_values();
     } else {
       finish_gemm<0>(last);
       find_largest(last, values);
       start_scores(current);
-      cast_vote(passes(values));
       release_keys(0);
-      look_for_votes(1);
+      look_for_votes(0);
+      cast_vote(passes(values));
     }
     look_for_keys();
     judge_early(1);

@@ -42,7 +42,7 @@ struct Tuning<128> {
   static constexpr int kValueStages = 4;
   static constexpr int kListStages = 6;
   static constexpr bool kShortEnds = true;
-  static constexpr int kDensePadding = 0;
+  static constexpr int kDensePadding = 5;
   static constexpr int kListPadding = 0;
 };
 
