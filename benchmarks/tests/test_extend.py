@@ -378,7 +378,7 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
     assert check.wilson(0, 16)[0] == 0.0
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct-long"])
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct-long", "smollm2-135m-instruct-128k"])
 def test_a_shipped_adapter_is_small_complete_and_for_its_model(name: str) -> None:
     folder = Path(train.__file__).parent / name
     assert (folder / "adapter_model.safetensors").stat().st_size < 12_000_000
@@ -394,15 +394,22 @@ def test_a_shipped_adapter_is_small_complete_and_for_its_model(name: str) -> Non
     ]
 
 
-def test_the_card_has_the_figures_of_the_records() -> None:
-    folder = Path(train.__file__).parent / "smollm2-135m-instruct-long"
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [
+        ("smollm2-135m-instruct-long", [32768, 65536, 131072]),
+        ("smollm2-135m-instruct-128k", [131072]),
+    ],
+)
+def test_the_card_has_the_figures_of_the_records(name: str, lengths: list[int]) -> None:
+    folder = Path(train.__file__).parent / name
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in (folder / "README.md").read_text().splitlines()
         if line.startswith("|")
     ]
     records = [json.loads(line) for line in (folder / "check.jsonl").read_text().splitlines()]
-    assert [record["seqlen"] for record in records] == [32768, 65536, 131072]
+    assert [record["seqlen"] for record in records] == lengths
     for column, record in enumerate(records, start=1):
         (by_position,) = [row[1:] for row in rows if row[0] == f"{record['seqlen'] >> 10}K"]
         expected = record["nll_mean"]["by_position"]
