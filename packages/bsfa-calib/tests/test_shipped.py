@@ -17,8 +17,12 @@ from bsfa_calib import ThresholdTable, report
 from bsfa_calib.thresholds import checksum_of
 
 DIRECTORY = Path(__file__).parents[3] / "thresholds"
-# The model merged from the adapter of benchmarks/extend, which has no revision of its own.
-EXTENDED = "SmolLM2-135M-Instruct-long"
+# Models merged from the adapters of benchmarks/extend, which have no revisions of their own, and
+# the lengths of their points.
+EXTENDED = {
+    "SmolLM2-135M-Instruct-long": (4096, 32768, 65536),
+    "SmolLM2-135M-Instruct-128k": (131072,),
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,7 @@ def test_shipped_tables_load_are_small_and_say_where_they_are_from(tool: ModuleT
         table = ThresholdTable.load(path)
         assert path.stat().st_size <= (6e5 if table.axis == "k" else 1e4)
         assert table.model
-        assert table.revision or table.model == EXTENDED
+        assert table.revision or table.model in EXTENDED
         assert table.samples * table.max_seqlen >= 60_000
         assert "served" in table.provenance or table.serve_seqlen == 0
         made = "start_" if "start_command" in table.provenance else ""
@@ -98,16 +102,15 @@ def test_shipped_learned_tables_skip_what_they_promise(tool: ModuleType) -> None
     learned = [ThresholdTable.load(path) for path in tool.table_paths()]
     learned = [table for table in learned if table.axis == "target_sparsity"]
     assert {table.rule for table in learned} == {"peak_lse"}
-    kinds = {
-        (table.geometry, table.voters, table.seqlen, table.model == EXTENDED) for table in learned
-    }
+    kinds = {(table.model, table.geometry, table.voters, table.seqlen) for table in learned}
+    (base,) = {model for model, *_ in kinds} - set(EXTENDED)
     assert kinds == {
         *(
-            (geometry, voters, length, False)
+            (base, geometry, voters, length)
             for geometry, voters in (("128x64", 1), ("128x64", 2), ("128x64", 4), ("64x64", 1))
             for length in (4096, 8192)
         ),
-        *(("128x64", 4, length, True) for length in (4096, 32768, 65536, 131072)),
+        *((model, "128x64", 4, length) for model, found in EXTENDED.items() for length in found),
     }
     for table in learned:
         named = ("expected_sparsity", "expected_kl")
