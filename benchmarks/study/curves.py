@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -250,10 +251,12 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     files = [
         _draw_curves(group, on_tasks.get(whose, {}), folder) for whose, group in widest.items()
     ]
+    by_lengths: dict[bool, list[list[Record]]] = {True: [], False: []}
+    for group in _by_model(records):
+        by_lengths[len({record["seqlen"] for record in group}) > 1].append(group)
     files += [
-        _draw_law(group, folder)
-        for group in _by_model(records)
-        if len({record["seqlen"] for record in group}) > 1
+        _draw_law(group, [one for one in by_lengths[False] if _card(one) == _card(group)], folder)
+        for group in by_lengths[True]
     ]
     by_prompts = ([r for r in group if r["depths"]] for group in tasks(records))
     if needles := [rows for rows in by_prompts if len(rows) > 1]:  # dense alone shows nothing
@@ -317,13 +320,20 @@ def _over_fastest(record: Record, name: str) -> float:
     return float(min(record[name].values()))
 
 
-def _draw_law(group: Sequence[Record], folder: Path) -> Path:
+def _draw_law(
+    group: Sequence[Record], one_length: Sequence[Sequence[Record]], folder: Path
+) -> Path:
+    """Lines of a model, and hollow markers of models that were measured at one length."""
     pyplot = report.load_pyplot()
     figure, axes = pyplot.subplots(1, len(KL_TARGETS), figsize=(10, 5), sharey=True, **_LAYOUT)
     named: set[str] = set()
-    seqlens = sorted({int(record["seqlen"]) for record in group})
+    drawn = [group, *one_length]
+    seqlens = sorted({int(record["seqlen"]) for records in drawn for record in records})
     for axis, target in zip(axes, KL_TARGETS, strict=True):
-        for index, (name, by) in enumerate(law(group, target).items()):
+        found = [law(records, target) for records in drawn]
+        candidates = list(dict.fromkeys(name for each in found for name in each))
+        for each, (index, name) in itertools.product(found, enumerate(candidates)):
+            by = each.get(name, {})
             known = [(length, *by[length]) for length in sorted(by) if np.isfinite(by[length][0])]
             if not known:
                 continue
@@ -336,6 +346,7 @@ def _draw_law(group: Sequence[Record], folder: Path) -> Path:
                 capsize=2,
                 label=None if name in named else label(name),
                 **_style(index),
+                **({} if each is found[0] else {"markerfacecolor": "white"}),
             )
             named.add(name)
         axis.set_xscale("log", base=2)
@@ -346,7 +357,9 @@ def _draw_law(group: Sequence[Record], folder: Path) -> Path:
         axis.set(xlabel="tokens", title=f"KL divergence {target:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("share of the visible blocks kept")
-    figure.suptitle(f"{group[0]['model']}, {group[0]['gpu']}", fontsize=9)
+    title = f"{group[0]['model']}, {group[0]['gpu']}"
+    hollow = [f"{one[0]['model']} ({one[0]['seqlen'] / 1024:g}K)" for one in one_length]
+    figure.suptitle("; hollow: ".join([title, *hollow]), fontsize=9)
     figure.legend(fontsize=7, loc="outside lower center", ncols=3)
     model = "".join(c if c.isalnum() or c in "-." else "-" for c in group[0]["model"])
     return report.save(figure, folder / f"long-law-{model}.png")
@@ -381,6 +394,10 @@ def _draw_needles(groups: Sequence[Sequence[Record]], folder: Path) -> Path:
 def _by_model(records: Sequence[Record]) -> Iterable[list[Record]]:
     every = [record for group in texts(records) for record in group]
     return report.grouped(every, _MODEL)
+
+
+def _card(group: Sequence[Record]) -> tuple[str, ...]:
+    return tuple(str(group[0][name]) for name in _MODEL if name != "model")
 
 
 def _whose(record: Record) -> tuple[str, ...]:

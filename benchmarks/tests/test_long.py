@@ -612,5 +612,36 @@ def test_pictures_are_drawn(measured: list[dict[str, Any]], tmp_path: Path) -> N
     assert "long-law-m.png" in page.text(measured, page.picture_names(tmp_path / "a.md", tmp_path))
 
 
+def test_a_model_measured_at_one_length_is_drawn_beside_another(
+    measured: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn: list[Any] = []
+
+    def keep(figure: Any, path: Path) -> Path:
+        drawn.append(figure)
+        return path
+
+    monkeypatch.setattr(report, "save", keep)
+    texts = [record for record in measured if record["kind"] == "long_text"]
+    other = [{**r, "model": "n", "seqlen": 131072} for r in texts if r["seqlen"] == 32768]
+    other_card = [{**r, "gpu": "another"} for r in other]
+    names = [path.name for path in curves.draw([*texts, *other, *other_card], tmp_path)]
+    assert names.count("long-law-m.png") == 1
+    assert "long-law-n.png" not in names
+    figure = drawn[names.index("long-law-m.png")]
+    assert figure.get_suptitle().endswith("; hollow: n (128K)")
+    hollow = [
+        line
+        for axis in figure.axes
+        for line in axis.lines
+        if line.get_markerfacecolor() == "white" and len(line.get_xdata())
+    ]
+    assert hollow
+    assert {float(x) for line in hollow for x in line.get_xdata()} == {131072.0}
+    for figure in drawn:
+        pyplot.close(figure)
+
+
 def test_records_are_merged_by_what_they_measure(measured: list[dict[str, Any]]) -> None:
     assert len({report.key_of(record) for record in measured}) == len(measured)
