@@ -140,12 +140,21 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
         return model, None, shape_name(arguments.model_shape)
     from bsfa_calib import models
 
+    if adapter is not None:
+        _check_base(adapter, Path(arguments.model).name)
     model, tokenizer = models.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     name = Path(arguments.model).name.removesuffix(".gguf")
     if adapter is not None:
         merge_adapter(model, adapter)
         name = f"{name} + {adapter.resolve().name}"
     return model, tokenizer, name
+
+
+def _check_base(adapter: Path, name: str) -> None:
+    """Refuse a model that the adapter was not trained on, such as one with another merged in."""
+    base = json.loads((adapter / "extension.json").read_text()).get("base_model", name)
+    if base != name:
+        raise ValueError(f"{adapter} is for the model {base}, got {name}")
 
 
 def set_rotary(model: Any, theta: float, positions: int) -> None:
@@ -185,8 +194,10 @@ def merge_adapter(model: Any, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the adapter is not one for this model, or of a kind other than plain LoRA.
+        ValueError: the adapter is not one for this model, of a kind other than plain LoRA, or
+            damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -196,7 +207,11 @@ def merge_adapter(model: Any, folder: Path) -> None:
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise ValueError(f"{folder} must have one rank and one alpha for all layers")
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1.0)
-    factors = load_file(folder / "adapter_model.safetensors")
+    file = folder / "adapter_model.safetensors"
+    try:
+        factors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     modules = dict(model.named_modules())
     merged = 0
     with torch.no_grad():

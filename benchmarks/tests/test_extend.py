@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import argparse
 import json
+import re
 import lzma
 import random
 from collections import Counter
@@ -222,6 +223,23 @@ def test_an_adapter_that_does_not_fit_is_refused(shape: str, tmp_path: Path) -> 
         model_shape=shape, adapter=tmp_path / "fits", device="cpu", dtype="float32", seed=0
     )
     with pytest.raises(ValueError, match="--adapter needs --model"):
+        models.load(arguments)
+    file = tmp_path / "fits" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged"):
+        models.merge_adapter(model, tmp_path / "fits")
+
+
+@pytest.mark.parametrize(
+    "name", ["SmolLM2-135M-Instruct-long", "another/SmolLM2-135M-Instruct.Q8_0.gguf"]
+)
+def test_an_adapter_is_for_the_model_that_it_was_trained_on(name: str) -> None:
+    adapter = Path(train.__file__).parent / "smollm2-135m-instruct-128k"
+    arguments = argparse.Namespace(
+        model=name, model_shape=None, adapter=adapter, device="cpu", dtype="float32"
+    )
+    said = f"is for the model SmolLM2-135M-Instruct.Q4_1.gguf, got {Path(name).name}"
+    with pytest.raises(ValueError, match=re.escape(said)):
         models.load(arguments)
 
 
