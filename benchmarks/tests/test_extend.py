@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import argparse
 import json
-import re
 import lzma
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
