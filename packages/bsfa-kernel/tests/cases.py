@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import os
 import random
@@ -43,7 +42,7 @@ def head_dims_of_run() -> tuple[int, ...]:
         return HEAD_DIMS
     ends = {8, 56, 72, 120, 136, 248}
     others = [head_dim for head_dim in HEAD_DIMS if head_dim not in ends]
-    today = random.Random(datetime.date.today().toordinal())
+    today = random.Random(os.environ["BSFA_TEST_DAY"])
     return tuple(sorted({*ends, *today.sample(others, 2)}))
 
 

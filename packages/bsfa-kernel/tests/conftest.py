@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import zlib
@@ -24,6 +25,9 @@ hypothesis.settings.register_profile("nightly", max_examples=10_000, deadline=No
 hypothesis.settings.load_profile(
     os.environ.get("BSFA_HYPOTHESIS_PROFILE", "default" if torch.cuda.is_available() else "cpu")
 )
+
+# Set once for all processes of pytest-xdist, which midnight would part.
+os.environ.setdefault("BSFA_TEST_DAY", datetime.date.today().isoformat())
 
 
 def pytest_configure(config: pytest.Config) -> None:
