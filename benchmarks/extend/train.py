@@ -156,6 +156,16 @@ def selective_checkpointing() -> Any:
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
 
+def recompute_layers(model: Any, recompute: bool) -> None:
+    """Whether the backward pass computes layers again, all but their attention, or keeps them."""
+    verb = "enable" if recompute else "disable"
+    for name in ("activation_checkpointing", "gradient_checkpointing"):  # the newer name first
+        if switch := getattr(model, f"{name}_{verb}", None):
+            options = {"use_reentrant": False, "context_fn": selective_checkpointing}
+            switch(options) if recompute else switch()
+            return
+
+
 def fastest_attention(model: Any, length: int, device: torch.device) -> list[SDPBackend]:
     """The attention back ends of torch, the one that is faster forward and backward first."""
     config = model.config.get_text_config(decoder=True)
@@ -257,6 +267,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--answer-share", type=float, default=0.3, help="of a window's loss")
     parser.add_argument("--plain", type=float, default=0.1, help="share of windows without a task")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--recompute-from",
+        type=_tokens,
+        default=0,
+        metavar="LENGTH",
+        help="shorter windows keep their activations, which is faster and takes more memory",
+    )
     parser.add_argument("--cpu", action="store_true", help="for a trial without a GPU")
     options = parser.parse_args(arguments)
     if (options.model is None) == (options.model_shape is None):
@@ -293,9 +310,7 @@ def build(options: argparse.Namespace, schedule: Schedule, device: torch.device)
         left: Any = set_peft_model_state_dict(adapted, factors)
         if left.unexpected_keys:
             raise ValueError(f"{options.start_from} is not for this model: {left.unexpected_keys}")
-    # The newer name where there is one.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False, "context_fn": selective_checkpointing})
+    recompute_layers(model, True)
     return adapted.train()
 
 
@@ -363,6 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
     before = spent
     curves = Curves()
     coming: deque[Future[Any]] = deque()
+    recomputed = True
     while True:
         spent = before + time.perf_counter() - start
         progress = max(step / options.steps, spent / 60 / options.minutes)
@@ -375,6 +391,9 @@ def main(arguments: list[str] | None = None) -> int:
             share = max(progress, ahead / options.steps)
             coming.append(make(ahead, schedule.length(share, ahead)))
         ids, kinds = (torch.from_numpy(a)[None].to(device) for a in coming.popleft().result())
+        if recomputed != (ids.numel() >= options.recompute_from):
+            recomputed = not recomputed
+            recompute_layers(model.get_base_model(), recomputed)
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * rate(progress, step)
         with sdpa_kernel(backends, set_priority=True) if backends else contextlib.nullcontext():

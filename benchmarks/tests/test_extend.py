@@ -323,8 +323,8 @@ def test_checkpointing_changes_no_gradient(
     gradients = []
     for checkpointed in (True, False):
         model = train.build(options, schedule, torch.device("cpu"))
-        if not checkpointed:
-            model.get_base_model().gradient_checkpointing_disable()
+        train.recompute_layers(model.get_base_model(), checkpointed)
+        assert model.get_base_model().is_gradient_checkpointing == checkpointed
         tensors = (torch.from_numpy(ids)[None], torch.from_numpy(kinds)[None])
         loss, losses = train.Loss(model, 0.3)(*tensors)
         loss.backward()
@@ -334,6 +334,24 @@ def test_checkpointing_changes_no_gradient(
         torch.testing.assert_close(loss.detach(), expected)
     for with_it, without in zip(*gradients, strict=True):
         torch.testing.assert_close(with_it, without)
+
+
+def test_short_windows_keep_their_activations(
+    shape: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    seen: list[tuple[int, bool]] = []
+    forward = train.Loss.forward
+
+    def watched(self: Any, ids: torch.Tensor, kinds: torch.Tensor) -> Any:
+        seen.append((ids.numel(), self.model.get_base_model().is_gradient_checkpointing))
+        return forward(self, ids, kinds)
+
+    monkeypatch.setattr(train.Loss, "forward", watched)
+    words = ["--model-shape", shape, "--data", str(prepared), "--cpu", "--out", str(tmp_path)]
+    words += ["--steps", "3", "--schedule", "0:256,512", "--recompute-from", "512"]
+    assert train.main(words) == 0
+    assert seen == [(256, False), (512, True), (256, False)]
 
 
 def test_needles_of_the_check_lie_where_they_should(tokenizer: Any, novel: str) -> None:

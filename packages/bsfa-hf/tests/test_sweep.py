@@ -51,6 +51,8 @@ REFUSED = {
         NO_INTERFACE,
     ),
 }
+if [int(number) for number in transformers.__version__.split(".")[:2]] < [5, 24]:
+    REFUSED |= dict.fromkeys(("codegen", "gptj"), NO_INTERFACE)
 
 # Types of which no tiny model can be made and run, and why.
 LEFT_OUT = {
