@@ -560,17 +560,24 @@ def test_what_was_measured_before_a_signal_is_kept(
 ) -> None:
     out = tmp_path / "out.jsonl"
     path = harness.ROOT / "benchmarks" / f"{program}.py"
-    command = [sys.executable, str(path), *TINY, *options, "--out", str(out)]
+    command = [sys.executable, "-X", "faulthandler", str(path), *TINY, *options, "--out", str(out)]
     # Shells let what they start in the background ignore Ctrl-C, which would be handed down.
     default = functools.partial(signal.signal, sent, signal.SIG_DFL)
-    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=default)
+    log = tmp_path / "stderr"
+    with log.open("w") as stderr:
+        child = subprocess.Popen(command, stderr=stderr, preexec_fn=default)
     try:
         end = time.monotonic() + 120
         while not (out.exists() and out.stat().st_size) and time.monotonic() < end:
             assert child.poll() is None
             time.sleep(0.02)
         child.send_signal(sent)
-        assert child.wait(60) != 0
+        try:
+            assert child.wait(60) != 0
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGABRT)  # says where it is
+            child.wait(60)
+            pytest.fail(f"still running 60 s after {sent.name}:\n{log.read_text()[-4000:]}")
     finally:
         child.kill()
     records = list(harness.read_records(out))
