@@ -21,7 +21,6 @@ import functools
 import json
 import math
 import random
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -237,17 +236,6 @@ def command_line(words: Sequence[str]) -> str:
     return shlex.join(kept)
 
 
-def lengths(text: str) -> list[int]:
-    """Lengths in tokens from ``32K,64K``.
-
-    Raises:
-        ValueError: it is malformed.
-    """
-    if not re.fullmatch(r"\d+[kK]?(,\d+[kK]?)*", text):
-        raise ValueError(f"lengths are numbers of tokens such as 32K,64K, got {text!r}")
-    return [int(w[:-1]) << 10 if w[-1] in "kK" else int(w) for w in text.split(",")]
-
-
 def summary(
     losses: list[dict[str, Any]], found: list[dict[str, Any]], positions: int, length: int
 ) -> dict[str, Any]:
@@ -298,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     models.add_model_options(parser, None)  # prompts are drawn by their numbers
-    parser.add_argument("--lengths", type=lengths, default=lengths("32K,64K,128K"))
+    parser.add_argument("--lengths", type=data.lengths, default=data.lengths("32K,64K,128K"))
     parser.add_argument("--windows", type=int, default=3, help="at most, of each held-out text")
     parser.add_argument("--needles", type=int, default=48, help="prompts a wording and key count")
     parser.add_argument("--keys", default="1,4", help="numbers of keys")

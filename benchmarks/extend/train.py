@@ -70,7 +70,7 @@ class Schedule:
             share, colon, lengths = word.partition(":")
             if not colon:
                 raise ValueError(f"a stage is SHARE:LENGTH,LENGTH..., got {word!r}")
-            stages.append((float(share), tuple(map(_tokens, lengths.split(",")))))
+            stages.append((float(share), tuple(data.lengths(lengths))))
         if not stages or stages[0][0] != 0 or stages != sorted(stages):
             raise ValueError(f"stages must begin at 0 and be in order, got {' '.join(words)}")
         return cls(tuple(stages))
@@ -84,10 +84,6 @@ class Schedule:
         """The length of the windows of a step."""
         (lengths,) = [lengths for share, lengths in self.stages if share <= progress][-1:]
         return lengths[step % len(lengths)]
-
-
-def _tokens(text: str) -> int:
-    return int(text[:-1]) << 10 if text.upper().endswith("K") else int(text)
 
 
 def rate(progress: float, step: int) -> float:
@@ -159,11 +155,10 @@ def selective_checkpointing() -> Any:
 def recompute_layers(model: Any, recompute: bool) -> None:
     """Whether the backward pass computes layers again, all but their attention, or keeps them."""
     verb = "enable" if recompute else "disable"
-    for name in ("activation_checkpointing", "gradient_checkpointing"):  # the newer name first
-        if switch := getattr(model, f"{name}_{verb}", None):
-            options = {"use_reentrant": False, "context_fn": selective_checkpointing}
-            switch(options) if recompute else switch()
-            return
+    switch = getattr(model, f"activation_checkpointing_{verb}", None)
+    switch = switch or getattr(model, f"gradient_checkpointing_{verb}")  # the older name
+    options = {"use_reentrant": False, "context_fn": selective_checkpointing}
+    switch(options) if recompute else switch()
 
 
 def fastest_attention(model: Any, length: int, device: torch.device) -> list[SDPBackend]:
@@ -269,8 +264,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--recompute-from",
-        type=_tokens,
-        default=0,
+        default="1",
         metavar="LENGTH",
         help="shorter windows keep their activations, which is faster and takes more memory",
     )
@@ -321,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parse(arguments)
     schedule = Schedule.parse(options.schedule)
+    recompute_from = data.length(options.recompute_from)
     began = time.perf_counter()
     accelerator: Any = Accelerator(mixed_precision="no" if options.cpu else "bf16", cpu=options.cpu)
     device = accelerator.device
@@ -391,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
             share = max(progress, ahead / options.steps)
             coming.append(make(ahead, schedule.length(share, ahead)))
         ids, kinds = (torch.from_numpy(a)[None].to(device) for a in coming.popleft().result())
-        if recomputed != (ids.numel() >= options.recompute_from):
+        if recomputed != (ids.numel() >= recompute_from):
             recomputed = not recomputed
             recompute_layers(model.get_base_model(), recomputed)
         for group in optimizer.param_groups:
