@@ -70,7 +70,7 @@ def samples() -> list[list[int]]:
 # ------------------------------------------------------------------------ attention with gradients
 
 
-@pytest.mark.parametrize("scores_at_a_time", [1 << 24, 1 << 18])
+@pytest.mark.parametrize("scores_at_a_time", [1 << 24, 1 << 18, 1])
 @pytest.mark.parametrize("geometry", [Geometry(128, 64), Geometry(64, 64)], ids=str)
 @pytest.mark.parametrize("voters", [1, 2, 4])
 @pytest.mark.parametrize("rule", RULES)
@@ -146,12 +146,18 @@ def brute_force_excess(
     return excess
 
 
+@pytest.mark.parametrize("scores_at_a_time", [1 << 24, 1])
 @pytest.mark.parametrize("voters", [1, 4])
 @pytest.mark.parametrize("rule", RULES)
 @BOTH
 def test_gradients_are_those_of_attention_to_the_blocks_that_were_kept(
-    rule: str, voters: int, sinks: Tensor | None
+    rule: str,
+    voters: int,
+    scores_at_a_time: int,
+    sinks: Tensor | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(gated, "_SCORES_AT_A_TIME_CPU", scores_at_a_time)
     case = a_case(rule, GEOMETRY)
     options = {"scale": 0.25, "rule": rule, "geometry": GEOMETRY, "voters": voters, "sinks": sinks}
     own = Case(*(x.clone().requires_grad_() for x in case))
@@ -180,12 +186,35 @@ def test_gradients_are_those_of_attention_to_the_blocks_that_were_kept(
     # A threshold's gradient is made of what its blocks' gates are worth.
     assert own.thresholds.grad is not None
     assert gates.grad is not None
-    share = torch.sigmoid((excess - case.thresholds[..., None]) / 0.25)
-    worth = torch.where(excess.isnan(), 0.0, gates.grad * share * (1 - share) / 0.25)
+    distance = (excess - case.thresholds[..., None]) / 0.25
+    share = torch.sigmoid(distance)
+    rise = torch.where(excess.isnan() | (distance < -5), 0.0, share * (1 - share) / 0.25)
+    worth = gates.grad * rise
     assert torch.allclose(own.thresholds.grad, -worth.sum(-1), atol=1e-4)
-    slope = torch.where(excess.isnan(), 0.0, share * (1 - share) / 0.25).sum(-1)
     visible = reference.visible_blocks(512, 512, geometry=GEOMETRY).sum()
-    assert torch.allclose(found.slope, slope / visible, atol=1e-5)
+    assert torch.allclose(found.slope, rise.sum(-1) / visible, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_heads_that_keep_all_or_only_what_is_forced_have_gradients_too(rule: str) -> None:
+    case = a_case(rule, GEOMETRY)
+    case.thresholds[0], case.thresholds[1] = -math.inf, math.inf
+    options = {"scale": 0.25, "rule": rule, "geometry": GEOMETRY, "voters": 4}
+    own = Case(*(x.clone().requires_grad_() for x in case))
+    with torch.enable_grad():
+        found = gated_attention(*own, **options)
+        found.out.backward(torch.randn(found.out.shape))
+    expected = reference.attention(*(x[None] for x in case[:3]), case.thresholds, **options)
+    assert torch.allclose(found.out, expected.out[0], atol=1e-5)
+    assert found.skipped[0] == 0
+    forced = reference.forced_blocks(512, 512, geometry=GEOMETRY).sum()
+    visible = reference.visible_blocks(512, 512, geometry=GEOMETRY).sum()
+    assert found.skipped[1] == pytest.approx(1 - forced / visible)
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in own)
+    of_thresholds = own.thresholds.grad
+    assert of_thresholds is not None
+    assert of_thresholds[:2].abs().max() == 0
+    assert of_thresholds[2:].abs().max() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

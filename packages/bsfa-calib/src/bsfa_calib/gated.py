@@ -5,13 +5,18 @@
 The forward pass is that of docs/semantics.md: a verdict is a step of excess - threshold, and the
 excess of a block, its rows' peaks over their references, depends on no threshold. The derivative of
 a step is nothing almost everywhere; the backward pass puts that of a logistic function of (excess -
-threshold) / width in its place. What a verdict is worth, the derivative of the loss with respect to
-a factor of all the block's weights, is exact, so that the gradient of a threshold is the mean worth
-of the blocks near it.
+threshold) / width in its place, down to five widths below. What a verdict is worth, the derivative
+of the loss with respect to a factor of all the block's weights, is exact, so that the gradient of a
+threshold is the mean worth of the blocks near it.
+
+Voting rows see all keys. All else is computed for lists of blocks, as the kernels do: the forward
+pass and the gradients of q, k and v for blocks that are kept, what a verdict is worth for those and
+the skipped ones near the threshold.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,10 +26,13 @@ from torch import Tensor
 
 from bsfa_kernel import RULES, Geometry
 from bsfa_kernel.geometry import count_visible, full_blocks
-from bsfa_kernel.reference import verdicts, voting_rows
+from bsfa_kernel.reference import verdicts
 
 _SCORES_AT_A_TIME_CPU = 1 << 24
 _SCORES_AT_A_TIME_GPU = 1 << 26
+# Widths below a threshold at which the slope of a verdict ends, so that no block further down is
+# computed: 0.7 % of the logistic function's lies beyond, where a block is worth next to nothing.
+_REACH = 5.0
 
 
 class Gated(NamedTuple):
@@ -120,12 +128,21 @@ class _Options(NamedTuple):
     memo: Memo | None
 
 
-class _Part(NamedTuple):
-    """Scores of the queries from ``start`` to ``stop`` with all keys before ``stop``."""
+class _Lists(NamedTuple):
+    """Query blocks that list about as many key blocks, padded to equal lengths.
 
-    start: int
-    stop: int
-    blocks: slice
+    Attributes:
+        rows: int [lists], head * q_blocks + query block.
+        blocks: int [lists, longest], kv_head * k_blocks + key block, from the last to the first;
+            behind the end of a list its first block.
+        filled: how many blocks the shortest list has.
+        beyond: bool [lists, longest - filled], which of the others are behind the end.
+    """
+
+    rows: Tensor
+    blocks: Tensor
+    filled: int
+    beyond: Tensor
 
 
 class _GatedAttention(torch.autograd.Function):
@@ -141,12 +158,8 @@ class _GatedAttention(torch.autograd.Function):
         out, lse, kept, slope = memo.found
         ctx.save_for_backward(q, k, v, out, lse, kept, slope)
         ctx.options = options
-        (_, q_blocks, k_blocks), seqlen = kept.shape, q.shape[1]
-        q_block, k_block = options.geometry
-        index = torch.arange(q_blocks, device=q.device)
-        seen = torch.arange(k_blocks, device=q.device) * k_block < (index[:, None] + 1) * q_block
-        visible = count_visible(seqlen, seqlen, options.geometry)
-        skipped = 1 - (kept & seen).sum((1, 2)).float() / visible
+        visible = count_visible(q.shape[1], q.shape[1], options.geometry)
+        skipped = 1 - kept.sum((1, 2)).float() / visible
         of_row = slope.sum(-1) / visible
         ctx.mark_non_differentiable(skipped, of_row)
         # Not the tensor of the memo, which would then hold the graph.
@@ -155,118 +168,183 @@ class _GatedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *given, lse, kept, slope = ctx.saved_tensors
-        dtype = given[0].dtype
-        q, k, v, out, out_gradient = (x.float() for x in (*given, gradients[0]))
         geometry, scale = ctx.options.geometry, ctx.options.scale
-        heads, seqlen, head_dim = q.shape
-        q_block, k_block = geometry
-        kv_heads = k.shape[0]
-        group = heads // kv_heads
-        out_gradient = out_gradient.contiguous()
-        q_gradient = torch.empty_like(q)
-        k_gradient, v_gradient = torch.zeros_like(k), torch.zeros_like(v)
-        threshold_gradient = q.new_zeros((heads, seqlen // q_block))
-        for part in _parts(q, geometry):
-            here, before = slice(part.start, part.stop), slice(0, part.stop)
-            weights = _scores(q, k, part, group, scale).sub_(lse[:, here]).exp_()
-            upstream = out_gradient[:, here]
-            worth = upstream @ _repeated(v[:, before], group).transpose(1, 2)
-            worth -= (upstream * out[:, here]).sum(-1, keepdim=True)
-            worth *= weights
-            shape = (heads, part.blocks.stop - part.blocks.start, q_block, -1, k_block)
-            verdict = kept[:, part.blocks, None, : part.stop // k_block, None]
-            by_block = worth.view(shape)
-            of_block = by_block.sum((2, 4)) * slope[:, part.blocks, : part.stop // k_block]
-            threshold_gradient[:, part.blocks] = -of_block.sum(-1)
-            by_block *= verdict
-            weights.view(shape).mul_(verdict)
-            q_gradient[:, here] = worth @ _repeated(k[:, before], group) * scale
-            added = worth.transpose(1, 2) @ q[:, here] * scale
-            k_gradient[:, before] += added.view(kv_heads, group, -1, head_dim).sum(1)
-            added = weights.transpose(1, 2) @ upstream
-            v_gradient[:, before] += added.view(kv_heads, group, -1, head_dim).sum(1)
-        of_inputs = (x.to(dtype) for x in (q_gradient, k_gradient, v_gradient))
-        return *of_inputs, threshold_gradient, None
+        group = given[0].shape[0] // given[1].shape[0]
+        q, out, upstream = (
+            _blocks(x, geometry.q_block) for x in (given[0], given[3], gradients[0])
+        )
+        k, v = (_blocks(x, geometry.k_block) for x in given[1:3])
+        q = q * scale
+        lse = lse.view(*q.shape[:2], 1)
+        delta = (upstream * out).sum(-1, keepdim=True)
+        q_gradient, k_gradient, v_gradient = (torch.zeros_like(x) for x in (q, k, v))
+        threshold_gradient = slope.new_zeros(len(q))
+        slopes = slope.flatten(0, 1)
+        for near, chosen in enumerate((kept, ~kept & (slope != 0))):
+            for lists in _lists(chosen, group, geometry):
+                rows, blocks = lists.rows, lists.blocks
+                keys, values = _listed(k, blocks), _listed(v, blocks)
+                weights = _scores(q[rows], keys, lists, geometry, forced=not near)
+                weights.sub_(lse[rows]).exp_()
+                worth = upstream[rows] @ values.transpose(1, 2)
+                worth.sub_(delta[rows]).mul_(weights)
+                of_block = worth.view(*weights.shape[:2], -1, geometry.k_block).sum((1, 3))
+                of_block *= slopes[rows].gather(1, blocks % slope.shape[-1])
+                threshold_gradient[rows] -= of_block.sum(-1)
+                if near:
+                    continue
+                q_gradient[rows] = worth @ keys
+                for gradient, of_scores, right in (
+                    (k_gradient, worth, q[rows]),
+                    (v_gradient, weights, upstream[rows]),
+                ):
+                    added = of_scores.transpose(1, 2) @ right
+                    gradient.index_add_(0, blocks.flatten(), added.view(-1, *gradient.shape[1:]))
+        q_gradient *= scale
+        of_inputs = (
+            x.view(like.shape).to(like.dtype)
+            for x, like in zip((q_gradient, k_gradient, v_gradient), given, strict=False)
+        )
+        return *of_inputs, threshold_gradient.view(slope.shape[:2]), None
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, LSE [heads, seqlen, 1], and verdicts and slopes [heads, q_blocks, k_blocks]."""
+    geometry, sinks = options.geometry, options.sinks
+    kept, slope = _verdicts(q, k, thresholds, options)
+    group = q.shape[0] // k.shape[0]
+    queries = _blocks(q, geometry.q_block) * options.scale
+    k, v = (_blocks(x, geometry.k_block) for x in (k, v))
+    out = torch.empty_like(queries)
+    lse = queries.new_empty((*queries.shape[:2], 1))
+    for lists in _lists(kept, group, geometry):
+        rows = lists.rows
+        scores = _scores(queries[rows], _listed(k, lists.blocks), lists, geometry, forced=True)
+        largest = scores.amax(-1, keepdim=True)
+        if sinks is not None:
+            first = sinks.detach().float()[rows // kept.shape[1], None, None]
+            largest = torch.maximum(largest, first)
+        weights = scores.sub_(largest).exp_()
+        denominator = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            denominator += (first - largest).exp()
+        out[rows] = weights @ _listed(v, lists.blocks) / denominator
+        lse[rows] = denominator.log() + largest
+    return out.view(q.shape).to(q.dtype), lse.view(*q.shape[:2], 1), kept, slope
+
+
+def _verdicts(q: Tensor, k: Tensor, thresholds: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Which visible blocks are kept, bool, and slopes, float32; both [heads, q_blocks, k_blocks].
+
+    Only the rows that vote are looked at.
+    """
     rule, geometry, scale, voters, width, sinks, _ = options
-    heads, seqlen, _ = q.shape
+    heads, seqlen, head_dim = q.shape
     q_block, k_block = geometry
-    group = heads // k.shape[0]
-    out = torch.empty_like(q)
-    q, k, v = (x.float() for x in (q, k, v))
-    lse = q.new_empty((heads, seqlen, 1))
     q_blocks, k_blocks = seqlen // q_block, seqlen // k_block
-    voting = voting_rows(seqlen, seqlen, geometry, voters).to(q.device)
     kept = torch.zeros((heads, q_blocks, k_blocks), dtype=torch.bool, device=q.device)
-    slope = q.new_zeros((heads, q_blocks, k_blocks))
+    slope = torch.zeros(kept.shape, device=q.device)
+    k = k.float()
     first = None if sinks is None else sinks.detach().float().view(-1, 1, 1)
-    for part in _parts(q, geometry):
-        weights = _scores(q, k, part, group, scale)
-        rows, columns = part.blocks.stop - part.blocks.start, part.stop // k_block
-        by_block = weights.view(heads, rows, q_block, columns, k_block)
-        peaks = by_block.amax(-1)
-        largest = peaks.amax(-1, keepdim=True)
-        reference = None
-        if first is not None:
-            reference = first.expand(peaks.shape[:-1])
-            largest = torch.maximum(largest, reference[..., None])
-        by_block = by_block.sub_(largest[..., None]).exp_()
-        masses = by_block.sum(-1)
-        index = torch.arange(part.blocks.start, part.blocks.stop, device=q.device)
+    for start, stop, every in _stretches(q, geometry, voters):
+        columns = stop * q_block // k_block
+        here = slice(start * q_block + every - 1, stop * q_block, every)
+        some = (q[:, here].float() * scale).reshape(k.shape[0], -1, head_dim)
+        scores = some @ k[:, : stop * q_block].transpose(1, 2)
+        scores = scores.view(heads, -1, stop * q_block)
+        own = torch.arange(start * q_block, stop * q_block, device=q.device)
+        hidden = own > own[here.start - start * q_block :: every, None]
+        scores[:, :, start * q_block :].masked_fill_(hidden, -torch.inf)
+        peaks = scores.view(heads, stop - start, -1, columns, k_block).amax(-1)
+        index = torch.arange(start, stop, device=q.device)
         full = full_blocks(index, seqlen, seqlen, geometry)
-        chosen = thresholds[:, part.blocks]
-        verdict, excess = verdicts(
-            *(peaks, chosen),
-            rule=rule,
-            reference=reference,
-            voting=voting[part.blocks],
-            full=full,
-        )
-        share = torch.sigmoid((excess - chosen[..., None]) / width)
-        free = torch.arange(columns, device=q.device) < full[:, None]
-        kept[:, part.blocks, :columns] = verdict
-        slope[:, part.blocks, :columns] = share * (1 - share) / width * free
-        denominator = (masses * verdict[:, :, None]).sum(-1)
-        if reference is not None:
-            denominator += (reference - largest[..., 0]).exp()
-        by_block *= verdict[:, :, None, :, None]
-        numerator = weights @ _repeated(v[:, : part.stop], group)
-        here = slice(part.start, part.stop)
-        denominator = denominator.view(heads, -1, 1)
-        out[:, here] = numerator / denominator
-        lse[:, here] = denominator.log() + largest.view(heads, -1, 1)
-    return out, lse, kept, slope
+        chosen = thresholds[:, start:stop]
+        reference = None if first is None else first.expand(peaks.shape[:-1])
+        verdict, excess = verdicts(peaks, chosen, rule=rule, reference=reference, full=full)
+        behind = torch.arange(columns, device=q.device) - full[:, None]
+        kept[:, start:stop, :columns] = verdict & (behind < q_block // k_block)
+        distance = (excess - chosen[..., None]) / width
+        share = torch.sigmoid(distance)
+        rise = share * (1 - share) / width
+        rise.masked_fill_((behind >= 0) | (distance < -_REACH), 0.0)
+        slope[:, start:stop, :columns] = rise
+    return kept, slope
 
 
-def _parts(q: Tensor, geometry: Geometry) -> Iterator[_Part]:
-    """Stretches of queries that are computed together."""
+def _stretches(q: Tensor, geometry: Geometry, voters: int) -> Iterator[tuple[int, int, int]]:
+    """Query blocks whose verdicts are found together: the first, one behind the last, voters.
+
+    The last query block votes with all its rows.
+    """
     heads, seqlen, _ = q.shape
-    budget = _SCORES_AT_A_TIME_CPU if q.device.type == "cpu" else _SCORES_AT_A_TIME_GPU
+    budget = _scores_at_a_time(q)
+    last = seqlen // geometry.q_block - 1
     start = 0
-    while start < seqlen:
+    while start < last:
         # The largest number of rows with rows * (start + rows) scores a head within the budget.
-        rows = int((start * start / 4 + budget / heads) ** 0.5 - start / 2)
-        rows = max(rows // geometry.q_block, 1) * geometry.q_block
-        stop = min(start + rows, seqlen)
-        yield _Part(start, stop, slice(start // geometry.q_block, stop // geometry.q_block))
+        before = start * geometry.q_block
+        rows = int((before * before / 4 + budget * voters / heads) ** 0.5 - before / 2)
+        stop = min(start + max(rows // geometry.q_block, 1), last)
+        yield start, stop, voters
         start = stop
+    yield last, last + 1, 1
 
 
-def _repeated(x: Tensor, group: int) -> Tensor:
-    """[kv_heads, ...] for every query head."""
-    return x.repeat_interleave(group, 0)
+def _lists(chosen: Tensor, group: int, geometry: Geometry) -> Iterator[_Lists]:
+    """The blocks chosen of each query block, bool [heads, q_blocks, k_blocks], as lists."""
+    _, q_blocks, k_blocks = chosen.shape
+    counts = chosen.sum(-1).flatten()
+    ordered, order = counts.sort()
+    lengths: list[int] = ordered.tolist()
+    budget = _scores_at_a_time(chosen) // (geometry.q_block * geometry.k_block)
+    stop = len(lengths)
+    while stop and lengths[stop - 1]:
+        longest = lengths[stop - 1]
+        start = max(stop - max(budget // longest, 1), bisect.bisect_right(lengths, 0))
+        rows, filled = order[start:stop], lengths[start]
+        of_rows = chosen.flatten(0, 1)[rows].flip(-1).byte()
+        blocks = (
+            k_blocks - 1 - of_rows.sort(dim=-1, descending=True, stable=True).indices[:, :longest]
+        )
+        beyond = torch.arange(longest, device=rows.device) >= counts[rows, None]
+        blocks = torch.where(beyond, blocks[:, :1], blocks)
+        blocks += (rows // (q_blocks * group) * k_blocks)[:, None]
+        yield _Lists(rows, blocks, filled, beyond[:, filled:])
+        stop = start
 
 
-def _scores(q: Tensor, k: Tensor, part: _Part, group: int, scale: float) -> Tensor:
-    """[heads, rows, stop], -inf where a key is not seen."""
-    some = q[:, part.start : part.stop] * scale
-    scores = torch.bmm(some, _repeated(k[:, : part.stop], group).transpose(1, 2))
-    own = part.stop - part.start  # of earlier keys, each query sees all
-    hidden = torch.ones((own, own), dtype=torch.bool, device=q.device).triu_(1)
-    scores[:, :, part.start :].masked_fill_(hidden, -torch.inf)
+def _scores(q: Tensor, keys: Tensor, lists: _Lists, geometry: Geometry, *, forced: bool) -> Tensor:
+    """Scores [lists, q_block, longest * k_block]; -inf behind the end of a list.
+
+    Args:
+        q: of the rows of the lists, times the scale.
+        keys: of their blocks.
+        lists: which those are.
+        geometry: the sparsity block.
+        forced: whether lists begin with the blocks that hold keys which some query does not see.
+    """
+    q_block, k_block = geometry
+    scores = q @ keys.transpose(1, 2)
+    if forced:
+        own = torch.arange(q_block, device=q.device)
+        key = own.view(-1, k_block).flip(0).flatten()
+        scores[:, :, :q_block].masked_fill_(key > own[:, None], -torch.inf)
+    by_block = scores.view(*scores.shape[:2], -1, k_block)
+    by_block[:, :, lists.filled :].masked_fill_(lists.beyond[:, None, :, None], -torch.inf)
     return scores
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """float32 [heads * blocks, size, head_dim] of [heads, seqlen, head_dim]."""
+    return x.float().reshape(-1, size, x.shape[-1])
+
+
+def _listed(x: Tensor, blocks: Tensor) -> Tensor:
+    """[lists, keys, head_dim]: what lists of blocks name, one behind the other."""
+    return x[blocks].flatten(1, 2)
+
+
+def _scores_at_a_time(x: Tensor) -> int:
+    return _SCORES_AT_A_TIME_CPU if x.device.type == "cpu" else _SCORES_AT_A_TIME_GPU
