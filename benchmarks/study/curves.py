@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -248,15 +249,21 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     on_tasks = scored(records)
     # Of each length, the windows that the most was measured on.
     widest = {_whose(group[0]): group for group in sorted(texts(records), key=len)}
+    suffixes = _suffixes(list(widest.values()), "seqlen")
     files = [
-        _draw_curves(group, on_tasks.get(whose, {}), folder) for whose, group in widest.items()
+        _draw_curves(group, on_tasks.get(whose, {}), folder, suffix)
+        for (whose, group), suffix in zip(widest.items(), suffixes, strict=True)
     ]
     by_lengths: dict[bool, list[list[Record]]] = {True: [], False: []}
     for group in _by_model(records):
         by_lengths[len({record["seqlen"] for record in group}) > 1].append(group)
     files += [
-        _draw_law(group, [one for one in by_lengths[False] if _card(one) == _card(group)], folder)
-        for group in by_lengths[True]
+        _draw_law(
+            group, [one for one in by_lengths[False] if _card(one) == _card(group)], folder, suffix
+        )
+        for group, suffix in zip(
+            by_lengths[True], _suffixes(by_lengths[True], "model"), strict=True
+        )
     ]
     by_prompts = ([r for r in group if r["depths"]] for group in tasks(records))
     if needles := [rows for rows in by_prompts if len(rows) > 1]:  # dense alone shows nothing
@@ -264,7 +271,24 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     return files
 
 
-def _draw_curves(group: Sequence[Record], scores: dict[_Point, Scored], folder: Path) -> Path:
+def _suffixes(groups: Sequence[Sequence[Record]], named: str) -> list[str]:
+    """What tells the pictures of groups apart that are named by one field and have it in common."""
+    found = []
+    for group in groups:
+        same = [one[0] for one in groups if one[0][named] == group[0][named]]
+        differ = [name for name in _MODEL if len({str(record[name]) for record in same}) > 1]
+        found.append("".join(f"-{_slug(str(group[0][name]))}" for name in differ))
+    return found
+
+
+def _slug(name: str) -> str:
+    """A name as a part of a file's."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name)
+
+
+def _draw_curves(
+    group: Sequence[Record], scores: dict[_Point, Scored], folder: Path, suffix: str
+) -> Path:
     pyplot = report.load_pyplot()
     lines = [
         line for line in report.grouped(group, ("candidate",)) if line[0]["candidate"] != DENSE
@@ -300,7 +324,7 @@ def _draw_curves(group: Sequence[Record], scores: dict[_Point, Scored], folder: 
     figure.suptitle(f"{group[0]['model']}, {_length(group[0])}, {group[0]['gpu']}", fontsize=9)
     figure.legend(fontsize=7, loc="outside lower center", ncols=3)
     seqlen = group[0]["seqlen"]
-    return report.save(figure, folder / f"long-accuracy-{seqlen:06}.png")
+    return report.save(figure, folder / f"long-accuracy-{seqlen:06}{suffix}.png")
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -321,7 +345,7 @@ def _over_fastest(record: Record, name: str) -> float:
 
 
 def _draw_law(
-    group: Sequence[Record], one_length: Sequence[Sequence[Record]], folder: Path
+    group: Sequence[Record], one_length: Sequence[Sequence[Record]], folder: Path, suffix: str
 ) -> Path:
     """Lines of a model, and hollow markers of models that were measured at one length."""
     pyplot = report.load_pyplot()
@@ -361,8 +385,7 @@ def _draw_law(
     hollow = [f"{one[0]['model']} ({one[0]['seqlen'] / 1024:g}K)" for one in one_length]
     figure.suptitle("; hollow: ".join([title, *hollow]), fontsize=9)
     figure.legend(fontsize=7, loc="outside lower center", ncols=3)
-    model = "".join(c if c.isalnum() or c in "-." else "-" for c in group[0]["model"])
-    return report.save(figure, folder / f"long-law-{model}.png")
+    return report.save(figure, folder / f"long-law-{_slug(group[0]['model'])}{suffix}.png")
 
 
 def _draw_needles(groups: Sequence[Sequence[Record]], folder: Path) -> Path:

@@ -627,7 +627,9 @@ def test_a_model_measured_at_one_length_is_drawn_beside_another(
     other = [{**r, "model": "n", "seqlen": 131072} for r in texts if r["seqlen"] == 32768]
     other_card = [{**r, "gpu": "another"} for r in other]
     names = [path.name for path in curves.draw([*texts, *other, *other_card], tmp_path)]
-    assert names.count("long-law-m.png") == 1
+    assert len(set(names)) == len(names)
+    cards = {f"long-accuracy-131072-{card}.png" for card in ("A-GPU", "another")}
+    assert {"long-accuracy-008192.png", "long-law-m.png"} | cards < set(names)
     assert "long-law-n.png" not in names
     figure = drawn[names.index("long-law-m.png")]
     assert figure.get_suptitle().endswith("; hollow: n (128K)")
@@ -641,6 +643,19 @@ def test_a_model_measured_at_one_length_is_drawn_beside_another(
     assert {float(x) for line in hollow for x in line.get_xdata()} == {131072.0}
     for figure in drawn:
         pyplot.close(figure)
+
+
+def test_models_of_one_length_have_a_picture_each(
+    measured: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    texts = [record for record in measured if record["kind"] == "long_text"]
+    files = curves.draw([*texts, *({**r, "model": "a_b + n"} for r in texts)], tmp_path)
+    assert sorted(path.name for path in files) == sorted(
+        f"long-{name}.png"
+        for model in ("m", "a-b-n")
+        for name in (f"accuracy-008192-{model}", f"accuracy-032768-{model}", f"law-{model}")
+    )
 
 
 def test_records_are_merged_by_what_they_measure(measured: list[dict[str, Any]]) -> None:
