@@ -417,7 +417,14 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
     assert check.wilson(0, 16)[0] == 0.0
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct-long", "smollm2-135m-instruct-128k"])
+ADAPTERS = [
+    ("smollm2-135m-instruct-32k", [32768]),
+    ("smollm2-135m-instruct-long", [32768, 65536, 131072]),
+    ("smollm2-135m-instruct-128k", [131072]),
+]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in ADAPTERS])
 def test_a_shipped_adapter_is_small_complete_and_for_its_model(name: str) -> None:
     folder = Path(train.__file__).parent / name
     assert (folder / "adapter_model.safetensors").stat().st_size < 12_000_000
@@ -433,13 +440,7 @@ def test_a_shipped_adapter_is_small_complete_and_for_its_model(name: str) -> Non
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "lengths"),
-    [
-        ("smollm2-135m-instruct-long", [32768, 65536, 131072]),
-        ("smollm2-135m-instruct-128k", [131072]),
-    ],
-)
+@pytest.mark.parametrize(("name", "lengths"), ADAPTERS)
 def test_the_card_has_the_figures_of_the_records(name: str, lengths: list[int]) -> None:
     folder = Path(train.__file__).parent / name
     rows = [

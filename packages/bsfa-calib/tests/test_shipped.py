@@ -20,6 +20,7 @@ DIRECTORY = Path(__file__).parents[3] / "thresholds"
 # Models merged from the adapters of benchmarks/extend, which have no revisions of their own, and
 # the lengths of their points.
 EXTENDED = {
+    "SmolLM2-135M-Instruct-32k": (4096, 32768),
     "SmolLM2-135M-Instruct-long": (4096, 32768, 65536),
     "SmolLM2-135M-Instruct-128k": (131072,),
 }
