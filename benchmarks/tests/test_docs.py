@@ -226,7 +226,7 @@ def test_a_figure_that_disagrees_is_found() -> None:
 def test_a_row_of_one_record_is_compared_field_by_field() -> None:
     file = RESULTS / "long_text.jsonl"
     record = next(r for r in read_records(file) if r["axis"] == "k")
-    names = ("candidate", "seqlen", "asked")
+    names = ("candidate", "seqlen", "asked", "model")
     where = " ".join(shlex.quote(f"{name}={record[name]}") for name in names)
 
     def row(*cells: str) -> list[str]:
