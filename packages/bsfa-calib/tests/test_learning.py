@@ -188,7 +188,8 @@ def test_gradients_are_those_of_attention_to_the_blocks_that_were_kept(
     assert gates.grad is not None
     distance = (excess - case.thresholds[..., None]) / 0.25
     share = torch.sigmoid(distance)
-    rise = torch.where(excess.isnan() | (distance < -5), 0.0, share * (1 - share) / 0.25)
+    nothing = excess.isnan() | ((distance < -5) & (rule != "absolute"))
+    rise = torch.where(nothing, 0.0, share * (1 - share) / 0.25)
     worth = gates.grad * rise
     assert torch.allclose(own.thresholds.grad, -worth.sum(-1), atol=1e-4)
     visible = reference.visible_blocks(512, 512, geometry=GEOMETRY).sum()
@@ -280,6 +281,39 @@ def test_what_attention_with_gradients_cannot_take_is_refused() -> None:
         gated_attention(*case, **options, width=0)
     with pytest.raises(ValueError, match="rule must be one of"):
         gated_attention(*case, **{**options, "rule": "none"})
+    with pytest.raises(ValueError, match=r"voters must be one of \(1, 2, 4\), got 8"):
+        gated_attention(*case, **options, voters=8)
+    with pytest.raises(ValueError, match="blocks must be 128x64 or 64x64, got 8x1"):
+        gated_attention(*case, **{**options, "geometry": Geometry(8, 1)})
+    q, k, v, thresholds = case
+    for other in ((k, v[:, :1]), (k, v.repeat(2, 1, 1)), (k[..., :8], v[..., :8]), (q[:, :3],) * 2):
+        with pytest.raises(
+            ValueError, match=r"k and v must be \[512, kv_heads, 16\] with kv_heads"
+        ):
+            gated_attention(q, *other, thresholds, **options)
+
+
+def test_gradients_have_no_gradients_themselves() -> None:
+    case = a_case("peak_lse", GEOMETRY)
+    q = case.q.clone().requires_grad_()
+    with torch.enable_grad():
+        out = gated_attention(q, *case[1:], rule="peak_lse", geometry=GEOMETRY, scale=0.25).out
+        (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()
+
+
+def test_blocks_far_below_an_absolute_threshold_have_a_worth() -> None:
+    q, _, v, thresholds = a_case("absolute", GEOMETRY)
+    k = torch.full_like(v, 1e-3)  # every peak is far below
+    own = thresholds.clone().requires_grad_()
+    with torch.enable_grad():
+        found = gated_attention(q, k, v, own, rule="absolute", geometry=GEOMETRY, scale=0.25)
+        found.out.square().sum().backward()
+    assert found.skipped.min() > 0.5
+    assert own.grad is not None
+    assert own.grad[:, 1:].abs().min() > 0
+    assert found.slope[:, 1:].min() > 0
 
 
 # --------------------------------------------------------------------------------------- learning

@@ -5,9 +5,9 @@
 The forward pass is that of docs/semantics.md: a verdict is a step of excess - threshold, and the
 excess of a block, its rows' peaks over their references, depends on no threshold. The derivative of
 a step is nothing almost everywhere; the backward pass puts that of a logistic function of (excess -
-threshold) / width in its place, down to five widths below. What a verdict is worth, the derivative
-of the loss with respect to a factor of all the block's weights, is exact, so that the gradient of a
-threshold is the mean worth of the blocks near it.
+threshold) / width in its place, under relative rules down to five widths below. What a verdict is
+worth, the derivative of the loss with respect to a factor of all the block's weights, is exact, so
+that the gradient of a threshold is the mean worth of the blocks near it.
 
 Voting rows see all keys. All else is computed for lists of blocks, as the kernels do: the forward
 pass and the gradients of q, k and v for blocks that are kept, what a verdict is worth for those and
@@ -17,21 +17,23 @@ the skipped ones near the threshold.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from bsfa_kernel import RULES, Geometry
+from bsfa_kernel import GEOMETRIES, RULES, VOTERS, Geometry
 from bsfa_kernel.geometry import count_visible, full_blocks
 from bsfa_kernel.reference import verdicts
 
 _SCORES_AT_A_TIME_CPU = 1 << 24
 _SCORES_AT_A_TIME_GPU = 1 << 26
-# Widths below a threshold at which the slope of a verdict ends, so that no block further down is
-# computed: 0.7 % of the logistic function's lies beyond, where a block is worth next to nothing.
+# Widths below a threshold at which the slope of a verdict ends under relative rules, so that no
+# block further down is computed: its weights are small, and 0.7 % of the logistic function's rise
+# is left. Under the absolute rule a block may have large weights far below a threshold.
 _REACH = 5.0
 
 
@@ -80,11 +82,11 @@ def gated_attention(
     Args:
         q: [seqlen, heads, head_dim]; seqlen is a multiple of both sides of a block. Any dtype:
             scores are float32, and what the backward pass needs is kept in the dtype of q.
-        k: [seqlen, kv_heads, head_dim].
+        k: [seqlen, kv_heads, head_dim]; heads is a multiple of kv_heads.
         v: as k.
         thresholds: float32 [heads, q_blocks].
         rule: one of ``bsfa_kernel.RULES``.
-        geometry: the sparsity block.
+        geometry: the sparsity block, one of ``GEOMETRIES``.
         scale: factor of the scores.
         voters: one query row in 1, 2 or 4 votes.
         width: of the logistic function, in units of scaled scores.
@@ -95,10 +97,19 @@ def gated_attention(
     Raises:
         ValueError: an argument breaks a rule.
     """
-    seqlen, heads, _ = q.shape
-    q_block, k_block = geometry
-    if seqlen % q_block or q_block % k_block or k.shape[0] != seqlen:
+    seqlen, heads, head_dim = q.shape
+    if geometry not in GEOMETRIES:
+        raise ValueError(f"blocks must be {' or '.join(map(str, GEOMETRIES))}, got {geometry}")
+    q_block = geometry.q_block
+    if seqlen % q_block or k.shape[0] != seqlen:
         raise ValueError(f"lengths must be equal and multiples of {geometry}, got {seqlen} queries")
+    if k.shape[2] != head_dim or v.shape != k.shape or heads % k.shape[1]:
+        raise ValueError(
+            f"k and v must be [{seqlen}, kv_heads, {head_dim}] with kv_heads a divisor of {heads}, "
+            f"got {list(k.shape)} and {list(v.shape)}"
+        )
+    if voters not in VOTERS:
+        raise ValueError(f"voters must be one of {VOTERS}, got {voters}")
     if rule not in RULES:
         raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
     if thresholds.shape != (heads, seqlen // q_block):
@@ -134,15 +145,15 @@ class _Lists(NamedTuple):
     Attributes:
         rows: int [lists], head * q_blocks + query block.
         blocks: int [lists, longest], kv_head * k_blocks + key block, from the last to the first;
-            behind the end of a list its first block.
+            the padding repeats a list's first entry.
         filled: how many blocks the shortest list has.
-        beyond: bool [lists, longest - filled], which of the others are behind the end.
+        padding: bool [lists, longest - filled], which of the entries from there on are padding.
     """
 
     rows: Tensor
     blocks: Tensor
     filled: int
-    beyond: Tensor
+    padding: Tensor
 
 
 class _GatedAttention(torch.autograd.Function):
@@ -166,46 +177,66 @@ class _GatedAttention(torch.autograd.Function):
         return out.detach(), skipped, of_row
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *given, lse, kept, slope = ctx.saved_tensors
-        geometry, scale = ctx.options.geometry, ctx.options.scale
-        group = given[0].shape[0] // given[1].shape[0]
-        q, out, upstream = (
-            _blocks(x, geometry.q_block) for x in (given[0], given[3], gradients[0])
-        )
-        k, v = (_blocks(x, geometry.k_block) for x in given[1:3])
-        q = q * scale
-        lse = lse.view(*q.shape[:2], 1)
-        delta = (upstream * out).sum(-1, keepdim=True)
-        q_gradient, k_gradient, v_gradient = (torch.zeros_like(x) for x in (q, k, v))
-        threshold_gradient = slope.new_zeros(len(q))
-        slopes = slope.flatten(0, 1)
-        for near, chosen in enumerate((kept, ~kept & (slope != 0))):
-            for lists in _lists(chosen, group, geometry):
-                rows, blocks = lists.rows, lists.blocks
-                keys, values = _listed(k, blocks), _listed(v, blocks)
-                weights = _scores(q[rows], keys, lists, geometry, forced=not near)
-                weights.sub_(lse[rows]).exp_()
-                worth = upstream[rows] @ values.transpose(1, 2)
-                worth.sub_(delta[rows]).mul_(weights)
-                of_block = worth.view(*weights.shape[:2], -1, geometry.k_block).sum((1, 3))
-                of_block *= slopes[rows].gather(1, blocks % slope.shape[-1])
-                threshold_gradient[rows] -= of_block.sum(-1)
-                if near:
-                    continue
-                q_gradient[rows] = worth @ keys
-                for gradient, of_scores, right in (
-                    (k_gradient, worth, q[rows]),
-                    (v_gradient, weights, upstream[rows]),
-                ):
-                    added = of_scores.transpose(1, 2) @ right
-                    gradient.index_add_(0, blocks.flatten(), added.view(-1, *gradient.shape[1:]))
-        q_gradient *= scale
-        of_inputs = (
-            x.view(like.shape).to(like.dtype)
-            for x, like in zip((q_gradient, k_gradient, v_gradient), given, strict=False)
-        )
-        return *of_inputs, threshold_gradient.view(slope.shape[:2]), None
+        q, k, v, out, lse, kept, slope = ctx.saved_tensors
+        found = _Backward(q, k, v, out, lse, slope, gradients[0], ctx.options)
+        group = q.shape[0] // k.shape[0]
+        for chosen, are_kept in ((kept, True), (~kept & (slope != 0), False)):
+            for lists in _lists(chosen, group, ctx.options.geometry, q.shape[2]):
+                found.add(lists, are_kept)
+        return *found.of_inputs((q, k, v)), found.of_thresholds.view(slope.shape[:2]), None
+
+
+class _Backward:
+    """Gradients under way. q and what is of its rows is by query block, k and v by key block."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        slope: Tensor,
+        upstream: Tensor,
+        options: _Options,
+    ) -> None:
+        self.geometry, self.scale = options.geometry, options.scale
+        self.q = _blocks(q, self.geometry.q_block) * self.scale
+        self.k, self.v = (_blocks(x, self.geometry.k_block) for x in (k, v))
+        self.upstream = _blocks(upstream, self.geometry.q_block)
+        self.lse = lse.view(*self.q.shape[:2], 1)
+        self.slope = slope.flatten(0, 1)
+        self.delta = (self.upstream * _blocks(out, self.geometry.q_block)).sum(-1, keepdim=True)
+        self.of_q = torch.empty_like(self.q)
+        self.of_k, self.of_v = torch.zeros_like(self.k), torch.zeros_like(self.v)
+        self.of_thresholds = slope.new_zeros(len(self.q))
+
+    def add(self, lists: _Lists, are_kept: bool) -> None:
+        """What lists of blocks give: thresholds their worth; q, k and v theirs if they are kept."""
+        rows, blocks = lists.rows, lists.blocks
+        q, upstream, keys = self.q[rows], self.upstream[rows], _listed(self.k, blocks)
+        weights = _scores(q, keys, lists, self.geometry, forced=are_kept)
+        weights.sub_(self.lse[rows]).exp_()
+        worth = upstream @ _listed(self.v, blocks).transpose(1, 2)
+        worth.sub_(self.delta[rows]).mul_(weights)
+        of_block = worth.view(*worth.shape[:2], -1, self.geometry.k_block).sum((1, 3))
+        slopes = self.slope[rows].gather(1, blocks % self.slope.shape[-1])
+        self.of_thresholds[rows] -= (of_block * slopes).sum(-1)
+        if are_kept:
+            self.of_q[rows] = worth @ keys
+            self._add(self.of_k, blocks, worth.transpose(1, 2) @ q)
+            self._add(self.of_v, blocks, weights.transpose(1, 2) @ upstream)
+
+    @staticmethod
+    def _add(gradient: Tensor, blocks: Tensor, added: Tensor) -> None:
+        gradient.index_add_(0, blocks.flatten(), added.view(-1, *gradient.shape[1:]))
+
+    def of_inputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of q, k and v, in their shapes and dtypes."""
+        found = (self.of_q.mul_(self.scale), self.of_k, self.of_v)
+        return [x.view(y.shape).to(y.dtype) for x, y in zip(found, inputs, strict=True)]
 
 
 def _attend(
@@ -219,7 +250,7 @@ def _attend(
     k, v = (_blocks(x, geometry.k_block) for x in (k, v))
     out = torch.empty_like(queries)
     lse = queries.new_empty((*queries.shape[:2], 1))
-    for lists in _lists(kept, group, geometry):
+    for lists in _lists(kept, group, geometry, q.shape[2]):
         rows = lists.rows
         scores = _scores(queries[rows], _listed(k, lists.blocks), lists, geometry, forced=True)
         largest = scores.amax(-1, keepdim=True)
@@ -248,35 +279,35 @@ def _verdicts(q: Tensor, k: Tensor, thresholds: Tensor, options: _Options) -> tu
     slope = torch.zeros(kept.shape, device=q.device)
     k = k.float()
     first = None if sinks is None else sinks.detach().float().view(-1, 1, 1)
-    for start, stop, every in _stretches(q, geometry, voters):
-        columns = stop * q_block // k_block
-        here = slice(start * q_block + every - 1, stop * q_block, every)
-        some = (q[:, here].float() * scale).reshape(k.shape[0], -1, head_dim)
-        scores = some @ k[:, : stop * q_block].transpose(1, 2)
-        scores = scores.view(heads, -1, stop * q_block)
-        own = torch.arange(start * q_block, stop * q_block, device=q.device)
-        hidden = own > own[here.start - start * q_block :: every, None]
+    for start, stop, every in _chunks(q, geometry, voters):
+        keys = stop * q_block
+        voting = slice(start * q_block + every - 1, keys, every)
+        some = (q[:, voting].float() * scale).reshape(k.shape[0], -1, head_dim)
+        scores = (some @ k[:, :keys].transpose(1, 2)).view(heads, -1, keys)
+        place = torch.arange(keys, device=q.device)
+        hidden = place[start * q_block :] > place[voting, None]
         scores[:, :, start * q_block :].masked_fill_(hidden, -torch.inf)
-        peaks = scores.view(heads, stop - start, -1, columns, k_block).amax(-1)
+        peaks = scores.view(heads, stop - start, -1, keys // k_block, k_block).amax(-1)
         index = torch.arange(start, stop, device=q.device)
         full = full_blocks(index, seqlen, seqlen, geometry)
-        chosen = thresholds[:, start:stop]
+        own = thresholds[:, start:stop]
         reference = None if first is None else first.expand(peaks.shape[:-1])
-        verdict, excess = verdicts(peaks, chosen, rule=rule, reference=reference, full=full)
-        behind = torch.arange(columns, device=q.device) - full[:, None]
-        kept[:, start:stop, :columns] = verdict & (behind < q_block // k_block)
-        distance = (excess - chosen[..., None]) / width
+        verdict, excess = verdicts(peaks, own, rule=rule, reference=reference, full=full)
+        # Counted from the first forced block; those of a query block hold its own keys.
+        forced = torch.arange(keys // k_block, device=q.device) - full[:, None]
+        kept[:, start:stop, : keys // k_block] = verdict & (forced < q_block // k_block)
+        distance = (excess - own[..., None]) / width
         share = torch.sigmoid(distance)
         rise = share * (1 - share) / width
-        rise.masked_fill_((behind >= 0) | (distance < -_REACH), 0.0)
-        slope[:, start:stop, :columns] = rise
+        far = torch.zeros_like(verdict) if rule == "absolute" else distance < -_REACH
+        slope[:, start:stop, : keys // k_block] = rise.masked_fill_((forced >= 0) | far, 0.0)
     return kept, slope
 
 
-def _stretches(q: Tensor, geometry: Geometry, voters: int) -> Iterator[tuple[int, int, int]]:
-    """Query blocks whose verdicts are found together: the first, one behind the last, voters.
+def _chunks(q: Tensor, geometry: Geometry, voters: int) -> Iterator[tuple[int, int, int]]:
+    """Query blocks whose verdicts are found together: the first, one past the last, voters.
 
-    The last query block votes with all its rows.
+    Who votes is said in ``bsfa_kernel.reference.voting_rows``: in the last query block all rows.
     """
     heads, seqlen, _ = q.shape
     budget = _scores_at_a_time(q)
@@ -292,31 +323,34 @@ def _stretches(q: Tensor, geometry: Geometry, voters: int) -> Iterator[tuple[int
     yield last, last + 1, 1
 
 
-def _lists(chosen: Tensor, group: int, geometry: Geometry) -> Iterator[_Lists]:
-    """The blocks chosen of each query block, bool [heads, q_blocks, k_blocks], as lists."""
+def _lists(chosen: Tensor, group: int, geometry: Geometry, head_dim: int) -> Iterator[_Lists]:
+    """The blocks chosen of each query block, bool [heads, q_blocks, k_blocks], as lists.
+
+    Query blocks without any have no list. ``group`` query heads share a kv head.
+    """
     _, q_blocks, k_blocks = chosen.shape
     counts = chosen.sum(-1).flatten()
     ordered, order = counts.sort()
     lengths: list[int] = ordered.tolist()
-    budget = _scores_at_a_time(chosen) // (geometry.q_block * geometry.k_block)
-    stop = len(lengths)
-    while stop and lengths[stop - 1]:
+    # Of a block the scores are held, and its keys and values.
+    largest = geometry.k_block * max(geometry.q_block, head_dim)
+    budget = _scores_at_a_time(chosen) // largest
+    first, stop = bisect.bisect_right(lengths, 0), len(lengths)
+    while stop > first:
         longest = lengths[stop - 1]
-        start = max(stop - max(budget // longest, 1), bisect.bisect_right(lengths, 0))
+        start = max(stop - max(budget // longest, 1), first)
         rows, filled = order[start:stop], lengths[start]
-        of_rows = chosen.flatten(0, 1)[rows].flip(-1).byte()
-        blocks = (
-            k_blocks - 1 - of_rows.sort(dim=-1, descending=True, stable=True).indices[:, :longest]
-        )
-        beyond = torch.arange(longest, device=rows.device) >= counts[rows, None]
-        blocks = torch.where(beyond, blocks[:, :1], blocks)
+        backwards = chosen.flatten(0, 1)[rows].flip(-1).byte()
+        places = backwards.sort(dim=-1, descending=True, stable=True).indices[:, :longest]
+        padding = torch.arange(longest, device=rows.device) >= counts[rows, None]
+        blocks = k_blocks - 1 - torch.where(padding, places[:, :1], places)
         blocks += (rows // (q_blocks * group) * k_blocks)[:, None]
-        yield _Lists(rows, blocks, filled, beyond[:, filled:])
+        yield _Lists(rows, blocks, filled, padding[:, filled:])
         stop = start
 
 
 def _scores(q: Tensor, keys: Tensor, lists: _Lists, geometry: Geometry, *, forced: bool) -> Tensor:
-    """Scores [lists, q_block, longest * k_block]; -inf behind the end of a list.
+    """Scores [lists, q_block, longest * k_block]; -inf for padding.
 
     Args:
         q: of the rows of the lists, times the scale.
@@ -329,10 +363,10 @@ def _scores(q: Tensor, keys: Tensor, lists: _Lists, geometry: Geometry, *, force
     scores = q @ keys.transpose(1, 2)
     if forced:
         own = torch.arange(q_block, device=q.device)
-        key = own.view(-1, k_block).flip(0).flatten()
+        key = own.view(-1, k_block).flip(0).flatten()  # as listed, from the last block to the first
         scores[:, :, :q_block].masked_fill_(key > own[:, None], -torch.inf)
     by_block = scores.view(*scores.shape[:2], -1, k_block)
-    by_block[:, :, lists.filled :].masked_fill_(lists.beyond[:, None, :, None], -torch.inf)
+    by_block[:, :, lists.filled :].masked_fill_(lists.padding[:, None, :, None], -torch.inf)
     return scores
 
 
