@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,28 @@ def set_rotary(model: Any, theta: float, positions: int) -> None:
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(model.device)
 
 
+def adapter_factors(folder: Path) -> dict[str, Tensor]:
+    """The factors of an adapter, by the names that PEFT gives them.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: their file is damaged, or has not the SHA-256 that ``extension.json`` may state.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    file = folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    stated = json.loads((folder / "extension.json").read_text()).get("sha256")
+    found = hashlib.sha256(content).hexdigest()
+    if stated not in (None, found):
+        raise ValueError(f"{file} is damaged: its SHA-256 must be {stated}, got {found}")
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
 def merge_adapter(model: Any, folder: Path) -> None:
     """Add a LoRA adapter to the weights of a model, and set its rotary base and positions.
 
@@ -190,16 +213,13 @@ def merge_adapter(model: Any, folder: Path) -> None:
         model: the model that the adapter was trained on, in any dtype.
         folder: what ``extend/train.py`` wrote: ``adapter_config.json`` and
             ``adapter_model.safetensors`` in PEFT's format, and ``extension.json`` with
-            ``rope_theta`` and ``max_position_embeddings``.
+            ``rope_theta``, ``max_position_embeddings`` and the factors' ``sha256``.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the adapter is not one for this model, of a kind other than plain LoRA, or
             damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = json.loads((folder / "adapter_config.json").read_text())
     extension = json.loads((folder / "extension.json").read_text())
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
@@ -207,11 +227,7 @@ def merge_adapter(model: Any, folder: Path) -> None:
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise ValueError(f"{folder} must have one rank and one alpha for all layers")
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1.0)
-    file = folder / "adapter_model.safetensors"
-    try:
-        factors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    factors = adapter_factors(folder)
     modules = dict(model.named_modules())
     merged = 0
     with torch.no_grad():

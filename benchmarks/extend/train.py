@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -231,7 +232,9 @@ def save(model: Any, folder: Path, extension: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model)
     packed = {name: value.to(torch.bfloat16).contiguous().cpu() for name, value in state.items()}
-    save_file(packed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    factors = folder / "adapter_model.safetensors"
+    save_file(packed, factors, metadata={"format": "pt"})
+    extension = {**extension, "sha256": hashlib.sha256(factors.read_bytes()).hexdigest()}
     config = model.peft_config["default"].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     config["inference_mode"] = True
@@ -280,7 +283,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def build(options: argparse.Namespace, schedule: Schedule, device: torch.device) -> Any:
     """The model with its new base and fresh adapters (or those to start from)."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     dtype = "float32" if options.cpu else "bfloat16"
     if options.model_shape:
@@ -300,7 +302,7 @@ def build(options: argparse.Namespace, schedule: Schedule, device: torch.device)
     )
     adapted: Any = get_peft_model(model, config)
     if options.start_from:
-        factors = load_file(options.start_from / "adapter_model.safetensors")
+        factors = models.adapter_factors(options.start_from)
         left: Any = set_peft_model_state_dict(adapted, factors)
         if left.unexpected_keys:
             raise ValueError(f"{options.start_from} is not for this model: {left.unexpected_keys}")

@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
 import argparse
+import hashlib
 import json
 import lzma
 import random
@@ -228,8 +229,17 @@ def test_an_adapter_that_does_not_fit_is_refused(shape: str, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="--adapter needs --model"):
         models.load(arguments)
     file = tmp_path / "fits" / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
+    content = file.read_bytes()
+    file.write_bytes(content[:-8])
     with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged"):
+        models.merge_adapter(model, tmp_path / "fits")
+    file.write_bytes(content)
+    about = tmp_path / "fits" / "extension.json"
+    extension = json.loads(about.read_text()) | {"sha256": hashlib.sha256(content).hexdigest()}
+    about.write_text(json.dumps(extension))
+    models.merge_adapter(model, tmp_path / "fits")
+    file.write_bytes(content[:-8] + bytes([content[-8] ^ 1]) + content[-7:])
+    with pytest.raises(ValueError, match=r"its SHA-256 must be [0-9a-f]{64}, got [0-9a-f]{64}"):
         models.merge_adapter(model, tmp_path / "fits")
 
 
@@ -432,7 +442,9 @@ def test_a_shipped_adapter_is_small_complete_and_for_its_model(name: str) -> Non
     assert {value.dtype for value in factors.values()} == {torch.bfloat16}
     assert len(factors) == 30 * 7 * 2
     assert all(value.isfinite().all() and value.abs().max() > 0 for value in factors.values())
+    assert models.adapter_factors(folder).keys() == factors.keys()
     extension = json.loads((folder / "extension.json").read_text())
+    assert len(extension["sha256"]) == 64
     assert extension["base_model"] == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert json.loads((folder / "manifest.json").read_text())["held_out_novels"] == [
         "emma",
