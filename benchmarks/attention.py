@@ -29,7 +29,18 @@ import bsfa_kernel
 import inputs
 import kernels
 from bsfa_kernel import Geometry, _native, reference
-from harness import ROOT, Budget, Record, Results, Timer, clocks, environment, progress
+from harness import (
+    ROOT,
+    Budget,
+    Record,
+    Results,
+    Timer,
+    clocks,
+    environment,
+    list_of,
+    parse_length,
+    progress,
+)
 from inputs import Problem, Shape
 from kernels import EXACT, Mode
 
@@ -667,14 +678,6 @@ class Benchmark:
         }
 
 
-def parse_length(text: str) -> int:
-    """A number of tokens: 65536 or 64K."""
-    length = int(text[:-1]) * _K if text[-1:] in "kK" else int(text)
-    if length < 1:
-        raise argparse.ArgumentTypeError(f"a length must be at least 1, got {text}")
-    return length
-
-
 def parse_sparsity(text: str) -> str:
     """A share from 0 to 1, or "dense"."""
     if text != DENSE and not 0.0 <= float(text) <= 1.0:
@@ -696,14 +699,6 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 def parse_dtype(text: str) -> torch.dtype:
     """An element type by its name."""
     return _DTYPES[one_of(_DTYPES)(text)]
-
-
-def list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def items(text: str) -> tuple[Any, ...]:
-        return tuple(parse(item) for item in text.split(","))
-
-    items.__name__ = "comma-separated list"
-    return items
 
 
 _DTYPES = {"bfloat16": _BF16, "float16": _FP16}

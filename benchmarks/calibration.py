@@ -36,14 +36,13 @@ import torch
 
 import bsfa_kernel
 import models
-from attention import list_of, parse_length
 from bsfa_calib import learned, learning, serving
 from bsfa_calib.capture import Settings, block_counts, calibrate
 from bsfa_calib.cli.flags import add_flags, complete
 from bsfa_calib.cli.jobs import default_targets
 from bsfa_calib.expected import Calibrated
 from bsfa_kernel import Geometry
-from harness import ROOT, Record, Results, clocks, environment, progress
+from harness import ROOT, Record, Results, clocks, environment, list_of, parse_length, progress
 
 _T = TypeVar("_T")
 

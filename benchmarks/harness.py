@@ -8,6 +8,7 @@ means.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -227,6 +229,34 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "sparsity": (list,),
     },
 }
+
+
+class LengthError(argparse.ArgumentTypeError, ValueError):
+    """A length is malformed; argparse shows what it says."""
+
+
+def parse_length(text: str) -> int:
+    """A number of tokens: 65536 or 64K.
+
+    Raises:
+        LengthError: it is malformed, or 0.
+    """
+    if not re.fullmatch(r"[0-9]+[kK]?", text):
+        raise LengthError(f"a length is a number of tokens such as 512 or 32K, got {text!r}")
+    length = int(text[:-1]) << 10 if text[-1] in "kK" else int(text)
+    if length < 1:
+        raise LengthError(f"a length must be at least 1, got {text}")
+    return length
+
+
+def list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """A reader of several values with commas between them, for argparse."""
+
+    def items(text: str) -> tuple[Any, ...]:
+        return tuple(parse(item) for item in text.split(","))
+
+    items.__name__ = "comma-separated list"
+    return items
 
 
 def check_record(record: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ import torch
 
 import bsfa_kernel
 import models
-from attention import list_of, one_of, parse_length
+from attention import one_of
 from bsfa_calib.capture import CaptureError
 from bsfa_calib.hook import ATTENTION_NAME, HookError, Method, applied, attention_shape
 from bsfa_calib.language_model import Band, LanguageModel, Predictions
@@ -47,7 +47,17 @@ from bsfa_calib.text import Window, read_windows
 from bsfa_calib.thresholds import ThresholdTable
 from bsfa_calib.tuning import TuningError
 from extend import check
-from harness import Budget, Record, Results, clocks, environment, progress, read_records
+from harness import (
+    Budget,
+    Record,
+    Results,
+    clocks,
+    environment,
+    list_of,
+    parse_length,
+    progress,
+    read_records,
+)
 from inputs import Shape
 from kernels import FlashAttention3
 from prefill import AttentionClock, Fa3Layers, lean, torch_name

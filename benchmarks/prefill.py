@@ -47,11 +47,21 @@ from torch.nn import functional
 import bsfa_hf
 import bsfa_kernel
 import models
-from attention import DENSE, ERROR_LIMIT, error, list_of, parse_length, parse_sparsity
+from attention import DENSE, ERROR_LIMIT, error, parse_sparsity
 from bsfa_calib.capture import calibrate
 from bsfa_calib.dense import flash_with_sinks, unknown_arguments, with_sinks
 from bsfa_kernel import Geometry
-from harness import ROOT, Budget, Record, Results, device_event, environment, progress
+from harness import (
+    ROOT,
+    Budget,
+    Record,
+    Results,
+    device_event,
+    environment,
+    list_of,
+    parse_length,
+    progress,
+)
 from inputs import Shape
 from kernels import EXACT, FlashAttention3, Mode
 from turns import Run, Turns

@@ -43,10 +43,10 @@ import torch
 
 import bsfa_kernel
 import models
-from attention import DENSE, list_of, parse_length, parse_sparsity
+from attention import DENSE, parse_sparsity
 from bsfa_calib import ThresholdTable
 from bsfa_kernel import Geometry
-from harness import ROOT, Budget, Record, Results, environment, progress
+from harness import ROOT, Budget, Record, Results, environment, list_of, parse_length, progress
 from kernels import EXACT, Mode
 from turns import Run, Turns
 

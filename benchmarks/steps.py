@@ -30,14 +30,23 @@ import kernels
 from attention import (
     ERROR_LIMIT,
     error,
-    list_of,
     one_of,
     parse_dtype,
-    parse_length,
     wrong_verdicts,
 )
 from bsfa_kernel import Geometry, _native, reference
-from harness import ROOT, Budget, Record, Results, Timer, clocks, environment, progress
+from harness import (
+    ROOT,
+    Budget,
+    Record,
+    Results,
+    Timer,
+    clocks,
+    environment,
+    list_of,
+    parse_length,
+    progress,
+)
 from inputs import Problem, Shape
 
 SELECT, ATTEND = "select_blocks", "attend_blocks"

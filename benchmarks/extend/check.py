@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 import models
 from extend import data, tasks
+from harness import list_of, parse_length
 
 BINS = 8
 _CHUNK = 4096  # tokens whose logits are held at once
@@ -286,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     models.add_model_options(parser, None)  # prompts are drawn by their numbers
-    parser.add_argument("--lengths", type=data.lengths, default=data.lengths("32K,64K,128K"))
+    parser.add_argument("--lengths", type=list_of(parse_length), default=(32768, 65536, 131072))
     parser.add_argument("--windows", type=int, default=3, help="at most, of each held-out text")
     parser.add_argument("--needles", type=int, default=48, help="prompts a wording and key count")
     parser.add_argument("--keys", default="1,4", help="numbers of keys")

@@ -116,22 +116,6 @@ class _Stripper(html.parser.HTMLParser):
             self.parts.append(data)
 
 
-def length(text: str) -> int:
-    """A length in tokens from ``32K`` or ``512``.
-
-    Raises:
-        ValueError: it is malformed, or 0.
-    """
-    if not re.fullmatch(r"[1-9]\d*[kK]?", text):
-        raise ValueError(f"a length is a number of tokens such as 512 or 32K, got {text!r}")
-    return int(text[:-1]) << 10 if text[-1] in "kK" else int(text)
-
-
-def lengths(text: str) -> list[int]:
-    """Lengths in tokens from ``32K,64K``; raises what ``length`` does."""
-    return [length(word) for word in text.split(",")]
-
-
 def plain_text(name: str, content: bytes) -> str:
     """The text of a file, by the ending of its name: packed files unpacked, pages stripped."""
     if name.endswith((".gz", ".dz")):

@@ -41,6 +41,7 @@ from torch.utils.checkpoint import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from extend import data
+from harness import parse_length
 
 BINS = 8  # of position, in what is printed
 _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -71,7 +72,7 @@ class Schedule:
             share, colon, lengths = word.partition(":")
             if not colon:
                 raise ValueError(f"a stage is SHARE:LENGTH,LENGTH..., got {word!r}")
-            stages.append((float(share), tuple(data.lengths(lengths))))
+            stages.append((float(share), tuple(map(parse_length, lengths.split(",")))))
         if not stages or stages[0][0] != 0 or stages != sorted(stages):
             raise ValueError(f"stages must begin at 0 and be in order, got {' '.join(words)}")
         return cls(tuple(stages))
@@ -267,7 +268,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--recompute-from",
-        default="1",
+        type=parse_length,
+        default=1,
         metavar="LENGTH",
         help="shorter windows keep their activations, which is faster and takes more memory",
     )
@@ -317,7 +319,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parse(arguments)
     schedule = Schedule.parse(options.schedule)
-    recompute_from = data.length(options.recompute_from)
     began = time.perf_counter()
     accelerator: Any = Accelerator(mixed_precision="no" if options.cpu else "bf16", cpu=options.cpu)
     device = accelerator.device
@@ -388,7 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
             share = max(progress, ahead / options.steps)
             coming.append(make(ahead, schedule.length(share, ahead)))
         ids, kinds = (torch.from_numpy(a)[None].to(device) for a in coming.popleft().result())
-        if recomputed != (ids.numel() >= recompute_from):
+        if recomputed != (ids.numel() >= options.recompute_from):
             recomputed = not recomputed
             recompute_layers(model.get_base_model(), recomputed)
         for group in optimizer.param_groups:

@@ -171,8 +171,11 @@ def test_a_schedule_follows_the_share_that_is_done() -> None:
         train.Schedule.parse(["0.5:32K"])
     with pytest.raises(ValueError, match="SHARE:LENGTH"):
         train.Schedule.parse(["32K"])
-    for length in ("", "K", "-5", "0", "0K", "1.5K", "x"):
+    for length in ("", "K", "-5", "1.5K", "x"):
         with pytest.raises(ValueError, match=f"such as 512 or 32K, got '{length}'"):
+            train.Schedule.parse([f"0:{length}"])
+    for length in ("0", "0K"):
+        with pytest.raises(ValueError, match=f"a length must be at least 1, got {length}"):
             train.Schedule.parse([f"0:{length}"])
     assert train.rate(0.0, 0) < train.rate(0.0, 19) == 1.0 > train.rate(0.5, 99) > train.rate(1, 99)
 

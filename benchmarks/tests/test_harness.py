@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,21 @@ import torch
 import harness
 
 CPU = torch.device("cpu")
+
+
+def test_lengths_are_numbers_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lengths", type=harness.list_of(harness.parse_length))
+    found = parser.parse_args(["--lengths", "512,32K,1k"]).lengths
+    assert found == (512, 32768, 1024)
+    for length in ("0", "0K"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--lengths={length}"])
+        assert f"a length must be at least 1, got {length}" in capsys.readouterr().err
+    for length in ("", "-5", "1.5K", "64X", " 64K", "\u0664", "512,,1K"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--lengths={length}"])
+        assert "a length is a number of tokens such as 512 or 32K, got" in capsys.readouterr().err
 
 
 def test_a_record_that_has_its_fields_is_written_and_read_back(

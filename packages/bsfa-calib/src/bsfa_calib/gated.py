@@ -279,6 +279,7 @@ def _verdicts(q: Tensor, k: Tensor, thresholds: Tensor, options: _Options) -> tu
     slope = torch.zeros(kept.shape, device=q.device)
     k = k.float()
     first = None if sinks is None else sinks.detach().float().view(-1, 1, 1)
+    reach = torch.inf if rule == "absolute" else _REACH
     for start, stop, every in _chunks(q, geometry, voters):
         keys = stop * q_block
         voting = slice(start * q_block + every - 1, keys, every)
@@ -299,8 +300,9 @@ def _verdicts(q: Tensor, k: Tensor, thresholds: Tensor, options: _Options) -> tu
         distance = (excess - own[..., None]) / width
         share = torch.sigmoid(distance)
         rise = share * (1 - share) / width
-        far = torch.zeros_like(verdict) if rule == "absolute" else distance < -_REACH
-        slope[:, start:stop, : keys // k_block] = rise.masked_fill_((forced >= 0) | far, 0.0)
+        slope[:, start:stop, : keys // k_block] = rise.masked_fill_(
+            (forced >= 0) | (distance < -reach), 0.0
+        )
     return kept, slope
 
 
