@@ -286,6 +286,9 @@ def test_what_attention_with_gradients_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match="blocks must be 128x64 or 64x64, got 8x1"):
         gated_attention(*case, **{**options, "geometry": Geometry(8, 1)})
     q, k, v, thresholds = case
+    for bad in ((q.int(), k, v), (q, k[:, 0], v[:, 0]), (q, k[:, :0], v[:, :0]), (q[:0], k, v)):
+        with pytest.raises(ValueError, match="must be of floating point, 3-D and not empty, got"):
+            gated_attention(*bad, thresholds, **options)
     for other in ((k, v[:, :1]), (k, v.repeat(2, 1, 1)), (k[..., :8], v[..., :8]), (q[:, :3],) * 2):
         with pytest.raises(
             ValueError, match=r"k and v must be \[512, kv_heads, 16\] with kv_heads"

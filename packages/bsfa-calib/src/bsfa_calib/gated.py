@@ -97,6 +97,9 @@ def gated_attention(
     Raises:
         ValueError: an argument breaks a rule.
     """
+    if not all(x.ndim == 3 and x.numel() and x.is_floating_point() for x in (q, k, v)):
+        given = ", ".join(f"{list(x.shape)} {x.dtype}" for x in (q, k, v))
+        raise ValueError(f"q, k and v must be of floating point, 3-D and not empty, got {given}")
     seqlen, heads, head_dim = q.shape
     if geometry not in GEOMETRIES:
         raise ValueError(f"blocks must be {' or '.join(map(str, GEOMETRIES))}, got {geometry}")
