@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import bsfa_kernel
-from attention import list_of, one_of
+from attention import one_of
 from bsfa_calib import models
 from bsfa_calib.hook import BlockSparse, applied, attention_shape
 from bsfa_calib.language_model import LanguageModel
@@ -34,7 +34,7 @@ from bsfa_calib.text import read_windows
 from bsfa_kernel import Geometry
 from bsfa_kernel.reference import excesses
 from bsfa_kernel.reference.scores import in_blocks, score_chunks
-from harness import ROOT, Record, Results, environment, progress
+from harness import ROOT, Record, Results, environment, list_of, progress
 from study.emulation import refuse_sinks
 from study.run import dense_predictions, run_point
 
