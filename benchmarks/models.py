@@ -142,7 +142,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     from bsfa_calib import models
 
     if adapter is not None:
-        _check_base(adapter, Path(arguments.model).name)
+        check_base(adapter, Path(arguments.model).name)
     model, tokenizer = models.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     name = Path(arguments.model).name.removesuffix(".gguf")
     if adapter is not None:
@@ -151,8 +151,13 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     return model, tokenizer, name
 
 
-def _check_base(adapter: Path, name: str) -> None:
-    """Refuse a model that the adapter was not trained on, such as one with another merged in."""
+def check_base(adapter: Path, name: str) -> None:
+    """Refuse a model that the adapter was not trained on, such as one with another merged in.
+
+    Raises:
+        FileNotFoundError: the adapter has no ``extension.json``.
+        ValueError: it is for a model of another name.
+    """
     base = json.loads((adapter / "extension.json").read_text()).get("base_model", name)
     if base != name:
         raise ValueError(f"{adapter} is for the model {base}, got {name}")
@@ -180,6 +185,21 @@ def set_rotary(model: Any, theta: float, positions: int) -> None:
     config.rope_parameters = {"rope_type": "default", "rope_theta": float(theta)}
     config.max_position_embeddings = int(positions)
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(model.device)
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The PEFT configuration of an adapter, which must be plain LoRA.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: it is of another kind, or layers have ranks or alphas of their own.
+    """
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        raise ValueError(f"{folder} must hold a plain LoRA adapter, got {config.get('peft_type')}")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise ValueError(f"{folder} must have one rank and one alpha for all layers")
+    return config
 
 
 def adapter_factors(folder: Path) -> dict[str, Tensor]:
@@ -220,12 +240,8 @@ def merge_adapter(model: Any, folder: Path) -> None:
         ValueError: the adapter is not one for this model, of a kind other than plain LoRA, or
             damaged.
     """
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = adapter_config(folder)
     extension = json.loads((folder / "extension.json").read_text())
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise ValueError(f"{folder} must hold a plain LoRA adapter, got {config.get('peft_type')}")
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise ValueError(f"{folder} must have one rank and one alpha for all layers")
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1.0)
     factors = adapter_factors(folder)
     modules = dict(model.named_modules())

@@ -48,6 +48,8 @@ _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTE
 _CHUNK = 4096  # tokens whose logits are held at once
 _PREFETCH = 2  # steps whose windows are made ahead
 _WARM_UP = 20  # steps
+# Where neither the command line nor an adapter that the run goes on from says it.
+_DEFAULTS = {"rope_theta": 5e6, "rank": 16, "alpha": 32.0}
 
 
 @dataclass(frozen=True)
@@ -259,9 +261,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--save-minutes", type=float, default=2.0)
     parser.add_argument("--log-steps", type=int, default=10)
-    parser.add_argument("--rope-theta", type=float, default=5e6)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--alpha", type=float, default=32)
+    earlier = "that of the adapter that the run goes on from, or"
+    parser.add_argument("--rope-theta", type=float, help=f"rotary base (default: {earlier} 5e6)")
+    parser.add_argument("--rank", type=int, help=f"of the factors (default: {earlier} 16)")
+    parser.add_argument("--alpha", type=float, help=f"of LoRA (default: {earlier} 32)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--answer-share", type=float, default=0.3, help="of a window's loss")
     parser.add_argument("--plain", type=float, default=0.1, help="share of windows without a task")
@@ -280,6 +283,53 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if math.isinf(options.minutes) and options.steps == 1 << 30:
         parser.error("say when to end: --steps or --minutes")
     return options
+
+
+def settle(options: argparse.Namespace) -> dict[str, Any]:
+    """Take what the command line leaves open from the adapter that the run goes on from.
+
+    That is the one in ``--out`` with ``--resume``, or else that of ``--start-from``. Without
+    either, the defaults are taken.
+
+    Returns:
+        What ``extension.json`` is to say of the run but for steps, tokens and the SHA-256.
+
+    Raises:
+        FileNotFoundError: there is no such adapter.
+        ValueError: it is for another model or not plain LoRA, or its rank or alpha, or with
+            ``--resume`` its rotary base, is not what the command line says.
+    """
+    name = Path(options.model).name if options.model else options.model_shape
+    adapter: Path | None = options.out if options.resume else options.start_from
+    extension: dict[str, Any] = {}
+    settings = dict(_DEFAULTS)
+    fixed: tuple[str, ...] = ()
+    if adapter is not None:
+        models.check_base(adapter, name)
+        extension = json.loads((adapter / "extension.json").read_text())
+        config = models.adapter_config(adapter)
+        if config.get("use_rslora"):
+            raise ValueError(f"{adapter} scales by alpha over the root of its rank: not supported")
+        settings["rope_theta"] = extension["rope_theta"]
+        settings["rank"], settings["alpha"] = config["r"], config["lora_alpha"]
+        fixed = ("rank", "alpha", "rope_theta") if options.resume else ("rank", "alpha")
+    for key, value in settings.items():
+        said = getattr(options, key)
+        if key in fixed and said not in (None, value):
+            flag = f"--{key.replace('_', '-')}"
+            raise ValueError(f"{flag} must be {value:g}, that of {adapter}, got {said:g}")
+        if said is None:
+            setattr(options, key, value)
+    about: dict[str, Any] = {
+        "base_model": name,
+        "rope_theta": options.rope_theta,
+        "max_position_embeddings": Schedule.parse(options.schedule).longest,
+    }
+    if options.resume and "started_from" in extension:
+        about["started_from"] = extension["started_from"]
+    elif adapter is not None and not options.resume:
+        about["started_from"] = extension
+    return about
 
 
 def build(options: argparse.Namespace, schedule: Schedule, device: torch.device) -> Any:
@@ -318,6 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 
     options = parse(arguments)
+    extension = settle(options)
     schedule = Schedule.parse(options.schedule)
     began = time.perf_counter()
     accelerator: Any = Accelerator(mixed_precision="no" if options.cpu else "bf16", cpu=options.cpu)
@@ -344,13 +395,6 @@ def main(arguments: list[str] | None = None) -> int:
         count = sum(p.numel() for p in trained)
         print(f"train: {count:,} parameters, {accelerator.num_processes} processes", flush=True)
         print(f"train: ready after {time.perf_counter() - began:.0f} s", flush=True)
-
-    name = Path(options.model).name if options.model else options.model_shape
-    extension = {
-        "base_model": name,
-        "rope_theta": options.rope_theta,
-        "max_position_embeddings": schedule.longest,
-    }
 
     def write() -> None:
         if accelerator.is_main_process:

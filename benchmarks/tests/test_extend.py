@@ -306,6 +306,54 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(
     assert train.main([*words, "--out", str(tmp_path / "further")]) == 0
     further = load_file(tmp_path / "further" / "adapter_model.safetensors")
     assert all(torch.equal(one[name], further[name]) for name in one)
+    written = json.loads((tmp_path / "further" / "extension.json").read_text())
+    assert written["started_from"] == json.loads((straight / "extension.json").read_text())
+
+
+def test_a_run_goes_on_as_its_adapter_says(shape: str, tmp_path: Path) -> None:
+    words = ["--model-shape", shape, "--data", str(tmp_path), "--steps", "1", "--cpu"]
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 12}
+    stated = {"base_model": shape, "rope_theta": 5e5, "steps": 7, "tokens": 9, "sha256": "a"}
+    for folder in (adapter, out):
+        folder.mkdir()
+        (folder / "extension.json").write_text(json.dumps(stated))
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+
+    def settled(*more: str) -> tuple[Any, ...]:
+        options = train.parse([*words, "--out", str(out), "--schedule", "0:1K", *more])
+        about = train.settle(options)
+        assert about["base_model"] == shape
+        assert about["max_position_embeddings"] == 1024
+        assert about["rope_theta"] == options.rope_theta
+        return options.rope_theta, options.rank, options.alpha, about.get("started_from")
+
+    start = ["--start-from", str(adapter)]
+    assert settled() == (5e6, 16, 32, None)
+    assert settled("--rope-theta", "1e6", "--rank", "8") == (1e6, 8, 32, None)
+    assert settled(*start) == (5e5, 4, 12, stated)
+    assert settled(*start, "--rope-theta", "1e6", "--rank", "4") == (1e6, 4, 12, stated)
+    assert settled("--resume") == (5e5, 4, 12, None)
+    (out / "extension.json").write_text(json.dumps({**stated, "started_from": {"steps": 2}}))
+    assert settled(*start, "--resume") == (5e5, 4, 12, {"steps": 2})
+
+    for more, said in (
+        ([*start, "--rank", "16"], f"--rank must be 4, that of {adapter}, got 16"),
+        ([*start, "--alpha", "32"], f"--alpha must be 12, that of {adapter}, got 32"),
+        (["--resume", "--rope-theta", "5e6"], f"--rope-theta must be 500000, that of {out}, got"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            settled(*more)
+    for kind in ({"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, **kind}))
+        with pytest.raises(ValueError, match=re.escape(str(adapter))):
+            settled(*start)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "extension.json").write_text(json.dumps({**stated, "base_model": "another"}))
+    with pytest.raises(ValueError, match=f"is for the model another, got {shape}"):
+        settled(*start)
+    with pytest.raises(FileNotFoundError):
+        settled("--start-from", str(tmp_path / "nowhere"))
 
 
 def test_an_adapter_merges_to_what_peft_computes(
@@ -335,6 +383,7 @@ def test_checkpointing_changes_no_gradient(
     options = train.parse(
         ["--model-shape", shape, "--data", str(prepared), "--out", "x", "--steps", "1", "--cpu"]
     )
+    train.settle(options)
     schedule = train.Schedule.parse(["0:1K"])
     gradients = []
     for checkpointed in (True, False):
