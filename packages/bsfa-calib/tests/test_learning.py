@@ -26,6 +26,7 @@ from bsfa_calib.hook import BlockSparse, applied
 from bsfa_calib.language_model import LanguageModel
 from bsfa_calib.learned import ThresholdPath, calibrate, learn_path
 from bsfa_calib.learning import Learned, Settings, dense_outputs, knot_weights, learn
+from bsfa_calib.thresholds import ThresholdTable
 from bsfa_calib.tuning import TuningError, find_scalar
 from bsfa_kernel import RULES, Geometry, reference
 from tiny_calib import small_llama, tiny_model
@@ -547,6 +548,34 @@ def test_the_ladder_is_climbed_as_far_as_it_is_needed(
     start = np.zeros((2, 4), np.float32)
     made = learn_path(model, samples, max_losses=(1e-6,), start=start, **options)
     assert [learned.target for learned in made] == [0.6]
+
+
+def test_a_table_gives_its_nearest_point_to_start_from(
+    model: LlamaForCausalLM, samples: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.array([-3.0, -2.0, -1.0], np.float32)
+    thresholds = np.broadcast_to(values[:, None, None, None], (3, 2, 4, 1)).copy()
+    begun: list[float] = []
+
+    def learn(*arguments: Any, start: Any, **options: Any) -> list[Learned]:
+        begun.append(float(start[0, 0, 0]))
+        raise KeyboardInterrupt
+
+    def begins(rung: float, **table: Any) -> float:
+        start = ThresholdTable(thresholds, rule="peak_lse", **table)
+        with pytest.raises(KeyboardInterrupt):
+            learn_path(model, samples, target_sparsities=(0.5,), rungs=(rung,), start=start)
+        return begun[-1]
+
+    monkeypatch.setattr(calibration, "learn", learn)
+    by_share: dict[str, Any] = {"points": (0.2, 0.4, 0.6), "axis": "target_sparsity"}
+    assert [begins(rung, **by_share) for rung in (0.1, 0.35, 0.7)] == [-3.0, -2.0, -1.0]
+    # What was measured counts, not what was asked for.
+    measured = {"expected_sparsity": "0.05,0.1,0.4"}
+    assert begins(0.35, **by_share, provenance=measured) == -1.0
+    by_loss: dict[str, Any] = {"points": (0.01, 0.02, 0.03), "axis": "max_loss"}
+    assert begins(0.35, **by_loss) == -3.0
+    assert begins(0.2, **by_loss, provenance={"expected_sparsity": "0.1,0.2,0.4"}) == -2.0
 
 
 def test_rungs_may_be_named_instead(model: LlamaForCausalLM, samples: list[list[int]]) -> None:

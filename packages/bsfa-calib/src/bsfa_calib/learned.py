@@ -31,6 +31,7 @@ from bsfa_calib.learning import (
     dense_outputs,
     learn,
 )
+from bsfa_calib.point import Point
 from bsfa_calib.progress import clock
 from bsfa_calib.thresholds import DEFAULT_VOTERS, ThresholdTable, write_atomically
 from bsfa_calib.tuning import TuningError
@@ -104,7 +105,7 @@ def learn_path(
     geometry: Geometry = DEFAULT_GEOMETRY,
     voters: int = DEFAULT_VOTERS,
     settings: Settings | None = None,
-    start: Float32Array | None = None,
+    start: Float32Array | ThresholdTable | None = None,
     rungs: Sequence[float] | None = None,
     serve_length: int | None = None,
     dense: DenseOutputs | None = None,
@@ -123,7 +124,8 @@ def learn_path(
         geometry: the sparsity block.
         voters: one query row in 1, 2 or 4 votes.
         settings: how to learn.
-        start: thresholds [layers, heads] or [layers, heads, rows] to start from.
+        start: thresholds [layers, heads] or [layers, heads, rows] to start from, or a table: then
+            its point with the sparsity that is nearest to the first rung.
         rungs: sparsities to learn at, ascending, instead of those of the ladder.
         serve_length: tokens of the samples that the target sparsities refer to, if they are longer
             (see ``serving``).
@@ -152,6 +154,8 @@ def learn_path(
             raise TuningError(
                 f"rungs must be ascending, above 0 and below {most:.3f}, got {list(ladder)}"
             )
+    if isinstance(start, ThresholdTable):
+        start = nearest_thresholds(start, ladder[0])
     key = digest_of(model, samples, f"{rule} {geometry} {voters} {settings}", start)
     made = []
     for rung, learned in zip(ladder, _load(checkpoint, key), strict=False):
@@ -184,6 +188,18 @@ def learn_path(
         )
         _save(checkpoint, key, made)
     return made
+
+
+def nearest_thresholds(table: ThresholdTable, sparsity: float) -> Float32Array:
+    """The thresholds [layers, heads, rows] of the point that skips most nearly a share of blocks.
+
+    Where a table says of no point what it skips, those of its first point.
+    """
+    points = [Point(table.axis, value) for value in table.points]
+    shares = [(table.expected_sparsity(point), point) for point in points]
+    known = [(abs(share - sparsity), point) for share, point in shares if share is not None]
+    point = min(known, key=lambda pair: pair[0])[1] if known else points[0]
+    return table.select(point)
 
 
 def calibrate(

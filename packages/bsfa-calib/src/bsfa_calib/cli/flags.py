@@ -145,7 +145,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="one query row in so many votes on a block; the last query block votes whole "
         f"(default: {DEFAULT_VOTERS}; 1 for topk)",
     )
-    add("--start", type=Path, metavar="TABLE", help="learned: start from these; fewer steps do")
+    add(
+        "--start",
+        type=Path,
+        metavar="TABLE",
+        help="learned: start from its point that skips most nearly as much; fewer steps do",
+    )
     add(
         "--points-only",
         action="store_const",

@@ -80,7 +80,7 @@ class Job:
                     ceiling=arguments.ceiling,
                     seed=arguments.seed,
                 ),
-                start=None if self._start is None else self._start.thresholds[0],
+                start=self._start,
                 serve_length=arguments.serve_length,
                 checkpoint=self._learned,
             )

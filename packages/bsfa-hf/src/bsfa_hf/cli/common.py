@@ -62,7 +62,7 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--thresholds",
         metavar="FILE",
-        help="threshold table (default: the longest fitting one in ./thresholds/<model>)",
+        help="threshold table (default: the shortest in ./thresholds/<model> that is long enough)",
     )
     add_point_options(parser)
     add_selection_option(parser)
