@@ -515,7 +515,10 @@ def test_points_are_found_on_the_thresholds_of_a_table(
     arguments[arguments.index("--out") + 1] = str(again)
     assert main([*arguments, "--target-sparsity", "0.3"]) == 0
     provenance = ThresholdTable.load(again).provenance
-    assert [key for key in provenance if key.startswith("start_")] == ["start_command"]
+    assert [key for key in provenance if key.startswith("start_")] == [
+        "start_command",
+        "start_model",
+    ]
     assert provenance["start_command"] == "made it so"
 
 
@@ -552,6 +555,32 @@ def test_json_samples_are_read_by_every_method(
     table = ThresholdTable.load(output)
     assert table.samples == 2
     assert table.provenance["data"].startswith("t0/")
+
+
+def test_json_samples_beside_other_text_need_to_be_told_their_part(
+    model_directory: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, text = tmp_path / "data.jsonl", tmp_path / "text.txt"
+    data.write_text(json.dumps({"input_text": "some words " * 900}))
+    text.write_text("other words " * 900)
+    arguments = command(model_directory, data, output, "--method", "scalar", *QUICK["scalar"])
+    arguments.insert(arguments.index("--text") + 1, str(text))
+    assert main(arguments) == 2
+    assert "need --text-part, which holds for both" in capsys.readouterr().err
+    assert main([*arguments, "--text-part", "0:1"]) == 0
+
+
+def test_a_list_of_many_windows_fits_into_a_table(
+    model_directory: Path, output: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / ("n" * 120)
+    folder.mkdir()
+    for number in range(900):
+        (folder / f"{number}-{'a' * 100}.txt").write_text("word word word ")
+    arguments = command(model_directory, folder, output, "--method", "scalar", *QUICK["scalar"])
+    assert main(arguments) == 0
+    data = ThresholdTable.load(output).provenance["data"]
+    assert len(data) <= 16384 + 40
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from bsfa_calib.hook import BlockSparse, applied
-from bsfa_calib.language_model import LanguageModel, band_edges
+from bsfa_calib.language_model import LanguageModel, band_edges, fingerprint
 from tiny_calib import HEADS, LAYERS, small_llama
 
 LENGTH = 512
@@ -37,6 +37,45 @@ def test_kl_and_nll_are_those_of_the_whole_logits(model: LlamaForCausalLM, ids: 
     assert band.nll == pytest.approx(float(-sparse.gather(1, following).mean()), rel=1e-4)
     (own,) = language_model.compare(dense, dense, ids)
     assert (own.kl, own.agreement) == (0, 1)
+
+
+def test_tokens_of_another_tokenizer_are_refused(model: LlamaForCausalLM, ids: list[int]) -> None:
+    for wrong in (256, 5000, -1):
+        with pytest.raises(ValueError, match=f"below 256, the model's vocabulary, got {wrong}"):
+            LanguageModel(model).predict([*ids[:7], wrong])
+
+
+def test_a_fingerprint_is_of_all_that_a_model_computes_with() -> None:
+    found = [fingerprint(small_llama())]
+    assert fingerprint(small_llama()) == found[0]
+    renamed = small_llama()
+    renamed.config._name_or_path = "elsewhere/another-name"
+    renamed.config.use_cache = False
+    renamed.set_attn_implementation("eager")
+    assert fingerprint(renamed) == found[0]
+
+    changed = small_llama()
+    changed.config.rope_parameters = {**changed.config.rope_parameters, "rope_theta": 5e5}
+    found.append(fingerprint(changed))
+    for name, row, column in (
+        ("embed_tokens", 200, 1),
+        ("embed_tokens", 201, 1),
+        ("norm", 3, None),
+    ):
+        changed = small_llama()
+        with torch.no_grad():
+            weight = getattr(changed.model, name).weight
+            weight[row if column is None else (row, column)] += 0.5
+        found.append(fingerprint(changed))
+    changed = small_llama()
+    with torch.no_grad():
+        changed.model.embed_tokens.weight[[3, 4]] = changed.model.embed_tokens.weight[[4, 3]]
+    found.append(fingerprint(changed))
+    changed = small_llama()
+    changed.model.rotary_emb.inv_freq[-1] *= 2
+    found.append(fingerprint(changed))
+    found.append(fingerprint(small_llama().to(torch.bfloat16)))
+    assert len(set(found)) == len(found)
 
 
 def test_a_model_whose_logits_are_scaled_is_compared_on_its_logits(ids: list[int]) -> None:

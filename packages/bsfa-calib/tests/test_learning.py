@@ -573,6 +573,9 @@ def test_a_table_gives_its_nearest_point_to_start_from(
     # What was measured counts, not what was asked for.
     measured = {"expected_sparsity": "0.05,0.1,0.4"}
     assert begins(0.35, **by_share, provenance=measured) == -1.0
+    start = ThresholdTable(thresholds, rule="absolute", **by_share)
+    with pytest.raises(TuningError, match="must be of the rule peak_lse, got absolute"):
+        learn_path(model, samples, target_sparsities=(0.5,), start=start)
     by_loss: dict[str, Any] = {"points": (0.01, 0.02, 0.03), "axis": "max_loss"}
     assert begins(0.35, **by_loss) == -3.0
     assert begins(0.2, **by_loss, provenance={"expected_sparsity": "0.1,0.2,0.4"}) == -2.0

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bsfa_calib import gated, learning
 from bsfa_calib.hook import HookError
-from bsfa_calib.learning import Settings, learn
+from bsfa_calib.learning import Settings, dense_outputs, learn
 from bsfa_calib.recompute import recomputed_layers
 from bsfa_kernel import Geometry
 from tiny_calib import small_llama, tiny_model
@@ -138,8 +138,9 @@ def test_the_model_is_given_back_as_it_was(samples: list[list[int]]) -> None:
         assert "forward" in second.__dict__
     assert first.forward is own
     assert "forward" not in second.__dict__
+    dense = dense_outputs(model, samples[:1])
     with pytest.raises(IndexError):
-        learn(model, [[5000] * LENGTH], [0.4], **OPTIONS)
+        learn(model, [[5000] * LENGTH], [0.4], dense=dense, **OPTIONS)
     assert first.forward is own
     assert "forward" not in second.__dict__
     assert not model.training

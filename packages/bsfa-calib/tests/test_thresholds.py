@@ -550,6 +550,13 @@ def test_an_interrupted_save_leaves_the_old_file(
     assert [path.name for path in good.parent.iterdir()] == [good.name]
 
 
+def test_what_could_not_be_read_again_is_not_written(good: Path) -> None:
+    table = ThresholdTable(np.zeros((1, 1, 1, 1)), (4,), provenance={"data": "a" * (1 << 20)})
+    with pytest.raises(ValueError, match=r"must fit into 1048576 bytes, got \d+; shorten its prov"):
+        table.save(good)
+    assert_same(ThresholdTable.load(good), golden_table())
+
+
 def test_the_version_is_that_of_the_installed_package() -> None:
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f'\nversion = "{bsfa_calib.__version__}"\n' in pyproject

@@ -329,6 +329,50 @@ def test_full_layers_of_a_model_with_windows_run_sparse() -> None:
     assert stats.kept_fraction[1] < 1
 
 
+@pytest.mark.parametrize("selection", ["exact", "int8"])
+def test_cu_seq_lens_that_change_in_place_are_read_again(model: Any, selection: str) -> None:
+    def run(starts: Tensor) -> Tensor:
+        lengths = (starts[1:] - starts[:-1]).tolist()
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "position_ids": positions}
+        found: Tensor = model(tokens(512), **packed, use_cache=False).logits
+        return found
+
+    starts = torch.tensor([0, 256, 512], dtype=torch.int32)
+    for inference in (False, True):
+        with (
+            bsfa_hf.enabled(model, table(), selection=selection) as stats,
+            torch.inference_mode(inference),
+        ):
+            starts.copy_(torch.tensor([0, 256, 512]))
+            run(starts)
+            starts.copy_(torch.tensor([0, 64, 512]))
+            bsfa_hf.reset(model)
+            again = run(starts)
+            fractions = stats.kept_fraction
+            bsfa_hf.reset(model)
+            assert torch.equal(again, run(starts.clone()))
+            assert stats.kept_fraction == fractions
+
+
+def test_a_function_of_the_user_may_have_any_name(model: Any) -> None:
+    ids = tokens(300)
+    found = []
+    for name in ("_prefill", "_assisted_decoding", "generate", "any_other"):
+        scope: dict[str, Any] = {"model": model, "ids": ids}
+        source = f"""
+def {name}(cache):
+    model(ids[:, :299], past_key_values=cache)
+    return model(ids[:, 299:], past_key_values=cache).logits
+"""
+        exec(source, scope)
+        with bsfa_hf.enabled(model, table(math.inf)) as stats:
+            logits = scope[name](DynamicCache(config=model.config))
+        assert stats.dense_calls == {Reason.DECODE: LAYERS}
+        found.append(logits)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 def test_packed_sequences_told_by_cu_seq_lens_give_what_each_gives_alone(model: Any) -> None:
     prompts = [tokens(n) for n in (300, 450)]
     ids = torch.cat(prompts, 1)

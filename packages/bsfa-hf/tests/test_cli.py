@@ -76,6 +76,18 @@ def test_demo_prints_its_table(
     assert main(arguments) == 0
     again = capsys.readouterr().out
     assert out.split("Time to read")[0] == again.split("Time to read")[0]
+    assert main([*arguments, "--calibrate"]) == 2
+    assert f"--thresholds names one, {thresholds}: give one" in capsys.readouterr().err
+
+
+def test_a_file_that_holds_no_results_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    for content in (b"\x88\xff", b"[1]", b"{"):
+        path.write_bytes(content)
+        assert main(["plot", str(path)]) == 2
+        assert f"{path} is not a file of results" in capsys.readouterr().err
 
 
 def test_demo_calibrates_where_there_is_no_table(

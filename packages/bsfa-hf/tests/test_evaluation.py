@@ -92,6 +92,34 @@ def a_plan(text: Path, *specifications: str, **options: object) -> Plan:
 # ------------------------------------------------------------------------------- configurations
 
 
+def test_samples_of_another_seed_are_other_samples(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Harness:
+        """Scores that the seed gives."""
+
+        def __init__(self, model: Any, tokenizer: Any) -> None:
+            self.model = model
+
+        def load(self, task: str, length: int, seed: int) -> int:
+            return seed
+
+        def scores(self, loaded: int, numbers: list[int]) -> dict[int, float]:
+            self.model(torch.arange(1, 500)[None] % 97)
+            return {number: float(loaded + number) for number in numbers}
+
+    monkeypatch.setattr(run, "Harness", Harness)
+    out = tmp_path / "results.json"
+    for seed in (0, 7):
+        plan = Plan((), tasks=("niah_single_1",), lengths=(512,), samples=2, seed=seed)
+        Evaluation(model, tokenizer, plan, out).run()
+    found = {record["sample"]: record["score"] for record in load(out)["records"]}
+    assert found == {"0 of seed 0": 0, "1 of seed 0": 1, "0 of seed 7": 7, "1 of seed 7": 8}
+
+
 def test_a_configuration_is_read_as_it_is_written() -> None:
     found = parse_configuration("blasst=scalar:rule=running_max,threshold=-7")
     assert (found.name, found.kind) == ("blasst", "scalar")

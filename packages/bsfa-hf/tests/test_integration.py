@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import threading
 from pathlib import Path
@@ -14,7 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 from transformers.masking_utils import AttentionMaskInterface
 
 import bsfa_hf
@@ -22,6 +28,36 @@ from bsfa_calib import Point, ThresholdFileError, ThresholdTable
 from bsfa_calib.binding import same_model
 from bsfa_hf.state import model_names
 from tiny import HALF, HEADS, LAYERS, table, tiny_model, tokens
+
+
+def test_a_composite_model_has_the_name_of_the_whole() -> None:
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "image_size": 14,
+            "patch_size": 14,
+        },
+    )
+    config._name_or_path = "owner/Whole-Model"
+    config.text_config._name_or_path = "owner/Text-Model"
+    model = Gemma3ForConditionalGeneration(config).eval()
+    named = dataclasses.replace(table(), model="Whole-Model")
+    with bsfa_hf.enabled(model, named):
+        pass
+    with pytest.raises(ValueError, match="Whole-Model"):
+        bsfa_hf.enable(model, dataclasses.replace(table(), model="Text-Model"))
 
 
 def test_importing_registers_function_and_mask_under_one_name() -> None:

@@ -71,6 +71,24 @@ def left_padded(length: int = 300) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------- parts of a model
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("seqlen", [40, 300])
+@pytest.mark.filterwarnings("ignore:_compile flag:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_runs_dense_may_be_flex_attention(kind: str, seqlen: int) -> None:
+    model = tiny_model(kind, implementation="flex_attention")
+    ids = tokens(seqlen)
+    mask = torch.ones_like(ids)
+    mask[:, :7] = 0
+    for more in ({}, {"attention_mask": mask}):
+        with torch.compiler.set_stance("force_eager"):
+            expected = model(ids, **more).logits
+            with bsfa_hf.enabled(model, table(-math.inf)) as stats:
+                logits = model(ids, **more).logits
+        assert largest_difference(logits[:, 7:], expected[:, 7:]) < 1e-5
+        assert bool(stats.dense_calls) == (kind == "mistral" or seqlen == 40)
+
+
 @pytest.mark.parametrize(("heads", "layers"), [(2, 2), (4, 5)])
 def test_a_vision_tower_of_another_shape_runs_as_without_the_package(
     heads: int, layers: int

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache, StaticCache
 
 import bsfa_hf
 from bsfa_hf import AttentionConfig
@@ -283,6 +284,34 @@ def test_sliding_window_mode_works_in_chunks(model: Any) -> None:
     whole = model.generate(ids, max_new_tokens=3, do_sample=False)
     parts = model.generate(ids, max_new_tokens=3, do_sample=False, prefill_chunk_size=70)
     assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("sink", [0, 4])
+def test_a_sliding_window_ends_at_the_last_key_of_a_static_cache(model: Any, sink: int) -> None:
+    ids = tokens(302)
+    rows, columns = torch.arange(302)[:, None], torch.arange(302)
+    seen = (columns <= rows) & ((columns > rows - 64) | (columns < sink))
+    expected = model(ids, attention_mask=seen[None, None]).logits[:, 300:]
+    config = AttentionConfig("sliding_window", sliding_window_size=64, sliding_window_sink=sink)
+    bsfa_hf.inject_custom_attention(model, config)
+    static = (StaticCache(config=model.config, max_cache_len=size) for size in (302, 364, 512))
+    for cache in (DynamicCache(config=model.config), *static):
+        model(ids[:, :300], past_key_values=cache)
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in (300, 301)]
+        assert largest_difference(torch.cat(steps, 1), expected) < 1e-5
+    longer = {"max_new_tokens": 20, "do_sample": False}
+    whole = model.generate(ids, **longer)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **longer), whole)
+
+
+def test_each_of_packed_sequences_has_its_sinks(model: Any) -> None:
+    config = AttentionConfig("sliding_window", sliding_window_size=40, sliding_window_sink=4)
+    bsfa_hf.inject_custom_attention(model, config)
+    prompts = [tokens(200), tokens(150)]
+    positions = torch.cat([torch.arange(p.shape[1]) for p in prompts])[None]
+    packed = model(torch.cat(prompts, 1), position_ids=positions, use_cache=False).logits
+    alone = torch.cat([model(prompt).logits for prompt in prompts], 1)
+    assert largest_difference(packed, alone) < 1e-5
 
 
 def test_sparge_attn_needs_its_package(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor
 # Logits computed at a time.
 _LOGITS_AT_A_TIME = 1 << 26
 _FIRST_BAND = 512
-# Changed when the same model comes to be measured otherwise; since 2 layers with sinks are, too.
-_MEASURED = b"2"
+# Changed when the same model comes to be measured otherwise; since 3 of all of a model.
+_MEASURED = b"3"
+# Parts of a configuration that do not change what a model computes.
+_PASSING = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,12 @@ class LanguageModel:
 
     @torch.inference_mode()
     def predict(self, ids: Sequence[int]) -> Predictions:
-        """Read a window."""
+        """Read a window.
+
+        Raises:
+            ValueError: a token is not in the model's vocabulary.
+        """
+        check_tokens(self.model, ids)
         tokens = torch.tensor([list(ids)], device=self.device)
         self._synchronize()
         begin = time.perf_counter()
@@ -173,16 +181,62 @@ def cache_argument(model: Any) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
+def check_tokens(model: Any, ids: Sequence[int]) -> None:
+    """Refuse tokens that a model has no embedding for, as another model's tokenizer makes them.
+
+    Raises:
+        ValueError: there is one.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    wrong = [token for token in ids if not 0 <= token < rows]
+    if wrong:
+        raise ValueError(
+            f"tokens must be below {rows}, the model's vocabulary, got {wrong[0]}: is the "
+            "tokenizer this model's?"
+        )
+
+
 def fingerprint(model: Any) -> str:
-    """Digest by which a model's measurements are told from those of another."""
+    """Digest by which a model's measurements are told from those of another.
+
+    It depends on the configuration, on every parameter and on every buffer. Names of the model, the
+    implementation of attention and the version of transformers have no part in it.
+    """
     digest = hashlib.sha256(_MEASURED)
-    starts = []
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        starts.append(parameter.detach().flatten()[:64].float())
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for start in starts:
-        by_device.setdefault(start.device, []).append(start)
-    for group in by_device.values():
-        digest.update(torch.cat(group).cpu().numpy().tobytes())
+    if hasattr(model, "config"):
+        config = _lasting(model.config.to_dict())
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    sums: dict[torch.device, list[Tensor]] = {}
+    for name, tensor in (*sorted(model.named_parameters()), *sorted(model.named_buffers())):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.numel() and not tensor.is_meta:
+            sums.setdefault(tensor.device, []).append(_sums(tensor.detach()))
+    for group in sums.values():
+        digest.update(torch.stack(group).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _lasting(value: Any) -> Any:
+    """A configuration without what may change between two runs of one model."""
+    if isinstance(value, Mapping):
+        return {
+            str(key): _lasting(part)
+            for key, part in value.items()
+            if not str(key).startswith(("_", "bsfa_")) and key not in _PASSING
+        }
+    return [_lasting(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    """Two sums of a tensor's bits, int64 [2]: of all of them, and of its rows by their number.
+
+    Integers that wrap around, so that the order of adding does not matter.
+    """
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of all ranks
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    rows = tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+    by_row = rows.contiguous().view(whole).sum(-1, dtype=torch.int64)
+    numbers = torch.arange(1, len(by_row) + 1, device=by_row.device)
+    return torch.stack((by_row.sum(), (by_row * numbers).sum()))

@@ -135,9 +135,9 @@ def learn_path(
         progress: told of the dense passes and of every tenth step.
 
     Raises:
-        TuningError: a target cannot be reached at this length, so short that next to nothing can,
-            neither or both kinds are given, the rungs cannot be climbed in their order, or the
-            checkpoint is another kind of file.
+        TuningError: the table to start from has another rule, a target cannot be reached at this
+            length, so short that next to nothing can, neither or both kinds are given, the rungs
+            cannot be climbed in their order, or the checkpoint is another kind of file.
     """
     settings = settings or Settings()
     length = len(samples[0])
@@ -155,6 +155,11 @@ def learn_path(
                 f"rungs must be ascending, above 0 and below {most:.3f}, got {list(ladder)}"
             )
     if isinstance(start, ThresholdTable):
+        if start.rule != rule:
+            raise TuningError(
+                f"thresholds to start from must be of the rule {rule}, got {start.rule}: others "
+                "have other units"
+            )
         start = nearest_thresholds(start, ladder[0])
     key = digest_of(model, samples, f"{rule} {geometry} {voters} {settings}", start)
     made = []

@@ -22,6 +22,7 @@ from torch import Tensor
 import bsfa_kernel
 from bsfa_calib import estimate
 from bsfa_calib.hook import Meter, applied
+from bsfa_calib.language_model import check_tokens
 from bsfa_calib.store import Measured
 from bsfa_kernel import Geometry
 
@@ -194,7 +195,9 @@ def measure(
         CaptureError: a layer's scores are NaN.
         HookError: the model's attention is not understood.
         SwitchError: it does not come from transformers' interface.
+        ValueError: a token is not in the model's vocabulary.
     """
+    check_tokens(model, tokens)
     reduction = _Reduction(recorder, len(tokens), keep)
     pace = _Pace(model.device)
 

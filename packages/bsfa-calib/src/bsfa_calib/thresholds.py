@@ -268,6 +268,7 @@ class ThresholdTable:
 
         Raises:
             OSError: the file cannot be written.
+            ValueError: the provenance is too long for a file that can be read.
         """
         from safetensors.numpy import save
 
@@ -296,7 +297,14 @@ class ThresholdTable:
         for name, statistic in self.statistics.items():
             tensors[_STATISTIC_PREFIX + name] = np.ascontiguousarray(statistic)
         metadata[_CHECKSUM_KEY] = checksum(metadata, sorted(tensors.items()))
-        write_atomically(path, save(tensors, metadata=metadata))
+        content = save(tensors, metadata=metadata)
+        (header_size,) = struct.unpack("<Q", content[:8])
+        if header_size > _MAX_HEADER_BYTES:
+            raise ValueError(
+                f"the metadata of a table must fit into {_MAX_HEADER_BYTES} bytes, got "
+                f"{header_size}; shorten its provenance"
+            )
+        write_atomically(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ThresholdTable:

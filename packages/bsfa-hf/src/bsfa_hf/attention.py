@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -462,10 +463,18 @@ def _packed(
 def _lengths(
     starts_q: Tensor, starts_k: Tensor, total_q: int, total_k: int
 ) -> list[tuple[int, int]]:
-    """Queries and keys of packed sequences, read from the device once a forward pass."""
-    found = getattr(starts_q, _PACKED, None)
-    if found is not None and found[0] == (total_q, total_k):
-        return found[1]  # type: ignore[no-any-return]
+    """Queries and keys of packed sequences, read from the device once a forward pass.
+
+    In inference mode once a layer: there tensors do not count their changes.
+    """
+    changes = None
+    if not (
+        torch.is_inference_mode_enabled() or starts_q.is_inference() or starts_k.is_inference()
+    ):
+        changes = (starts_q._version, starts_k._version)
+        known = getattr(starts_q, _PACKED, None)
+        if known and known[0] == (total_q, total_k, *changes) and known[1]() is starts_k:
+            return known[2]  # type: ignore[no-any-return]
     ends_q, ends_k = starts_q.tolist(), starts_k.tolist()
     if (ends_q[0], ends_k[0], ends_q[-1], ends_k[-1]) != (0, 0, total_q, total_k) or len(
         ends_q
@@ -477,5 +486,7 @@ def _lengths(
     lengths = [
         (ends_q[i + 1] - ends_q[i], ends_k[i + 1] - ends_k[i]) for i in range(len(ends_q) - 1)
     ]
-    setattr(starts_q, _PACKED, ((total_q, total_k), lengths))
+    if changes is not None:
+        found = ((total_q, total_k, *changes), weakref.ref(starts_k), lengths)
+        setattr(starts_q, _PACKED, found)
     return lengths

@@ -21,7 +21,7 @@ from bsfa_calib.switch import register as register_attention
 from bsfa_hf.attention import check_supported
 from bsfa_hf.dense import dense_attention
 from bsfa_hf.masks import DeferredMask, Plan, bsfa_mask, plan_of
-from bsfa_hf.state import layer_devices, local_heads, model_shape, state_of, text_config
+from bsfa_hf.state import layer_devices, local_heads, shape_of, state_of
 from bsfa_kernel.geometry import (
     DEFAULT_GEOMETRY,
     block_count,
@@ -151,7 +151,7 @@ class _Running(State):
 
 
 def _statistics(model: torch.nn.Module) -> Statistics:
-    shape = model_shape(text_config(model))
+    shape = shape_of(model)
     heads = local_heads(model, shape.heads)
     return Statistics(layer_devices(model, shape.layers), heads.stop - heads.start)
 
@@ -219,41 +219,48 @@ def _sliding_window(state: _Running, call: _Call) -> Tensor | Reason:
     query, key, value, attention_mask = call.query, call.key, call.value, call.mask
     method: SlidingWindow = state.method
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    plan = Plan(offset=seqlen_k - seqlen_q)
+    plan: Plan | None = Plan(offset=seqlen_k - seqlen_q)
     visible: Tensor | None = None
-    is_sink: Tensor | None = None
     if attention_mask is not None:
+        # Where a static cache ends says nothing of where its last key is.
+        plan = None
         if seqlen_q > 1 and not torch.compiler.is_compiling():
             plan = plan_of(attention_mask, seqlen_q, seqlen_k)
-            if plan.reason is not None:
-                plan = Plan(offset=seqlen_k - seqlen_q)
+            plan = plan if plan.reason is None else None
         visible = attention_mask
         if isinstance(visible, DeferredMask):
             visible = visible.explicit()
         if visible.ndim == 2:
             visible = visible.bool()[:, None, None, :]
+            plan = plan or Plan(offset=seqlen_k - seqlen_q)
         elif visible.dtype != torch.bool:
             visible = visible == 0
-        if method.sink:
-            # The first keys of a row are those after its padding.
-            seen_at_all = visible.any(-2, keepdim=True)
-            is_sink = seen_at_all & (seen_at_all.cumsum(-1) <= method.sink)
     out = torch.empty_like(query)
     for start in range(0, seqlen_q, _QUERIES_AT_A_TIME):
         stop = min(start + _QUERIES_AT_A_TIME, seqlen_q)
-        last = min(stop + plan.offset, seqlen_k)
-        first = min(max(start + plan.offset - method.window + 1, 0), last)
-        queries = torch.arange(start, stop, device=query.device)[:, None] + plan.offset
+        rows = visible
+        if visible is not None and visible.shape[2] > 1:
+            rows = visible[:, :, start:stop]
+        if plan is not None:
+            last = min(stop + plan.offset, seqlen_k)
+            first = min(max(start + plan.offset - method.window + 1, 0), last)
+            queries = torch.arange(start, stop, device=query.device)[:, None] + plan.offset
+        else:  # a query is at the last key that it sees
+            assert rows is not None
+            first, last = 0, seqlen_k
+            queries = seqlen_k - 1 - rows.flip(-1).byte().argmax(-1, keepdim=True)
         keys = torch.arange(first, last, device=query.device)
         if method.sink:
-            sinks = first if is_sink is not None else min(method.sink, first)
+            sinks = first if rows is not None else min(method.sink, first)
             keys = torch.cat((torch.arange(sinks, device=query.device), keys))
         near = keys > queries - method.window
-        near = near | (keys < method.sink if is_sink is None else is_sink[..., keys])
+        if rows is None:
+            near = near | (keys < method.sink)
+        elif method.sink:  # the first keys that a query sees: after padding, of its sequence
+            near = near | (rows & (rows.cumsum(-1) <= method.sink))[..., keys]
         seen = (keys <= queries) & near
-        if visible is not None:
-            rows = slice(None) if visible.shape[2] == 1 else slice(start, stop)
-            seen = seen & visible[:, :, rows][..., keys]
+        if rows is not None:
+            seen = seen & rows[..., keys]
         out[:, :, start:stop] = scaled_dot_product_attention(
             query[:, :, start:stop],
             key[:, :, keys],
@@ -262,7 +269,8 @@ def _sliding_window(state: _Running, call: _Call) -> Tensor | Reason:
             scale=call.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-    lengths = [(span.seqlen_q, span.seqlen_k) for span in plan.spans or ()]
+    spans = (plan and plan.spans) or ()
+    lengths = [(span.seqlen_q, span.seqlen_k) for span in spans]
     lengths = lengths or [(seqlen_q, seqlen_k)] * query.shape[0]
     kept = [
         method.kept(*each, query.device).expand(query.shape[1], -1) for each in lengths if each[0]

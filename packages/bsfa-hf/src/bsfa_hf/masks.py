@@ -159,7 +159,9 @@ class DeferredMask(torch.Tensor):
     def own(self, first: int = 0) -> Any:
         """The original implementation's mask on this device: of the queries from ``first`` on."""
         made = self.content.own(first)
-        return made if made is None or made.device == self.device else made.to(self.device)
+        # A BlockMask of flex_attention has no device of its own.
+        held = getattr(made, "kv_num_blocks", made)
+        return made if held is None or held.device == self.device else made.to(self.device)
 
     def explicit(self) -> Tensor:
         """The mask as an ordinary tensor [batch, 1, seqlen_q, seqlen_k] on this device."""
@@ -416,6 +418,8 @@ def _stage_of_generate() -> _Stage:
             break
         frame = frame.f_back
         name = frame.f_code.co_name
+        if not str(frame.f_globals.get("__name__")).startswith("transformers."):
+            continue  # a function of the user's may have the same name
         if name == "_prefill":
             options = frame.f_locals.get("generation_config")
             return _Stage(

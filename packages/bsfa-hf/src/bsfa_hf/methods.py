@@ -18,7 +18,7 @@ from bsfa_calib.convert import Table
 from bsfa_calib.point import PointLike
 from bsfa_hf import attention
 from bsfa_hf.automatic import named_selection
-from bsfa_hf.state import layer_devices, local_heads, model_shape, text_config
+from bsfa_hf.state import layer_devices, local_heads, shape_of
 from bsfa_kernel import Geometry
 
 
@@ -77,7 +77,7 @@ class BlockSparse:
 
     def state(self, model: torch.nn.Module) -> State:
         """See `Method`."""
-        shape = model_shape(text_config(model))
+        shape = shape_of(model)
         return bind(
             self.table,
             shape,
@@ -113,7 +113,7 @@ class OneThreshold:
 
     def state(self, model: torch.nn.Module) -> State:
         """See `Method`."""
-        shape = model_shape(text_config(model))
+        shape = shape_of(model)
         heads = local_heads(model, shape.heads)
         return make_state(
             np.full((shape.layers, heads.stop - heads.start, 1), self.threshold),

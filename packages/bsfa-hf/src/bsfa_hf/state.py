@@ -99,18 +99,32 @@ def text_config(model: torch.nn.Module) -> Any:
     return config.get_text_config()  # type: ignore[operator,union-attr]
 
 
-def model_shape(config: Any) -> ModelShape:
+def shape_of(model: torch.nn.Module) -> ModelShape:
+    """What a table for a model must fit: its text decoder's shape, and the name of the whole.
+
+    Raises:
+        ValueError: there is no one number of heads.
+    """
+    return model_shape(text_config(model), model.config)
+
+
+def model_shape(config: Any, named: Any = None) -> ModelShape:
     """What a table for a model with a configuration, that of its text decoder, must fit.
+
+    Args:
+        config: of the text decoder.
+        named: that which has the model's name, where it is another.
 
     Raises:
         ValueError: there is no one number of heads.
     """
     layers, heads = attention_shape(config)
+    named = config if named is None else named
     return ModelShape(
         layers=layers,
         heads=heads,
-        names=tuple(model_names(config)),
-        shown=str(getattr(config, "_name_or_path", "") or ""),
+        names=tuple(model_names(named)),
+        shown=str(getattr(named, "_name_or_path", "") or ""),
     )
 
 

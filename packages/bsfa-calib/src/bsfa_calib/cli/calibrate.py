@@ -54,6 +54,9 @@ class Paper:
     heads: int | None
 
 
+_LONGEST_FACT = 16384  # characters of provenance
+
+
 def add_calibrate(subparsers: Any) -> None:
     """Add ``calibrate`` to the commands of a parser.
 
@@ -166,7 +169,13 @@ def _part(
 
     if arguments.text_part is not None:
         return parse_part(arguments.text_part)
-    return (0.0, 1.0) if all(d.whole for group in documents.values() for d in group) else (0.0, 0.5)
+    whole = {document.whole for group in documents.values() for document in group}
+    if len(whole) > 1:
+        raise ValueError(
+            "JSON samples beside other text need --text-part, which holds for both: 0:1 takes all "
+            "of each, 0:0.5 the first half"
+        )
+    return (0.0, 1.0) if whole == {True} else (0.0, 0.5)
 
 
 def _shared(
@@ -283,15 +292,20 @@ def _parts_of(arguments: argparse.Namespace, part: tuple[float, float]) -> dict[
 
 
 def _of_start(method: str, start: ThresholdTable | None) -> dict[str, str]:
-    """Where the thresholds come from that points were found on."""
-    if method != "points" or start is None:
+    """Where the thresholds come from that learning began with, or that points were found on."""
+    if start is None:
         return {}
+    if method != "points":
+        return {"learned_from": start.model}
     # Of a table whose points were found in the same way, the one behind it.
     made = {key: value for key, value in start.provenance.items() if key.startswith("start_")}
     return made or {
-        f"start_{key}": value
-        for key, value in start.provenance.items()
-        if not key.startswith("expected_")
+        "start_model": start.model,
+        **{
+            f"start_{key}": value
+            for key, value in start.provenance.items()
+            if not key.startswith("expected_")
+        },
     }
 
 
@@ -319,4 +333,11 @@ def _provenance(command: str, model: Any, split: Split, method: str) -> dict[str
     for key, windows in groups:
         if windows:
             facts[key] = printable("; ".join(window.name for window in windows))
-    return facts
+    return {key: _clipped(value) for key, value in facts.items()}
+
+
+def _clipped(fact: str) -> str:
+    """A fact as long as the header of a table has room for."""
+    if len(fact) <= _LONGEST_FACT:
+        return fact
+    return f"{fact[:_LONGEST_FACT]}... ({len(fact)} characters)"

@@ -109,6 +109,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--questions must be at most {len(_WORDS)}, got {arguments.questions}")
     if arguments.tokens < _SHORTEST:
         raise ValueError(f"--tokens must be at least {_SHORTEST}, got {arguments.tokens}")
+    if arguments.calibrate and arguments.thresholds:
+        raise ValueError(
+            f"--calibrate makes a table and --thresholds names one, {arguments.thresholds}: give "
+            "one of them"
+        )
     texts = _prose(read_documents(arguments.text))
     table = common.named_table(arguments)
     loaded = common.load_model(arguments)

@@ -106,9 +106,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ResultsError: it is damaged, foreign or newer.
     """
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        content = json.loads(text)
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ResultsError(f"{path} is not a file of results: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -25,7 +25,7 @@ from bsfa_hf.evaluation.results import Record, Results, load, record_key
 from bsfa_hf.evaluation.ruler import OFFLINE_TASKS, RULER_TASKS, Harness
 from bsfa_hf.integration import applied
 from bsfa_hf.methods import Method
-from bsfa_hf.state import model_shape, text_config
+from bsfa_hf.state import shape_of
 
 TEXT_TASKS = ("kl", "perplexity")
 TASKS = (*TEXT_TASKS, "needle", "ruler")
@@ -162,7 +162,7 @@ class Evaluation:
                 method = make_method(configuration, check_model=plan.check_model)
                 assert method is not None
                 method.state(model)
-        shape = model_shape(text_config(model))
+        shape = shape_of(model)
         header = {
             "model": {"name": model_name, "digest": fingerprint(model)},
             "layers": shape.layers,
@@ -283,7 +283,13 @@ class Evaluation:
     def _harness(self, task: str, length: int) -> None:
         is_ruler = task in RULER_TASKS
         bases: list[Record] = [
-            {"task": task, "length": length if is_ruler else 0, "sample": str(index), "kind": task}
+            {
+                "task": task,
+                "length": length if is_ruler else 0,
+                # RULER's samples are drawn by the seed.
+                "sample": f"{index} of seed {self.plan.seed}" if is_ruler else str(index),
+                "kind": task,
+            }
             for index in range(self.plan.samples)
         ]
         todo = [base for base in self._mine(bases) if self._missing(base)]
@@ -298,12 +304,13 @@ class Evaluation:
             # A few samples at a time: a call of the harness has no stop between two.
             for start in range(0, len(mine), _HARNESS_SAMPLES):
                 some = mine[start : start + _HARNESS_SAMPLES]
+                numbers = [int(base["sample"].partition(" ")[0]) for base in some]
                 with self._under(configuration, length) as statistics:
                     begin = time.perf_counter()
-                    scores = harness.scores(loaded, [int(base["sample"]) for base in some])
+                    scores = harness.scores(loaded, numbers)
                     seconds = (time.perf_counter() - begin) / len(some)
-                for base in some:
-                    score = scores.get(int(base["sample"]))
+                for base, number in zip(some, numbers, strict=True):
+                    score = scores.get(number)
                     self._add(base, configuration, statistics, seconds=seconds, score=score)
 
     @contextlib.contextmanager
