@@ -495,6 +495,19 @@ def test_a_window_is_compared_with_the_keys_there_are(kind: str, length: int) ->
     assert stats.dense_calls == hidden
 
 
+def test_a_model_that_drafts_reads_the_prompt_once_and_then_decodes() -> None:
+    model, other = tiny_model(), tiny_model(seed=1)
+    ids = tokens(400)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    with bsfa_hf.enabled(other, table(math.inf)) as alone:
+        other.generate(ids, **options)
+    expected = model.generate(ids, **options)
+    with bsfa_hf.enabled(model, table(-math.inf)), bsfa_hf.enabled(other, table(math.inf)) as stats:
+        assert torch.equal(model.generate(ids, assistant_model=other, **options), expected)
+    assert stats.sparse_calls == alone.sparse_calls
+    assert set(stats.dense_calls) == {Reason.DECODE}
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("length", [127, 129, 256, 383, 384, 512])

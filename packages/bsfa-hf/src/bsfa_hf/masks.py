@@ -410,8 +410,10 @@ def _stage_of_generate() -> _Stage:
 
     Arguments do not tell. The last chunk of a chunked prefill may hold one token: it looks like a
     decode step, but has to read the thresholds of its row, as in a whole prefill. Drafted tokens
-    look like a prefill, but each stands for a decode step.
+    look like a prefill, but each stands for a decode step. A model that drafts them starts a
+    ``generate`` of its own each time, which is a prefill the first time alone.
     """
+    prefill: _Stage | None = None
     frame = sys._getframe(1)
     for _ in range(96):
         if frame.f_back is None:
@@ -420,18 +422,17 @@ def _stage_of_generate() -> _Stage:
         name = frame.f_code.co_name
         if not str(frame.f_globals.get("__name__")).startswith("transformers."):
             continue  # a function of the user's may have the same name
-        if name == "_prefill":
-            options = frame.f_locals.get("generation_config")
-            return _Stage(
-                prefill=True, chunked=getattr(options, "prefill_chunk_size", None) is not None
-            )
         if name == "_assisted_decoding":
             if not frame.f_locals.get("is_first_iteration", False):
                 return _Stage(verifies=True)
-            return _Stage(prefill=True, drafts=frame.f_locals.get("candidate_length", 0))
-        if name == "generate":
+            return prefill or _Stage(True, drafts=frame.f_locals.get("candidate_length", 0))
+        if name == "_prefill" and prefill is None:
+            options = frame.f_locals.get("generation_config")
+            chunked = getattr(options, "prefill_chunk_size", None) is not None
+            prefill = _Stage(prefill=True, chunked=chunked)
+        if name == "generate" and prefill is None:
             break
-    return _Stage()
+    return prefill or _Stage()
 
 
 def spans_of(padding: Tensor, offset: int, seqlen_q: int) -> tuple[Span, ...]:
