@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -90,34 +91,6 @@ def a_plan(text: Path, *specifications: str, **options: object) -> Plan:
 
 
 # ------------------------------------------------------------------------------- configurations
-
-
-def test_samples_of_another_seed_are_other_samples(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Harness:
-        """Scores that the seed gives."""
-
-        def __init__(self, model: Any, tokenizer: Any) -> None:
-            self.model = model
-
-        def load(self, task: str, length: int, seed: int) -> int:
-            return seed
-
-        def scores(self, loaded: int, numbers: list[int]) -> dict[int, float]:
-            self.model(torch.arange(1, 500)[None] % 97)
-            return {number: float(loaded + number) for number in numbers}
-
-    monkeypatch.setattr(run, "Harness", Harness)
-    out = tmp_path / "results.json"
-    for seed in (0, 7):
-        plan = Plan((), tasks=("niah_single_1",), lengths=(512,), samples=2, seed=seed)
-        Evaluation(model, tokenizer, plan, out).run()
-    found = {record["sample"]: record["score"] for record in load(out)["records"]}
-    assert found == {"0 of seed 0": 0, "1 of seed 0": 1, "0 of seed 7": 7, "1 of seed 7": 8}
 
 
 def test_a_configuration_is_read_as_it_is_written() -> None:
@@ -416,6 +389,52 @@ def test_what_is_evaluated_is_what_enable_gives(
     kept = torch.tensor(record["skipped"]).sub(1).neg()
     assert torch.allclose(kept, stats.kept_fraction_by_head.float(), atol=1e-4)
     assert 0.1 < record["sparsity"] < 0.9
+
+
+def test_samples_of_another_seed_are_other_samples(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Harness:
+        """Scores that the seed gives."""
+
+        def __init__(self, model: Any, tokenizer: Any) -> None:
+            self.model = model
+
+        def load(self, task: str, length: int, seed: int) -> int:
+            return seed
+
+        def scores(self, loaded: int, numbers: list[int]) -> dict[int, float]:
+            self.model(torch.arange(1, 500)[None] % 97)
+            return {number: float(loaded + number) for number in numbers}
+
+    monkeypatch.setattr(run, "Harness", Harness)
+    out = tmp_path / "results.json"
+    for seed in (0, 7):
+        plan = Plan((), tasks=("niah_single_1",), lengths=(512,), samples=2, seed=seed)
+        Evaluation(model, tokenizer, plan, out).run()
+    found = {record["sample"]: record["score"] for record in load(out)["records"]}
+    assert found == {"0 of seed 0": 0, "1 of seed 0": 1, "0 of seed 7": 7, "1 of seed 7": 8}
+
+
+def test_a_threshold_found_on_other_text_is_not_mixed_with_the_first(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.json"
+    wanted = "scalar:rule=peak_lse,sparsity=0.3"
+    Evaluation(model, tokenizer, a_plan(text, wanted, tasks=("kl",), samples=1), out).run()
+    (about,) = (c for c in load(out)["header"]["configurations"].values() if c["name"] != "dense")
+    more = a_plan(text, wanted, tasks=("kl",), samples=2)
+    Evaluation(model, tokenizer, more, out).run()
+    assert len(load(out)["records"]) == 4
+    other = tmp_path / "other.txt"
+    other.write_text("".join(chr(33 + i * i % 83) for i in range(3 * LENGTH)))
+    plan = a_plan(other, wanted, tasks=("kl",), samples=1)
+    begun = f"with a threshold of {about['thresholds'][str(LENGTH)]:g}, and this text gives"
+    with pytest.raises(EvaluationError, match=re.escape(begun)):
+        Evaluation(model, tokenizer, plan, out).run()
 
 
 def test_sparge_attention_is_measured_by_its_own_count(

@@ -55,8 +55,11 @@ class Results:
                     f"{path} holds results of another model, {found['header'].get('model')}; "
                     "name another file with --out"
                 )
-            known = {**found["header"].get("configurations", {})}
-            self.header["configurations"] = {**known, **self.header.get("configurations", {})}
+            configurations = {**found["header"].get("configurations", {})}
+            for digest, about in self.header.get("configurations", {}).items():
+                # With the thresholds that its records were made with.
+                configurations[digest] = {**configurations.get(digest, {}), **about}
+            self.header["configurations"] = configurations
             self._records = {record_key(record): record for record in found["records"]}
 
     def __contains__(self, key: str) -> bool:

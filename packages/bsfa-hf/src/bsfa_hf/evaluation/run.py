@@ -31,6 +31,8 @@ TEXT_TASKS = ("kl", "perplexity")
 TASKS = (*TEXT_TASKS, "needle", "ruler")
 
 # Samples of a harness task between two writes; a call has some overhead of its own.
+# By how much two searches on one text may differ, in units of scaled scores.
+_SAME_THRESHOLD = 0.02
 _HARNESS_SAMPLES = 8
 
 Progress = Callable[[str], None]
@@ -352,8 +354,7 @@ class Evaluation:
         if text is None or start <= 0:
             raise EvaluationError(
                 f"{configuration.name}: to find the threshold for a sparsity, text is needed that "
-                f"is "
-                "not evaluated on: give --text, and a --text-part that starts above 0"
+                "is not evaluated on: give --text, and a --text-part that starts above 0"
             )
         target = float(configuration.option("sparsity"))
         self._progress(f"{configuration.name}: finding the threshold for a sparsity of {target:g}")
@@ -371,8 +372,13 @@ class Evaluation:
             f"{configuration.name}: a threshold of {found.threshold:.3f} skips {found.sparsity:.3f}"
         )
         about = self.results.header["configurations"][configuration.digest]
-        about.setdefault("thresholds", {})[str(length)] = found.threshold
-        return found.threshold
+        before: float = about.setdefault("thresholds", {}).setdefault(str(length), found.threshold)
+        if abs(before - found.threshold) > _SAME_THRESHOLD:
+            raise EvaluationError(
+                f"{self.results.path} has results of {configuration.name} with a threshold of "
+                f"{before:g}, and this text gives {found.threshold:g}; name another file with --out"
+            )
+        return before
 
     def _mine(self, samples: Sequence[Any]) -> Iterator[Any]:
         return (sample for i, sample in enumerate(samples) if i % self.world == self.rank)
