@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import LlamaForCausalLM
 
 from bsfa_calib.hook import BlockSparse, applied
@@ -75,6 +76,12 @@ def test_a_fingerprint_is_of_all_that_a_model_computes_with() -> None:
     changed.model.rotary_emb.inv_freq[-1] *= 2
     found.append(fingerprint(changed))
     found.append(fingerprint(small_llama().to(torch.bfloat16)))
+    for scale in (1.0, 2.0):
+        changed = small_llama()
+        weight = changed.model.layers[0].mlp.down_proj.weight
+        packed = TwoTensor(weight.detach(), weight.detach() * scale)
+        changed.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(packed)
+        found.append(fingerprint(changed))
     assert len(set(found)) == len(found)
 
 

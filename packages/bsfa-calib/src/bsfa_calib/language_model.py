@@ -210,7 +210,8 @@ def fingerprint(model: Any) -> str:
     for name, tensor in (*sorted(model.named_parameters()), *sorted(model.named_buffers())):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         if tensor.numel() and not tensor.is_meta:
-            sums.setdefault(tensor.device, []).append(_sums(tensor.detach()))
+            parts = [_sums(part) for part in _plain(tensor.detach())]
+            sums.setdefault(tensor.device, []).append(torch.stack(parts).sum(0))
     for group in sums.values():
         digest.update(torch.stack(group).cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -227,12 +228,21 @@ def _lasting(value: Any) -> Any:
     return [_lasting(part) for part in value] if isinstance(value, list | tuple) else value
 
 
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """A tensor, or those that a quantised one is made of; all ranks' of one that they share."""
+    if hasattr(tensor, "full_tensor"):
+        return _plain(tensor.full_tensor())
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in _plain(getattr(tensor, name))]
+    return [tensor]
+
+
 def _sums(tensor: Tensor) -> Tensor:
     """Two sums of a tensor's bits, int64 [2]: of all of them, and of its rows by their number.
 
     Integers that wrap around, so that the order of adding does not matter.
     """
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of all ranks
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
