@@ -16,20 +16,13 @@ from transformers import DynamicCache, StaticCache
 
 import bsfa_hf
 from bsfa_calib import ThresholdTable, binding, hook
+from bsfa_calib.language_model import cache_argument
 from bsfa_hf import Reason, attention
 from bsfa_hf.attention import bsfa_attention
 from bsfa_kernel import RULES, Geometry, block_sparse_attention
 from tiny import HALF, HEADS, LAYERS, largest_difference, table, tiny_model, tokens
 
 KINDS = ["llama", "qwen2", "qwen3", "phi3", "mistral", "gemma2", "gemma3_text", "gpt_oss"]
-
-
-def cache_argument(model: Any) -> str:
-    """transformers 5.24 renamed past_key_values to cache."""
-    import inspect
-
-    parameters = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def chunked(model: Any, ids: Tensor, size: int, cache: Any, mask: Tensor | None = None) -> Tensor:
@@ -359,11 +352,11 @@ def test_a_function_of_the_user_may_have_any_name(model: Any) -> None:
     ids = tokens(300)
     found = []
     for name in ("_prefill", "_assisted_decoding", "generate", "any_other"):
-        scope: dict[str, Any] = {"model": model, "ids": ids}
+        scope: dict[str, Any] = {"model": model, "ids": ids, "argument": cache_argument(model)}
         source = f"""
 def {name}(cache):
-    model(ids[:, :299], past_key_values=cache)
-    return model(ids[:, 299:], past_key_values=cache).logits
+    model(ids[:, :299], **{{argument: cache}})
+    return model(ids[:, 299:], **{{argument: cache}}).logits
 """
         exec(source, scope)
         with bsfa_hf.enabled(model, table(math.inf)) as stats:

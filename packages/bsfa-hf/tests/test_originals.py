@@ -19,6 +19,7 @@ from transformers.models.llama import modeling_llama
 
 import bsfa_hf
 import zoo
+from bsfa_calib.language_model import cache_argument
 from bsfa_hf import Reason
 from bsfa_hf.masks import DeferredMask
 from bsfa_hf.originals import Implementation, asks_for_name, original_of
@@ -552,7 +553,7 @@ def test_turns_of_a_chat_in_one_static_cache_are_those_of_the_dense_model(model:
 
     def turns() -> Tensor:
         cache = StaticCache(config=model.config, max_cache_len=400)
-        name = "cache" if "cache" in model.forward.__annotations__ else "past_key_values"
+        name = cache_argument(model)
         parts = ids.split([133, 8, 1, 158], 1)
         return torch.cat([model(part, use_cache=True, **{name: cache}).logits for part in parts], 1)
 

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, StaticCache
 
 import bsfa_hf
+from bsfa_calib.language_model import cache_argument
 from bsfa_hf import AttentionConfig
 from bsfa_hf.methods import BlockSparse
 from tiny import HEADS, LAYERS, largest_difference, table, tiny_model, tokens
@@ -296,8 +297,9 @@ def test_a_sliding_window_ends_at_the_last_key_of_a_static_cache(model: Any, sin
     bsfa_hf.inject_custom_attention(model, config)
     static = (StaticCache(config=model.config, max_cache_len=size) for size in (302, 364, 512))
     for cache in (DynamicCache(config=model.config), *static):
-        model(ids[:, :300], past_key_values=cache)
-        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in (300, 301)]
+        cached = {cache_argument(model): cache}
+        model(ids[:, :300], **cached)
+        steps = [model(ids[:, i : i + 1], **cached).logits for i in (300, 301)]
         assert largest_difference(torch.cat(steps, 1), expected) < 1e-5
     longer = {"max_new_tokens": 20, "do_sample": False}
     whole = model.generate(ids, **longer)

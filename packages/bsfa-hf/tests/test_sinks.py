@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, StaticCache
 import bsfa_hf
 import zoo
 from bsfa_calib.capture import calibrate
+from bsfa_calib.language_model import cache_argument
 from bsfa_hf import Reason
 from bsfa_hf.attention import bsfa_attention
 from bsfa_hf.dense import dense_attention
 from bsfa_hf.originals import Implementation
 from bsfa_kernel import RULES
 from spied import Call, exact, spied
-from test_attention import cache_argument, chunked, pad
+from test_attention import chunked, pad
 from tiny import HEADS, LAYERS, largest_difference, table, tiny_model, tokens
 
 # Types whose full layers have one sink a head; as zoo makes them, the first layer has a window.
