@@ -296,11 +296,16 @@ def test_a_sliding_window_ends_at_the_last_key_of_a_static_cache(model: Any, sin
     config = AttentionConfig("sliding_window", sliding_window_size=64, sliding_window_sink=sink)
     bsfa_hf.inject_custom_attention(model, config)
     static = (StaticCache(config=model.config, max_cache_len=size) for size in (302, 364, 512))
+    counted = []
     for cache in (DynamicCache(config=model.config), *static):
+        bsfa_hf.reset(model)
         cached = {cache_argument(model): cache}
         model(ids[:, :300], **cached)
         steps = [model(ids[:, i : i + 1], **cached).logits for i in (300, 301)]
         assert largest_difference(torch.cat(steps, 1), expected) < 1e-5
+        stats = bsfa_hf.stats(model)
+        counted.append((stats.kept_blocks.tolist(), stats.visible_blocks))
+    assert all(other == counted[0] for other in counted[1:])
     longer = {"max_new_tokens": 20, "do_sample": False}
     whole = model.generate(ids, **longer)
     assert torch.equal(model.generate(ids, cache_implementation="static", **longer), whole)

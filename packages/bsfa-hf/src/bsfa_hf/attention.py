@@ -465,12 +465,10 @@ def _lengths(
 ) -> list[tuple[int, int]]:
     """Queries and keys of packed sequences, read from the device once a forward pass.
 
-    In inference mode once a layer: there tensors do not count their changes.
+    Those that were made in inference mode once a layer: they do not count their changes.
     """
     changes = None
-    if not (
-        torch.is_inference_mode_enabled() or starts_q.is_inference() or starts_k.is_inference()
-    ):
+    if not (starts_q.is_inference() or starts_k.is_inference()):
         changes = (starts_q._version, starts_k._version)
         known = getattr(starts_q, _PACKED, None)
         if known and known[0] == (total_q, total_k, *changes) and known[1]() is starts_k:

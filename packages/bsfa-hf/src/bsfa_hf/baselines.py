@@ -269,9 +269,12 @@ def _sliding_window(state: _Running, call: _Call) -> Tensor | Reason:
             scale=call.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-    spans = (plan and plan.spans) or ()
-    lengths = [(span.seqlen_q, span.seqlen_k) for span in spans]
-    lengths = lengths or [(seqlen_q, seqlen_k)] * query.shape[0]
+    lengths = [(seqlen_q, seqlen_k)] * query.shape[0]
+    if plan is not None and plan.spans:
+        lengths = [(span.seqlen_q, span.seqlen_k) for span in plan.spans]
+    elif plan is None and seqlen_q == 1 and not torch.compiler.is_compiling():
+        assert visible is not None
+        lengths = [(min(n, 1), n) for n in visible[:, 0, -1].sum(-1).tolist()]
     kept = [
         method.kept(*each, query.device).expand(query.shape[1], -1) for each in lengths if each[0]
     ]

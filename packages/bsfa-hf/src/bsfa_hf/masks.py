@@ -420,6 +420,8 @@ def _stage_of_generate() -> _Stage:
             break
         frame = frame.f_back
         name = frame.f_code.co_name
+        if name not in ("_assisted_decoding", "_prefill", "generate"):
+            continue
         if not str(frame.f_globals.get("__name__")).startswith("transformers."):
             continue  # a function of the user's may have the same name
         if name == "_assisted_decoding":
