@@ -31,9 +31,9 @@ TEXT_TASKS = ("kl", "perplexity")
 TASKS = (*TEXT_TASKS, "needle", "ruler")
 
 # Samples of a harness task between two writes; a call has some overhead of its own.
+_HARNESS_SAMPLES = 8
 # By how much two searches on one text may differ, in units of scaled scores.
 _SAME_THRESHOLD = 0.02
-_HARNESS_SAMPLES = 8
 
 Progress = Callable[[str], None]
 
