@@ -156,9 +156,9 @@ def check_base(adapter: Path, name: str) -> None:
 
     Raises:
         FileNotFoundError: the adapter has no ``extension.json``.
-        ValueError: it is for a model of another name.
+        ValueError: it is damaged, or for a model of another name.
     """
-    base = json.loads((adapter / "extension.json").read_text()).get("base_model", name)
+    base = adapter_extension(adapter).get("base_model", name)
     if base != name:
         raise ValueError(f"{adapter} is for the model {base}, got {name}")
 
@@ -187,14 +187,40 @@ def set_rotary(model: Any, theta: float, positions: int) -> None:
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(model.device)
 
 
+def adapter_extension(folder: Path) -> dict[str, Any]:
+    """What ``extension.json`` of an adapter says: rotary base, positions, and where it is from.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or does not state the first two.
+    """
+    file = folder / "extension.json"
+    extension = _object(file)
+    for key in ("rope_theta", "max_position_embeddings"):
+        value = extension.get(key)
+        if not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{file} must state {key} above 0, got {value!r}")
+    return extension
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
 def adapter_config(folder: Path) -> dict[str, Any]:
     """The PEFT configuration of an adapter, which must be plain LoRA.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: it is of another kind, or layers have ranks or alphas of their own.
+        ValueError: it is damaged, of another kind, or layers have ranks or alphas of their own.
     """
-    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    config = _object(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise ValueError(f"{folder} must hold a plain LoRA adapter, got {config.get('peft_type')}")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
@@ -214,7 +240,7 @@ def adapter_factors(folder: Path) -> dict[str, Tensor]:
 
     file = folder / "adapter_model.safetensors"
     content = file.read_bytes()
-    stated = json.loads((folder / "extension.json").read_text()).get("sha256")
+    stated = adapter_extension(folder).get("sha256")
     found = hashlib.sha256(content).hexdigest()
     if stated not in (None, found):
         raise ValueError(f"{file} is damaged: its SHA-256 must be {stated}, got {found}")
@@ -241,7 +267,7 @@ def merge_adapter(model: Any, folder: Path) -> None:
             damaged.
     """
     config = adapter_config(folder)
-    extension = json.loads((folder / "extension.json").read_text())
+    extension = adapter_extension(folder)
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1.0)
     factors = adapter_factors(folder)
     modules = dict(model.named_modules())

@@ -306,7 +306,7 @@ def settle(options: argparse.Namespace) -> dict[str, Any]:
     fixed: tuple[str, ...] = ()
     if adapter is not None:
         models.check_base(adapter, name)
-        extension = json.loads((adapter / "extension.json").read_text())
+        extension = models.adapter_extension(adapter)
         config = models.adapter_config(adapter)
         if config.get("use_rslora"):
             raise ValueError(f"{adapter} scales by alpha over the root of its rank: not supported")

@@ -314,7 +314,7 @@ def test_a_run_goes_on_as_its_adapter_says(shape: str, tmp_path: Path) -> None:
     words = ["--model-shape", shape, "--data", str(tmp_path), "--steps", "1", "--cpu"]
     adapter, out = tmp_path / "adapter", tmp_path / "out"
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 12}
-    stated = {"base_model": shape, "rope_theta": 5e5, "steps": 7, "tokens": 9, "sha256": "a"}
+    stated = {"base_model": shape, "rope_theta": 5e5, "max_position_embeddings": 512, "steps": 7}
     for folder in (adapter, out):
         folder.mkdir()
         (folder / "extension.json").write_text(json.dumps(stated))
@@ -354,6 +354,15 @@ def test_a_run_goes_on_as_its_adapter_says(shape: str, tmp_path: Path) -> None:
         settled(*start)
     with pytest.raises(FileNotFoundError):
         settled("--start-from", str(tmp_path / "nowhere"))
+    for content, said in (
+        ("{", "is damaged: "),
+        ("[]", "must hold a JSON object, got list"),
+        ('{"rope_theta": "1e6"}', "must state rope_theta above 0, got '1e6'"),
+        ('{"rope_theta": 1e6}', "must state max_position_embeddings above 0, got None"),
+    ):
+        (adapter / "extension.json").write_text(content)
+        with pytest.raises(ValueError, match=re.escape(f"{adapter / 'extension.json'} {said}")):
+            settled(*start)
 
 
 def test_an_adapter_merges_to_what_peft_computes(
