@@ -468,6 +468,15 @@ def test_nan_in_a_file_is_refused(good: Path) -> None:
         ThresholdTable.load(write_raw(good, header, data))
 
 
+def test_of_points_a_rounding_error_apart_the_nearest_is_selected() -> None:
+    points = (0.1 + 0.2, np.nextafter(0.1 + 0.2, 1.0).item(), 0.75)
+    values = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1)
+    table = ThresholdTable(thresholds=values, points=points, axis="target_sparsity")
+    assert [table.index(target_sparsity=point) for point in points] == [0, 1, 2]
+    assert table.index(target_sparsity=0.3) == 0
+    assert table.index(target_sparsity=0.75 + 1e-12) == 2
+
+
 def test_selecting_gives_the_thresholds_of_a_point() -> None:
     table = golden_table()
     np.testing.assert_array_equal(table.select(k=64), table.thresholds[1])

@@ -213,9 +213,10 @@ class ThresholdTable:
                 f"{self._described()}"
             )
         if chosen.axis == self.axis:
-            for index, held in enumerate(self.points):
-                if math.isclose(held, chosen.value, rel_tol=1e-9, abs_tol=0.0):
-                    return index
+            value = chosen.value
+            nearest = min(range(len(self.points)), key=lambda i: abs(self.points[i] - value))
+            if math.isclose(self.points[nearest], value, rel_tol=1e-9, abs_tol=0.0):
+                return nearest
         raise ValueError(f"this table has no {chosen}; its points are {self._described()}")
 
     def expected_sparsity(self, point: PointLike | None = None) -> float | None:
