@@ -297,6 +297,23 @@ def test_what_attention_with_gradients_cannot_take_is_refused() -> None:
             gated_attention(q, *other, thresholds, **options)
 
 
+def test_attention_with_gradients_ignores_autocast() -> None:
+    def compute() -> tuple[Tensor, ...]:
+        case = Case(*(x.clone().requires_grad_() for x in a_case("peak_lse", GEOMETRY)))
+        with torch.enable_grad():
+            found = gated_attention(*case, rule="peak_lse", geometry=GEOMETRY, scale=0.25)
+            found.out.square().sum().backward()
+        gradients = [x.grad for x in case if x.grad is not None]
+        return (found.out, found.skipped, found.slope, *gradients)
+
+    outside = compute()
+    assert len(outside) == 7
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = compute()
+    for found, expected in zip(inside, outside, strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_gradients_have_no_gradients_themselves() -> None:
     case = a_case("peak_lse", GEOMETRY)
     q = case.q.clone().requires_grad_()

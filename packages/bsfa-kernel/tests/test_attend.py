@@ -463,7 +463,7 @@ def test_a_mask_of_the_rule_gives_what_the_rule_gives():
         ),
         ({"v": torch.zeros(1, 10, 1, 64)}, ValueError, "v must have the shape of k"),
         ({"geometry": None}, ValueError, "geometry must be one of the Geometry values"),
-        ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
+        ({"scale": 0.0}, ValueError, r"scale must be between 2\*\*-126 and 2\*\*127, got 0.0"),
         (
             {"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)},
             ValueError,

@@ -383,6 +383,12 @@ def test_a_row_that_has_seen_nan_or_infinity_keeps_all_further_blocks(rule, wort
     assert not_voting.keep.tolist() == [False, False, False, False, True]
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_of_no_rows_or_no_blocks_there_is_an_excess_each(rule):
+    assert excesses(torch.zeros(2, 3, 0), rule=rule).shape == (2, 0)
+    assert torch.equal(excesses(torch.zeros(2, 0, 5), rule=rule), torch.full((2, 5), -INF))
+
+
 def test_references_hold_over_wide_ranges():
     # Of one row: what is seen first is all but nothing beside what comes later, and the reverse.
     maxima = torch.tensor([[0.0, 700.0, -1e4, -1e4 - 1, -3e4]])

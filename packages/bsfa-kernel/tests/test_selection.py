@@ -423,7 +423,9 @@ def test_a_longest_sequence_that_is_none_is_refused():
     thresholds = torch.zeros(case.heads, 1)
     for longest, error, message in (
         (256, ValueError, "max_seqlen_k must be at least the keys of the longest sequence, 257"),
-        (0, ValueError, "max_seqlen_k must be at least 1, got 0"),
+        (0, ValueError, "max_seqlen_k must be at least the keys of the longest sequence, 257"),
+        (-1, ValueError, r"max_seqlen_k must be between 0 and 2\*\*63 - 1, got -1"),
+        (2**63, ValueError, r"max_seqlen_k must be between 0 and 2\*\*63 - 1, got 92"),
         (2.5, TypeError, "max_seqlen_k must be a whole number or None, got float"),
     ):
         with pytest.raises(error, match=message):
@@ -437,6 +439,19 @@ def test_a_longest_sequence_that_is_none_is_refused():
         ValueError, match=r"max_seqlen_k is for packed sequences and block .* got 256"
     ):
         select_blocks(q[None], k[None], thresholds, max_seqlen_k=256)
+
+
+@pytest.mark.parametrize("precision", ["int8", "exact"])
+def test_the_longest_sequence_may_have_no_key(precision):
+    q = torch.randn(300, 2, 16)
+    none = torch.zeros(2, dtype=torch.int32)
+    starts = {"cu_seqlens_q": torch.tensor([0, 300], dtype=torch.int32)}
+    how = {"precision": precision, "max_seqlen_k": 0, "causal": False}
+    packed = select_blocks(q, q[:0], torch.zeros(2, 1), cu_seqlens_k=none, **starts, **how)
+    assert packed.shape == (2, 300 // 128 + 2, 0)
+    pages = {"block_table": torch.zeros(1, 0, dtype=torch.int32), "seqused_k": none[:1]}
+    paged = select_blocks(q, q[None, :16], torch.zeros(2, 1), **pages, **starts, **how)
+    assert paged.shape == packed.shape
 
 
 # ------------------------------------------------------------------- two steps and the fused kernel
@@ -686,7 +701,7 @@ def test_a_longest_sequence_is_refused_where_it_is_not_looked_at():
         ({"rule": "largest"}, ValueError, "rule must be one of"),
         ({"geometry": (64, 64, 1)}, ValueError, "geometry must be one of"),
         ({"voters": 0}, ValueError, "voters must be one of 1, 2, 4; got 0"),
-        ({"scale": -1.0}, ValueError, "scale must be positive and finite, got -1.0"),
+        ({"scale": -1.0}, ValueError, r"scale must be between 2\*\*-126 and 2\*\*127, got -1.0"),
         ({"thresholds": torch.zeros(3, 1)}, ValueError, "thresholds must have one row list per"),
         ({"thresholds": None}, TypeError, "thresholds must be a torch.Tensor, got NoneType"),
         ({"thresholds": torch.full((2, 1), math.nan)}, ValueError, "thresholds must not be NaN"),

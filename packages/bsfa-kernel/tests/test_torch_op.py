@@ -8,6 +8,8 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import paging
 from bsfa_kernel import (
@@ -17,6 +19,7 @@ from bsfa_kernel import (
     attend_blocks,
     block_maxima,
     block_sparse_attention,
+    reference,
     select_blocks,
 )
 
@@ -369,17 +372,6 @@ def test_one_compilation_serves_lengths_of_other_words(selection):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
-def test_the_two_steps_refuse_backward(which):
-    call = list(inputs())
-    call[which] = call[which].clone().requires_grad_()
-    assert not select_blocks(call[0], call[1], call[3]).requires_grad
-    out = block_sparse_attention(*call, selection="int8")
-    assert out.requires_grad
-    with pytest.raises(NotImplementedError, match="no backward pass"):
-        out.sum().backward()
-
-
 def test_opcheck_passes_for_the_other_operators_with_sinks():
     q, k, v, thresholds = inputs()
     sinks = torch.linspace(-1, 2, 6)
@@ -421,13 +413,6 @@ def test_sinks_export_and_take_other_values():
     program = torch.export.export(module, (*inputs(), sinks))
     for other in (sinks, sinks - 3):
         torch.testing.assert_close(program.module()(*inputs(), other), module(*inputs(), other))
-
-
-def test_sinks_that_require_gradients_run_forward_and_refuse_backward():
-    sinks = torch.zeros(6, requires_grad=True)
-    out = block_sparse_attention(*inputs(), sinks=sinks)
-    with pytest.raises(NotImplementedError, match="no backward pass"):
-        out.sum().backward()
 
 
 @pytest.mark.parametrize("seqlen_q", [0, 300])
@@ -511,6 +496,35 @@ def test_fake_tensors_have_the_shapes_dtypes_and_strides_of_real_ones():
             )
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_fake_tensors_of_a_gpu_are_checked_for_its_kernels(name):
+    with FakeTensorMode():
+        thresholds = torch.empty(4, 1, device="cuda")
+
+        def compute(dtype, changed):
+            call = {key: torch.empty(1, 300, 4, 64, dtype=dtype, device="cuda") for key in "qkv"}
+            call[name] = changed(call[name])
+            q, k, v = call.values()
+            mask = torch.empty(1, 4, 3, 1, dtype=torch.int64, device="cuda")
+            yield lambda: block_sparse_attention(q, k, v, thresholds)
+            yield lambda: attend_blocks(q, k, v, mask)
+            if name != "v":
+                yield lambda: select_blocks(q, k, thresholds)
+                yield lambda: block_maxima(q, k)
+
+        def strided(x):
+            return torch.empty(1, 64, 4, 300, dtype=x.dtype, device="cuda").transpose(1, 3)
+
+        for attend in compute(torch.float16, lambda x: x):
+            attend()
+        for attend in compute(torch.float32, lambda x: x):
+            with pytest.raises(TypeError, match="on a CUDA device q must be float16 or bfloat16"):
+                attend()
+        for attend in compute(torch.float16, strided):
+            with pytest.raises(ValueError, match=f"the last stride of {name} must be 1"):
+                attend()
+
+
 def test_fake_tensors_are_checked_like_real_ones():
     q, k, v, thresholds = (x.to("meta") for x in inputs())
     with pytest.raises(ValueError, match="same batch"):
@@ -529,11 +543,88 @@ def test_inputs_that_require_gradients_run_forward_and_refuse_backward(which):
         out.sum().backward()
 
 
-def test_block_maxima_refuse_backward():
-    q, k, *_ = inputs()
-    maxima = block_maxima(q.requires_grad_(), k)
-    with pytest.raises(NotImplementedError, match="no backward pass"):
-        maxima[maxima.isfinite()].sum().backward()
+def in_every_function(name, x, call):
+    """What each function gives with one input replaced; those that take it."""
+    call = {**call, name: x}
+    q, k, v, thresholds, sinks = (call[key] for key in ("q", "k", "v", "thresholds", "sinks"))
+    mask = select_blocks(*(call[key].detach() for key in ("q", "k", "thresholds")))
+    yield lambda: block_sparse_attention(q, k, v, thresholds, sinks=sinks)
+    yield lambda: block_sparse_attention(q, k, v, thresholds, sinks=sinks, selection="int8")
+    if name != "thresholds":
+        yield lambda: attend_blocks(q, k, v, mask, sinks=sinks)
+    if name not in ("v", "thresholds"):
+        yield lambda: block_maxima(q, k, sinks=sinks)
+    if name != "v":
+        yield lambda: select_blocks(q, k, thresholds, sinks=sinks)
+
+
+def named_inputs():
+    q, k, v, thresholds = inputs()
+    return {"q": q, "k": k, "v": v, "thresholds": thresholds, "sinks": torch.linspace(-1, 2, 6)}
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "thresholds", "sinks"])
+def test_forward_mode_derivatives_are_refused(name):
+    call = named_inputs()
+    tangent = torch.ones_like(call[name])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(call[name], tangent)
+        for compute in in_every_function(name, dual, call):
+            with pytest.raises(NotImplementedError, match="nor forward-mode derivatives"):
+                compute()
+        # One that has no part in it is computed as ever.
+        block_sparse_attention(*inputs())
+
+    def scaled(factor):
+        return block_sparse_attention(**{**call, name: call[name] * factor})
+
+    ones = torch.ones(2)
+    for transform in (
+        lambda: torch.func.jvp(scaled, (ones[0],), (ones[0],)),
+        lambda: torch.func.jacfwd(scaled)(ones[0]),
+        lambda: torch.func.vmap(torch.func.jacfwd(scaled))(ones),
+        lambda: torch.func.jacfwd(torch.func.vmap(scaled))(ones),
+    ):
+        with pytest.raises(NotImplementedError, match="nor forward-mode derivatives"):
+            transform()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "thresholds", "sinks"])
+def test_functional_derivatives_are_refused(name):
+    call = named_inputs()
+
+    def total(factor):
+        return block_sparse_attention(**{**call, name: call[name] * factor}).sum()
+
+    ones = torch.ones(2)
+    for transform in (
+        lambda: torch.func.grad(total)(ones[0]),
+        lambda: torch.func.jacrev(total)(ones[0]),
+        lambda: torch.func.vjp(total, ones[0]),
+        lambda: torch.func.vmap(torch.func.grad(total))(ones),
+        lambda: torch.func.jacrev(torch.func.vmap(total))(ones),
+    ):
+        with pytest.raises(NotImplementedError, match="no backward pass"):
+            transform()
+    # Attention of what is not differentiated is a constant.
+    gradient = torch.func.grad(lambda x: (x * total(1.0)).sum())(ones)
+    torch.testing.assert_close(gradient, total(1.0).expand(2))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "thresholds", "sinks"])
+def test_what_requires_gradients_runs_forward_and_refuses_backward(name):
+    call = named_inputs()
+    parameter = call[name].clone().requires_grad_()
+    weight = torch.ones((), requires_grad=True)
+    for compute in in_every_function(name, parameter, call):
+        out = compute()
+        if out.dtype == torch.int64:
+            assert not out.requires_grad
+            continue
+        assert out.requires_grad
+        with pytest.raises(NotImplementedError, match="no backward pass"):
+            (out.nan_to_num(0, 0, 0).sum() * weight).backward()
+    assert parameter.grad is None
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -551,10 +642,36 @@ def test_outputs_share_no_memory_with_inputs_or_each_other():
     assert len(pointers) == 7
 
 
-def test_autocast_leaves_the_operator_alone():
-    call = inputs(dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(block_sparse_attention(*call), block_sparse_attention(*call))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cast_to", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_every_function_alone(dtype, cast_to):
+    q, k, v, thresholds = inputs(dtype=dtype)
+
+    def compute():
+        call = (q * 20, k * 20, v, thresholds)  # scores that overflow float16
+        options = {"rule": "peak_lse", "return_lse": True, "return_kept": True}
+        mask = select_blocks(q, k, thresholds, rule="peak_lse")
+        return (
+            *block_sparse_attention(*call, **options),
+            *block_sparse_attention(*call, **options, selection="int8"),
+            mask,
+            *attend_blocks(q, k, v, mask, return_lse=True, return_kept=True),
+            block_maxima(q * 20, k * 20),
+            *reference.attention(*call, rule="peak_lse"),
+            *reference.select_blocks(q, k, thresholds),
+            *reference.attend_blocks(q, k, v, mask),
+            reference.block_maxima(q, k),
+        )
+
+    outside = compute()
+    with torch.autocast("cpu", dtype=cast_to):
+        assert torch.mm(q[0, :, 0], k[0, :, 0].T).dtype == (
+            torch.float64 if dtype == torch.float64 else cast_to
+        )
+        inside = compute()
+    for found, expected in zip(inside, outside, strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
 
 
 def test_subclasses_reach_the_operator_through_dispatch():

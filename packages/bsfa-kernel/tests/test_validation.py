@@ -9,6 +9,7 @@ import ctypes
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +26,7 @@ from bsfa_kernel import (
     block_maxima,
     block_sparse_attention,
     reference,
+    resolve_selection,
     threshold_row,
 )
 from bsfa_kernel._calls import ForwardCall
@@ -193,21 +195,25 @@ REFUSED = {
         ValueError,
         "thresholds must not be NaN, got NaN for head 2, row 0",
     ),
-    "no scale": (arguments(scale=0.0), ValueError, "scale must be positive and finite, got 0.0"),
+    "no scale": (
+        arguments(scale=0.0),
+        ValueError,
+        "scale must be between 2**-126 and 2**127, got 0.0",
+    ),
     "negative scale": (
         arguments(scale=-1),
         ValueError,
-        "scale must be positive and finite, got -1",
+        "scale must be between 2**-126 and 2**127, got -1",
     ),
     "infinite scale": (
         arguments(scale=INF),
         ValueError,
-        "scale must be positive and finite, got inf",
+        "scale must be between 2**-126 and 2**127, got inf",
     ),
     "NaN scale": (
         arguments(scale=math.nan),
         ValueError,
-        "scale must be positive and finite, got nan",
+        "scale must be between 2**-126 and 2**127, got nan",
     ),
     "scale no number": (
         arguments(scale="1"),
@@ -264,7 +270,44 @@ REFUSED = {
     "geometry of three": (
         arguments(geometry=(1, 2, 3)),
         ValueError,
-        "geometry must be one of the Geometry values 128x64, 64x64; got 1x2x3",
+        "geometry must be one of the Geometry values 128x64, 64x64; got (1, 2, 3)",
+    ),
+    "scale that float32 lacks": (
+        arguments(scale=1e39),
+        ValueError,
+        "scale must be between 2**-126 and 2**127, got 1e+39",
+    ),
+    "scale that overflows in base 2": (
+        arguments(scale=2.5e38),
+        ValueError,
+        "scale must be between 2**-126 and 2**127, got 2.5e+38",
+    ),
+    "scale that is 0 in float32": (
+        arguments(scale=1e-50),
+        ValueError,
+        "scale must be between 2**-126 and 2**127, got 1e-50",
+    ),
+    "scale beyond float64": (
+        arguments(scale=10**400),
+        ValueError,
+        "scale must be between 2**-126 and 2**127, got 1000",
+    ),
+    "causal as text": (
+        arguments(causal="False"),
+        TypeError,
+        "causal must be True or False, got 'False'",
+    ),
+    "causal none": (arguments(causal=None), TypeError, "causal must be True or False, got None"),
+    "causal as a number": (arguments(causal=1), TypeError, "causal must be True or False, got 1"),
+    "geometry of floats": (
+        arguments(geometry=(64.0, 64.0)),
+        ValueError,
+        "geometry must be one of the Geometry values 128x64, 64x64; got (64.0, 64.0)",
+    ),
+    "geometry as an array": (
+        arguments(geometry=np.array([64, 64])),
+        ValueError,
+        "geometry must be one of the Geometry values 128x64, 64x64; got array([64, 64])",
     ),
     "geometry as text": (
         arguments(geometry="128x64"),
@@ -517,7 +560,7 @@ def test_the_operator_itself_checks_its_arguments():
 
 def test_reference_takes_any_geometry_but_no_empty_one():
     assert reference.attention(**arguments(geometry=Geometry(3, 5))).kept.shape == (2, 4, 4)
-    with pytest.raises(ValueError, match=re.escape("geometry must be two positive numbers")):
+    with pytest.raises(ValueError, match=re.escape("geometry must be two positive whole numbers")):
         reference.attention(**arguments(geometry=Geometry(0, 64)))
 
 
@@ -604,6 +647,43 @@ def test_float64_is_computed_and_returned_in_float64():
     call["thresholds"] = call["thresholds"].float()
     out, lse = block_sparse_attention(**call, return_lse=True)
     assert out.dtype == lse.dtype == torch.float64
+
+
+@pytest.mark.parametrize("geometry", [64, "64", "6464", (64.0, 64), (64,), None])
+def test_reference_refuses_what_is_no_geometry(geometry):
+    with pytest.raises(ValueError, match="geometry must be two positive whole numbers, got"):
+        reference.attention(**arguments(geometry=geometry))
+
+
+def test_a_plain_tuple_is_a_geometry():
+    expected = block_sparse_attention(**arguments(geometry=GEOMETRIES[1]))
+    assert torch.equal(block_sparse_attention(**arguments(geometry=(64, 64))), expected)
+
+
+@pytest.mark.parametrize("flag", ["return_lse", "return_kept"])
+def test_outputs_are_asked_for_by_a_flag(flag):
+    for value in ("no", None, 1, torch.tensor(True)):
+        with pytest.raises(TypeError, match=f"{flag} must be True or False, got"):
+            block_sparse_attention(**arguments(), **{flag: value})
+        assert not _checks.passes_fast_check(
+            forward_call(
+                {key: x.half() if key in "qkv" else x for key, x in arguments().items()}
+            )._replace(**{flag: value})
+        )
+
+
+@pytest.mark.parametrize(
+    ("seqlen_k", "error", "message"),
+    [
+        ("9000", TypeError, "seqlen_k must be a whole number, got str"),
+        (None, TypeError, "seqlen_k must be a whole number, got NoneType"),
+        (1.5, TypeError, "seqlen_k must be a whole number, got float"),
+        (-5, ValueError, "seqlen_k must be at least 0, got -5"),
+    ],
+)
+def test_a_length_that_is_none_resolves_no_selection(seqlen_k, error, message):
+    with pytest.raises(error, match=message):
+        resolve_selection("auto", arguments()["q"], seqlen_k)
 
 
 # --------------------------------------------------------------------------- geometry and rows
@@ -1112,7 +1192,8 @@ def forward_call(arguments):
     scale, rule = arguments.get("scale"), arguments.get("rule", "absolute")
     geometry = arguments.get("geometry", DEFAULT_GEOMETRY)
     return ForwardCall(
-        *(q, k, v, thresholds, *starts, True, scale, rule, *geometry, arguments.get("voters", 1)),
+        *(q, k, v, thresholds, *starts, arguments.get("causal", True)),
+        *(scale, rule, *geometry, arguments.get("voters", 1)),
         return_lse=False,
         return_kept=False,
         selection=arguments.get("selection", "exact"),

@@ -156,6 +156,7 @@ def test_a_plain_configuration_is_not_refused() -> None:
 
 def test_names_of_a_model(tmp_path: Path) -> None:
     assert model_names("meta-llama/Llama-3.1-8B") == ["Llama-3.1-8B"]
+    assert model_names(f"org/{'x' * 5000}") == ["x" * 5000]
     snapshot = "/cache/models--meta-llama--Llama-3.1-8B/snapshots/0123abcd"
     assert model_names(snapshot) == ["0123abcd", "Llama-3.1-8B"]
     (tmp_path / "real").mkdir()

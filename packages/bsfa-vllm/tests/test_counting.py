@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -212,6 +213,87 @@ def test_files_of_others_are_passed_over(tmp_path: Path) -> None:
     (folder / "bsfa-folder.json").mkdir()
     assert [report.engine for report in bsfa_vllm.reports()] == ["one"]
     del engine
+
+
+_FOREIGN = {
+    "text for a time": {"started": "x"},
+    "no time": {"started": float("nan")},
+    "text for a number of calls": {"calls": {"exact": "2"}},
+    "calls as a list": {"calls": ["exact"]},
+    "fewer layers kept": {"kept": [1]},
+    "a negative number": {"kept": [-5, 2]},
+    "a share": {"kept": [0.5, 2]},
+    "a layer without a number": {"dense_layers": {"first": "window"}},
+    "a reason that is none": {"dense_layers": {"1": 3}},
+    "a number for a name": {"engine": 3},
+    "a list for a name": {"engine": []},
+    "no description": {"description": None},
+}
+
+
+@pytest.mark.parametrize("changes", _FOREIGN.values(), ids=_FOREIGN.keys())
+@pytest.mark.parametrize("name", ["one", "another"])
+def test_a_file_with_an_odd_field_is_passed_over(
+    tmp_path: Path, changes: dict[str, object], name: str
+) -> None:
+    engine, folder = ran(tmp_path), counting.statistics_folder()
+    (expected,) = bsfa_vllm.reports()
+    content = {**counting.snapshot(engine), "engine": name}
+    path = folder / "bsfa-1.json"
+    path.write_text(json.dumps({**content, **changes}))
+    assert bsfa_vllm.reports() == [expected]
+    path.write_text("[" * 100000)
+    assert bsfa_vllm.reports() == [expected]
+    path.write_text(json.dumps(content))
+    assert bsfa_vllm.reports() != [expected]
+
+
+_FORK = """
+import os, pathlib, sys, threading, time
+import bsfa_vllm
+from test_counting import ran
+
+path = pathlib.Path(sys.argv[1])
+parent = ran(path, name="parent")
+child = os.fork()
+if not child:
+    names = [thread.name for thread in threading.enumerate()]
+    assert "bsfa-statistics" not in names, names
+    engine = ran(path, name="child")
+    end = time.monotonic() + 20
+    while len(bsfa_vllm.reports(path / "statistics")) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    sys.exit(0)  # writes once more
+assert os.waitpid(child, 0)[1] == 0
+reports = {report.engine: report for report in bsfa_vllm.reports()}
+assert sorted(reports) == ["child", "parent"], reports
+for report in reports.values():
+    assert sum(report.sparse_calls.values()) == 1, report
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_process_writes_what_it_counts_and_nothing_of_its_parent(tmp_path: Path) -> None:
+    (tmp_path / "statistics").mkdir()
+    environment = {
+        **os.environ,
+        "BSFA_STATISTICS": str(tmp_path / "statistics"),
+        "BSFA_STATISTICS_INTERVAL": "0.05",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    command = [sys.executable, "-c", _FORK, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_the_thread_of_statistics_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BSFA_STATISTICS_INTERVAL", "0.02")
+    writer = counting._Writer()
+    writer.start()
+    writer.finish()
+    writer.join(20)
+    assert not writer.is_alive()
 
 
 def test_an_engine_that_has_counted_nothing_is_not_read(

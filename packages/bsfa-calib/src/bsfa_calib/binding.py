@@ -146,7 +146,7 @@ def bind(
         raise ValueError(
             f"the thresholds are of {name}, and this model is {shape.shown or shape.names[0]}; if "
             "its weights are the same under another name, switch this check off: "
-            "check_model=False, in a command --any-model"
+            'check_model=False, in a command --any-model, in vLLM "check_model": false'
         )
     if voters is not None and voters != table.voters:
         raise ValueError(

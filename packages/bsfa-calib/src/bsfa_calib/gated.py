@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from bsfa_kernel import GEOMETRIES, RULES, VOTERS, Geometry
 from bsfa_kernel.geometry import count_visible, full_blocks
 from bsfa_kernel.reference import verdicts
+from bsfa_kernel.reference.context import without_autocast
 
 _SCORES_AT_A_TIME_CPU = 1 << 24
 _SCORES_AT_A_TIME_GPU = 1 << 26
@@ -168,7 +169,8 @@ class _GatedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         memo = options.memo or Memo()
         if memo.found is None:
-            memo.found = _attend(q, k, v, thresholds, options)
+            with without_autocast(q.device.type):
+                memo.found = _attend(q, k, v, thresholds, options)
         out, lse, kept, slope = memo.found
         ctx.save_for_backward(q, k, v, out, lse, kept, slope)
         ctx.options = options
@@ -185,9 +187,10 @@ class _GatedAttention(torch.autograd.Function):
         q, k, v, out, lse, kept, slope = ctx.saved_tensors
         found = _Backward(q, k, v, out, lse, slope, gradients[0], ctx.options)
         group = q.shape[0] // k.shape[0]
-        for chosen, are_kept in ((kept, True), (~kept & (slope != 0), False)):
-            for lists in _lists(chosen, group, ctx.options.geometry, q.shape[2]):
-                found.add(lists, are_kept)
+        with without_autocast(q.device.type):
+            for chosen, are_kept in ((kept, True), (~kept & (slope != 0), False)):
+                for lists in _lists(chosen, group, ctx.options.geometry, q.shape[2]):
+                    found.add(lists, are_kept)
         return *found.of_inputs((q, k, v)), found.of_thresholds.view(slope.shape[:2]), None
 
 

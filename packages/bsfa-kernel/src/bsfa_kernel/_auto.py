@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 
 from bsfa_kernel import _native
-from bsfa_kernel._checks import check_geometry, check_selection, check_tensor, check_voters
+from bsfa_kernel._checks import as_geometry, check_selection, check_tensor, check_voters
 from bsfa_kernel.build_info import build_info
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry
 from bsfa_kernel.rules import Precision, Selection
@@ -87,7 +87,11 @@ def resolve_selection(
     """
     check_selection(selection)
     check_tensor(q, "q")
-    check_geometry(geometry)
+    if isinstance(seqlen_k, bool) or not isinstance(seqlen_k, (int, torch.SymInt)):
+        raise TypeError(f"seqlen_k must be a whole number, got {type(seqlen_k).__name__}")
+    if seqlen_k < 0:
+        raise ValueError(f"seqlen_k must be at least 0, got {seqlen_k}")
+    geometry = as_geometry(geometry)
     check_voters(voters)
     check_expected_skipped(expected_skipped, selection)
     left = selection

@@ -204,6 +204,17 @@ def attend_step(call: ForwardCall, block_mask: Tensor) -> AttendCall:
     )
 
 
+def differentiable(call: AnyCall) -> tuple[Tensor | None, ...]:
+    """What a derivative could be asked for by: the floating-point inputs of a call."""
+    if isinstance(call, ForwardCall):
+        return call.q, call.k, call.v, call.thresholds, call.sinks
+    if isinstance(call, SelectCall):
+        return call.q, call.k, call.thresholds, call.sinks
+    if isinstance(call, AttendCall):
+        return call.q, call.k, call.v, call.thresholds, call.sinks
+    return call.q, call.k, call.sinks
+
+
 def geometry_of(call: AnyCall) -> Geometry:
     """The sparsity block of a call."""
     return Geometry(call.q_block, call.k_block)

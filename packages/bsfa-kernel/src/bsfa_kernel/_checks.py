@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,11 +24,15 @@ from bsfa_kernel._calls import (
     starts_of_keys,
     starts_of_queries,
 )
-from bsfa_kernel.geometry import GEOMETRIES
+from bsfa_kernel.geometry import GEOMETRIES, Geometry
 from bsfa_kernel.rules import PRECISIONS, RULES, SELECTIONS, VOTERS
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _KERNEL_FLOATS = (torch.float16, torch.bfloat16)
+
+# Kernels use scale * log2(e), in float32.
+_LEAST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**127
+_LARGEST_INT64 = 2**63 - 1
 
 PAGE_MULTIPLE = 16
 """Keys of a page are a multiple of this."""
@@ -40,12 +44,20 @@ def check_tensor(value: object, name: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def check_number(value: object, name: str) -> None:
-    """Refuse what is neither a number nor None."""
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat))
-    ):
-        raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+def check_scale(scale: object) -> None:
+    """Refuse what is neither None nor a factor that float32 arithmetic can use."""
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not _LEAST_SCALE <= scale <= _LARGEST_SCALE:
+        raise ValueError(f"scale must be between 2**-126 and 2**127, got {scale}")
+
+
+def check_flag(value: object, name: str) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_rule(rule: object) -> None:
@@ -88,23 +100,33 @@ def _check_max_seqlen_k(call: ForwardCall | SelectCall) -> None:
             "max_seqlen_k is for packed sequences and block tables: without cu_seqlens_k and "
             f"block_table it must be None, got {max_seqlen_k}"
         )
-    if max_seqlen_k < 1:
-        raise ValueError(f"max_seqlen_k must be at least 1, got {max_seqlen_k}")
+    if not 0 <= max_seqlen_k <= _LARGEST_INT64:
+        raise ValueError(f"max_seqlen_k must be between 0 and 2**63 - 1, got {max_seqlen_k}")
 
 
-def check_two_sizes(geometry: Sequence[int]) -> tuple[int, int]:
+def check_two_sizes(geometry: object) -> tuple[int, int]:
     """The sizes of a geometry, which the reference takes any of."""
-    if len(geometry) != 2:
-        raise ValueError(f"geometry must be two positive numbers, got {tuple(geometry)}")
+    if not _is_two_sizes(geometry) or min(geometry) < 1:
+        raise ValueError(f"geometry must be two positive whole numbers, got {geometry!r}")
     return geometry[0], geometry[1]
 
 
-def check_geometry(geometry: Sequence[int]) -> None:
-    """Refuse what is not one of GEOMETRIES."""
-    if geometry not in GEOMETRIES:
-        known = ", ".join(map(str, GEOMETRIES))
-        got = "x".join(map(str, geometry)) if isinstance(geometry, tuple) else repr(geometry)
-        raise ValueError(f"geometry must be one of the Geometry values {known}; got {got}")
+def as_geometry(geometry: object) -> Geometry:
+    """The one of GEOMETRIES that a value is, or that a tuple of two whole numbers equals."""
+    for known in GEOMETRIES:
+        if geometry is known or (_is_two_sizes(geometry) and tuple(geometry) == known):
+            return known
+    known_ones = ", ".join(map(str, GEOMETRIES))
+    got = "x".join(map(str, geometry)) if _is_two_sizes(geometry) else repr(geometry)
+    raise ValueError(f"geometry must be one of the Geometry values {known_ones}; got {got}")
+
+
+def _is_two_sizes(value: object) -> TypeGuard[tuple[int, int]]:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(size, int) and not isinstance(size, bool) for size in value)
+    )
 
 
 def check_types(call: AnyCall) -> None:
@@ -113,7 +135,11 @@ def check_types(call: AnyCall) -> None:
         optional = name in _OPTIONAL or (name == "thresholds" and isinstance(call, AttendCall))
         if name in _TENSORS and not (value is None and optional):
             check_tensor(value, name)
-    check_number(call.scale, "scale")
+    check_scale(call.scale)
+    check_flag(call.causal, "causal")
+    if isinstance(call, (ForwardCall, AttendCall)):
+        check_flag(call.return_lse, "return_lse")
+        check_flag(call.return_kept, "return_kept")
     if not isinstance(call, AttendCall):
         check_rule(call.rule)
     if isinstance(call, (ForwardCall, SelectCall)):
@@ -131,14 +157,11 @@ _TENSORS = ("q", "k", "v", "thresholds", "block_mask", *_OPTIONAL)
 
 def _check_options(call: AnyCall, any_geometry: bool) -> None:
     """Check what is not a tensor."""
-    scale = call.scale
-    if scale is not None and not (scale > 0 and scale < float("inf")):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
     geometry = geometry_of(call)
-    if not any_geometry:
-        check_geometry(geometry)
-    elif min(geometry) < 1:
-        raise ValueError(f"geometry must be two positive numbers, got {tuple(geometry)}")
+    if any_geometry:
+        check_two_sizes(geometry)
+    else:
+        as_geometry(geometry)
 
 
 def check_forward(call: ForwardCall, *, any_geometry: bool = False) -> None:
@@ -330,12 +353,12 @@ _PACKED_MASK = "[heads, total_q // q_block + 2 * batch, words]"
 
 
 def passes_fast_check(call: ForwardCall) -> bool:
-    """Whether padded CUDA tensors pass check_forward and check_kernel_tensor, by few steps.
+    """Whether padded CUDA tensors pass check_forward and check_kernel_tensors, by few steps.
 
     Those take longer than a launch. False says nothing: the arguments are to be checked. The
     geometry has been.
     """
-    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, _, scale, rule, _, _, voters, *_ = call
+    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, causal, scale, rule, _, _, voters, *_ = call
     shape, key_shape, threshold_shape, dtype = q.shape, k.shape, thresholds.shape, q.dtype
     if len(shape) != 4 or len(key_shape) != 4 or len(threshold_shape) != 2:
         return False
@@ -365,7 +388,10 @@ def passes_fast_check(call: ForwardCall) -> bool:
         and q.stride()[3] == 1
         and k.stride()[3] == 1
         and v.stride()[3] == 1
-        and (scale is None or (type(scale) is float and 0.0 < scale < float("inf")))
+        and (scale is None or (type(scale) is float and _LEAST_SCALE <= scale <= _LARGEST_SCALE))
+        and type(causal) is bool
+        and type(call.return_lse) is bool
+        and type(call.return_kept) is bool
         and rule in RULES
         and type(voters) is int
         and voters in VOTERS
@@ -528,13 +554,20 @@ def check_pages(entries: list[int], sequence: int, pages: int) -> None:
             )
 
 
-def check_kernel_tensor(x: Tensor, name: str) -> None:
-    """Check what the CUDA kernels ask of a tensor and the reference back end does not.
+def check_kernel_tensors(call: AnyCall) -> None:
+    """Check what the CUDA kernels ask of q, k and v and the reference back end does not.
 
     Raises:
         TypeError: a dtype that they do not take.
         ValueError: the last dimension is not contiguous.
     """
+    _check_kernel_tensor(call.q, "q")
+    _check_kernel_tensor(call.k, "k")
+    if isinstance(call, (ForwardCall, AttendCall)):
+        _check_kernel_tensor(call.v, "v")
+
+
+def _check_kernel_tensor(x: Tensor, name: str) -> None:
     if x.dtype not in _KERNEL_FLOATS:
         raise TypeError(
             f"on a CUDA device {name} must be float16 or bfloat16, got {_dtype(x)} "

@@ -16,6 +16,7 @@ from torch import Tensor
 from bsfa_kernel import _native
 from bsfa_kernel._auto import takes_two_steps
 from bsfa_kernel._calls import (
+    AnyCall,
     AttendCall,
     BlockMaximaCall,
     ForwardCall,
@@ -30,9 +31,10 @@ from bsfa_kernel._checks import (
     check_attend,
     check_block_maxima,
     check_forward,
-    check_kernel_tensor,
+    check_kernel_tensors,
     check_select,
 )
+from bsfa_kernel._dispatch import refuse_derivatives
 from bsfa_kernel.geometry import block_count
 from bsfa_kernel.masks import pack_blocks
 from bsfa_kernel.reference.forward import run, run_attend
@@ -100,6 +102,12 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def _check_on_device(call: AnyCall) -> None:
+    """Refuse while a graph is traced what the kernels would refuse when it runs."""
+    if call.q.device.type == "cuda":
+        check_kernel_tensors(call)
+
+
 @torch.library.impl(_library, "forward", "CPU")
 def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = ForwardCall(*arguments)
@@ -118,9 +126,7 @@ def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _forward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = ForwardCall(*arguments)
     check_forward(call)
-    check_kernel_tensor(call.q, "q")
-    check_kernel_tensor(call.k, "k")
-    check_kernel_tensor(call.v, "v")
+    check_kernel_tensors(call)
     return _all_three(launch_forward(call))
 
 
@@ -149,6 +155,7 @@ def launch_forward(call: ForwardCall) -> _Outputs:
 def _forward_fake(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = ForwardCall(*arguments, **named)
     check_forward(call)
+    _check_on_device(call)
     return _all_three(_allocate(call, _lse_dtype(call.q)))
 
 
@@ -163,8 +170,7 @@ def _select_blocks_cpu(*arguments: Any) -> Tensor:
 def _select_blocks_cuda(*arguments: Any) -> Tensor:
     call = SelectCall(*arguments)
     check_select(call)
-    check_kernel_tensor(call.q, "q")
-    check_kernel_tensor(call.k, "k")
+    check_kernel_tensors(call)
     return launch_select_blocks(call)
 
 
@@ -179,6 +185,7 @@ def launch_select_blocks(call: SelectCall) -> Tensor:
 def _select_blocks_fake(*arguments: Any, **named: Any) -> Tensor:
     call = SelectCall(*arguments, **named)
     check_select(call)
+    _check_on_device(call)
     return _empty_mask(call)
 
 
@@ -201,9 +208,7 @@ def _attend_blocks_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _attend_blocks_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = AttendCall(*arguments)
     check_attend(call)
-    check_kernel_tensor(call.q, "q")
-    check_kernel_tensor(call.k, "k")
-    check_kernel_tensor(call.v, "v")
+    check_kernel_tensors(call)
     return _all_three(launch_attend_blocks(call))
 
 
@@ -218,6 +223,7 @@ def launch_attend_blocks(call: AttendCall) -> _Outputs:
 def _attend_blocks_fake(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = AttendCall(*arguments, **named)
     check_attend(call)
+    _check_on_device(call)
     return _all_three(_allocate(call, _lse_dtype(call.q)))
 
 
@@ -232,8 +238,7 @@ def _block_maxima_cpu(*arguments: Any) -> Tensor:
 def _block_maxima_cuda(*arguments: Any) -> Tensor:
     call = BlockMaximaCall(*arguments)
     check_block_maxima(call)
-    check_kernel_tensor(call.q, "q")
-    check_kernel_tensor(call.k, "k")
+    check_kernel_tensors(call)
     maxima = _empty_maxima(call)
     _native.block_maxima(call, maxima)
     return maxima
@@ -243,6 +248,7 @@ def _block_maxima_cuda(*arguments: Any) -> Tensor:
 def _block_maxima_fake(*arguments: Any, **named: Any) -> Tensor:
     call = BlockMaximaCall(*arguments, **named)
     check_block_maxima(call)
+    _check_on_device(call)
     return _empty_maxima(call)
 
 
@@ -251,12 +257,5 @@ def _empty_maxima(call: BlockMaximaCall) -> Tensor:
     return call.q.new_empty(shape, dtype=torch.float32)
 
 
-def _no_backward(ctx: Any, *gradients: Tensor | None) -> None:
-    raise NotImplementedError(
-        "block-sparse attention has no backward pass: it is made for inference. Call it under "
-        "torch.no_grad() or torch.inference_mode(), or train with dense attention"
-    )
-
-
 for _name in ("forward", "select_blocks", "attend_blocks", "block_maxima"):
-    torch.library.register_autograd(f"bsfa::{_name}", _no_backward, lib=_library)
+    torch.library.register_autograd(f"bsfa::{_name}", refuse_derivatives, lib=_library)

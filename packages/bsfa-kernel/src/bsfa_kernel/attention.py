@@ -13,7 +13,7 @@ from torch import Tensor
 from bsfa_kernel import _torch_op
 from bsfa_kernel._auto import check_expected_skipped, resolve_but_for_length
 from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
-from bsfa_kernel._checks import check_geometry, check_types, passes_fast_check
+from bsfa_kernel._checks import as_geometry, check_types, passes_fast_check
 from bsfa_kernel._dispatch import can_bypass_dispatcher, dispatch
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry
 
@@ -209,7 +209,7 @@ def block_sparse_attention(
             or the GPU does not support; in the backward pass.
         RuntimeError: a CUDA call failed.
     """
-    check_geometry(geometry)
+    geometry = as_geometry(geometry)
     call = ForwardCall(
         q,
         k,
@@ -217,14 +217,14 @@ def block_sparse_attention(
         thresholds,
         cu_seqlens_q,
         cu_seqlens_k,
-        bool(causal),
+        causal,
         scale,
         rule,
         geometry[0],
         geometry[1],
         voters,
-        bool(return_lse),
-        bool(return_kept),
+        return_lse,
+        return_kept,
         selection,
         max_seqlen_k,
         block_table,
@@ -241,7 +241,7 @@ def block_sparse_attention(
             f"{max_seqlen_k} with 'exact' and none"
         )
     if selection == "auto":
-        resolved = resolve_but_for_length(expected_skipped, Geometry(*geometry), voters, q)
+        resolved = resolve_but_for_length(expected_skipped, geometry, voters, q)
         call = ForwardCall(*call[:14], resolved, *call[15:])
     outputs: Any = _torch_op.launch_forward(call) if direct else dispatch(_forward, call)
     out, lse, kept = outputs
@@ -276,9 +276,9 @@ def block_maxima(
         max_pages * page_size keys; -inf where no score is visible, +inf where a relative rule meets
         a row that has seen nothing yet, NaN where a score or a row's reference is NaN.
     """
-    check_geometry(geometry)
+    geometry = as_geometry(geometry)
     call = BlockMaximaCall(
-        q, k, bool(causal), scale, rule, geometry[0], geometry[1], block_table, seqused_k, sinks
+        q, k, causal, scale, rule, geometry[0], geometry[1], block_table, seqused_k, sinks
     )
     check_types(call)
     maxima: Tensor = dispatch(_block_maxima, call)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bsfa_kernel import _torch_op as _torch_op  # registers the operators
 from bsfa_kernel._calls import AttendCall, SelectCall
-from bsfa_kernel._checks import check_geometry, check_types
+from bsfa_kernel._checks import as_geometry, check_types
 from bsfa_kernel._dispatch import dispatch
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry
 
@@ -59,14 +59,14 @@ def select_blocks(
 
     Raises: as ``block_sparse_attention``.
     """
-    check_geometry(geometry)
+    geometry = as_geometry(geometry)
     call = SelectCall(
         q,
         k,
         thresholds,
         cu_seqlens_q,
         cu_seqlens_k,
-        bool(causal),
+        causal,
         scale,
         rule,
         geometry[0],
@@ -213,7 +213,7 @@ def attend_blocks(
 
     Raises: as ``block_sparse_attention``.
     """
-    check_geometry(geometry)
+    geometry = as_geometry(geometry)
     call = AttendCall(
         q,
         k,
@@ -222,12 +222,12 @@ def attend_blocks(
         None,
         cu_seqlens_q,
         cu_seqlens_k,
-        bool(causal),
+        causal,
         scale,
         geometry[0],
         geometry[1],
-        bool(return_lse),
-        bool(return_kept),
+        return_lse,
+        return_kept,
         block_table,
         seqused_k,
         sinks,

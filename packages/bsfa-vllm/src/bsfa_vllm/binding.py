@@ -7,6 +7,7 @@ Only attributes of the configuration are read; vLLM itself is not imported.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -146,6 +147,12 @@ def engine_of(config: Any, rank: int, device: torch.device, *, required: bool) -
     return engine
 
 
+def forget_engines() -> None:
+    """Begin anew in a process that was forked: the engines are its parent's."""
+    global _engines, _lock
+    _engines, _lock = weakref.WeakValueDictionary(), threading.Lock()
+
+
 def engines() -> list[Engine]:
     """The engines of this process."""
     return list(_engines.values())
@@ -203,8 +210,9 @@ def model_names(name: str) -> list[str]:
     path = Path(name)
     names = [name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]]
     names += [part.rsplit("--", 1)[-1] for part in path.parts if part.startswith("models--")]
-    if path.exists():
-        names.append(path.resolve().name)
+    with contextlib.suppress(OSError):  # such as of a name that is too long for a path
+        if path.exists():
+            names.append(path.resolve().name)
     return names
 
 

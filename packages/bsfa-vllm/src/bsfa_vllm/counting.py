@@ -30,7 +30,7 @@ from types import FrameType
 from typing import Any
 
 from bsfa_calib.thresholds import write_atomically
-from bsfa_vllm.binding import Engine, engines
+from bsfa_vllm.binding import Engine, engines, forget_engines
 
 FOLDER, INTERVAL = "BSFA_STATISTICS", "BSFA_STATISTICS_INTERVAL"
 _SECONDS = 10.0
@@ -232,12 +232,42 @@ def _make_folder() -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     """What a rank has written; None where that is not what the file holds, or it is gone."""
     try:
-        content = json.loads(path.read_text())
-        merged([content])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return _checked(json.loads(path.read_text()))
+    except (OSError, ValueError, RecursionError):
         logger.debug("BSFA: no statistics in %s", path, exc_info=True)
         return None
-    return dict(content)
+
+
+def _checked(content: Any) -> dict[str, Any]:
+    """What a snapshot is, as it was read.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    fields = content if isinstance(content, dict) else {}
+    calls, layers = fields.get("calls"), fields.get("dense_layers")
+    kept, visible = fields.get("kept"), fields.get("visible")
+    started = fields.get("started")
+    if not (
+        isinstance(fields.get("engine"), str)
+        and isinstance(fields.get("description"), str)
+        and isinstance(started, (int, float))
+        and math.isfinite(started)
+        and isinstance(calls, dict)
+        and all(map(_is_count, calls.values()))
+        and isinstance(layers, dict)
+        and all(layer.isdecimal() and isinstance(why, str) for layer, why in layers.items())
+        and isinstance(kept, list)
+        and isinstance(visible, list)
+        and len(kept) == len(visible)
+        and all(map(_is_count, kept + visible))
+    ):
+        raise ValueError(f"not what a rank writes: {str(content)[:200]}")
+    return fields
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _write(engine: Engine) -> Report:
@@ -259,7 +289,7 @@ class _Writer(threading.Thread):
         self._changed: set[Engine] = set()
         self._lock = threading.Lock()
         self._seconds = interval()
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         try:
             _make_folder()
         except OSError:
@@ -271,7 +301,7 @@ class _Writer(threading.Thread):
             self._changed.add(engine)
 
     def run(self) -> None:
-        while not self._stop.wait(self._seconds):
+        while not self._ended.wait(self._seconds):
             # Another engine of this process may capture graphs, which reading the device would end.
             if not any(map(warming_up, sys._current_frames().values())):
                 self.write()
@@ -292,13 +322,26 @@ class _Writer(threading.Thread):
 
     def finish(self) -> None:
         """Write for the last time, when the process ends."""
-        self._stop.set()
+        self._ended.set()
         if os.environ.get(FOLDER) and Path(os.environ[FOLDER]).exists():
             self.write()
 
 
 _writer: _Writer | None = None
 _start = threading.Lock()
+
+
+def _after_fork() -> None:
+    """Leave the engines of the process that forked to it: its thread is not in the child."""
+    global _writer, _start
+    if _writer is not None:
+        atexit.unregister(_writer.finish)
+    _writer, _start = None, threading.Lock()
+    forget_engines()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def changed(engine: Engine) -> None:

@@ -48,6 +48,7 @@ class Part:
         rows: which of the step's rows; padding rows may lie between them.
         tokens: their queries in the step's tensor.
         lengths: queries and keys of each row that has queries.
+        max_keys: keys of the row that has most, padding rows included.
         selection: how a block-sparse call chooses blocks, "exact" or "int8"; None for a part that
             is left to vLLM.
         starts: of a block-sparse part: int32 [rows + 1] on the device, where its rows begin.
@@ -57,6 +58,7 @@ class Part:
     rows: slice
     tokens: slice
     lengths: list[tuple[int, int]]
+    max_keys: int
     selection: str | None = None
     starts: Any = None
     metadata: Any = None
@@ -65,11 +67,6 @@ class Part:
     def max_queries(self) -> int:
         """Queries of the row that has most."""
         return max(queries for queries, _ in self.lengths)
-
-    @property
-    def max_keys(self) -> int:
-        """Keys of the row that has most."""
-        return max(keys for _, keys in self.lengths)
 
 
 @dataclass
@@ -127,19 +124,23 @@ def split(rows: Sequence[Row], geometry: Geometry, selection: Callable[[int], st
                 plan.dense[reason] += 1
             plan.sparse += reason is None
             plan.int8 += chosen == "int8"
-        _add(plan.parts, index, token, row, chosen)
+        _add(plan.parts, rows, index, token, chosen)
         token += row.queries
     return plan
 
 
-def _add(parts: list[Part], index: int, token: int, row: Row, chosen: str | None) -> None:
+def _add(
+    parts: list[Part], rows: Sequence[Row], index: int, token: int, chosen: str | None
+) -> None:
     """Add a row to the last part, or begin another with it."""
+    row = rows[index]
     if not row.queries:
         return
     last = parts[-1] if parts else None
     if last is None or chosen != last.selection or chosen == "int8":
-        last = Part(slice(index, index), slice(token, token), [], chosen)
+        last = Part(slice(index, index), slice(token, token), [], 0, chosen)
         parts.append(last)
+    last.max_keys = max(last.max_keys, *(each.keys for each in rows[last.rows.stop : index + 1]))
     last.rows = slice(last.rows.start, index + 1)
     last.tokens = slice(last.tokens.start, token + row.queries)
     last.lengths.append((row.queries, row.keys))

@@ -25,6 +25,7 @@ from bsfa_kernel._checks import (
 )
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry, block_count
 from bsfa_kernel.masks import unpack_blocks
+from bsfa_kernel.reference.context import in_own_dtypes
 from bsfa_kernel.reference.parts import Part, parts_of
 from bsfa_kernel.reference.scores import (
     QueryBlock,
@@ -64,7 +65,6 @@ class AttentionResult(NamedTuple):
     errs by less must come to the same verdicts."""
 
 
-@torch.no_grad()
 def attention(
     q: Tensor,
     k: Tensor,
@@ -118,7 +118,6 @@ def attention(
     )
 
 
-@torch.no_grad()
 def attend_blocks(
     q: Tensor,
     k: Tensor,
@@ -161,7 +160,7 @@ def attend_blocks(
     )
 
 
-@torch.no_grad()
+@in_own_dtypes
 def run(call: ForwardCall, compute_dtype: torch.dtype | None = None) -> AttentionResult:
     """``attention`` of a call."""
     check_forward(call, any_geometry=True)
@@ -181,7 +180,7 @@ def run(call: ForwardCall, compute_dtype: torch.dtype | None = None) -> Attentio
     )
 
 
-@torch.no_grad()
+@in_own_dtypes
 def run_attend(call: AttendCall, compute_dtype: torch.dtype | None = None) -> AttentionResult:
     """``attend_blocks`` of a call."""
     check_attend(call, any_geometry=True)

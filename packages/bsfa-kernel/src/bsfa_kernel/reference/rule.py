@@ -85,6 +85,8 @@ def excesses(
     excess = row_excesses(row_maxima, rule, reference)
     if voting is not None:
         excess = excess.masked_fill(~voting[..., None], -_INF)
+    if excess.shape[-2] == 0:
+        return excess.new_full((*excess.shape[:-2], excess.shape[-1]), -_INF)
     return excess.amax(-2)
 
 
@@ -150,8 +152,8 @@ def row_excesses(row_maxima: Tensor, rule: str, first: Tensor | None = None) -> 
         return row_maxima
     # A reference is made of all later blocks, and is NaN from where one held NaN or +inf.
     if first is None:
-        first = torch.full_like(row_maxima[..., 0], -_INF)
-    seen = torch.cat((row_maxima[..., 1:], first[..., None]), -1)
+        first = row_maxima.new_full(row_maxima.shape[:-1], -_INF)
+    seen = torch.cat((row_maxima, first[..., None]), -1)[..., 1:]
     seen = seen.masked_fill_(seen == _INF, torch.nan).flip(-1)
     so_far = seen.cummax(-1).values if rule == "running_max" else seen.logcumsumexp(-1)
     return row_maxima - so_far.flip(-1)

@@ -25,6 +25,7 @@ from bsfa_kernel._checks import (
     check_voters,
 )
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry, block_count, threshold_row
+from bsfa_kernel.reference.context import in_own_dtypes
 from bsfa_kernel.reference.parts import parts_of
 from bsfa_kernel.reference.rule import row_excesses, verdicts
 from bsfa_kernel.reference.scores import (
@@ -56,7 +57,6 @@ class SelectionResult(NamedTuple):
     was decided."""
 
 
-@torch.no_grad()
 def select_blocks(
     q: Tensor,
     k: Tensor,
@@ -100,7 +100,7 @@ def select_blocks(
     return run_select(call, compute_dtype)
 
 
-@torch.no_grad()
+@in_own_dtypes
 def run_select(call: SelectCall, compute_dtype: torch.dtype | None = None) -> SelectionResult:
     """``select_blocks`` of a call."""
     check_select(call, any_geometry=True)
@@ -205,7 +205,6 @@ def first_reference(sinks: Tensor, peaks: Tensor) -> Tensor:
     return sinks.to(peaks.dtype)[..., None].expand(peaks.shape[:-1])
 
 
-@torch.no_grad()
 def block_maxima(
     q: Tensor,
     k: Tensor,
@@ -232,7 +231,7 @@ def block_maxima(
     return run_block_maxima(call, compute_dtype, voters)
 
 
-@torch.no_grad()
+@in_own_dtypes
 def run_block_maxima(
     call: BlockMaximaCall, compute_dtype: torch.dtype | None = None, voters: int = 1
 ) -> Tensor:
