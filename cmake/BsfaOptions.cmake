@@ -8,6 +8,7 @@
 set(BSFA_CUDA "AUTO" CACHE STRING "CUDA kernels: AUTO (where there is an nvcc that can), ON (or fail), OFF")
 set(BSFA_PRESET "release" CACHE STRING "Which kernels: release (all), ci (one type), dev (one type, Hopper)")
 option(BSFA_LINEINFO "Keep source lines in the kernels, for profilers" OFF)
+option(BSFA_WERROR "A warning in C++ ends the build" OFF)
 set_property(CACHE BSFA_CUDA PROPERTY STRINGS AUTO ON OFF)
 set_property(CACHE BSFA_PRESET PROPERTY STRINGS release ci dev)
 

@@ -34,6 +34,16 @@ def build(what: str, source: Path, folder: Path, *options: str) -> Path:
     return built
 
 
+def unpacked(sdist: Path, folder: Path) -> Path:
+    """The sources in an sdist."""
+    with tarfile.open(sdist) as archive:
+        # As an attribute: Python before 3.11.4 has neither the argument nor the filter.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(folder)
+    (source,) = folder.iterdir()
+    return source
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package's sdist."""
@@ -44,12 +54,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from the sdist, in an build directory of its own."""
     folder = tmp_path_factory.mktemp("wheel")
-    with tarfile.open(sdist) as archive:
-        # As an attribute: Python before 3.11.4 has neither the argument nor the filter.
-        archive.extraction_filter = getattr(tarfile, "data_filter", None)
-        archive.extractall(folder / "source")
-    (source,) = (folder / "source").iterdir()
-    return build("wheel", source, folder / "dist", OFF)
+    return build("wheel", unpacked(sdist, folder / "source"), folder / "dist", OFF)
 
 
 def test_sdist_holds_all_that_a_build_needs(sdist: Path) -> None:
@@ -90,10 +95,13 @@ def test_wheel_holds_package_library_header_and_configuration(wheel: Path) -> No
 def test_wheel_states_its_name_needs_and_licence(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         metadata = Parser().parsestr(read(archive, "METADATA"))
+        notices = read(archive, "licenses/THIRD_PARTY_NOTICES.txt")
         entry_points = read(archive, "entry_points.txt")
     assert metadata["Name"] == "bsfa-kernel"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "BSD-3-Clause"
+    assert metadata.get_all("License-File") == ["LICENSE", "THIRD_PARTY_NOTICES.txt"]
+    assert "NVIDIA CORPORATION" in notices
     assert metadata.get_all("Requires-Dist") == ["torch>=2.9", "numpy>=1.24"]
     assert "[cmake.prefix]\nbsfa = bsfa_kernel" in entry_points.replace("bsfa=", "bsfa = ")
 
@@ -113,6 +121,42 @@ def test_library_of_the_wheel_loads_where_nothing_else_is_installed(
     assert '"cuda": null, "kernels": []' in said
 
 
+def test_an_editable_installation_finds_its_library(tmp_path: Path) -> None:
+    settings = {"cmake.define.BSFA_CUDA": "OFF", "build-dir": str(tmp_path / "build")}
+    backend = (
+        f"from scikit_build_core.build import *; build_editable({str(tmp_path)!r}, {settings})"
+    )
+    run_well(sys.executable, "-c", backend, cwd=PACKAGE)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    program = (
+        "import site, sys; site.addsitedir(sys.argv[1]); import bsfa_kernel; "
+        "from bsfa_kernel._native import library_path; print(bsfa_kernel.__file__); "
+        "print(library_path()); print(bsfa_kernel.build_info().version)"
+    )
+    # Not from PYTHONPATH, where the tree may stand.
+    env = {"PYTHONPATH": "", "BSFA_LIBRARY": ""}
+    package, found, version = run_well(sys.executable, "-c", program, site, env=env).split()
+    assert package == str(PACKAGE / "src" / "bsfa_kernel" / "__init__.py")
+    assert found == str(site / "bsfa_kernel" / "lib" / "libbsfa.so")
+    assert version == "0.1.0"
+
+
+def test_a_pre_release_is_one_in_the_library_too(sdist: Path, tmp_path: Path) -> None:
+    source = unpacked(sdist, tmp_path / "source")
+    project = source / "pyproject.toml"
+    project.write_text(project.read_text().replace('version = "0.1.0"', 'version = "0.2.0rc1"'))
+    wheel = build("wheel", source, tmp_path / "dist", OFF)
+    assert wheel.name.startswith("bsfa_kernel-0.2.0rc1-")
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.read("bsfa_kernel/lib/libbsfa.so")
+        configuration = archive.read("bsfa_kernel/lib/cmake/bsfa/bsfaConfigVersion.cmake")
+    assert b"0.2.0rc1\0" in library or b'"0.2.0rc1"' in library
+    assert b'PACKAGE_VERSION "0.2.0"' in configuration
+
+
 def test_build_that_fails_says_what_would_help(tmp_path: Path) -> None:
     result = run(
         *(*BUILD, "--wheel", "--outdir", tmp_path),
@@ -120,7 +164,7 @@ def test_build_that_fails_says_what_would_help(tmp_path: Path) -> None:
         env={"CUDACXX": str(tmp_path / "no-such-nvcc")},
     )
     assert result.returncode != 0
-    assert "The CUDA kernels need nvcc 12.4 or newer" in " ".join(result.stdout.split())
+    assert "for the CUDA kernels nvcc 12.4 or newer" in " ".join(result.stdout.split())
     assert "without kernels it builds with BSFA_CUDA=OFF" in " ".join(result.stdout.split())
 
 

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import (
@@ -201,9 +202,17 @@ _workspace_packer = struct.Struct("@PQ")
 
 
 def library_path() -> Path:
-    """Where the library is looked for: $BSFA_LIBRARY, or beside the package."""
+    """Where the library is looked for: $BSFA_LIBRARY, or beside the package.
+
+    An editable installation has the modules in the tree, and the library elsewhere on the package's
+    path.
+    """
     override = os.environ.get(LIBRARY_VARIABLE)
-    return Path(override) if override else Path(__file__).parent / "lib" / "libbsfa.so"
+    if override:
+        return Path(override)
+    folders = map(Path, sys.modules[__name__.partition(".")[0]].__path__)
+    paths = [folder / "lib" / "libbsfa.so" for folder in folders]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 @functools.cache
