@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bsfa_calib import models
 from bsfa_calib.models import ModelError, identity, load, locate
 
 
@@ -45,6 +46,18 @@ def test_a_directory_name_is_not_taken_for_a_hub_id(
 def test_an_offline_hub_id_that_is_not_cached_is_refused() -> None:
     with pytest.raises(ModelError, match="the model owner/no-such-model cannot be loaded"):
         load("owner/no-such-model", offline=True)
+
+
+@pytest.mark.parametrize("missing", [["gguf"], ["accelerate"], ["gguf", "accelerate"]])
+def test_what_a_gguf_file_needs_is_named_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: list[str]
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    there = models.find_spec
+    monkeypatch.setattr(models, "find_spec", lambda n: None if n in missing else there(n))
+    with pytest.raises(ImportError, match=rf"needs {' and '.join(missing)}, which .*\[capture\]"):
+        load(path)
 
 
 def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:

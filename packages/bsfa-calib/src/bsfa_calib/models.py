@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ def load(
 
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
+        ImportError: a package that it needs is not installed.
         ValueError: there is no such dtype.
     """
     import torch
@@ -51,6 +53,12 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     directory, gguf = locate(name)
+    missing = [each for each in ("gguf", "accelerate") if gguf and find_spec(each) is None]
+    if missing:
+        raise ImportError(
+            f"a .gguf file needs {' and '.join(missing)}, which the extras bsfa-calib[capture] and "
+            "bsfa-hf[cli] bring"
+        )
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     if offline or os.path.isdir(directory):
         options["local_files_only"] = True

@@ -71,7 +71,7 @@ def guarded(program: str, action: Callable[[], int]) -> int:
 def _in_a_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         extra = "plot" if (error.name or "").startswith("matplotlib") else "capture"
-        return f'this command needs {error.name}: pip install "bsfa-calib[{extra}]"'
+        return f"this command needs {error.name}, which the extra bsfa-calib[{extra}] brings"
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 

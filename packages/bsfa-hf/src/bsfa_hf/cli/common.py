@@ -41,7 +41,7 @@ positive = checked(_positive)
 _SMALL_LOSS = 0.003
 _USUAL_SPARSITY = 0.7
 
-_MISSING_EXTRA = 'this command needs {}: pip install "bsfa-hf[cli]"'
+_MISSING_EXTRA = "this command needs {}, which the extra bsfa-hf[cli] brings"
 
 
 def note(text: str) -> None:

@@ -83,7 +83,8 @@ def _pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise PlotError(
-            "plots need matplotlib: pip install 'bsfa-hf[plot]'. table.md was written without it"
+            "plots need matplotlib, which the extra bsfa-hf[plot] brings. table.md was written "
+            "without it"
         ) from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

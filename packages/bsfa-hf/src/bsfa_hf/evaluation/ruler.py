@@ -49,7 +49,8 @@ class Harness:
             huggingface = importlib.import_module("lm_eval.models.huggingface")
         except ImportError as error:
             raise HarnessError(
-                f"this task needs lm-evaluation-harness: pip install 'bsfa-hf[harness]' ({error})"
+                "this task needs lm-evaluation-harness, which the extra bsfa-hf[harness] brings "
+                f"({error})"
             ) from error
         self._tokenizer = tokenizer
         self._model = huggingface.HFLM(
