@@ -118,6 +118,23 @@ def test_workflows_call_nox_only(path: Path) -> None:
     assert [command for command in found if not is_allowed(command)] == []
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_no_checkout_leaves_a_token_behind(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    checkouts = [step for step in steps if step.get("uses", "").startswith("actions/checkout@")]
+    assert checkouts
+    for step in checkouts:
+        assert step["with"]["persist-credentials"] is False
+
+
+def test_kernels_are_compiled_before_a_merge_in_the_image_of_releases() -> None:
+    read = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in WORKFLOWS}
+    container = read["ci"]["jobs"]["kernels"]["container"]
+    assert "-devel-" in container
+    assert f"'{container}'" in read["release"]["jobs"]["build"]["container"]
+
+
 @pytest.mark.parametrize("command", ["pytest -q", "grep -qx 'version' pyproject.toml", "nox; ls"])
 def test_another_command_would_be_found(command: str) -> None:
     assert not is_allowed(command)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
@@ -17,7 +18,16 @@ import pytest
 
 import bsfa_vllm
 from bsfa_vllm import metrics, plugin
-from bsfa_vllm.versions import UnsupportedVersionError, check_version, is_supported
+from bsfa_vllm.versions import UnsupportedVersionError, check_version, is_supported, window
+
+
+def test_documents_name_the_supported_releases() -> None:
+    package = Path(__file__).parents[1]
+    root = package.parents[1]
+    documents = [package / "README.md", root / "README.md", root / "docs" / "serving.md"]
+    for path in documents[: 3 if (root / "docs").is_dir() else 1]:  # an sdist has one
+        named = re.findall(r"\b0\.\d+ to 0\.\d+\b", path.read_text(encoding="utf-8"))
+        assert set(named) == {window()}, path
 
 
 def test_version_and_entry_point() -> None:
