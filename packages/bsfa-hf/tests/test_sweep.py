@@ -51,7 +51,8 @@ REFUSED = {
         NO_INTERFACE,
     ),
 }
-if [int(number) for number in transformers.__version__.split(".")[:2]] < [5, 24]:
+RELEASE = [int(number) for number in transformers.__version__.split(".")[:2]]
+if RELEASE < [5, 24]:
     REFUSED |= dict.fromkeys(("codegen", "gptj"), NO_INTERFACE)
 
 # Types of which no tiny model can be made and run, and why.
@@ -75,6 +76,9 @@ LEFT_OUT = {
     "zamba": "its tied layers cannot be fewer",
     "zamba2": "its tied layers cannot be fewer",
 }
+
+if RELEASE < [5, 18]:
+    LEFT_OUT["cohere_compass_text"] = "its usual configuration cannot be built"
 
 # At least one of each kind of mask, argument, part or refusal.
 FAST = (
