@@ -160,8 +160,8 @@ def _check_options(call: AnyCall, any_geometry: bool) -> None:
     geometry = geometry_of(call)
     if any_geometry:
         check_two_sizes(geometry)
-    else:
-        as_geometry(geometry)
+    elif geometry not in GEOMETRIES:
+        as_geometry(geometry)  # says why not
 
 
 def check_forward(call: ForwardCall, *, any_geometry: bool = False) -> None:
