@@ -218,6 +218,7 @@ def test_files_of_others_are_passed_over(tmp_path: Path) -> None:
 _FOREIGN = {
     "text for a time": {"started": "x"},
     "no time": {"started": float("nan")},
+    "a time that is no float": {"started": 10**400},
     "text for a number of calls": {"calls": {"exact": "2"}},
     "calls as a list": {"calls": ["exact"]},
     "fewer layers kept": {"kept": [1]},

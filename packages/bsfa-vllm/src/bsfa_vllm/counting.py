@@ -233,7 +233,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """What a rank has written; None where that is not what the file holds, or it is gone."""
     try:
         return _checked(json.loads(path.read_text()))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, OverflowError, RecursionError):
         logger.debug("BSFA: no statistics in %s", path, exc_info=True)
         return None
 
