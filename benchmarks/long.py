@@ -418,7 +418,8 @@ class Study:
 
     def _named(self, kind: str, candidate: Candidate | None, point: float) -> Record:
         """What every record of a candidate at a point says."""
-        found: Record = {**self.about, "kind": kind, "asked": point}
+        origin = self.candidates.origin(candidate)
+        found: Record = {**self.about, "kind": kind, "asked": point, "origin": origin}
         if candidate is None:
             return {**found, "candidate": DENSE, "axis": "share"}
         return {**found, "candidate": candidate.name, "axis": candidate.axis, **candidate.about}
@@ -469,9 +470,12 @@ def guarded(name: str) -> Iterator[None]:
 
 
 def key_of(record: Record) -> tuple[str, ...]:
-    """What a record measures: the same command does not measure it twice."""
+    """What a record measures: the same command does not measure it twice.
+
+    Records of before there was an ``origin`` are nobody's.
+    """
     names = ("kind", "model", "dtype", "seqlen", "lean", "candidate", "axis", "asked", "contexts")
-    return tuple(str(record[name]) for name in names)
+    return tuple(str(record.get(name)) for name in (*names, "gpu", "origin"))
 
 
 def over(bands: Sequence[Band], name: str) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class Candidate:
         method: what runs a point; it is given the thresholds of ``prepare``.
         about: rule, geometry, voters and selection, as far as there are any, for records.
         prepare: of points, thresholds [layers, heads, rows]; None where there are none.
+        table: the thresholds that it starts from; None where it makes its own.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Candidate:
     method: Callable[[float, Any], Method]
     about: dict[str, Any]
     prepare: Callable[[Sequence[float]], dict[float, Thresholds]] | None = None
+    table: ThresholdTable | None = None
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Candidates:
         samples: tokens of the windows to calibrate on, of the length.
         selection: from what scores blocks are chosen; "auto" goes by the share to be skipped.
         voters: numbers of which one row votes, for scalars.
-        tables: thresholds made before; those of them that were learned.
+        tables: thresholds made before; those of them that were learned. No two of one name.
         shares: to skip, instead of ``shares_at``.
         folder: where thresholds are kept for a later run; None for nowhere.
     """
@@ -91,6 +94,19 @@ class Candidates:
     shares: Sequence[float] = ()
     folder: Path | None = None
     _made: dict[tuple[str, float], Thresholds] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse tables that records could not tell apart.
+
+        Raises:
+            ValueError: two tables differ in nothing that is in a candidate's name.
+        """
+        names = Counter(map(_name_of, self.tables))
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(
+                "tables must differ in rule, length, blocks or voters, got two of "
+                f"'{twice[0]}': measure them with an --out each"
+            )
 
     @property
     def length(self) -> int:
@@ -128,9 +144,7 @@ class Candidates:
         assert candidate.prepare is not None
         path = None
         if self.folder is not None:
-            key = json.dumps(
-                [self._digest, candidate.name, candidate.axis, candidate.points, candidate.about]
-            )
+            key = json.dumps([self.origin(candidate), candidate.axis, candidate.points])
             path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
             if path.exists():
                 with np.load(path) as kept:
@@ -143,13 +157,24 @@ class Candidates:
             partial.rename(path)
         return made
 
+    def origin(self, candidate: Candidate | None) -> str:
+        """A digest of all that a candidate's figures come from but windows and point.
+
+        That is the model, how the candidate computes and, where it has thresholds, the table and
+        the samples that they are made from; of dense (None) the model alone.
+        """
+        digest = hashlib.sha256(self._fingerprint.encode())
+        if candidate is not None:
+            digest.update(json.dumps([candidate.name, candidate.about]).encode())
+            if candidate.prepare is not None:
+                digest.update(json.dumps([list(ids) for ids in self.samples]).encode())
+            if candidate.table is not None:
+                digest.update(np.ascontiguousarray(candidate.table.thresholds).tobytes())
+        return digest.hexdigest()[:16]
+
     @functools.cached_property
-    def _digest(self) -> str:
-        digest = hashlib.sha256(json.dumps([list(ids) for ids in self.samples]).encode())
-        digest.update(fingerprint(self.model).encode())
-        for table in self.tables:
-            digest.update(np.ascontiguousarray(table.thresholds).tobytes())
-        return digest.hexdigest()
+    def _fingerprint(self) -> str:
+        return fingerprint(self.model)
 
     def _control(self) -> Candidate:
         """Dense by our kernel: what it differs from torch's by is rounding."""
@@ -171,6 +196,7 @@ class Candidates:
         *,
         axis: str = "share",
         expected: Callable[[float], float] = float,
+        table: ThresholdTable | None = None,
     ) -> Candidate:
         """Thresholds under a rule; ``expected`` is the share that a point skips."""
         rule, geometry, voters = how
@@ -182,7 +208,7 @@ class Candidates:
             return BlockSparse(values, rule, geometry, voters=voters, **options)
 
         about = {"rule": rule, "geometry": str(geometry), "voters": voters, "selection": selection}
-        return Candidate(name, axis, tuple(points), method, about, prepare)
+        return Candidate(name, axis, tuple(points), method, about, prepare, table)
 
     def _table(self, table: ThresholdTable, points: Sequence[float]) -> Candidate:
         """Thresholds made before, wherever, pointed at the shares by the samples."""
@@ -194,9 +220,8 @@ class Candidates:
             )
             return dict(zip(made.table.points, made.table.thresholds, strict=True))
 
-        at = f"{table.max_seqlen / 1024:g}K"
-        name = f"{table.rule}, learned at {at}, {geometry}{_voters(table.voters)}"
-        return self._sparse(name, points, (table.rule, geometry, table.voters), prepare)
+        how = (table.rule, geometry, table.voters)
+        return self._sparse(_name_of(table), points, how, prepare, table=table)
 
     def _scalar(
         self, rule: str, geometry: Geometry, voters: int, points: Sequence[float]
@@ -267,6 +292,13 @@ class Candidates:
                 )
             )
         return found
+
+
+def _name_of(table: ThresholdTable) -> str:
+    """What records call the candidate of a table."""
+    at = f"{table.max_seqlen / 1024:g}K"
+    geometry = Geometry(table.q_block, table.k_block)
+    return f"{table.rule}, learned at {at}, {geometry}{_voters(table.voters)}"
 
 
 def _voters(voters: int) -> str:

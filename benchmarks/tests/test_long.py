@@ -270,6 +270,53 @@ def test_thresholds_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert torch.equal(kept.thresholds, methods[one.name].thresholds)
 
 
+def a_table(path: Path, seed: int, **changes: Any) -> Path:
+    """A table for the small model, as if learned at 256 tokens."""
+    values = np.random.default_rng(seed).normal(-3, 1, (1, 2, 4, 1)).astype(np.float32)
+    how: dict[str, Any] = {"q_block": 64, "k_block": 64, "rule": "peak_lse", "max_seqlen": 256}
+    ThresholdTable(values, (0.3,), axis="target_sparsity", **{**how, **changes}).save(path)
+    return path
+
+
+def test_other_thresholds_and_other_origins_are_measured_anew(folder: Path) -> None:
+    one, other = (a_table(folder / f"{seed}.safetensors", seed) for seed in range(2))
+    (folder / "calibration-2").mkdir()
+    novels = (folder / "calibration" / "c.txt").read_text()
+    (folder / "calibration-2" / "c.txt").write_text(novels[12_000:])
+    out = folder / "long.jsonl"
+
+    def measured(*more: str) -> list[Any]:
+        before = len(list(read_records(out))) if out.exists() else 0
+        options = ["--prompts", "0", "--only", "learned", "1 in 4", "--shares", "0.3"]
+        assert long.main([*words(folder), *options, *more]) == 0
+        return list(read_records(out))[before:]
+
+    first = measured("--tables", str(one))
+    assert [record["candidate"] for record in first] == [
+        *("dense", "peak_lse, learned at 0.25K, 64x64", "peak_lse, one scalar, 128x64, 1 in 4")
+    ]
+    assert measured("--tables", str(one)) == []
+    (of_other,) = measured("--tables", str(other))
+    assert of_other["candidate"] == first[1]["candidate"]
+    assert of_other["kl"] != first[1]["kl"]
+    for more in (
+        ["--selection", "int8"],
+        ["--calibration-text", str(folder / "calibration-2")],
+        ["--calibration-samples", "2"],
+    ):
+        again = measured("--tables", str(one), *more)
+        assert [record["candidate"] for record in again] == [r["candidate"] for r in first[1:]]
+        assert measured("--tables", str(one), *more) == []
+
+
+def test_two_tables_of_one_name_are_refused(folder: Path) -> None:
+    tables = [str(a_table(folder / f"{seed}.safetensors", seed)) for seed in range(2)]
+    with pytest.raises(ValueError, match=r"got two of 'peak_lse, learned at 0.25K, 64x64'"):
+        long.main(words(folder, "--tables", *tables))
+    a_table(folder / "1.safetensors", 1, max_seqlen=512)
+    assert long.main(words(folder, "--prompts", "0", "--only", "0.5K", "--tables", *tables)) == 0
+
+
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer: Any, novel: str) -> Path:
     """A model, text to measure on and text to calibrate on."""
