@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ import inputs
 import kernels
 from bsfa_kernel import Geometry, _native, reference
 from harness import (
-    ROOT,
     Budget,
     Record,
     Results,
@@ -38,8 +36,11 @@ from harness import (
     clocks,
     environment,
     list_of,
+    one_of,
+    out_of,
     parse_length,
     progress,
+    run_program,
 )
 from inputs import Problem, Shape
 from kernels import EXACT, Mode
@@ -685,17 +686,6 @@ def parse_sparsity(text: str) -> str:
     return text
 
 
-def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    known = tuple(names)
-
-    def parse(text: str) -> str:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {text!r}")
-        return text
-
-    return parse
-
-
 def parse_dtype(text: str) -> torch.dtype:
     """An element type by its name."""
     return _DTYPES[one_of(_DTYPES)(text)]
@@ -761,10 +751,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{seconds:6.1f} s  {case}")
         print(f"{sum(expected):6.1f} s  {len(chosen)} cases (a rough guess, for an H100)")
         return 0
-    if arguments.out is None:
-        if device.type == "cpu":
-            parser().error("a self-test must name its --out, which belongs in no report")
-        arguments.out = ROOT / "benchmarks" / "results" / f"{arguments.preset}.jsonl"
+    arguments.out = out_of(parser(), arguments, arguments.preset)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser().error("there is no CUDA device; --device cpu is a self-test of this program")
 
@@ -802,4 +789,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

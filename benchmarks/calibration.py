@@ -23,7 +23,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +41,19 @@ from bsfa_calib.cli.flags import add_flags, complete
 from bsfa_calib.cli.jobs import default_targets
 from bsfa_calib.expected import Calibrated
 from bsfa_kernel import Geometry
-from harness import ROOT, Record, Results, clocks, environment, list_of, parse_length, progress
+from harness import (
+    Record,
+    Results,
+    clocks,
+    environment,
+    list_of,
+    one_of,
+    out_of,
+    parse_fraction,
+    parse_length,
+    progress,
+    run_program,
+)
 
 _T = TypeVar("_T")
 
@@ -412,11 +423,15 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--method", default="capture", choices=("capture", "learned"))
     add("--samples", type=_positive, help="(default: 4; learned: the command's)")
-    add("--target-sparsities", type=list_of(float), help="(default: 0.5,0.75,0.9; learned: all)")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "calibration.jsonl")
+    add(
+        "--target-sparsities",
+        type=list_of(parse_fraction),
+        help="(default: 0.5,0.75,0.9; learned: all)",
+    )
+    add("--out", type=Path, help="records (default benchmarks/results/calibration.jsonl)")
     add = result.add_argument_group("capture").add_argument
     add("--seqlen", type=parse_length, default=8192, help="tokens a sample (default %(default)s)")
-    add("--rules", type=list_of(str), default=bsfa_kernel.RULES[:1])
+    add("--rules", type=list_of(one_of(bsfa_kernel.RULES)), default=bsfa_kernel.RULES[:1])
     add("--geometries", type=list_of(Geometry.parse), default=(bsfa_kernel.DEFAULT_GEOMETRY,))
     add("--k-values", type=list_of(int), help="calibrate these k; target sparsities without")
     add("--repetitions", type=int, default=3, help="of both, in turns (default %(default)s)")
@@ -445,10 +460,12 @@ def main(argv: list[str] | None = None) -> int:
             if method != arguments.method and vars(arguments)[name] != commands.get_default(name):
                 flag = f"--{name.replace('_', '-')}"
                 raise SystemExit(f"{flag} is for --method {method}, not {arguments.method}")
+    if arguments.k_values and arguments.target_sparsities:
+        raise SystemExit("--k-values and --target-sparsities exclude each other, got both")
     if arguments.repetitions < 1:
         raise SystemExit(f"--repetitions must be at least 1, got {arguments.repetitions}")
     device = torch.device(arguments.device)
-    results = Results(arguments.out)
+    results = Results(out_of(commands, arguments, "calibration"))
     if arguments.method == "learned":
         with tempfile.TemporaryDirectory() as folder:
             Phases(arguments, results, device).run(Path(folder))
@@ -479,4 +496,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

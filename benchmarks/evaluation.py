@@ -23,7 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from harness import SCHEMA, Record, Results
+from harness import SCHEMA, Record, Results, run_program
 
 
 def condense(content: Mapping[str, Any], *, date: str, command: str) -> list[Record]:
@@ -154,4 +154,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

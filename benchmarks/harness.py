@@ -23,11 +23,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -257,6 +257,54 @@ def list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
     items.__name__ = "comma-separated list"
     return items
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """A reader of one of some names, for argparse."""
+    known = tuple(names)
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {text!r}")
+        return text
+
+    return parse
+
+
+def parse_fraction(text: str) -> float:
+    """A share from 0 to 1, for argparse."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return float(text)
+
+
+def out_of(options: argparse.ArgumentParser, arguments: argparse.Namespace, name: str) -> Path:
+    """Where records go: to ``--out``, else to the committed ones of that name.
+
+    A self-test, on a CPU, must name its file: the reports take no records of one. ``options`` ends
+    the program where it does not.
+    """
+    if arguments.out is not None:
+        return Path(arguments.out)
+    device = str(arguments.device)
+    if device.startswith("cpu") or (device == "auto" and not torch.cuda.is_available()):
+        options.error("a self-test must name its --out, which belongs in no report")
+    return ROOT / "benchmarks" / "results" / f"{name}.jsonl"
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run a program to its exit; what a user can mend is told in a line.
+
+    BSFA_TRACEBACK=1 shows where it comes from. The exit status is then 2.
+    """
+    try:
+        status = main()
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("BSFA_TRACEBACK"):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
 
 
 def check_record(record: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 import bsfa_kernel
 from bsfa_kernel import Geometry, reference
+from harness import run_program
 
 PLANTED_BLOCK = 128
 _PLANTED_KEY = -16.0
@@ -423,8 +424,8 @@ def capture(
     return found
 
 
-def main() -> None:
-    """Capture q, k and v of one layer into a file."""
+def main() -> int:
+    """Capture q, k and v of one layer into a file; returns the exit status."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("model", help="GGUF file, model directory or hub id")
     parser.add_argument("text", type=Path, help="text file, long enough")
@@ -450,7 +451,8 @@ def main() -> None:
     source = f"{name}, layer {arguments.layer}, {arguments.seqlen} tokens of {arguments.text.name}"
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, arguments.out, metadata={"source": source})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +37,6 @@ import torch
 
 import bsfa_kernel
 import models
-from attention import one_of
 from bsfa_calib.capture import CaptureError
 from bsfa_calib.hook import ATTENTION_NAME, HookError, Method, applied, attention_shape
 from bsfa_calib.language_model import Band, LanguageModel, Predictions
@@ -54,9 +52,12 @@ from harness import (
     clocks,
     environment,
     list_of,
+    one_of,
+    parse_fraction,
     parse_length,
     progress,
     read_records,
+    run_program,
 )
 from inputs import Shape
 from kernels import FlashAttention3
@@ -523,7 +524,12 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=4, help="held-out windows (default %(default)s)")
     add("--calibration-samples", type=int, default=2, help="windows to calibrate on")
     add("--tables", type=Path, nargs="+", default=[], help="learned tables, or folders of them")
-    add("--shares", type=list_of(float), default=(), help="to be skipped, instead of its own")
+    add(
+        "--shares",
+        type=list_of(parse_fraction),
+        default=(),
+        help="to be skipped, instead of its own",
+    )
     add("--voters", type=list_of(int), default=bsfa_kernel.VOTERS, help="for scalars")
     add("--selection", type=one_of(bsfa_kernel.SELECTIONS), default="auto")
     add("--only", nargs="+", help="candidates whose name holds one of these")
@@ -555,4 +561,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -32,7 +32,6 @@ import argparse
 import contextlib
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -52,15 +51,17 @@ from bsfa_calib.capture import calibrate
 from bsfa_calib.dense import flash_with_sinks, unknown_arguments, with_sinks
 from bsfa_kernel import Geometry
 from harness import (
-    ROOT,
     Budget,
     Record,
     Results,
     device_event,
     environment,
     list_of,
+    one_of,
+    out_of,
     parse_length,
     progress,
+    run_program,
 )
 from inputs import Shape
 from kernels import EXACT, FlashAttention3, Mode
@@ -620,7 +621,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--seqlens", type=list_of(parse_length), default=(32768, 131072), help="such as 8K,128K")
     add("--sparsities", type=list_of(parse_sparsity), default=("0.5", "0.9"))
-    add("--rules", type=list_of(str), default=("peak_lse",))
+    add("--rules", type=list_of(one_of(bsfa_kernel.RULES)), default=("peak_lse",))
     add("--geometries", type=list_of(Geometry.parse), default=(bsfa_kernel.DEFAULT_GEOMETRY,))
     add(
         "--modes",
@@ -631,7 +632,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lean", action="store_true", help="fewer passes over memory outside of attention")
     add("--repetitions", type=int, default=3, help="of each prompt (default %(default)s)")
     add("--budget-seconds", type=float, help="start nothing that would end later than this")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prefill.jsonl")
+    add("--out", type=Path, help="records (default benchmarks/results/prefill.jsonl)")
     return result
 
 
@@ -639,6 +640,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
     budget = Budget(arguments.budget_seconds)
+    arguments.out = out_of(parser(), arguments, "prefill")
     benchmark = Benchmark(arguments, Results(arguments.out), budget)
     progress(f"{benchmark.name} is loaded, {budget.spent:.0f} s")
     for seqlen in arguments.seqlens:
@@ -664,4 +666,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -15,7 +15,6 @@ On a CPU the reference computes everything: keep to a thousand tokens.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor
 
 import bsfa_kernel
-from attention import one_of
 from bsfa_calib import models
 from bsfa_calib.hook import BlockSparse, applied, attention_shape
 from bsfa_calib.language_model import LanguageModel
@@ -34,7 +32,17 @@ from bsfa_calib.text import read_windows
 from bsfa_kernel import Geometry
 from bsfa_kernel.reference import excesses
 from bsfa_kernel.reference.scores import in_blocks, score_chunks
-from harness import ROOT, Record, Results, environment, list_of, progress
+from harness import (
+    Record,
+    Results,
+    environment,
+    list_of,
+    one_of,
+    out_of,
+    parse_fraction,
+    progress,
+    run_program,
+)
 from study.emulation import refuse_sinks
 from study.run import dense_predictions, run_point
 
@@ -207,18 +215,19 @@ def parser() -> argparse.ArgumentParser:
     add("--length", type=int, default=4096)
     add("--contexts", type=int, default=6)
     add("--calibration-contexts", type=int, default=3)
-    add("--sparsities", type=list_of(float), default=(0.5, 0.75, 0.9), help="as 0.5,0.75")
+    add("--sparsities", type=list_of(parse_fraction), default=(0.5, 0.75, 0.9), help="as 0.5,0.75")
     add("--rule", type=one_of(bsfa_kernel.RULES), default="peak_lse")
     add("--geometry", type=Geometry.parse, default=bsfa_kernel.DEFAULT_GEOMETRY)
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--device", default="auto")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "selection_study.jsonl")
+    add("--out", type=Path, help="records (default benchmarks/results/selection_study.jsonl)")
     return result
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
+    arguments.out = out_of(parser(), arguments, "selection_study")
     results = Results(arguments.out)
     written = 0
     for record in study(arguments):
@@ -229,4 +238,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

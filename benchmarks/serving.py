@@ -46,7 +46,17 @@ import models
 from attention import DENSE, parse_sparsity
 from bsfa_calib import ThresholdTable
 from bsfa_kernel import Geometry
-from harness import ROOT, Budget, Record, Results, environment, list_of, parse_length, progress
+from harness import (
+    Budget,
+    Record,
+    Results,
+    environment,
+    list_of,
+    out_of,
+    parse_length,
+    progress,
+    run_program,
+)
 from kernels import EXACT, Mode
 from turns import Run, Turns
 
@@ -625,6 +635,10 @@ def parse_share(text: str) -> str:
     return text
 
 
+# The shapes that LlamaConfig describes.
+_LLAMAS = [name for name, settings in models.SHAPES.items() if "rope_theta" in settings]
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description="Serving with vLLM, dense and block-sparse.")
@@ -634,7 +648,7 @@ def parser() -> argparse.ArgumentParser:
         add = command.add_argument
         which = command.add_mutually_exclusive_group(required=True)
         which.add_argument("--model", help="a folder that vLLM loads")
-        which.add_argument("--model-shape", choices=models.SHAPES, help="with random weights")
+        which.add_argument("--model-shape", choices=_LLAMAS, help="with random weights")
         add("--table", type=Path, help="thresholds of --model, with a point for each share")
         add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
         add("--device", default="cuda", help="cuda, or cpu for a self-test")
@@ -646,7 +660,7 @@ def parser() -> argparse.ArgumentParser:
         add("--modes", type=list_of(Mode.parse), help="of exact,int8,int8:4; load takes one")
         add("--eager", action="store_true", help="without torch.compile and CUDA graphs")
         add("--budget-seconds", type=float, help="start nothing that would end later than this")
-        add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "serving.jsonl")
+        add("--out", type=Path, help="records (default benchmarks/results/serving.jsonl)")
     first, load = (commands.choices[name] for name in ("ttft", "load"))
     first.add_argument("--default", action="store_true", help="time vLLM's default engine too")
     first.add_argument("--times", type=Path, help="only that, its times into this file")
@@ -666,6 +680,8 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit("--table needs --model: random weights have no thresholds")
     if arguments.command == "load" and arguments.model_shape and arguments.tokenizer is None:
         raise SystemExit("--model-shape needs --tokenizer: the client sends text")
+    if arguments.command == "load" or arguments.times is None:
+        arguments.out = out_of(parser(), arguments, "serving")
     for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory(prefix="bsfa-serving-") as folder:
@@ -682,4 +698,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     # An exception, so that the engine or server in another process ends with this one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(main())
+    run_program(main)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,13 +29,11 @@ import kernels
 from attention import (
     ERROR_LIMIT,
     error,
-    one_of,
     parse_dtype,
     wrong_verdicts,
 )
 from bsfa_kernel import Geometry, _native, reference
 from harness import (
-    ROOT,
     Budget,
     Record,
     Results,
@@ -44,8 +41,12 @@ from harness import (
     clocks,
     environment,
     list_of,
+    one_of,
+    out_of,
+    parse_fraction,
     parse_length,
     progress,
+    run_program,
 )
 from inputs import Problem, Shape
 
@@ -267,18 +268,19 @@ def parser() -> argparse.ArgumentParser:
     add("--geometry", type=Geometry.parse, default=bsfa_kernel.DEFAULT_GEOMETRY)
     add("--rule", type=one_of(bsfa_kernel.RULES), default="peak_lse")
     add("--precisions", type=list_of(one_of(bsfa_kernel.PRECISIONS)), default=("int8",))
-    add("--kept", type=list_of(float), default=KEPT, help="shares of the blocks in a mask")
+    add("--kept", type=list_of(parse_fraction), default=KEPT, help="shares of the blocks in a mask")
     add("--device", default="cuda", help="cuda, or cpu for a self-test")
     add("--seed", type=int, default=0)
     add("--seconds", type=float, default=0.5, help="a call and shape (default %(default)s)")
     add("--budget-seconds", type=float, help="start no shape after this time")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "steps.jsonl")
+    add("--out", type=Path, help="records (default benchmarks/results/steps.jsonl)")
     return result
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status is 1 where a kernel of ours is wrong or missing."""
     arguments = parser().parse_args(argv)
+    arguments.out = out_of(parser(), arguments, "steps")
     device = torch.device(arguments.device)
     options: dict[str, Any] = {"seconds": arguments.seconds}
     if device.type == "cpu":
@@ -297,9 +299,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, reason in benchmark.rejected.items():
         print(f"{name} was left out: {reason}")
     print(f"{len(benchmark.records)} records in {arguments.out}, {budget.spent:.0f} s")
-    ours_rejected = any(name.startswith("bsfa_sm90") for name in benchmark.rejected)
+    ours_rejected = any(name.startswith("bsfa") for name in benchmark.rejected)
     return 1 if ours_rejected or not benchmark.records else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -20,9 +20,8 @@ and thresholds that were learned are kept in the folder --learned.
 
 from __future__ import annotations
 
-import sys
-
+from harness import run_program
 from study.run import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 import models
 from extend import data, tasks
-from harness import list_of, parse_length
+from harness import list_of, one_of, parse_length, run_program
 
 BINS = 8
 _CHUNK = 4096  # tokens whose logits are held at once
@@ -104,6 +104,16 @@ def answers(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> tuple[b
     hit = bool((logits.argmax(-1) == targets).all())
     score = logits.log_softmax(-1).gather(1, targets[:, None]).mean()
     return hit, float(score)
+
+
+WORDINGS = ("evaluation", "cue", "question")
+
+
+def key_count(text: str) -> int:
+    """A number of needles, for argparse."""
+    if not 1 <= int(text) <= len(KEYS):
+        raise argparse.ArgumentTypeError(f"must be from 1 to {len(KEYS)}, got {text}")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -290,8 +300,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lengths", type=list_of(parse_length), default=(32768, 65536, 131072))
     parser.add_argument("--windows", type=int, default=3, help="at most, of each held-out text")
     parser.add_argument("--needles", type=int, default=48, help="prompts a wording and key count")
-    parser.add_argument("--keys", default="1,4", help="numbers of keys")
-    parser.add_argument("--wordings", default="evaluation,cue,question")
+    parser.add_argument("--keys", type=list_of(key_count), default=(1, 4), help="such as 1,4")
+    parser.add_argument("--wordings", type=list_of(one_of(WORDINGS)), default=WORDINGS)
     parser.add_argument("--out", type=Path, required=True, help="file of records, appended to")
     options = parser.parse_args(arguments)
     if options.text is None:
@@ -312,9 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
             for start, ids in windows(every, length, options.windows)
         ]
         cases = [
-            Case(wording, int(keys), index, options.needles)
-            for wording in options.wordings.split(",")
-            for keys in options.keys.split(",")
+            Case(wording, keys, index, options.needles)
+            for wording in options.wordings
+            for keys in options.keys
             for index in range(options.needles)
         ]
         losses, found = [], []
@@ -377,4 +387,4 @@ def report(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

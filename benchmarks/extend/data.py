@@ -346,13 +346,16 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="whose tokenizer: GGUF file, directory, id")
     parser.add_argument("--registries", default="repository,pypi,debian", help="which to use")
     options = parser.parse_args()
+    registries = options.registries.split(",")
+    known = {one.registry for one in SOURCES}
+    if unknown := set(registries) - known:
+        parser.error(f"--registries must be of {', '.join(sorted(known))}, got {unknown.pop()!r}")
     from transformers import AutoTokenizer
 
     from bsfa_calib.models import locate
 
     name, gguf = locate(options.model)
     tokenizer = AutoTokenizer.from_pretrained(name, **({"gguf_file": gguf} if gguf else {}))
-    registries = options.registries.split(",")
     prepare(options.directory, tokenizer, [one for one in SOURCES if one.registry in registries])
     return 0
 

@@ -40,8 +40,9 @@ from torch.utils.checkpoint import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
+from bsfa_calib.thresholds import write_atomically
 from extend import data
-from harness import parse_length
+from harness import parse_length, run_program
 
 BINS = 8  # of position, in what is printed
 _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -228,23 +229,27 @@ class Curves:
 
 
 def save(model: Any, folder: Path, extension: dict[str, Any]) -> None:
-    """Write the adapter in bfloat16, its configuration, and what else its reader must set."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
+    """Write the adapter in bfloat16, its configuration, and what else its reader must set.
 
-    folder.mkdir(parents=True, exist_ok=True)
+    Each file is whole whenever the program is stopped; ``extension.json``, which names the
+    adapter's digest, comes last.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save as packed_bytes
+
     state = get_peft_model_state_dict(model)
     packed = {name: value.to(torch.bfloat16).contiguous().cpu() for name, value in state.items()}
-    factors = folder / "adapter_model.safetensors"
-    save_file(packed, factors, metadata={"format": "pt"})
-    extension = {**extension, "sha256": hashlib.sha256(factors.read_bytes()).hexdigest()}
+    factors = packed_bytes(packed, metadata={"format": "pt"})
+    extension = {**extension, "sha256": hashlib.sha256(factors).hexdigest()}
     config = model.peft_config["default"].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     config["inference_mode"] = True
     config["base_model_name_or_path"] = extension["base_model"]
     text = json.dumps(config, indent=1, sort_keys=True, default=str)
-    (folder / "adapter_config.json").write_text(text + "\n")
-    (folder / "extension.json").write_text(json.dumps(extension, indent=1) + "\n")
+    write_atomically(folder / "adapter_model.safetensors", factors)
+    write_atomically(folder / "adapter_config.json", f"{text}\n".encode())
+    told = json.dumps(extension, indent=1)
+    write_atomically(folder / "extension.json", f"{told}\n".encode())
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -472,4 +477,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

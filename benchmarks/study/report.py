@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ def earlier(path: Path, about: dict[str, Any]) -> dict[str, list[Point]]:
     results: dict[str, list[Point]] = {}
     if not path.exists():
         return results
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in _records(path):
         if record["kind"] == about["kind"] and _run(record) == _run(about):
             arrays = (np.asarray(record[name]) for name in ("sparsity", "kl", "nll_change"))
             point = Point(record["asked"], *arrays)
@@ -30,6 +29,22 @@ def earlier(path: Path, about: dict[str, Any]) -> dict[str, list[Point]]:
     for points in results.values():
         points.sort(key=lambda point: point.asked)
     return results
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, older ones too.
+
+    Raises:
+        ValueError: a line is no record; the message names the file and line.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        if not isinstance(record, dict) or "kind" not in record:
+            raise ValueError(f"{path}:{number}: a record must be an object with a kind")
+        yield record
 
 
 def _run(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -40,12 +55,17 @@ def _run(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _runs(path: Path) -> list[dict[str, Any]]:
-    """The first record of every run that a file holds; see ``_run`` for which are one."""
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    """The first record of every run that a file holds; see ``_run`` for which are one.
+
+    Raises:
+        ValueError: there is none, or a line is no record.
+    """
     found: list[dict[str, Any]] = []
-    for record in records:
+    for record in _records(path):
         if record["kind"] == "thresholds_study" and _run(record) not in map(_run, found):
             found.append(record)
+    if not found:
+        raise ValueError(f"{path} must hold records of a study of thresholds, and has none")
     return found
 
 

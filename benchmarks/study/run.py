@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from bsfa_calib.text import Window, read_windows
 from bsfa_calib.thresholds import ThresholdTable
 from bsfa_kernel import build_info
 from bsfa_kernel.geometry import forced_share
-from harness import ROOT, Budget, environment, progress
+from harness import Budget, Results, environment, out_of, progress
 from study.candidates import (
     LEARNED,
     PAPER_SAMPLES,
@@ -106,27 +105,23 @@ def compare(arguments: argparse.Namespace) -> int:
         "draws": arguments.draws,
         "steps": [arguments.steps, arguments.further_steps],
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    results = earlier(arguments.out, about)
+    results, written = earlier(arguments.out, about), Results(arguments.out)
     longest = 0.0
-    with arguments.out.open("a", encoding="utf-8") as file:
-        for candidate in arguments.chosen:
-            if not budget.allows(longest):
-                progress(f"time is up: {candidate.name} and what follows are left out")
-                break
-            begin = time.monotonic()
-            known = {point.asked for point in results.get(candidate.name, [])}
-            targets = _targets(candidate, arguments, known)
-            for asked, method in _methods(source, candidate, targets, known, native):
-                point = run_point(language_model, method, windows, dense, asked)
-                results.setdefault(candidate.name, []).append(point)
-                file.write(json.dumps(_record(about, candidate, point), allow_nan=False) + "\n")
-                file.flush()
-            longest = max(longest, time.monotonic() - begin)
-            progress(f"{candidate.name}; {budget.spent:.0f} s")
-        summary = compared(results, len(windows))
-        record = {**about, "kind": "thresholds_study_summary", "compared": plain(summary)}
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+    for candidate in arguments.chosen:
+        if not budget.allows(longest):
+            progress(f"time is up: {candidate.name} and what follows are left out")
+            break
+        begin = time.monotonic()
+        known = {point.asked for point in results.get(candidate.name, [])}
+        targets = _targets(candidate, arguments, known)
+        for asked, method in _methods(source, candidate, targets, known, native):
+            point = run_point(language_model, method, windows, dense, asked)
+            results.setdefault(candidate.name, []).append(point)
+            written.append(_record(about, candidate, point))
+        longest = max(longest, time.monotonic() - begin)
+        progress(f"{candidate.name}; {budget.spent:.0f} s")
+    summary = compared(results, len(windows))
+    written.append({**about, "kind": "thresholds_study_summary", "compared": plain(summary)})
     print(table(results, summary, [window.kind for window in windows]))
     return 0
 
@@ -272,7 +267,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--further-steps", type=int, default=40, help="for every other sparsity")
     parser.add_argument("--learned", type=Path, metavar="DIR", help="keep learned thresholds here")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "thresholds_study.jsonl"
+        "--out", type=Path, help="records (default benchmarks/results/thresholds_study.jsonl)"
     )
     arguments = parser.parse_args()
     if not arguments.report and (arguments.model is None or arguments.text is None):
@@ -288,4 +283,5 @@ def _arguments() -> argparse.Namespace:
             arguments.chosen = chosen_candidates(arguments)
         except (ValueError, FileNotFoundError) as error:
             parser.error(str(error))
+        arguments.out = out_of(parser, arguments, "thresholds_study")
     return arguments

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import dataclasses
 import functools
+import importlib
+import inspect
 import math
 import signal
 import subprocess
@@ -325,16 +327,99 @@ def test_a_learned_calibration_refuses_what_the_command_refuses(tmp_path: Path) 
     import calibration
 
     lengths = ["--method", "learned", "--length", "2K", "--serve-length", "1K"]
+    out = ["--out", str(tmp_path / "c.jsonl")]
+    with pytest.raises(SystemExit, match="--k-values and --target-sparsities exclude each other"):
+        calibration.main([*TINY, "--k-values", "4", "--target-sparsities", "0.5", *out])
     with pytest.raises(SystemExit, match="--k-values is for --method capture, not learned"):
         calibration.main([*TINY, "--method", "learned", "--k-values", "4"])
     with pytest.raises(SystemExit, match="--steps is for --method learned, not capture"):
         calibration.main([*TINY, "--steps", "4"])
     with pytest.raises(ValueError, match="--serve-length must be at least --length"):
-        calibration.main([*TINY, *lengths, "--out", str(tmp_path / "c.jsonl")])
+        calibration.main([*TINY, *lengths, *out])
     with pytest.raises(ValueError, match=r"below 0\.882, got 0\.9"):
-        calibration.main([*TINY, *LEARNED, "--target-sparsities", "0.9"])
+        calibration.main([*TINY, *LEARNED, "--target-sparsities", "0.9", *out])
     with pytest.raises(SystemExit):
-        calibration.main([*TINY, *LEARNED, "--steps", "0"])
+        calibration.main([*TINY, *LEARNED, "--steps", "0", *out])
+
+
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [
+        ("attention", []),
+        ("calibration", TINY),
+        ("prefill", TINY),
+        ("steps", []),
+        ("selection_study", ["--model", "none", "--text", "none"]),
+        ("study.run", ["--model", "none", "--text", "none"]),
+        ("serving", ["ttft", "--model", "none"]),
+    ],
+)
+def test_a_self_test_writes_into_no_report(
+    program: str,
+    options: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main = importlib.import_module(program).main
+    words = [*options, *([] if "--device" in options else ["--device", "cpu"])]
+    monkeypatch.setattr("sys.argv", [program, *words])
+    with pytest.raises(SystemExit) as ended:
+        main(*([words] if inspect.signature(main).parameters else []))
+    assert ended.value.code == 2
+    assert "a self-test must name its --out, which belongs in no report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "message"),
+    [
+        ("prefill", ["--rules", "peak_ise"], "must be of absolute, running_max, peak_lse"),
+        ("calibration", ["--rules", "none"], "must be of absolute, running_max, peak_lse"),
+        ("calibration", ["--target-sparsities", "1.5"], "must be from 0 to 1, got 1.5"),
+        ("steps", ["--kept", "2,-1"], "must be from 0 to 1, got 2"),
+        ("long", ["--length", "1K", "--shares", "-0.5"], "must be from 0 to 1, got -0.5"),
+        ("extend.check", ["--wordings", "qestion"], "must be of evaluation, cue, question"),
+        ("extend.check", ["--keys", "0"], "must be from 1 to"),
+        (
+            "extend.data",
+            ["none", "--model", "none", "--registries", "pipy"],
+            "--registries must be of",
+        ),
+        ("serving", ["ttft", "--model-shape", "gpt-oss-20b"], "invalid choice: 'gpt-oss-20b'"),
+    ],
+)
+def test_a_word_that_means_nothing_is_refused(
+    program: str,
+    options: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main = importlib.import_module(program).main
+    monkeypatch.setattr("sys.argv", [program, *options])
+    with pytest.raises(SystemExit) as ended:
+        main(*([options] if inspect.signature(main).parameters else []))
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_a_user_can_mend_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> int:
+        raise ValueError("the model must\nbe there")
+
+    monkeypatch.setattr("sys.argv", ["/somewhere/long.py"])
+    with pytest.raises(SystemExit) as ended:
+        harness.run_program(fails)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "long.py: error: the model must be there\n"
+    monkeypatch.setenv("BSFA_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="the model must"):
+        harness.run_program(fails)
+    for status in (0, 1):
+        with pytest.raises(SystemExit) as ended:
+            harness.run_program(lambda status=status: status)  # type: ignore[misc]
+        assert ended.value.code == status
 
 
 def test_prefill_leaves_out_a_length_too_short_for_a_share(
