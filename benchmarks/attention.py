@@ -41,6 +41,7 @@ from harness import (
     parse_length,
     progress,
     run_program,
+    share_text,
 )
 from inputs import Problem, Shape
 from kernels import EXACT, Mode
@@ -683,7 +684,7 @@ def parse_sparsity(text: str) -> str:
     """A share from 0 to 1, or "dense"."""
     if text != DENSE and not 0.0 <= float(text) <= 1.0:
         raise ValueError(text)
-    return text
+    return share_text(text)
 
 
 def parse_dtype(text: str) -> torch.dtype:

@@ -26,7 +26,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -344,6 +344,7 @@ class Phases:
             "serve_seqlen": self._serve_length,
             **self._options,
             "geometry": str(self._options["geometry"]),
+            "work": asdict(self._here),
             "phase": name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "unit": unit,
@@ -478,14 +479,20 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.k_values
         else {"target_sparsities": arguments.target_sparsities or (0.5, 0.75, 0.9)}
     )
-    common = environment(device)
+    common, dtype = environment(device), str(model.dtype).removeprefix("torch.")
     for rule in arguments.rules:
         for geometry in arguments.geometries:
             progress(f"{name}, {count} x {arguments.seqlen} tokens, {rule}, {geometry}")
             asked = (model, samples, rule, geometry, points, arguments.repetitions)
             measured: Record = {}
             for measured in measure(*asked):
-                record = {**common, "kind": "calibration", "model": name, **measured}
+                record = {
+                    **common,
+                    "kind": "calibration",
+                    "model": name,
+                    "dtype": dtype,
+                    **measured,
+                }
                 results.append({**record, "clocks": clocks(device)})
             print(
                 f"{rule}, {geometry}: dense {measured['dense_seconds']:.2f} s, calibration "

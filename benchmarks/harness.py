@@ -231,6 +231,11 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
+def share_text(text: str) -> str:
+    """A share of blocks in one form, .5 and 0.50 as 0.5; "dense", which is no share, as it is."""
+    return text if text == "dense" else f"{float(text) + 0.0:.12g}"
+
+
 class LengthError(argparse.ArgumentTypeError, ValueError):
     """A length is malformed; argparse shows what it says."""
 

@@ -20,13 +20,14 @@ import re
 import sys
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bsfa_calib.thresholds import DEFAULT_VOTERS
+from bsfa_calib.thresholds import DEFAULT_VOTERS, write_atomically
 from bsfa_kernel import DEFAULT_GEOMETRY
-from harness import ROOT, Record, progress, read_records
+from harness import ROOT, Record, progress, read_records, share_text
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -44,42 +45,98 @@ _NAMES = {
     "math": "torch's plain attention",
     "bsfa_reference": "BSFA's reference back end",
 }
-# What makes two attention records comparable: one table.
-_SHAPE = ("gpu", "dtype", "head_dim", "heads", "kv_heads", "batch", "causal")
-_GROUP = (*_SHAPE, "inputs", "source")
-_LONG = (*("gpu", "model", "dtype", "lean", "seqlen", "candidate", "axis", "asked", "contexts"),)
+
+
+class Figure(NamedTuple):
+    """What two runs are compared by: a number, or numbers by the name of a dense kernel or call."""
+
+    field: str
+    text: str
+    more_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What was set in a kind of records; all other fields are measured, or say how.
+
+    Args:
+        table: what the records of a table have in common.
+        row: what tells the measurements of a table apart.
+        figures: the first that both have is what two runs are compared by. Losses have none: how
+            far one is off says little without the share skipped.
+    """
+
+    table: tuple[str, ...]
+    row: tuple[str, ...]
+    figures: tuple[Figure, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells measurements apart."""
+        return (*self.table, *self.row)
+
+    def line(self, *columns: str) -> tuple[str, ...]:
+        """What tells lines of a table apart whose columns are these fields."""
+        return tuple(name for name in self.row if name not in columns)
+
+
 _HOW = ("rule", "geometry", "selection", "voters")
-# What the records of a table have in common.
-_PREFILL = ("gpu", "model", "dtype", "lean")
-_SERVING = ("gpu", "model", "dtype", "vllm", "eager")
-_LOAD = (*_SERVING, "shortest", "seqlen", "answer", "rate")
-_LEARNED = (*("gpu", "model", "method", "seqlen", "serve_seqlen", "rule", "geometry", "voters"),)
-_KEYS = {
-    "attention": (
-        *(*_GROUP, "kernel", "seqlen", "asked", "rule", "geometry"),
-        *("selection", "voters"),
+_SHAPE = ("gpu", "dtype", "head_dim", "heads", "kv_heads", "batch", "causal")
+_MODEL = ("gpu", "model", "dtype")
+_SERVING = (*_MODEL, "vllm", "eager")
+_MS = Figure("ms", "{:.3f} ms")
+_SPEEDUP = (Figure("speedup", "{:.3f}x {}", more_is_better=True), _MS)
+_LONG = Kind(
+    (*_MODEL, "lean", "seqlen", "contexts"),
+    ("candidate", "axis", "asked", *_HOW, "calibration_contexts"),
+)
+KINDS = {
+    "attention": Kind(
+        _SHAPE, ("inputs", "source", "kernel", "seqlen", "asked", *_HOW), figures=_SPEEDUP
     ),
-    "select_blocks": (*_SHAPE, "kernel", "seqlen", "rule", "geometry", "precision", "voters"),
-    "attend_blocks": (*_SHAPE, "kernel", "seqlen", "geometry", "asked"),
-    "prefill": (*_PREFILL, "implementation", "seqlen", "asked", *_HOW),
-    "serving": (*_SERVING, "implementation", "seqlen", "asked", *_HOW),
-    "serving_load": (*_LOAD, "implementation", "asked", *_HOW),
-    "calibration": ("gpu", "model", "seqlen", "samples", "rule", "geometry", "points"),
-    "calibration_phase": (*_LEARNED, "phase"),
-    "overhead": ("gpu",),
-    "thresholds_study": (
-        *("gpu", "model", "dtype", "seqlen", "contexts", "calibration_contexts"),
-        *("paper_samples", "candidate", "asked"),
+    "select_blocks": Kind(
+        _SHAPE,
+        ("kernel", "seqlen", "rule", "geometry", "precision", "voters"),
+        figures=(Figure("of_dense", "{:.3f} of the time of {}"), _MS),
     ),
-    "selection_study": (
-        *("gpu", "model", "dtype", "seqlen", "contexts", "rule", "geometry", "voters", "asked"),
+    "attend_blocks": Kind(
+        _SHAPE,
+        ("kernel", "seqlen", "geometry", "asked"),
+        figures=(Figure("rate", "{:.3f} of the rate of {}", more_is_better=True), _MS),
     ),
-    "thresholds_study_summary": ("gpu", "model", "seqlen", "command"),
-    "long_text": _LONG,
+    "prefill": Kind(
+        (*_MODEL, "lean"), ("implementation", "seqlen", "asked", *_HOW), figures=_SPEEDUP
+    ),
+    "serving": Kind(_SERVING, ("implementation", "seqlen", "asked", *_HOW), figures=_SPEEDUP),
+    "serving_load": Kind(
+        (*_SERVING, "shortest", "seqlen", "answer", "rate", "requests"),
+        ("implementation", "asked", *_HOW),
+        figures=(Figure("tokens_per_second", "{:.0f} tokens/s", more_is_better=True),),
+    ),
+    "calibration": Kind(
+        ("gpu", "dtype"),
+        ("model", "seqlen", "samples", "rule", "geometry", "points"),
+        figures=(Figure("ratio", "{:.2f}"),),
+    ),
+    "calibration_phase": Kind(
+        (*_MODEL, "method", "seqlen", "serve_seqlen", "rule", "geometry", "voters", "work"),
+        ("phase", "done"),
+        figures=(Figure("seconds_each", "{:.2f} s"),),
+    ),
+    "overhead": Kind(("gpu",), (), figures=(Figure("host_microseconds", "{:.1f} µs {}"),)),
+    "thresholds_study": Kind(
+        (*_MODEL, "seqlen", "contexts"),
+        ("calibration_contexts", "paper_samples", "candidate", "asked"),
+    ),
+    "selection_study": Kind(
+        (*_MODEL, "seqlen", "contexts", "rule", "geometry"), ("voters", "asked")
+    ),
+    "thresholds_study_summary": Kind(("gpu", "model", "seqlen", "command"), ()),
+    "long_text": replace(_LONG, figures=_SPEEDUP),
     "long_tasks": _LONG,
-    "evaluation": (
-        *("gpu", "model", "dtype", "task", "seqlen", "keys", "method", "rule", "geometry"),
-        *("voters", "options", "contexts"),
+    "evaluation": Kind(
+        (*_MODEL, "task", "seqlen"),
+        ("keys", "method", "rule", "geometry", "voters", "options", "contexts"),
     ),
 }
 # The order of rows: what is recommended comes first.
@@ -127,11 +184,47 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
 def key_of(record: Record) -> tuple[object, ...]:
     """What a record measures."""
-    names = _KEYS[record["kind"]]
+    return (record["kind"], *_values(record, KINDS[record["kind"]].key))
+
+
+def _values(record: Record, names: Iterable[str]) -> tuple[object, ...]:
+    values = (value_of(record, name) for name in names)
+    return tuple(str(v) if isinstance(v, list | dict) else v for v in values)
+
+
+def value_of(record: Record, name: str) -> Any:
+    """What was set, in one form: what older records do not say is what it was by default."""
+    value = record.get(name)
+    if name == "asked" and isinstance(value, str):
+        return share_text(value)
+    if name == "calibration_contexts" and record["kind"].startswith("long"):
+        return value if record.get("rule") else None  # without thresholds, they are for others
+    if value is not None:
+        return value
     # Records of before blocks were selected in a step of its own do not say how they were.
     absent = {"selection": "exact", "voters": 1} if record.get("rule") else {}
-    values = (record.get(name, absent.get(name)) for name in names)
-    return (record["kind"], *(str(v) if isinstance(v, list | dict) else v for v in values))
+    if record["kind"] == "calibration":
+        absent["dtype"] = "bfloat16"
+    return absent.get(name)
+
+
+def told_apart(
+    names: Sequence[str], groups: Sequence[Sequence[Record]], fields: Iterable[str]
+) -> list[list[str]]:
+    """Of groups that have a name in common, their values of the fields in which they differ."""
+    found = []
+    for name, group in zip(names, groups, strict=True):
+        same = [other[0] for text, other in zip(names, groups, strict=True) if text == name]
+        differ = [field for field in fields if len({_values(r, (field,)) for r in same}) > 1]
+        found.append([said for field in differ if (said := _said(group[0], field))])
+    return found
+
+
+def _said(record: Record, field: str) -> str:
+    value = value_of(record, field)
+    if isinstance(value, bool):
+        return field if value else f"not {field}"
+    return " and ".join(map(str, value)) if isinstance(value, list) else str(value or "")
 
 
 def _refuse_self_test(record: Record, where: str) -> None:
@@ -188,57 +281,70 @@ def describe(record: Record) -> str:
 
 
 def _dense_table(group: Sequence[Record]) -> str:
-    dense = [record for record in group if record["asked"] == "dense"]
+    dense = [record for record in group if _is_dense(record)]
     if not dense:
         return "No dense measurements."
     lengths = sorted({record["seqlen"] for record in dense})
-    rows: dict[str, dict[int, str]] = defaultdict(dict)
-    for record in dense:
-        name = _row_name(record)
-        rows[name][record["seqlen"]] = f"{record['ms']:.2f} ({record['tflops']:.0f})"
     header = ["dense, ms (TFLOP/s)", *(_length(n) for n in lengths)]
-    body = [[name, *(row.get(n, "") for n in lengths)] for name, row in sorted(rows.items())]
-    return markdown_table(header, body)
+    fields = KINDS["attention"].line("asked", "seqlen")
+    lines = grouped(dense, fields)
+    names = [_row_name(line[0]) for line in lines]
+    body = []
+    for name, line, further in zip(names, lines, told_apart(names, lines, fields), strict=True):
+        cells = {r["seqlen"]: f"{r['ms']:.2f} ({r['tflops']:.0f})" for r in line}
+        body.append([", ".join([name, *further]), *(cells.get(n, "") for n in lengths)])
+    return markdown_table(header, sorted(body))
 
 
 def _speedup_table(ours: Sequence[Record], baseline: str, group: Sequence[Record]) -> str:
-    """A row for each kernel, rule, geometry, mode, inputs and length; a column a sparsity."""
+    """A row for all that is set but the sparsity, which has the columns."""
     others = [record for record in group if record["kernel"] == "flashinfer"]
     chosen = [record for record in (*ours, *others) if baseline in record["speedup"]]
-    columns = sorted({record["asked"] for record in chosen}, key=_sparsity_order)
-    rows: dict[tuple[Any, ...], dict[str, str]] = defaultdict(dict)
-    for record in chosen:
-        rule, geometry = record["rule"] or "", record["geometry"] or ""
-        key = (
-            record["kernel"] == "bsfa_sm80",
-            _RULES.index(rule),
-            geometry != DEFAULT[1],
-            _INPUTS.index(record["inputs"]),
-            record["seqlen"],
-            *_mode(record),
-            (_name(record), rule, geometry, record["inputs"]),
-        )
-        rows[key][record["asked"]] = _cell(record, record["speedup"][baseline])
+    columns = sorted({value_of(record, "asked") for record in chosen}, key=_sparsity_order)
     title = f"times {_NAMES.get(baseline, baseline)}"
     header = [title, "rule", "blocks", "pattern", "tokens", "chosen", *columns]
     body = []
-    modes = sorted({key[-3:-1] for key in rows})
-    for mode in modes:
+    for mode in sorted({_mode(record) for record in chosen}):
         limits = [_flop_limit(asked, *mode) for asked in columns]
         body.append([_LIMIT, "", "", "", "", _mode_text(*mode), *limits])
-    for (*_, seqlen, selection, voters, names), row in sorted(rows.items()):
-        name, rule, geometry, inputs = names
-        default = (rule, geometry, voters) == DEFAULT
-        mark = "**" if default else "*" if (rule, geometry) == PAPER else ""
-        how = _mode_text(selection, voters) if rule else ""
-        cells = [f"{mark}{name}{mark}", rule, geometry, inputs, _length(seqlen), how]
-        body.append([*cells, *(row.get(c, "") for c in columns)])
+    lines = grouped(chosen, KINDS["attention"].line("asked"))
+    for line in sorted(lines, key=lambda line: _row_order(line[0])):
+        first = line[0]
+        rule, geometry = first["rule"] or "", first["geometry"] or ""
+        mark = "**" if _is_default(first) else "*" if (rule, geometry) == PAPER else ""
+        pattern = ", ".join(filter(None, (first["inputs"], first.get("source"))))
+        how = _mode_text(*_mode(first)) if rule else ""
+        cells = {value_of(r, "asked"): _cell(r, r["speedup"][baseline]) for r in line}
+        row = [
+            f"{mark}{_name(first)}{mark}",
+            rule,
+            geometry,
+            pattern,
+            _length(first["seqlen"]),
+            how,
+        ]
+        body.append([*row, *(cells.get(c, "") for c in columns)])
     return markdown_table(header, body)
+
+
+def _row_order(record: Record) -> tuple[Any, ...]:
+    """What is recommended comes first."""
+    rule, geometry = record["rule"] or "", record["geometry"] or ""
+    return (
+        record["kernel"] == "bsfa_sm80",
+        _RULES.index(rule),
+        geometry != DEFAULT[1],
+        _INPUTS.index(record["inputs"]),
+        record.get("source") or "",
+        record["seqlen"],
+        *_mode(record),
+        (_name(record), geometry),
+    )
 
 
 def _mode(record: Record) -> tuple[str, int]:
     """From what scores blocks were chosen, and of how many query rows one voted."""
-    return record.get("selection", "exact"), record.get("voters", 1)
+    return value_of(record, "selection") or "exact", value_of(record, "voters") or 1
 
 
 def _mode_text(selection: str, voters: int) -> str:
@@ -247,7 +353,7 @@ def _mode_text(selection: str, voters: int) -> str:
 
 
 def _cell(record: Record, ratio: float) -> str:
-    asked = 0.0 if record["asked"] == "dense" else float(record["asked"])
+    asked = 0.0 if _is_dense(record) else float(record["asked"])
     if abs(record["sparsity"] - asked) <= _SPARSITY_TOLERANCE:
         return f"{ratio:.2f}"
     return f"{ratio:.2f} (at {record['sparsity']:.2f})"
@@ -397,7 +503,7 @@ def prefill_tables(records: Sequence[Record]) -> str:
     """
     chosen = [record for record in records if record["kind"] == "prefill"]
     parts = []
-    for group in grouped(chosen, _PREFILL):
+    for group in grouped(chosen, KINDS["prefill"].table):
         for record in group:
             _refuse_self_test(record, "prefill")
         baselines = [b for b in _BASELINES if any(b in r["speedup"] for r in group)]
@@ -454,7 +560,7 @@ def serving_tables(records: Sequence[Record]) -> str:
     """
     parts = []
     chosen = [record for record in records if record["kind"] == "serving"]
-    for group in grouped(chosen, _SERVING):
+    for group in grouped(chosen, KINDS["serving"].table):
         for record in group:
             _refuse_self_test(record, "serving")
         baselines = [b for b in _BASELINES if any(b in r["speedup"] for r in group)]
@@ -477,7 +583,7 @@ def serving_tables(records: Sequence[Record]) -> str:
         title = f"### {_serving_title(group[0])} ({group[0]['gpu']})"
         parts += [title, markdown_table(header, body), provenance(group)]
     chosen = [record for record in records if record["kind"] == "serving_load"]
-    for group in grouped(chosen, _LOAD):
+    for group in grouped(chosen, KINDS["serving_load"].table):
         for record in group:
             _refuse_self_test(record, "serving_load")
         first = group[0]
@@ -495,7 +601,8 @@ def serving_tables(records: Sequence[Record]) -> str:
         lengths = f"{_length(first['shortest'])} to {_length(first['seqlen'])}"
         title = f"### {_serving_title(first)}, under load ({first['gpu']})"
         text = (
-            f"Prompts of {lengths} tokens, {first['rate']:g} a second, {first['answer']} answered."
+            f"{first['requests']} prompts of {lengths} tokens, {first['rate']:g} a second, "
+            f"{first['answer']} tokens answered."
         )
         parts += [title, text, markdown_table(header, body), provenance(group)]
     return "\n\n".join(parts) + ("\n" if parts else "")
@@ -509,37 +616,38 @@ def calibration_tables(records: Sequence[Record]) -> str:
     Raises:
         ValueError: a record is one of a self-test.
     """
-    phases = _phase_tables([r for r in records if r["kind"] == "calibration_phase"])
+    parts = []
     chosen = [record for record in records if record["kind"] == "calibration"]
-    if not chosen:
-        return phases
     for record in chosen:
         _refuse_self_test(record, "calibration")
     header = ["model", "tokens", "samples", "rule", "blocks", "points", "dense passes, s"]
     header += ["calibration, s", "ratio", "peak GiB"]
-    body = [
-        [
-            record["model"],
-            _length(record["seqlen"]),
-            str(record["samples"]),
-            record["rule"],
-            record["geometry"],
-            record.get("points", ""),
-            f"{record['dense_seconds']:.2f}",
-            f"{record['calibration_seconds']:.2f}",
-            f"{record['ratio']:.2f}",
-            f"{record['peak_gib']:.1f}" if "peak_gib" in record else "",
+    for group in grouped(chosen, KINDS["calibration"].table):
+        body = [
+            [
+                record["model"],
+                _length(record["seqlen"]),
+                str(record["samples"]),
+                record["rule"],
+                record["geometry"],
+                record.get("points", ""),
+                f"{record['dense_seconds']:.2f}",
+                f"{record['calibration_seconds']:.2f}",
+                f"{record['ratio']:.2f}",
+                f"{record['peak_gib']:.1f}" if "peak_gib" in record else "",
+            ]
+            for record in sorted(group, key=lambda r: (r["model"], r["seqlen"], r["rule"]))
         ]
-        for record in sorted(chosen, key=lambda r: (r["model"], r["seqlen"], r["rule"]))
-    ]
-    table = markdown_table(header, body) + "\n\n" + provenance(chosen) + "\n"
-    return f"{table}\n{phases}" if phases else table
+        parts.append(f"### {value_of(group[0], 'dtype')} ({group[0]['gpu']})")
+        parts += [markdown_table(header, body), provenance(group)]
+    parts += _phase_tables([r for r in records if r["kind"] == "calibration_phase"])
+    return "\n\n".join(parts) + ("\n" if parts else "")
 
 
-def _phase_tables(records: Sequence[Record]) -> str:
-    """Markdown: a table for each learned calibration, a row for each of its phases."""
+def _phase_tables(records: Sequence[Record]) -> list[str]:
+    """Parts of a page: a table for each learned calibration, a row for each of its phases."""
     parts = []
-    for group in grouped(records, _LEARNED):
+    for group in grouped(records, KINDS["calibration_phase"].table):
         for record in group:
             _refuse_self_test(record, "calibration_phase")
         first = group[0]
@@ -561,12 +669,16 @@ def _phase_tables(records: Sequence[Record]) -> str:
             ]
             for record in group
         ]
-        seconds = sum(record["seconds"] for record in group)
-        every = sum(record["whole_seconds_estimated"] for record in group)
-        peak = max(record["peak_gib"] for record in group)
-        total = ["sum, or largest", *[""] * 4, f"{seconds:.1f}", "", f"{every:.0f}", f"{peak:.1f}"]
-        parts += [markdown_table(header, [*body, total]), provenance(group)]
-    return "\n\n".join(parts) + ("\n" if parts else "")
+        if len({record["date"] for record in group}) == 1:  # phases of several runs are no sum
+            seconds, every = (
+                sum(record[name] for record in group)
+                for name in ("seconds", "whole_seconds_estimated")
+            )
+            peak = max(record["peak_gib"] for record in group)
+            total = [f"{seconds:.1f}", "", f"{every:.0f}", f"{peak:.1f}"]
+            body.append(["sum, or largest", *[""] * 4, *total])
+        parts += [markdown_table(header, body), provenance(group)]
+    return parts
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -581,9 +693,9 @@ def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def grouped(records: Sequence[Record], names: Sequence[str]) -> list[list[Record]]:
     """Records that agree in the fields of these names, in the order of their first ones."""
-    groups: dict[str, list[Record]] = defaultdict(list)  # lists are no keys
+    groups: dict[tuple[object, ...], list[Record]] = defaultdict(list)
     for record in records:
-        groups[repr([record.get(name) for name in names])].append(record)
+        groups[_values(record, names)].append(record)
     return list(groups.values())
 
 
@@ -594,14 +706,8 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
     """
     pyplot = load_pyplot()
     files = []
-    chosen = [record for record in records if record["kind"] == "attention"]
-    for group in grouped(chosen, (*_GROUP,)):
-        ours = [r for r in group if (r["rule"] or r["kernel"] == "flashinfer") and r["speedup"]]
+    for name, ours, lines in _attention_pictures(records):
         baselines = [b for b in _BASELINES if any(b in r["speedup"] for r in ours)]
-        lines = grouped(ours, ("kernel", "geometry", "rule", "seqlen", "selection", "voters"))
-        lines = [line for line in lines if len({r["asked"] for r in line}) > 2]
-        if not lines or not baselines:
-            continue
         lengths = Counter(line[0]["seqlen"] for line in lines)
         length = max(lengths, key=lambda seqlen: (lengths[seqlen], seqlen))
         lines = [line for line in lines if line[0]["seqlen"] == length]
@@ -646,16 +752,48 @@ def plot_attention(records: Sequence[Record], folder: Path) -> list[Path]:
         for axis in axes[0]:
             named |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         figure.legend(named.values(), named, fontsize=7, loc="outside lower center", ncols=2)
-        first = group[0]
-        title = f"{describe(first)}, {_length(length)} tokens, {first['inputs']} inputs"
+        first = ours[0]
+        inputs = f"{first['inputs']} inputs"
+        if first.get("source"):
+            inputs += f" ({first['source']})"
+        title = f"{describe(first)}, {_length(length)} tokens, {inputs}"
         figure.suptitle(title, fontsize=9)
-        rules = "" if any(r["rule"] == "absolute" for r in ours) else "-relative"
-        name = (
-            f"attention-{first['dtype']}-d{first['head_dim']}-h{first['heads']}-{first['kv_heads']}"
-            f"-b{first['batch']}-{first['inputs']}{rules}.png"
-        )
-        files.append(save(figure, folder / name))
+        files.append(save(figure, folder / f"{name}.png"))
     return files
+
+
+def _attention_pictures(
+    records: Sequence[Record],
+) -> Iterator[tuple[str, list[Record], list[list[Record]]]]:
+    """Of each picture its name, and the records and lines that are drawn."""
+    fields = (*KINDS["attention"].table, "inputs", "source")
+    chosen = [
+        record
+        for record in records
+        if record["kind"] == "attention"
+        and record["speedup"]
+        and (record["rule"] or record["kernel"] == "flashinfer")
+    ]
+    drawn = []
+    for ours in grouped(chosen, fields):
+        lines = grouped(ours, KINDS["attention"].line("asked"))
+        if lines := [x for x in lines if len({value_of(r, "asked") for r in x}) > 2]:
+            drawn.append((ours, lines))
+    groups = [ours for ours, _ in drawn]
+    names = [
+        f"attention-{r['dtype']}-d{r['head_dim']}-h{r['heads']}-{r['kv_heads']}-b{r['batch']}"
+        f"-{r['inputs']}{'' if any(one['rule'] == 'absolute' for one in ours) else '-relative'}"
+        for ours in groups
+        for r in ours[:1]
+    ]
+    further = told_apart(names, groups, fields)
+    for name, more, (ours, lines) in zip(names, further, drawn, strict=True):
+        yield "-".join([name, *map(slug, more)]), ours, lines
+
+
+def slug(text: str) -> str:
+    """A text as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
 
 
 def plot_prefill(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -663,12 +801,9 @@ def plot_prefill(records: Sequence[Record], folder: Path) -> list[Path]:
     pyplot = load_pyplot()
     files = []
     chosen = [record for record in records if record["kind"] == "prefill"]
-    for group in grouped(chosen, _PREFILL):
+    for group in grouped(chosen, KINDS["prefill"].table):
         figure, axis = pyplot.subplots(figsize=(6, 4.2))
-        lines = grouped(
-            group, ("implementation", "asked", "rule", "geometry", "selection", "voters")
-        )
-        for line in lines:
+        for line in grouped(group, KINDS["prefill"].line("seqlen")):
             points = sorted((r["seqlen"] / 1024, r["ms"] / 1000) for r in line)
             asked = line[0]["asked"]
             label = _implementation(line[0]) + ("" if asked == "dense" else f", {asked} skipped")
@@ -751,7 +886,7 @@ def add(files: Iterable[Path], results: Path = RESULTS, *, drop: Sequence[str] =
     for kind, records in sorted(kinds.items()):
         path = results / f"{kind}.jsonl"
         lines = [json.dumps(_rounded(record), ensure_ascii=False) for record in records]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_atomically(path, ("\n".join(lines) + "\n").encode())
         written.append(path)
     for path in set(results.glob("*.jsonl")) - set(written):
         path.unlink()
@@ -770,45 +905,39 @@ def _rounded(value: Any) -> Any:
 def compare(old: Sequence[Record], new: Sequence[Record]) -> list[tuple[float, str, str, str]]:
     """What two runs have in common, and how they differ.
 
-    For attention and prefill the figure compared is the speed-up over the first baseline that both
-    have, which a change of card or clocks leaves alone; the time where they have none.
+    Speed-ups are compared over the first dense kernel that both have, which a change of card or
+    clocks leaves alone.
 
     Returns:
-        (new over old, what, old, new) of each measurement, the worst first; below 1 is slower.
+        (new over old, what, old, new) of each figure, the worst first; below 1 is worse.
     """
     before = {key_of(record): record for record in old}
     rows = []
     for record in new:
-        other = before.get(key_of(record))
-        if other is None:
+        key = key_of(record)
+        if (other := before.get(key)) is None:
             continue
-        what = " ".join(str(part) for part in key_of(record)[1:] if part not in (None, ""))
-        if record["kind"] == "calibration":
-            a, b = 1 / other["ratio"], 1 / record["ratio"]
-            rows.append((b / a, what, f"{other['ratio']:.2f}", f"{record['ratio']:.2f}"))
-            continue
-        if record["kind"] == "calibration_phase":
-            a, b = other["seconds_each"], record["seconds_each"]
-            rows.append((a / b, what, f"{a:.2f} s", f"{b:.2f} s"))
-            continue
-        if record["kind"] == "serving_load":
-            a, b = other["tokens_per_second"], record["tokens_per_second"]
-            rows.append((b / a, what, f"{a:.0f} tokens/s", f"{b:.0f} tokens/s"))
-            continue
-        shared = [b for b in _BASELINES if b in record["speedup"] and b in other["speedup"]]
-        if shared:
-            a, b = other["speedup"][shared[0]], record["speedup"][shared[0]]
-            rows.append((b / a, what, f"{a:.3f}x {shared[0]}", f"{b:.3f}x {shared[0]}"))
-        else:
-            rows.append(
-                (
-                    other["ms"] / record["ms"],
-                    what,
-                    f"{other['ms']:.3f} ms",
-                    f"{record['ms']:.3f} ms",
-                )
-            )
+        what = " ".join(
+            [record["kind"], *(str(part) for part in key[1:] if part not in (None, ""))]
+        )
+        for figure, name, a, b in _shared(other, record):
+            ratio = b / a if figure.more_is_better else a / b
+            rows.append((ratio, what, figure.text.format(a, name), figure.text.format(b, name)))
     return sorted(rows)
+
+
+def _shared(old: Record, new: Record) -> list[tuple[Figure, str, float, float]]:
+    """The figure that two records are compared by, with its name and values."""
+    for figure in KINDS[new["kind"]].figures:
+        a, b = (record.get(figure.field) for record in (old, new))
+        if isinstance(a, dict) and isinstance(b, dict):
+            names = [name for name in a if name in b]
+            names = [name for name in _BASELINES if name in names][:1] or names
+            if names:
+                return [(figure, name, a[name], b[name]) for name in names]
+        elif a is not None and b is not None:
+            return [(figure, "", a, b)]
+    return []
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -841,7 +970,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv or sys.argv[1:] or ["write"])
     try:
         if arguments.command == "compare":
-            rows = compare(load([arguments.old]), load([arguments.new]))
+            old, new = load([arguments.old]), load([arguments.new])
+            rows = compare(old, new)
+            losses = sorted({r["kind"] for r in [*old, *new] if not KINDS[r["kind"]].figures})
+            if losses:
+                progress(f"not compared, as a loss goes with a share skipped: {', '.join(losses)}")
             header = ["new over old", "measurement", "old", "new"]
             print(markdown_table(header, [[f"{r:.3f}", *rest] for r, *rest in rows]))
             return 1 if any(row[0] < 1 - arguments.tolerance for row in rows) or not rows else 0
@@ -851,14 +984,15 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         files = arguments.files if arguments.command == "table" else current()
         records = load(files)
+        if arguments.command == "write":
+            import page
+
+            for path in page.write(records, arguments.docs, arguments.images):
+                print(path)
+            return 0
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.command == "write":
-        import page
-
-        for path in page.write(records, arguments.docs, arguments.images):
-            print(path)
     else:
         kinds = (attention_tables, step_tables, prefill_tables, serving_tables)
         for tables in (*kinds, calibration_tables):

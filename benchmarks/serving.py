@@ -630,9 +630,10 @@ class Load(Measurement):
 
 def parse_share(text: str) -> str:
     """A share from 0 to 1; dense attention is measured without being asked for."""
-    if parse_sparsity(text) == DENSE:
+    share = parse_sparsity(text)
+    if share == DENSE:
         raise argparse.ArgumentTypeError("dense is measured in any case: name shares from 0 to 1")
-    return text
+    return share
 
 
 # The shapes that LlamaConfig describes.

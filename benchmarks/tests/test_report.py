@@ -1,14 +1,18 @@
 # SPDX-FileCopyrightText: 2026 The BSFA developers
 # SPDX-License-Identifier: BSD-3-Clause
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import attention
 import report
+import serving
 from conftest import attention_record
+from harness import FIELDS, check_record
 
 Records = list[dict[str, Any]]
 
@@ -266,7 +270,7 @@ def test_serving_has_tables_and_is_compared(tmp_path: Path) -> None:
     table = report.serving_tables([serving_record(), load_record(), dense])
     assert "| times FlashAttention-3 |" in table
     assert "vLLM 0.26.0, under load" in table
-    assert "Prompts of 16K to 128K tokens, 0.5 a second, 64 answered." in table
+    assert "50 prompts of 16K to 128K tokens, 0.5 a second, 64 tokens answered." in table
     assert "| 31000" in table
     old = save(tmp_path / "old.jsonl", [serving_record(), load_record()])
     faster = load_record(tokens_per_second=34100.0)
@@ -332,3 +336,229 @@ def test_comparing_two_runs_finds_the_ratio_of_what_they_share(
     assert report.main(["compare", str(old), str(new)]) == 1
     assert report.main(["compare", str(old), str(new), "--tolerance", "0.3"]) == 0
     assert "0.800" in capsys.readouterr().out
+
+
+def long_record(kind: str, **changes: Any) -> dict[str, Any]:
+    about = {"model": "m", "lean": True, "candidate": "c", "axis": "share", "asked": 0.5}
+    lists = {"contexts": ["a 0"], "calibration_contexts": ["b@0"], "sparsity": [0.5]}
+    figures = {"kl": [0.01], "nll_change": [0.0], "by_position": [], "attention_ms": 1.0}
+    more = {"attention_speedup": {"fa3": 1.5}, "scores": [1.0], "depths": []}
+    return attention_record(kind=kind, **{**about, **lists, **figures, **more, **changes})
+
+
+def step_record(kind: str, **changes: Any) -> dict[str, Any]:
+    figures = {"of_dense": {"fa3": 0.1}, "rate": {"fa3": 0.8}, "kept": 0.5}
+    how = {"rule": "peak_lse", "precision": "int8", "voters": 4}
+    return attention_record(kind=kind, **{**figures, **how, **changes})
+
+
+def study_record(kind: str, **changes: Any) -> dict[str, Any]:
+    lists = {"contexts": ["a@0"], "calibration_contexts": ["b@0"]}
+    losses = {"kl": [0.01], "nll_change": [0.0], "compared": {}, "hits": ["1"]}
+    figures = {"sparsity": [0.5], "peak_error": {}, "flips": 0.1, **losses}
+    how = {"candidate": "c", "asked": 0.5, "voters": 4, "rule": "peak_lse"}
+    task = {"task": "text", "keys": 0, "method": "scalar", "options": {}}
+    if kind == "selection_study":
+        figures |= {"sparsity": {}, "kl": {}}
+    return attention_record(
+        kind=kind, **{"model": "m", **lists, **figures, **how, **task, **changes}
+    )
+
+
+def one_of(kind: str, **changes: Any) -> dict[str, Any]:
+    """A record of a kind."""
+    if kind == "overhead":
+        return attention_record(kind=kind, **{"host_microseconds": {"bsfa": 20.0}, **changes})
+    makers: dict[str, Any] = {
+        "attention": attention_record,
+        "prefill": prefill_record,
+        "serving": serving_record,
+        "serving_load": load_record,
+        "calibration": calibration_record,
+        "calibration_phase": lambda **given: phase_record(
+            "points", given.pop("done", 2), 9, **given
+        ),
+    }
+    steps = kind in ("select_blocks", "attend_blocks")
+    other = step_record if steps else long_record if kind.startswith("long") else study_record
+    made: dict[str, Any] = makers[kind](**changes) if kind in makers else other(kind, **changes)
+    check_record(made)
+    return made
+
+
+# Fields of records that are measured, follow from others, or say how it was measured.
+MEASURED = {
+    *("schema", "kind", "self_test", "date", "command", "gpu", "driver", "card", "clocks"),
+    *("torch", "cuda", "cudnn", "python", "packages", "commit", "sources", "backend", "note"),
+    *("ms", "ms_min", "spread", "repetitions", "tflops", "tflops_executed", "error", "peak_gib"),
+    *("sparsity", "kept", "speedup", "of_dense", "rate", "attention_ms", "layers", "dense_ms"),
+    *("ttft_ms", "ttft_p99_ms", "tokens_per_second", "requests_per_second", "host_microseconds"),
+    *("dense_seconds", "calibration_seconds", "ratio", "dense_seconds_each", "unit", "passes"),
+    *("calibration_seconds_each", "whole", "seconds", "seconds_each", "whole_seconds_estimated"),
+    *("kl", "nll_change", "compared", "peak_error", "flips", "by_position", "attention_speedup"),
+    *("fa3_layers", "scores", "depths", "hits", "sparse_calls_by_selection"),
+}
+# Of some kinds they follow from other fields: from a candidate's name, or from the work of a run.
+FOLLOWS = {
+    "thresholds_study": {"rule", "geometry", "voters", "order", "draws", "steps"},
+    "calibration_phase": {"asked"},
+    "evaluation": {"calibration_contexts"},
+    "thresholds_study_summary": {"contexts"},
+}
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_every_field_of_a_kind_tells_measurements_apart_or_is_measured(kind: str) -> None:
+    known = {*report.KINDS[kind].key, *MEASURED, *FOLLOWS.get(kind, ())}
+    found = {
+        name
+        for record in report.load(report.current())
+        if record["kind"] == kind
+        for name in record
+    }
+    assert {*FIELDS[kind], *found} <= known
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [(kind, field) for kind, own in report.KINDS.items() for field in own.key]
+)
+def test_records_that_differ_in_what_was_set_are_both_kept(kind: str, field: str) -> None:
+    record = one_of(kind)
+    old = report.value_of(record, field)
+    other = "0.25" if field == "asked" and isinstance(old, str) else ["another"]
+    changed = {**record, field: other}
+    assert report.latest([record, changed]) == [record, changed]
+
+
+def test_what_older_records_do_not_say_is_the_default_of_then() -> None:
+    for kind, said in (
+        ("calibration", {"dtype": "bfloat16"}),
+        ("prefill", {"selection": "exact", "voters": 1}),
+        ("serving_load", {"selection": "exact", "voters": 1}),
+    ):
+        record = one_of(kind)
+        older = {name: value for name, value in record.items() if name not in said}
+        assert report.key_of(older) == report.key_of({**record, **said})
+
+
+def test_a_share_is_one_however_it_is_written() -> None:
+    shares = [
+        attention_record(asked=text, date=f"2026-01-0{i}")
+        for i, text in enumerate(("0.5", "0.50", ".5", "5e-1"), start=1)
+    ]
+    assert report.latest(shares) == shares[-1:]
+    (header,) = [
+        x
+        for x in report.attention_tables(shares[1:2]).splitlines()
+        if "pattern" in x and "Attention-3" in x
+    ]
+    assert header.split("|")[-2].strip() == "0.5"
+    assert attention.parse_sparsity("0.50") == serving.parse_share(".5") == "0.5"
+    assert attention.parse_sparsity("-0") == attention.parse_sparsity("0.0") == "0"
+    assert attention.parse_sparsity("dense") == "dense"
+
+
+def rows_of(table: str, start: str) -> list[list[str]]:
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return [row for row in cells if row and row[0].strip("*").startswith(start)]
+
+
+def test_rows_of_attention_say_from_where_their_inputs_are() -> None:
+    sources = [("M, layer 0", 3.0), ("M, layer 15", 1.2)]
+    ours = [
+        attention_record(inputs="model", source=source, speedup={"fa3": ratio})
+        for source, ratio in sources
+    ]
+    found = rows_of(report.attention_tables(ours), "BSFA sm_90a")
+    assert [(row[3], row[-1]) for row in found] == [
+        *(("model, M, layer 0", "3.00"), ("model, M, layer 15", "1.20")),
+    ]
+    dense = {"kernel": "fa3", "rule": None, "geometry": None, "asked": "dense", "speedup": {}}
+    peers = [
+        attention_record(**dense, inputs="model", source=source, ms=ms) for source, ms in sources
+    ]
+    found = rows_of(report.attention_tables([*ours, *peers]), "FlashAttention-3")
+    assert [row[0] for row in found] == [
+        *("FlashAttention-3, M, layer 0", "FlashAttention-3, M, layer 15"),
+    ]
+
+
+def test_servers_under_other_numbers_of_requests_have_tables_of_their_own() -> None:
+    dense = {"implementation": "vllm", "asked": "dense", "geometry": None, "rule": None}
+    records = [load_record(requests=8), load_record(requests=8, **dense)]
+    table = report.serving_tables(report.latest([*records, load_record(**dense, requests=50)]))
+    assert table.count("### ") == 2
+    assert "\n8 prompts of " in table
+    assert "\n50 prompts of " in table
+
+
+def test_calibrations_in_another_dtype_or_on_another_card_have_tables_of_their_own() -> None:
+    others = [calibration_record(dtype="float16"), calibration_record(gpu="B")]
+    table = report.calibration_tables(report.latest([calibration_record(), *others]))
+    titles = [line for line in table.splitlines() if line.startswith("###")]
+    assert titles == ["### bfloat16 (A GPU)", "### float16 (A GPU)", "### bfloat16 (B)"]
+
+
+def test_a_sum_of_phases_is_of_one_run() -> None:
+    few, more = ({"steps": steps} for steps in (6, 12))
+    runs = [
+        phase_record(phase, done, 9, work=work)
+        for work, done in ((few, 1), (more, 3))
+        for phase in ("learning", "points")
+    ]
+    sums = rows_of(report.calibration_tables(report.latest(runs)), "sum")
+    assert [row[5] for row in sums] == ["4.0", "12.0"]
+    later = {**runs[0], "date": "2026-03-01T00:00:00+00:00"}
+    mixed = report.latest([*runs[:2], later])
+    assert len(mixed) == 2
+    assert not rows_of(report.calibration_tables(mixed), "sum")
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_every_kind_is_compared_by_a_figure_or_said_not_to_be(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = report.KINDS[kind].figures
+    record = one_of(kind)
+    old = save(tmp_path / "old.jsonl", [record])
+    if not figures:
+        assert report.main(["compare", str(old), str(old)]) == 1
+        assert (
+            f"not compared, as a loss goes with a share skipped: {kind}" in capsys.readouterr().err
+        )
+        return
+    for figure in figures:
+        value = record[figure.field]
+        worse = 0.5 if figure.more_is_better else 2.0
+        changed = (
+            {name: worse * each for name, each in value.items()}
+            if isinstance(value, dict)
+            else worse * value
+        )
+        after = [{**record, figure.field: changed}]
+        if figure is not figures[0]:  # a first one that both have comes before
+            after[0][figures[0].field] = {}
+        ((ratio, what, a, b),) = report.compare([record], after)
+        assert ratio == pytest.approx(0.5)
+        assert what.startswith(kind)
+        assert a != b
+    assert report.main(["compare", str(old), str(old)]) == 0
+
+
+def test_adding_that_is_interrupted_leaves_the_records_as_they_were(
+    records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    kept = save(results / "attention.jsonl", records)
+    before = kept.read_bytes()
+    new = save(tmp_path / "new.jsonl", [attention_record(seqlen=1024)])
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on the device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        report.add([new], results)
+    assert kept.read_bytes() == before
+    assert list(results.iterdir()) == [kept]
