@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import numpy as np
 
 import report
 from bsfa_calib.point import AXES
+from bsfa_calib.thresholds import write_atomically
 from bsfa_kernel import GEOMETRIES, VOTERS
 from harness import Record
 from report import DEFAULT
@@ -171,7 +174,7 @@ def study_tables(records: Sequence[Record]) -> str:
                 for label in ("sparsity", "over_paper", "over_running_max")
             ]
             texts = ["" if cell is None else interval_text(cell) for cell in cells]
-            body.append([_CANDIDATES[_short(name)], *texts])
+            body.append([_called(name), *texts])
         parts.append(f"### {group[0]['seqlen']} tokens, {contexts} contexts{_where(*group)}")
         parts += [report.markdown_table(header, body), report.provenance(group)]
     return "\n\n".join(parts)
@@ -179,7 +182,8 @@ def study_tables(records: Sequence[Record]) -> str:
 
 def _studies(records: Sequence[Record]) -> list[list[Record]]:
     """Records by the model and the contexts: a loss is compared with dense on its own card."""
-    groups = report.grouped(records, ("model", "dtype", "seqlen", "contexts"))
+    names = [name for name in report.KINDS["thresholds_study"].table if name != "gpu"]
+    groups = report.grouped(records, names)
     return sorted(groups, key=lambda group: int(group[0]["seqlen"]))
 
 
@@ -195,8 +199,14 @@ def _short(candidate: str) -> str:
     return Path(candidate).stem if candidate.endswith(".safetensors") else candidate
 
 
-def _order(candidate: str) -> int:
-    return list(_CANDIDATES).index(_short(candidate))
+def _called(candidate: str) -> str:
+    return _CANDIDATES.get(_short(candidate), _short(candidate))
+
+
+def _order(candidate: str) -> tuple[int, str]:
+    """What has no place of its own comes last, by name."""
+    places = {name: place for place, name in enumerate(_CANDIDATES)}
+    return places.get(_short(candidate), len(places)), _short(candidate)
 
 
 def _where(*records: Record) -> str:
@@ -249,14 +259,15 @@ def _label(record: Record) -> _Label:
 
 def _method(record: Record) -> str:
     """What records of one configuration share."""
-    return f"{record['method']} {record['geometry']} {sorted(record['options'].items())}"
+    fields = ("method", "rule", "geometry", "voters")
+    return f"{[record[name] for name in fields]} {sorted(record['options'].items())}"
 
 
 def selection_tables(records: Sequence[Record]) -> str:
     """Markdown: what a selection in 8 bits changes, by length."""
     chosen = [record for record in records if record["kind"] == "selection_study"]
     parts = []
-    for group in report.grouped(chosen, ("gpu", "model", "dtype", "seqlen", "rule", "geometry")):
+    for group in report.grouped(chosen, report.KINDS["selection_study"].table):
         first = group[0]
         error = first["peak_error"]
         parts.append(
@@ -285,7 +296,7 @@ def text_tables(records: Sequence[Record]) -> str:
     """Markdown: the loss on text, by length."""
     chosen = [r for r in records if r["kind"] == "evaluation" and r["task"] == "text"]
     parts = []
-    for group in report.grouped(chosen, ("gpu", "model", "dtype", "seqlen")):
+    for group in report.grouped(chosen, (*report.KINDS["evaluation"].table, "contexts")):
         body = []
         for record in sorted(group, key=_label):
             if record["method"] == "dense":
@@ -317,7 +328,7 @@ def needle_tables(records: Sequence[Record]) -> str:
     """Markdown: hits by number of keys, and the share of dense's that is left, by length."""
     chosen = [r for r in records if r["kind"] == "evaluation" and r["task"] == "needle"]
     parts = []
-    for group in report.grouped(chosen, ("gpu", "model", "dtype", "seqlen")):
+    for group in report.grouped(chosen, report.KINDS["evaluation"].table):
         keys = sorted({record["keys"] for record in group})
         dense: dict[int, dict[str, str]] = {}
         for record in group:
@@ -379,16 +390,17 @@ def text(records: Sequence[Record], pictures: Sequence[str] = ()) -> str:
 
     Args:
         records: of every kind.
-        pictures: the paths of what ``pictures`` draws, relative to the page.
+        pictures: the paths of what ``draw_pictures`` draws, relative to the page.
     """
+    long = _told_apart(records)
     sections = [
         (_SPEED, "attention-", report.attention_tables(records)),
         (_STEPS, "", report.step_tables(records)),
         ("## Time to first token\n", "prefill-", report.prefill_tables(records)),
-        (_LONG, "long-accuracy-", curves.accuracy_tables(records)),
-        (_LONG_TASKS, "long-needles", curves.task_tables(records)),
-        (_LONG_POSITION, "", curves.position_tables(records)),
-        (_LAW, "long-law-", curves.law_tables(records)),
+        (_LONG, "long-accuracy-", curves.accuracy_tables(long)),
+        (_LONG_TASKS, "long-needles", curves.task_tables(long)),
+        (_LONG_POSITION, "", curves.position_tables(long)),
+        (_LAW, "long-law-", curves.law_tables(long)),
         ("## Serving with vLLM\n", "", report.serving_tables(records)),
         (_STUDY, "accuracy-", study_tables(records)),
         (_SELECTION, "", selection_tables(records)),
@@ -408,34 +420,87 @@ def text(records: Sequence[Record], pictures: Sequence[str] = ()) -> str:
     return "\n".join(parts)
 
 
+def _told_apart(records: Sequence[Record]) -> list[Record]:
+    """Records of ``long.py``; candidates of one name in several settings say in which."""
+    kind = report.KINDS["long_text"]
+    chosen = [record for record in records if record["kind"] in ("long_text", "long_tasks")]
+    # The prompts of several seeds are joined as they come, and draws are to follow from them alone.
+    chosen.sort(
+        key=lambda r: (r["model"], r["contexts"]) if r["kind"] == "long_tasks" else ("", [])
+    )
+    whose = [name for name in (*kind.table, "candidate") if name != "contexts"]
+    names = [str([record[name] for name in whose]) for record in chosen]
+    settings = kind.line("candidate", "axis", "asked")
+    further = report.told_apart(names, [[record] for record in chosen], settings)
+    return [
+        {**record, "candidate": ", ".join([record["candidate"], *more])}
+        for record, more in zip(chosen, further, strict=True)
+    ]
+
+
 def draw_pictures(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw every picture of the page, and delete those of a page before. Returns the files."""
-    for name in picture_names(folder, folder):
-        (folder.parent / name).unlink()
+    """Draw every picture of the page.
+
+    Returns:
+        The files, by name.
+
+    Raises:
+        ValueError: two pictures have one name.
+    """
     files = [*report.plot_attention(records, folder), *report.plot_prefill(records, folder)]
+    files += [*_draw_studies(records, folder), *curves.draw(_told_apart(records), folder)]
+    twice = sorted({path.name for path in files if files.count(path) > 1})
+    if twice:
+        raise ValueError(f"a picture must have a name of its own, got twice: {', '.join(twice)}")
+    return sorted(files)
+
+
+def _draw_studies(records: Sequence[Record], folder: Path) -> list[Path]:
     chosen = [record for record in records if record["kind"] == "thresholds_study"]
-    for group in _studies(chosen):
+    # Of each length, the contexts that the most was measured on.
+    whose = ("model", "dtype", "seqlen")
+    most = {str([group[0][n] for n in whose]): group for group in sorted(_studies(chosen), key=len)}
+    groups = list(most.values())
+    names = [f"accuracy-{group[0]['seqlen']}" for group in groups]
+    files = []
+    for name, more, group in zip(
+        names, report.told_apart(names, groups, whose), groups, strict=True
+    ):
         results = _points(group)
         lines = [
-            (_CANDIDATES[_short(name)].replace("*", ""), results[name])
-            for name in sorted(results, key=_order)
+            (_called(one).replace("*", ""), results[one]) for one in sorted(results, key=_order)
         ]
-        path = folder / f"accuracy-{group[0]['seqlen']}.png"
+        path = folder / f"{'-'.join([name, *map(report.slug, more)])}.png"
         draw(lines, f"{group[0]['model']}, {group[0]['seqlen']} tokens", path)
         files.append(path)
-    return [*files, *curves.draw(records, folder)]
+    return files
 
 
-def picture_names(docs: Path, images: Path) -> list[str]:
-    """The pictures in a folder, as the page links them."""
-    prefixes = ("attention-", "prefill-", "accuracy-", "long-")
-    paths = (path for path in sorted(images.glob("*.png")) if path.name.startswith(prefixes))
-    return [Path(os.path.relpath(path, docs.parent)).as_posix() for path in paths]
+def links(docs: Path, files: Iterable[Path]) -> list[str]:
+    """Pictures as the page links them."""
+    return [Path(os.path.relpath(path, docs.parent)).as_posix() for path in files]
+
+
+def linked(docs: Path) -> list[str]:
+    """The pictures that a page has."""
+    return re.findall(r"^!\[[^]]*\]\((.+)\)$", docs.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def write(records: Sequence[Record], docs: Path, images: Path) -> list[Path]:
-    """Write the page and its pictures. Returns the files."""
-    files = draw_pictures(records, images)
-    docs.parent.mkdir(parents=True, exist_ok=True)
-    docs.write_text(text(records, picture_names(docs, images)), encoding="utf-8")
+    """Write the page and its pictures, and delete those that it had before. Returns the files.
+
+    Raises:
+        ValueError: two pictures have one name; then all is left as it was.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = {path.name: path.read_bytes() for path in draw_pictures(records, Path(folder))}
+    files = [images / name for name in drawn]
+    content = text(records, links(docs, files))
+    before = [docs.parent / link for link in linked(docs)] if docs.exists() else []
+    for path in files:
+        write_atomically(path, drawn[path.name])
+    write_atomically(docs, content.encode())
+    for path in before:
+        if path.parent.resolve() == images.resolve() and path.name not in drawn:
+            path.unlink(missing_ok=True)
     return [*files, docs]

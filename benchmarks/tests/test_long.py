@@ -656,7 +656,7 @@ def test_pictures_are_drawn(measured: list[dict[str, Any]], tmp_path: Path) -> N
         "long-needles.png",
     }
     assert all(path.stat().st_size > 5000 for path in files)
-    assert "long-law-m.png" in page.text(measured, page.picture_names(tmp_path / "a.md", tmp_path))
+    assert "long-law-m.png" in page.text(measured, page.links(tmp_path / "a.md", files))
 
 
 def test_a_model_measured_at_one_length_is_drawn_beside_another(

@@ -13,7 +13,7 @@ import report
 from conftest import attention_record
 from harness import ROOT, check_record
 
-DOCS, IMAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "images"
+DOCS = ROOT / "docs" / "results.md"
 UPDATE = "python benchmarks/report.py"
 
 
@@ -24,7 +24,7 @@ def current() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def written(current: list[dict[str, Any]]) -> str:
-    return page.text(current, page.picture_names(DOCS, IMAGES))
+    return page.text(current, page.linked(DOCS))
 
 
 def test_the_page_is_what_the_records_give(written: str) -> None:
@@ -53,31 +53,92 @@ def test_prose_lines_are_short(written: str) -> None:
         assert fenced or line.startswith(("|", "![", "###")) or len(line) <= 120
 
 
-def test_writing_draws_pictures_and_deletes_those_of_before(tmp_path: Path) -> None:
+def some(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_writing_draws_pictures_and_deletes_only_those_that_the_page_had(tmp_path: Path) -> None:
     docs, images = tmp_path / "docs" / "results.md", tmp_path / "docs" / "images"
     images.mkdir(parents=True)
-    (images / "attention-old.png").touch()
-    (images / "logo.png").touch()
+    docs.write_text("![old](images/attention-old.png)\n![far](../far.png)\n")
+    foreign = {"logo.png", "long-holiday.png", "accuracy-text-512.png"}
+    for path in (
+        *(images / name for name in foreign | {"attention-old.png"}),
+        tmp_path / "far.png",
+    ):
+        path.touch()
     records = [
         attention_record(asked=asked, sparsity=float(asked)) for asked in ("0", "0.5", "0.9")
     ]
     picture, page_path = page.write(records, docs, images)
     assert page_path == docs
-    assert f"(images/{picture.name})" in docs.read_text(encoding="utf-8")
-    assert {path.name for path in images.iterdir()} == {picture.name, "logo.png"}
+    assert page.linked(docs) == [f"images/{picture.name}"]
+    assert some(images) == {picture.name, *foreign}
+    assert (tmp_path / "far.png").exists()
+    others = [{**record, "gpu": gpu} for gpu in ("B GPU", "C GPU") for record in records]
+    written = page.write(others, docs, images)
+    assert some(images) == {*(path.name for path in written[:-1]), *foreign}
+    assert len(written) == 3
+
+
+def test_what_cannot_be_drawn_leaves_page_and_pictures_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs, images = tmp_path / "results.md", tmp_path / "images"
+    records = [
+        attention_record(asked=asked, sparsity=float(asked)) for asked in ("0", "0.5", "0.9")
+    ]
+    page.write(records, docs, images)
+    before = docs.read_bytes(), some(images)
+    # Names that differ in what files' names do not take.
+    alike = [{**record, "gpu": gpu} for gpu in ("A-1", "A 1") for record in records]
+    with pytest.raises(ValueError, match=r"name of its own.*planted-A-1\.png"):
+        page.write(alike, docs, images)
+    monkeypatch.setattr(report, "plot_prefill", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        page.write([{**record, "gpu": "B"} for record in records], docs, images)
+    assert (docs.read_bytes(), some(images)) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"gpu": "B"}, {"dtype": "float16"}, {"head_dim": 64}, {"heads": 16}, {"kv_heads": 4}),
+        *({"batch": 2}, {"causal": False}, {"inputs": "irregular"}, {"source": "M, layer 3"}),
+    ],
+)
+def test_groups_of_attention_have_pictures_of_their_own(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    records = [
+        attention_record(asked=asked, sparsity=float(asked)) for asked in ("0", "0.5", "0.9")
+    ]
+    files = page.draw_pictures([*records, *({**r, **change} for r in records)], tmp_path)
+    assert len({path.name for path in files}) == 2
+    assert some(tmp_path) == {path.name for path in files}
+
+
+def test_intervals_do_not_depend_on_the_order_of_records(
+    current: list[dict[str, Any]], written: str
+) -> None:
+    tables = page.text([*reversed(current)])
+    assert sorted(line for line in tables.splitlines() if line.endswith("%] |")) == sorted(
+        line for line in written.splitlines() if line.endswith("%] |")
+    )
+
+
+def study_record(candidate: str, gpu: str, asked: float, kl: float) -> dict[str, Any]:
+    about = {"model": "m", "dtype": "float16", "seqlen": 4096, "contexts": ["a", "b"]}
+    made_with = {"torch": "2", "date": "2026-01-02", "command": "c", "sources": ""}
+    figures = {"sparsity": [asked] * 2, "kl": [kl] * 2, "nll_change": [0.0] * 2}
+    one = {**about, **made_with, **figures, "gpu": gpu, "asked": asked}
+    return {**one, "kind": "thresholds_study", "candidate": candidate}
 
 
 def test_a_study_is_one_table_over_cards_and_marks_the_default() -> None:
-    def record(candidate: str, gpu: str, asked: float, kl: float) -> dict[str, Any]:
-        about = {"model": "m", "dtype": "float16", "seqlen": 4096, "contexts": ["a", "b"]}
-        made_with = {"torch": "2", "date": "2026-01-02", "command": "c", "sources": ""}
-        figures = {"sparsity": [asked] * 2, "kl": [kl] * 2, "nll_change": [0.0] * 2}
-        one = {**about, **made_with, **figures, "gpu": gpu, "asked": asked}
-        return {**one, "kind": "thresholds_study", "candidate": candidate}
-
     ours, paper = "4k-learned-128x64-1in4.safetensors", "absolute top-k 128x64"
     records = [
-        record(name, gpu, asked, kl)
+        study_record(name, gpu, asked, kl)
         for name, gpu, first in ((paper, "A", 0.3), (ours, "B", 0.6))
         for asked, kl in ((first, 0.005), (first + 0.2, 0.05))
     ]
@@ -88,8 +149,24 @@ def test_a_study_is_one_table_over_cards_and_marks_the_default() -> None:
     assert cells[1] == "**peak_lse, learned, 128x64, one row in 4 votes (default)**"
     assert cells[2] == "0.660 [0.660, 0.660]"
     assert cells[3] == "0.300 [0.300, 0.300]"
-    other = {**record(ours, "B", 0.6, 0.01), "contexts": ["a", "c"]}
+    other = {**study_record(ours, "B", 0.6, 0.01), "contexts": ["a", "c"]}
     assert page.study_tables([*records, other]).count("### ") == 2
+
+
+def test_candidates_without_a_place_come_last_by_their_own_name(tmp_path: Path) -> None:
+    names = ["peak_lse head by effect 128x64", "absolute top-k 128x64", "a new one"]
+    records = [
+        study_record(name, "A", asked, kl)
+        for name in names
+        for asked, kl in ((0.3, 0.005), (0.5, 0.05))
+    ]
+    rows = [line.split("|")[1].strip() for line in page.study_tables(records).splitlines()[4:7]]
+    assert rows == ["*absolute, k blocks, 128x64 (the paper's)*", "a new one", names[0]]
+    others = [{**record, "dtype": "bfloat16"} for record in records]
+    files = page.draw_pictures([*records, *others], tmp_path)
+    assert [path.name for path in files] == [
+        *("accuracy-4096-bfloat16.png", "accuracy-4096-float16.png"),
+    ]
 
 
 def bands(kl: float, nll: float) -> list[dict[str, Any]]:
