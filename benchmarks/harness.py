@@ -213,6 +213,17 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "speedup": (dict,),
         "attention_speedup": (dict,),
     },
+    "extension": {
+        # What it runs has no native kernels.
+        **{name: types for name, types in _COMMON.items() if name != "sources"},
+        "model": (str,),
+        "dtype": (str,),
+        "seqlen": (int,),
+        "max_position_embeddings": (int,),
+        "nll": (dict,),
+        "nll_mean": (dict,),
+        "needles": (list,),
+    },
     "long_tasks": {**_COMMON, **_POINT, "scores": (list,), "depths": (list,)},
     "evaluation": {
         **_COMMON,

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from bsfa_kernel import _native, block_sparse_attention, build_info
-from harness import environment
+from harness import Results, environment
 
 # Calls in a row, fewer than a stream takes before it makes its host wait.
 _CALLS = 200
@@ -54,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON Lines file to append a record to")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
+    results = Results(arguments.out) if arguments.out else None
     q, k = (torch.randn(1, 64, heads, 64, device=device, dtype=torch.bfloat16) for heads in (2, 2))
     thresholds = torch.zeros((2, 1), device=device)
     operator: Callable[..., Any] = torch.ops.bsfa.forward.default
@@ -89,10 +89,9 @@ def main(argv: list[str] | None = None) -> int:
                     ),
                 )
         measure("torch.empty_like", lambda: torch.empty_like(q))
-    if arguments.out:
+    if results is not None:
         record = {**environment(device), "kind": "overhead", "host_microseconds": found}
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        results.append(record)
     return 0
 
 

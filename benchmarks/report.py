@@ -158,11 +158,16 @@ def load(paths: Iterable[Path]) -> list[Record]:
     """The latest record of each measurement in the files.
 
     Raises:
-        ValueError: a line is no record, or one of a self-test.
+        ValueError: a line is no record, or one of a self-test or of a kind without a report.
     """
     found = []
     for path in paths:
         for record in read_records(path):
+            if record["kind"] not in KINDS:
+                raise ValueError(
+                    f"{path}: reports take records of kind {', '.join(KINDS)}, "
+                    f"got {record['kind']!r}"
+                )
             _refuse_self_test(record, str(path))
             found.append(record)
     return latest(found)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import random
 import shlex
@@ -306,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.text is None:
         parser.error("--text must name the folder that benchmarks/assets.py fetched")
+    results = harness.Results(options.out)
     state: Any = PartialState(cpu=options.device == "cpu")
     if options.device == "cuda":
         options.device = str(state.device)
@@ -362,9 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "dtype": options.dtype,
                 **summary(losses, found, positions, length),
             }
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+            results.append(record)
             print(report(record), flush=True)
     return 0
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import models
 from extend import check, data, merge, tasks, train
+from harness import read_records
 
 WORDS = [f"{a}{b}" for a in ("ash", "bel", "cor", "dun", "elm") for b in "abcdefghijklmnopqrst"]
 pytestmark = pytest.mark.filterwarnings(
@@ -459,7 +460,7 @@ def test_the_check_writes_a_record_a_length(
     words += ["--text", str(tmp_path / "text"), "--device", "cpu", "--dtype", "float32"]
     words += ["--lengths", "1K,512", "--needles", "2", "--keys", "1", "--out", str(out)]
     assert check.main(words) == 0
-    records = [json.loads(line) for line in out.read_text().splitlines()]
+    records = list(read_records(out))
     assert [record["seqlen"] for record in records] == [1024, 512]
     for record in records:
         assert record["kind"] == "extension"

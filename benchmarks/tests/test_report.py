@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 import attention
+import overhead
 import report
 import serving
 from conftest import attention_record
-from harness import FIELDS, check_record
+from harness import FIELDS, ROOT, check_record, read_records
 
 Records = list[dict[str, Any]]
 
@@ -407,7 +408,7 @@ FOLLOWS = {
 }
 
 
-@pytest.mark.parametrize("kind", FIELDS)
+@pytest.mark.parametrize("kind", report.KINDS)
 def test_every_field_of_a_kind_tells_measurements_apart_or_is_measured(kind: str) -> None:
     known = {*report.KINDS[kind].key, *MEASURED, *FOLLOWS.get(kind, ())}
     found = {
@@ -473,7 +474,13 @@ def test_rows_of_attention_say_from_where_their_inputs_are() -> None:
     assert [(row[3], row[-1]) for row in found] == [
         *(("model, M, layer 0", "3.00"), ("model, M, layer 15", "1.20")),
     ]
-    dense = {"kernel": "fa3", "rule": None, "geometry": None, "asked": "dense", "speedup": {}}
+    dense: dict[str, Any] = {
+        "kernel": "fa3",
+        "rule": None,
+        "geometry": None,
+        "asked": "dense",
+        "speedup": {},
+    }
     peers = [
         attention_record(**dense, inputs="model", source=source, ms=ms) for source, ms in sources
     ]
@@ -514,7 +521,7 @@ def test_a_sum_of_phases_is_of_one_run() -> None:
     assert not rows_of(report.calibration_tables(mixed), "sum")
 
 
-@pytest.mark.parametrize("kind", FIELDS)
+@pytest.mark.parametrize("kind", report.KINDS)
 def test_every_kind_is_compared_by_a_figure_or_said_not_to_be(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -562,3 +569,21 @@ def test_adding_that_is_interrupted_leaves_the_records_as_they_were(
         report.add([new], results)
     assert kept.read_bytes() == before
     assert list(results.iterdir()) == [kept]
+
+
+def test_a_kind_without_a_report_is_refused(tmp_path: Path) -> None:
+    assert {*FIELDS} - {*report.KINDS} == {"extension"}
+    path = ROOT / "benchmarks" / "extend" / "smollm2-135m-instruct-32k" / "check.jsonl"
+    with pytest.raises(ValueError, match="got 'extension'"):
+        report.add([path], tmp_path)
+
+
+def test_the_overhead_record_goes_into_a_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overhead, "host_microseconds", lambda *_: 1.5)
+    out = tmp_path / "new" / "overhead.jsonl"
+    assert overhead.main(["--device", "cpu", "--out", str(out)]) == 0
+    (record,) = read_records(out)
+    assert record["host_microseconds"]["torch.empty_like"] == 1.5
+    assert record["self_test"]
