@@ -980,9 +980,12 @@ def main(argv: list[str] | None = None) -> int:
             losses = sorted({r["kind"] for r in [*old, *new] if not KINDS[r["kind"]].figures})
             if losses:
                 progress(f"not compared, as a loss goes with a share skipped: {', '.join(losses)}")
+            if not rows:
+                progress("the files have no measurement with a figure to compare in common")
+                return 1
             header = ["new over old", "measurement", "old", "new"]
             print(markdown_table(header, [[f"{r:.3f}", *rest] for r, *rest in rows]))
-            return 1 if any(row[0] < 1 - arguments.tolerance for row in rows) or not rows else 0
+            return 1 if rows[0][0] < 1 - arguments.tolerance else 0
         if arguments.command == "add":
             for path in add(arguments.files, drop=arguments.drop):
                 print(path)

@@ -12,6 +12,7 @@ import page
 import report
 from conftest import attention_record
 from harness import ROOT, check_record
+from study import curves
 
 DOCS = ROOT / "docs" / "results.md"
 UPDATE = "python benchmarks/report.py"
@@ -167,6 +168,30 @@ def test_candidates_without_a_place_come_last_by_their_own_name(tmp_path: Path) 
     assert [path.name for path in files] == [
         *("accuracy-4096-bfloat16.png", "accuracy-4096-float16.png"),
     ]
+
+
+def test_candidates_of_long_in_several_settings_are_named_apart(
+    current: list[dict[str, Any]],
+) -> None:
+    group = next(
+        group
+        for group in curves.texts(current)
+        if any(record.get("selection") == "auto" for record in group)
+    )
+    others = [
+        {**record, **change}
+        for record in group
+        for change in ({"selection": "int8"}, {"calibration_contexts": ["x@0", "y@0"]})
+        if record["candidate"].startswith("peak_lse, one scalar")
+    ]
+    assert others
+    every = report.latest([*group, *others])
+    assert len(every) == len(group) + len(others)
+    rows = [line.split("|")[1].strip() for line in page.text(every).splitlines() if "|" in line]
+    named = {row for row in rows if row.startswith("peak_lse, one scalar")}
+    assert any(", int8, " in row for row in named)
+    assert any(row.endswith(", auto, x@0 and y@0") for row in named)
+    assert not named & {record["candidate"] for record in others}
 
 
 def bands(kl: float, nll: float) -> list[dict[str, Any]]:
