@@ -391,6 +391,59 @@ def test_what_is_evaluated_is_what_enable_gives(
     assert 0.1 < record["sparsity"] < 0.9
 
 
+def test_what_was_asked_otherwise_is_a_row_and_a_picture_of_its_own(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.txt").write_text((text / "code" / "0.txt").read_text())
+    out = tmp_path / "results.json"
+    window = "w=sliding_window:window=64"
+    two_tasks = {"tasks": ("kl", "needle"), "depths": (0.5,), "samples": 1}
+    first = a_plan(text, window, **two_tasks, text_name="texts")
+    plans = [
+        first,
+        dataclasses.replace(first, needle_keys=4),
+        # The same windows: the part begins where the other does.
+        dataclasses.replace(first, part=(0.5, 0.9)),
+        dataclasses.replace(first, text=other, text_name="other"),
+    ]
+    added = []
+    for plan in (*plans, *plans):
+        before = len(load(out)["records"]) if out.exists() else 0
+        Evaluation(model, tokenizer, plan, out).run()
+        added.append(len(load(out)["records"]) - before)
+    assert added == [4, 2, 4, 4, 0, 0, 0, 0]
+    content = load(out)
+    assert {row.samples for row in summarise(content)} == {1}
+    printed = markdown(content)
+    for title in (
+        "Needles, 1 key, 512 tokens, part 0.5:1 of texts",
+        "Needles, 4 keys, 512 tokens, part 0.5:1 of texts",
+        "Needles, 1 key, 512 tokens, part 0.5:0.9 of texts",
+        "Next-token predictions, 512 tokens, part 0.5:1 of texts",
+        "Next-token predictions, 512 tokens, part 0.5:0.9 of texts",
+        "Next-token predictions, 512 tokens, part 0.5:1 of other",
+    ):
+        assert printed.count(f"### {title}\n") == 1
+    made = [path.name for path in plot_results([out], tmp_path / "plots")]
+    assert len(set(made)) == len(made)
+    kinds = [name.split("-")[0] for name in made]
+    assert (kinds.count("accuracy"), kinds.count("needle")) == (7, 4)
+
+
+def test_one_text_is_not_named(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.json"
+    plan = a_plan(text, "scalar:rule=peak_lse,threshold=-1", tasks=("kl", "needle"), samples=1)
+    Evaluation(model, tokenizer, plan, out).run()
+    printed = markdown(load(out))
+    assert "### Needles, 1 key, 512 tokens\n" in printed
+    assert "### Next-token predictions, 512 tokens\n" in printed
+    assert "\n\nAt 512 tokens " in printed
+
+
 def test_samples_of_another_seed_are_other_samples(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,

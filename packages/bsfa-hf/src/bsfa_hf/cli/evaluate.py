@@ -146,6 +146,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         needle_keys=arguments.needle_keys,
         check_model=not arguments.any_model,
         seed=arguments.seed,
+        text_name="" if arguments.text is None else str(arguments.text),
     )
     rank, world = distributed()
     state = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from bsfa_hf.evaluation.intervals import Interval
 from bsfa_hf.evaluation.results import ResultsError, load
-from bsfa_hf.evaluation.summary import Row, markdown, summarise
+from bsfa_hf.evaluation.summary import Group, Row, group_of, group_titles, markdown, summarise
 
 # Told apart in black and white too: colour and marker go together.
 _COLOURS = ("#0b6e99", "#c8553d", "#5b8c5a", "#8a5a83", "#c99700", "#4f4f4f", "#2ca6a4", "#a13d63")
@@ -50,13 +50,14 @@ def plot_results(paths: Sequence[Path], out: Path) -> list[Path]:
     table.write_text(markdown(content), encoding="utf-8")
     made = [table]
     plt = _pyplot()
-    for task, length in dict.fromkeys((row.task, row.length) for row in rows):
-        chosen = [row for row in rows if (row.task, row.length) == (task, length)]
+    titles = group_titles(map(group_of, content["records"]), content)
+    for group in dict.fromkeys(row.group for row in rows):
+        chosen = [row for row in rows if row.group == group]
         if any(row.kind != "dense" for row in chosen):
-            path = out / f"accuracy-{_slug(task)}-{length}.png"
-            made.append(_plot_accuracy(plt, chosen, content, path))
-    made += _plot_heads(plt, rows, content, out)
-    made += _plot_needles(plt, content, out)
+            path = out / f"accuracy-{_file_name(group, titles)}.png"
+            made.append(_plot_accuracy(plt, chosen, content, titles[group], path))
+    made += _plot_heads(plt, titles, content, out)
+    made += _plot_needles(plt, titles, content, out)
     return made
 
 
@@ -74,6 +75,7 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
             raise ResultsError(f"{path} is of another model than {paths[0]}; plot them apart")
         known = content["header"]["configurations"]
         header["configurations"] = {**header["configurations"], **known}
+        header["texts"] = {**header.get("texts", {}), **content["header"].get("texts", {})}
         records += content["records"]
     return {"header": header, "records": records}
 
@@ -92,7 +94,20 @@ def _pyplot() -> Any:
     return plt
 
 
-def _plot_accuracy(plt: Any, rows: Sequence[Row], content: Mapping[str, Any], path: Path) -> Path:
+def _file_name(group: Group, titles: Iterable[Group]) -> str:
+    """What files call a group; with the text where there are several."""
+    keys = f"-{group.keys}" if group.keys else ""
+    return f"{_slug(group.task)}{keys}-{group.length}{_text_slug(group, titles)}"
+
+
+def _text_slug(group: Group, titles: Iterable[Group]) -> str:
+    several = len({each.text for each in titles if each.task in ("text", "needle")}) > 1
+    return f"-{_slug(group.text)}" if several and group.text else ""
+
+
+def _plot_accuracy(
+    plt: Any, rows: Sequence[Row], content: Mapping[str, Any], title: str, path: Path
+) -> Path:
     """Against sparsity on the left, and against time relative to dense on the right."""
     text = rows[0].task == "text"
     label = "KL divergence from dense, nats" if text else "accuracy"
@@ -136,9 +151,7 @@ def _plot_accuracy(plt: Any, rows: Sequence[Row], content: Mapping[str, Any], pa
         axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
-    name = "next-token predictions" if text else rows[0].task
-    length = f", {rows[0].length} tokens" if rows[0].length else ""
-    figure.suptitle(f"{name}{length}, {max(row.samples for row in rows)} samples", fontsize=10)
+    figure.suptitle(f"{title}, {max(row.samples for row in rows)} samples", fontsize=10)
     return _save(plt, figure, path)
 
 
@@ -168,16 +181,18 @@ def _shown_value(row: Row) -> Interval:
     return value if row.kl is None else value._replace(mean=max(value.mean, 1e-8))
 
 
-def _plot_heads(plt: Any, rows: Sequence[Row], content: Mapping[str, Any], out: Path) -> list[Path]:
+def _plot_heads(
+    plt: Any, titles: Mapping[Group, str], content: Mapping[str, Any], out: Path
+) -> list[Path]:
     """Share of blocks skipped by layer and head, one panel a configuration."""
-    sums: dict[tuple[str, int], dict[str, list[Any]]] = {}
+    sums: dict[Group, dict[str, list[Any]]] = {}
     for record in content["records"]:
         if record["skipped"]:
-            of_length = sums.setdefault((record["task"], record["length"]), {})
-            of_length.setdefault(record["configuration"], []).append(record["skipped"])
+            of_group = sums.setdefault(group_of(record), {})
+            of_group.setdefault(record["configuration"], []).append(record["skipped"])
     known = content["header"]["configurations"]
     made = []
-    for (task, length), by_configuration in sums.items():
+    for group, by_configuration in sums.items():
         shown = {
             digest: np.mean(np.asarray(shares, np.float64), axis=0)
             for digest, shares in by_configuration.items()
@@ -201,21 +216,27 @@ def _plot_heads(plt: Any, rows: Sequence[Row], content: Mapping[str, Any], out: 
             axis.set_xlabel("head", fontsize=8)
             axis.set_ylabel("layer", fontsize=8)
         figure.colorbar(image, ax=axes, label="share of blocks skipped", shrink=0.8)
-        made.append(_save(plt, figure, out / f"heads-{_slug(task)}-{length}.png"))
+        figure.suptitle(titles[group], fontsize=9)
+        made.append(_save(plt, figure, out / f"heads-{_file_name(group, titles)}.png"))
     return made
 
 
-def _plot_needles(plt: Any, content: Mapping[str, Any], out: Path) -> list[Path]:
+def _plot_needles(
+    plt: Any, titles: Mapping[Group, str], content: Mapping[str, Any], out: Path
+) -> list[Path]:
     """Share of hits by depth and length, one panel a configuration, dense first."""
     records = [record for record in content["records"] if record["task"] == "needle"]
     known = content["header"]["configurations"]
+    pictures: dict[Group, list[Any]] = {}
+    for record in records:
+        pictures.setdefault(group_of(record)._replace(length=0), []).append(record)
+    names = group_titles(pictures, content)
     made = []
-    for keys in sorted({record["keys"] for record in records}):
+    for group, shown in sorted(pictures.items()):
         cells: dict[str, dict[tuple[float, int], list[Any]]] = {}
-        for record in records:
-            if record["keys"] == keys:
-                of = cells.setdefault(record["configuration"], {})
-                of.setdefault((record["depth"], record["length"]), []).append(record)
+        for record in shown:
+            of = cells.setdefault(record["configuration"], {})
+            of.setdefault((record["depth"], record["length"]), []).append(record)
         order = sorted(cells, key=lambda digest: digest != "dense")
         depths = sorted({depth for of in cells.values() for depth, _ in of})
         lengths = sorted({length for of in cells.values() for _, length in of})
@@ -249,7 +270,9 @@ def _plot_needles(plt: Any, content: Mapping[str, Any], out: Path) -> list[Path]
             axis.set_xlabel("tokens", fontsize=8)
             axis.set_ylabel("depth", fontsize=8)
         figure.colorbar(image, ax=axes, label="share of answers right", shrink=0.8)
-        made.append(_save(plt, figure, out / f"needle-{keys}.png"))
+        figure.suptitle(names[group], fontsize=9)
+        name = f"needle-{group.keys}{_text_slug(group, titles)}.png"
+        made.append(_save(plt, figure, out / name))
     return made
 
 

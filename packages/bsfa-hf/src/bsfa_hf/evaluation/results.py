@@ -27,11 +27,11 @@ class ResultsError(ValueError):
 
 
 class Results:
-    """Records by task, length, sample and configuration.
+    """Records by task, length, text, sample and configuration.
 
     Attributes:
         path: where they are written.
-        header: what holds for the whole file: model, configurations, environment.
+        header: what holds for the whole file: model, configurations, texts, environment.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
@@ -60,6 +60,10 @@ class Results:
                 # With the thresholds that its records were made with.
                 configurations[digest] = {**configurations.get(digest, {}), **about}
             self.header["configurations"] = configurations
+            self.header["texts"] = {
+                **found["header"].get("texts", {}),
+                **self.header.get("texts", {}),
+            }
             self._records = {record_key(record): record for record in found["records"]}
 
     def __contains__(self, key: str) -> bool:
@@ -98,8 +102,9 @@ class Results:
 
 
 def record_key(record: Mapping[str, Any]) -> str:
-    """What a record is of: task, length, sample and the digest of a configuration."""
-    return "|".join(str(record[part]) for part in ("task", "length", "sample", "configuration"))
+    """What a record is of: task, length, text, sample and the digest of a configuration."""
+    known = [str(record[part]) for part in ("task", "length", "sample", "configuration")]
+    return "|".join([*known, record.get("text", "")])
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bsfa_calib.data import Document, read_documents
 from bsfa_calib.language_model import LanguageModel, Predictions, fingerprint
 from bsfa_calib.statistics import Statistics
 from bsfa_calib.text import Source, Window, check_part, read_windows
@@ -52,6 +53,7 @@ class Plan:
         lengths: tokens in a sample.
         samples: samples for a length (and task, and needle depth).
         text: as `read_windows` takes it; needed for kl and perplexity, and for needles in text.
+        text_name: what tables call the text.
         part: stretch of each file that is evaluated on; scalars are found on what is before it.
         depths: of needles, 0 to 1.
         needle_keys: needles in a haystack, of which one is asked for.
@@ -69,6 +71,7 @@ class Plan:
     needle_keys: int = 1
     check_model: bool = True
     seed: int = 0
+    text_name: str = ""
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
@@ -164,6 +167,7 @@ class Evaluation:
                 method = make_method(configuration, check_model=plan.check_model)
                 assert method is not None
                 method.state(model)
+        texts = self._read_text()
         shape = shape_of(model)
         header = {
             "model": {"name": model_name, "digest": fingerprint(model)},
@@ -180,6 +184,7 @@ class Evaluation:
                 }
                 for c in self.configurations
             },
+            "texts": texts,
             "environment": environment(model),
         }
         path = out if rank == 0 else rank_path(out, rank)
@@ -200,19 +205,32 @@ class Evaluation:
         finally:
             self.results.write()
 
-    def _text(self, length: int) -> None:
-        assert self.plan.text is not None
-        windows = read_windows(
-            self.plan.text,
-            self.tokenizer,
-            length=length,
-            count=self.plan.samples,
-            part=self.plan.part,
+    def _read_text(self) -> dict[str, str]:
+        """Read the text once, and say by what its samples are known, and what to call it."""
+        plan = self.plan
+        self._documents: Mapping[str, Sequence[Document]] = {}
+        self._text_id, name = "noise", "noise"
+        if plan.text is not None:
+            source = plan.text
+            self._documents = source if isinstance(source, Mapping) else read_documents(source)
+            digest = documents_digest(self._documents)
+            part = f"{plan.part[0]:g}:{plan.part[1]:g}"
+            self._text_id = f"{digest} {part}"
+            name = f"part {part} of {plan.text_name or digest}"
+        return {self._text_id: name}
+
+    def _windows(self, length: int) -> list[Window]:
+        plan = self.plan
+        return read_windows(
+            self._documents, self.tokenizer, length=length, count=plan.samples, part=plan.part
         )
-        for window in self._mine(windows):
+
+    def _text(self, length: int) -> None:
+        for window in self._mine(self._windows(length)):
             base: Record = {
                 "task": "text",
                 "length": length,
+                "text": self._text_id,
                 "sample": sample_name(window),
                 "kind": window.kind,
             }
@@ -240,16 +258,14 @@ class Evaluation:
         if plan.text is None:
             haystacks = [("noise", noise(self.tokenizer, length))] * plan.samples
         else:
-            windows = read_windows(
-                plan.text, self.tokenizer, length=length, count=plan.samples, part=plan.part
-            )
-            haystacks = [(window.kind, window.body) for window in windows]
+            haystacks = [(window.kind, window.body) for window in self._windows(length)]
         cells = [(i, depth) for i in range(plan.samples) for depth in plan.depths]
         for index, depth in self._mine(cells):
             kind, haystack = haystacks[index]
             base: Record = {
                 "task": "needle",
                 "length": length,
+                "text": self._text_id,
                 "sample": f"{plan.needle_keys} keys, depth {depth:g}, seed {plan.seed + index}, "
                 + content_digest(haystack),
                 "kind": kind,
@@ -433,6 +449,12 @@ class Evaluation:
 def sample_name(window: Window) -> str:
     """Where a window is from, and what it holds."""
     return f"{window.name} {content_digest(window.ids)}"
+
+
+def documents_digest(documents: Mapping[str, Sequence[Document]]) -> str:
+    """Short digest of texts by kind, and of their names."""
+    content = [(kind, one.source, one.text) for kind, of in documents.items() for one in of]
+    return hashlib.sha256(json.dumps(sorted(content)).encode()).hexdigest()[:12]
 
 
 def content_digest(ids: Sequence[int]) -> str:

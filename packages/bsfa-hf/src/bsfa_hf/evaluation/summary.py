@@ -5,10 +5,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from bsfa_calib.report import speed_limit
 from bsfa_hf.evaluation.intervals import Interval, mean_interval, share_interval
@@ -21,13 +21,50 @@ _USEFUL_SPARSITY = 0.3
 _TOLERABLE_KL = 0.03
 
 
-@dataclass(frozen=True)
-class Row:
-    """One configuration on one task at one length, over its samples.
+class Group(NamedTuple):
+    """What records must share to be one row or picture.
 
     Attributes:
         task: "text", "needle" or a task of the harness.
         length: tokens in a sample; 0 where the task sets it.
+        keys: needles in a haystack; 0 for other tasks.
+        text: key of the header's texts; "" where the task brings its own.
+    """
+
+    task: str
+    length: int
+    keys: int
+    text: str
+
+
+def group_of(record: Mapping[str, Any]) -> Group:
+    """The group of a record."""
+    return Group(record["task"], record["length"], record.get("keys", 0), record.get("text", ""))
+
+
+def group_titles(groups: Iterable[Group], content: Mapping[str, Any]) -> dict[Group, str]:
+    """What tables call groups; the text is named where one file has several."""
+    groups = sorted(set(groups))
+    names = content["header"].get("texts", {})
+    several = len({group.text for group in groups if group.task in ("text", "needle")}) > 1
+    titles = {}
+    for group in groups:
+        title = {"text": "Next-token predictions", "needle": "Needles"}.get(group.task, group.task)
+        if group.keys:
+            title += f", {group.keys} {'key' if group.keys == 1 else 'keys'}"
+        title += f", {group.length} tokens" if group.length else ""
+        if several and group.task in ("text", "needle"):
+            title += f", {names.get(group.text, 'unknown text')}"
+        titles[group] = title
+    return titles
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration on one group of samples.
+
+    Attributes:
+        group: task, length, keys and text of the samples.
         digest: of the configuration.
         name: of the configuration.
         kind: of the configuration.
@@ -45,8 +82,7 @@ class Row:
         bands: KL and change of NLL by (start, stop) of positions; text only.
     """
 
-    task: str
-    length: int
+    group: Group
     digest: str
     name: str
     kind: str
@@ -63,9 +99,19 @@ class Row:
     log_probability_change: Interval | None = None
     bands: Mapping[tuple[int, int], tuple[Interval, Interval]] = field(default_factory=dict)
 
+    @property
+    def task(self) -> str:
+        """The group's task."""
+        return self.group.task
+
+    @property
+    def length(self) -> int:
+        """The group's length."""
+        return self.group.length
+
 
 def summarise(content: Mapping[str, Any], *, kind: str | None = None) -> list[Row]:
-    """Rows by task, length and configuration, from a file of results.
+    """Rows by group and configuration, from a file of results.
 
     Args:
         content: as ``results.load`` gives it.
@@ -75,35 +121,33 @@ def summarise(content: Mapping[str, Any], *, kind: str | None = None) -> list[Ro
         Rows, dense first, then by sparsity.
     """
     known = content["header"]["configurations"]
-    groups: dict[tuple[str, int], dict[str, dict[str, Record]]] = {}
+    groups: dict[Group, dict[str, dict[str, Record]]] = {}
     for record in content["records"]:
         if kind is not None and record["kind"] != kind:
             continue
-        group = groups.setdefault((record["task"], record["length"]), {})
-        group.setdefault(record["configuration"], {})[record["sample"]] = record
+        in_group = groups.setdefault(group_of(record), {})
+        in_group.setdefault(record["configuration"], {})[record["sample"]] = record
     rows: list[Row] = []
-    for (task, length), by_configuration in sorted(groups.items()):
+    for group, by_configuration in sorted(groups.items()):
         dense = by_configuration.get("dense", {})
         found = []
         for digest, records in by_configuration.items():
             pairs = [(r, dense[sample]) for sample, r in records.items() if sample in dense]
             if pairs:
                 about = known.get(digest, {"name": digest, "kind": "?"})
-                found.append(_row(task, length, digest, about, pairs))
+                found.append(_row(group, digest, about, pairs))
         rows += sorted(found, key=lambda row: (row.kind != "dense", row.sparsity))
     return rows
 
 
 def _row(
-    task: str,
-    length: int,
+    group: Group,
     digest: str,
     about: Mapping[str, Any],
     pairs: Sequence[tuple[Record, Record]],
 ) -> Row:
     common: dict[str, Any] = {
-        "task": task,
-        "length": length,
+        "group": group,
         "digest": digest,
         "name": about["name"],
         "kind": about["kind"],
@@ -112,9 +156,9 @@ def _row(
         "seconds": median(record["seconds"] for record, _ in pairs),
         "speedup": median(d["seconds"] / max(r["seconds"], 1e-9) for r, d in pairs),
     }
-    if task == "text":
+    if group.task == "text":
         return Row(**common, **_text_figures(pairs))
-    if task == "needle":
+    if group.task == "needle":
         hits = [int(record["hit"]) for record, _ in pairs]
         return Row(
             **common,
@@ -161,23 +205,30 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def advice(content: Mapping[str, Any]) -> list[str]:
-    """What the figures mean for whoever wonders whether it is worth it, a sentence each length."""
+    """Whether it is worth it, in a sentence for each length and text."""
     known = content["header"]["configurations"]
     thinned = [row for row in summarise(content) if row.kind in ("table", "scalar")]
     sentences = []
-    for length in sorted({row.length for row in thinned if row.task in ("text", "needle")}):
-        at_length = [row for row in thinned if row.length == length]
-        on_text = [row for row in at_length if row.task == "text"]
-        rows = on_text or [row for row in at_length if row.task == "needle"]
+    places = sorted(
+        {(row.length, row.group.text) for row in thinned if row.task in ("text", "needle")}
+    )
+    several = len({text for _, text in places}) > 1
+    names = content["header"].get("texts", {})
+    for length, text in places:
+        where = f"At {length} tokens"
+        where += f" of {names.get(text, 'unknown text')}" if several else ""
+        here = [row for row in thinned if (row.length, row.group.text) == (length, text)]
+        on_text = [row for row in here if row.task == "text"]
+        rows = on_text or [row for row in here if row.task == "needle"]
         best = max(rows, key=lambda row: row.sparsity)
         if best.sparsity < _LITTLE_SPARSITY:
-            sentences.append(_nothing_to_gain(best, known[best.digest]))
+            sentences.append(_nothing_to_gain(where, best, known[best.digest]))
         elif on_text:
-            sentences.append(_gain(on_text, known))
+            sentences.append(_gain(where, on_text, known))
     return sentences
 
 
-def _nothing_to_gain(best: Row, about: Mapping[str, Any]) -> str:
+def _nothing_to_gain(where: str, best: Row, about: Mapping[str, Any]) -> str:
     geometry = Geometry.parse(about.get("geometry", "128x64"))
     forced = forced_share(best.length, best.length, geometry)
     why = (
@@ -187,25 +238,25 @@ def _nothing_to_gain(best: Row, about: Mapping[str, Any]) -> str:
         "a higher target sparsity, would skip more if the loss allows it"
     )
     return (
-        f"At {best.length} tokens there is nothing to gain: at most {best.sparsity:.1%} of the "
+        f"{where} there is nothing to gain: at most {best.sparsity:.1%} of the "
         f"blocks are skipped ({best.name}). The reason: {why}. Leave this model dense here."
     )
 
 
-def _gain(rows: Sequence[Row], known: Mapping[str, Mapping[str, Any]]) -> str:
+def _gain(where: str, rows: Sequence[Row], known: Mapping[str, Mapping[str, Any]]) -> str:
     tolerable = [row for row in rows if row.kl is not None and row.kl.mean <= _TOLERABLE_KL]
     top = max(tolerable, key=lambda row: row.sparsity, default=None)
     if top is None or top.sparsity < _USEFUL_SPARSITY:
         reached = "none" if top is None else f"{top.sparsity:.0%} ({top.name})"
         return (
-            f"At {rows[0].length} tokens these configurations gain little: the most that is "
+            f"{where} these configurations gain little: the most that is "
             f"skipped at a KL divergence of at most {_TOLERABLE_KL:g} nats is {reached}. "
             "Heads that attend to everything alike (flat heads) cannot be thinned out; "
             "a relative rule, a finer geometry or longer prompts may help."
         )
     limit = speed_limit(top.sparsity, known[top.digest].get("voters", 1))
     return (
-        f"At {top.length} tokens {top.name} skips {top.sparsity:.0%} of the blocks at a KL "
+        f"{where} {top.name} skips {top.sparsity:.0%} of the blocks at a KL "
         f"divergence of {top.kl} nats; the limit of attention's speed-up is then {limit}."
     )
 
@@ -214,7 +265,7 @@ _Column = tuple[str, Callable[[Row], str]]
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """Tables of all tasks and lengths, and the advice, as Markdown."""
+    """Tables of all groups, and the advice, as Markdown."""
     rows = summarise(content)
     header = content["header"]
     environment = header.get("environment", {})
@@ -224,12 +275,11 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"{environment.get('backend', '?')} back end. Intervals are 95 %, over samples; "
         "changes are from dense on the same samples."
     ]
-    for task, length in dict.fromkeys((row.task, row.length) for row in rows):
-        chosen = [row for row in rows if (row.task, row.length) == (task, length)]
-        title = {"text": "Next-token predictions", "needle": "Needles"}.get(task, task)
-        parts.append(f"### {title}" + (f", {length} tokens" if length else ""))
-        parts.append(_table(chosen, _columns(task)))
-        if task == "text" and len(chosen[0].bands) > 1:
+    for group, title in group_titles((row.group for row in rows), content).items():
+        chosen = [row for row in rows if row.group == group]
+        parts.append(f"### {title}")
+        parts.append(_table(chosen, _columns(group.task)))
+        if group.task == "text" and len(chosen[0].bands) > 1:
             parts.append("KL divergence by position:")
             parts.append(_table(chosen, _band_columns(chosen[0])))
     parts += advice(content)
