@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,7 +37,7 @@ from bsfa_hf.evaluation.configurations import (
 )
 from bsfa_hf.evaluation.intervals import mean_interval, share_interval, t_quantile
 from bsfa_hf.evaluation.needle import NEEDLE, make_prompt, noise
-from bsfa_hf.evaluation.plot import plot_results
+from bsfa_hf.evaluation.plot import merged, plot_results
 from bsfa_hf.evaluation.results import Results, ResultsError, load
 from bsfa_hf.evaluation.run import Evaluation, EvaluationError, Plan, rank_path
 from bsfa_hf.evaluation.summary import advice, markdown, summarise
@@ -326,6 +327,20 @@ def test_a_needle_without_room_is_refused(tokenizer: PreTrainedTokenizerFast) ->
 # ------------------------------------------------------------------------- evaluation and results
 
 
+class SeededHarness:
+    """Scores that the seed gives."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+
+    def load(self, task: str, length: int, seed: int) -> int:
+        return seed
+
+    def scores(self, loaded: int, numbers: list[int]) -> dict[int, float]:
+        self.model(torch.arange(1, 500)[None] % 97)
+        return {number: float(loaded + number) for number in numbers}
+
+
 def test_an_evaluation_compares_every_configuration_with_dense(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
 ) -> None:
@@ -450,20 +465,7 @@ def test_samples_of_another_seed_are_other_samples(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Harness:
-        """Scores that the seed gives."""
-
-        def __init__(self, model: Any, tokenizer: Any) -> None:
-            self.model = model
-
-        def load(self, task: str, length: int, seed: int) -> int:
-            return seed
-
-        def scores(self, loaded: int, numbers: list[int]) -> dict[int, float]:
-            self.model(torch.arange(1, 500)[None] % 97)
-            return {number: float(loaded + number) for number in numbers}
-
-    monkeypatch.setattr(run, "Harness", Harness)
+    monkeypatch.setattr(run, "Harness", SeededHarness)
     out = tmp_path / "results.json"
     for seed in (0, 7):
         plan = Plan((), tasks=("niah_single_1",), lengths=(512,), samples=2, seed=seed)
@@ -569,17 +571,122 @@ def test_processes_share_the_samples_and_their_results_merge(
     first.run()
     Evaluation(model, tokenizer, plan, out, rank=1, world=2).run()
     assert len(load(out)["records"]) == 4
-    other = load(rank_path(out, 1))["records"]
-    first.results.merge(other)
+    first.results.merge(rank_path(out, 1))
     assert len({record["sample"] for record in load(out)["records"]}) == 3
     assert len(load(out)["records"]) == 6
 
 
-def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+def a_header(**changes: Any) -> dict[str, Any]:
+    made_with = {"device": "CPU", "torch": "2.11.0"}
+    return {"model": {"digest": "a"}, "configurations": {}, "environment": made_with, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"digest": "b"}}, r"another model than .*\{'digest': 'a'\} and .*'b'"),
+        ({"environment": {"device": "A GPU"}}, "another device than .* CPU and A GPU"),
+        (
+            {"configurations": {"x": {"name": "half", "thresholds": {"512": 2.0}}}},
+            "half must have one threshold at 512 tokens: .* has 1, and .* has 2",
+        ),
+    ],
+    ids=str,
+)
+def test_results_that_do_not_go_together_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    paths = [tmp_path / "one.json", tmp_path / "two.json"]
+    one = a_header(configurations={"x": {"name": "half", "thresholds": {"512": 1.0}}})
+    Results(paths[0], one).write()
+    Results(paths[1], {**one, **changes}).write()
+    with pytest.raises(ResultsError, match=message):
+        Results(paths[0], {**one, **changes})
+    with pytest.raises(ResultsError, match=message):
+        merged(paths)
+    with pytest.raises(ResultsError, match=message):
+        Results(paths[0], one).merge(paths[1])
+
+
+def test_a_file_names_every_version_that_it_was_made_with(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    Results(path, {"model": {"digest": "a"}}).write()
-    with pytest.raises(ResultsError, match="of another model"):
-        Results(path, {"model": {"digest": "b"}})
+    Results(path, a_header()).write()
+    for _ in range(2):
+        Results(path, a_header(environment={"device": "CPU", "torch": "2.12.0"})).write()
+    assert load(path)["header"]["environment"] == {"device": "CPU", "torch": "2.11.0, 2.12.0"}
+
+
+def timed(
+    configuration: str, seconds: float, dense_seconds: float, sample: str = "s"
+) -> dict[str, Any]:
+    record = {"task": "niah", "length": 512, "sample": sample, "kind": "niah", "skipped": []}
+    times = {"seconds": seconds, "dense_seconds": dense_seconds}
+    return {**record, **times, "configuration": configuration, "sparsity": 0.5, "score": 1.0}
+
+
+def test_speedups_do_not_depend_on_the_order_of_files(tmp_path: Path) -> None:
+    paths = [tmp_path / "slow.json", tmp_path / "fast.json"]
+    names = {each: {"name": each, "kind": each} for each in ("dense", "scalar")}
+    contents = (
+        [timed("dense", 10.0, 10.0), timed("scalar", 5.0, 10.0)],
+        [timed("dense", 1.0, 1.0)],
+        [timed("dense", 1.0, 1.0), timed("scalar", 0.8, 1.0)],
+    )
+    for second, expected in ((1, 2.0), (2, 1.25)):
+        for path, records in zip(paths, (contents[0], contents[second]), strict=True):
+            path.unlink(missing_ok=True)
+            results = Results(path, a_header(configurations=names))
+            for record in records:
+                results.add(record)
+            results.write()
+        for order in (paths, paths[::-1]):
+            rows = {row.name: row for row in summarise(merged(order))}
+            assert (rows["dense"].speedup, rows["scalar"].speedup) == (1.0, expected)
+            assert rows["dense"].seconds == 1.0
+
+
+def test_records_without_the_time_of_dense_have_no_speedup() -> None:
+    records = [timed("dense", 1.0, 1.0), timed("scalar", 0.5, 1.0)]
+    for record in records:
+        del record["dense_seconds"]
+    names = {each: {"name": each, "kind": each} for each in ("dense", "scalar")}
+    content = {"header": a_header(configurations=names), "records": records}
+    assert [row.speedup for row in summarise(content)] == [None, None]
+    assert "| 0.500 |  |" in markdown(content)
+
+
+@pytest.mark.parametrize("task", ["kl", "needle", "niah_single_1"])
+def test_what_is_added_is_timed_beside_dense_in_the_same_run(
+    task: str,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    speed = [1.0]
+    forward = type(model).forward
+
+    def slow(self: LlamaForCausalLM, *args: Any, **options: Any) -> Any:
+        now[0] += speed[0] * (2 if self.config._attn_implementation == "sdpa" else 1)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(type(model), "forward", slow)
+    # Its base model alone is read for text.
+    monkeypatch.setattr(LanguageModel, "_is_plain", lambda _: False)
+    monkeypatch.setattr(run, "Harness", SeededHarness)
+    out = tmp_path / "results.json"
+    for name, factor in (("a", 1.0), ("b", 50.0)):
+        speed[0] = factor
+        window = f"{name}=sliding_window:window={64 + ord(name)}"
+        plan = a_plan(text, window, tasks=(task,), depths=(0.5,))
+        Evaluation(model, tokenizer, plan, out).run()
+    content = load(out)
+    found = {row.name: (row.speedup, row.samples) for row in summarise(content)}
+    assert found == {"dense": (1.0, 2), "a": (2.0, 2), "b": (2.0, 2)}
+    assert len(content["records"]) == 6
 
 
 @pytest.mark.parametrize(
@@ -687,7 +794,7 @@ def test_plotting_without_pairs_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "results.json"
-    Results(path, {"model": {}, "configurations": {}}).write()
+    Results(path, a_header()).write()
     assert main(["plot", str(path), "--out", str(tmp_path / "plots")]) == 2
     assert "no results" in capsys.readouterr().err
 

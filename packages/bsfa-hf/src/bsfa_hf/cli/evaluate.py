@@ -179,12 +179,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         state.wait_for_everyone()
         if rank > 0:
             return 0
-        from bsfa_hf.evaluation.results import load
-
         for other in range(1, world):
             path = rank_path(arguments.out, other)
             if path.exists():
-                evaluation.results.merge(load(path)["records"])
+                evaluation.results.merge(path)
                 path.unlink()
     print(markdown({"header": evaluation.results.header, "records": evaluation.results.records}))
     return 0

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bsfa_hf.evaluation.intervals import Interval
-from bsfa_hf.evaluation.results import ResultsError, load
+from bsfa_hf.evaluation.results import Record, joined, load, record_key
 from bsfa_hf.evaluation.summary import Group, Row, group_of, group_titles, markdown, summarise
 
 # Told apart in black and white too: colour and marker go together.
@@ -29,7 +30,7 @@ def plot_results(paths: Sequence[Path], out: Path) -> list[Path]:
     """Plot files of results of one model.
 
     Args:
-        paths: files that ``bsfa evaluate`` wrote.
+        paths: files that ``bsfa evaluate`` wrote on one device.
         out: folder for what is made.
 
     Returns:
@@ -39,7 +40,7 @@ def plot_results(paths: Sequence[Path], out: Path) -> list[Path]:
 
     Raises:
         PlotError: matplotlib is not installed, or there is nothing to plot.
-        ResultsError: a file is not a file of results, or they are of different models.
+        ResultsError: as `merged`.
     """
     content = merged(paths)
     rows = summarise(content)
@@ -62,22 +63,25 @@ def plot_results(paths: Sequence[Path], out: Path) -> list[Path]:
 
 
 def merged(paths: Sequence[Path]) -> dict[str, Any]:
-    """Several files of results of one model as one.
+    """Several files of results of one model on one device as one.
+
+    Of two records of one configuration on one sample, that with the shorter time counts, whatever
+    the order of the files.
 
     Raises:
-        ResultsError: they are of different models, or not files of results.
+        ResultsError: they are of different models or devices, have different thresholds for one
+            configuration, or are not files of results.
     """
     contents = [load(path) for path in paths]
-    header = dict(contents[0]["header"])
-    records = []
+    header = contents[0]["header"]
     for path, content in zip(paths, contents, strict=True):
-        if content["header"]["model"] != header["model"]:
-            raise ResultsError(f"{path} is of another model than {paths[0]}; plot them apart")
-        known = content["header"]["configurations"]
-        header["configurations"] = {**header["configurations"], **known}
-        header["texts"] = {**header.get("texts", {}), **content["header"].get("texts", {})}
-        records += content["records"]
-    return {"header": header, "records": records}
+        header = joined(header, paths[0], content["header"], path, "plot them apart")
+    records: dict[str, Record] = {}
+    for record in (record for content in contents for record in content["records"]):
+        key = record_key(record)
+        if key not in records or record["seconds"] < records[key]["seconds"]:
+            records[key] = record
+    return {"header": header, "records": list(records.values())}
 
 
 def _pyplot() -> Any:
@@ -134,7 +138,8 @@ def _plot_accuracy(
             errors[0] = np.minimum(errors[0], 0.9 * np.asarray(means))
         for axis, xs in (
             (axes[0], [row.sparsity for row in members]),
-            (axes[1], [1 / row.speedup for row in members]),
+            # Without a time it has no place there.
+            (axes[1], [1 / row.speedup if row.speedup else math.nan for row in members]),
         ):
             axis.errorbar(xs, means, yerr=errors, label=family, **style)
     axes[0].set_xlabel("share of score blocks skipped")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ Record = dict[str, Any]
 
 # The file is written anew each time, so not after every record of a fast run.
 _SECONDS_BETWEEN_WRITES = 5.0
+# By how much two searches on one text may differ, in units of scaled scores.
+SAME_THRESHOLD = 0.02
 
 
 class ResultsError(ValueError):
@@ -39,10 +41,10 @@ class Results:
 
         Args:
             path: of the file.
-            header: must have "model", a description of the model; a file of another is refused.
+            header: must have "model", a description of the model.
 
         Raises:
-            ResultsError: the file is damaged, foreign, or of another model.
+            ResultsError: the file is damaged, foreign, or of another model or device.
         """
         self.path = path
         self.header = dict(header)
@@ -50,20 +52,9 @@ class Results:
         self._written = time.monotonic()
         if path.exists():
             found = load(path)
-            if found["header"].get("model") != self.header["model"]:
-                raise ResultsError(
-                    f"{path} holds results of another model, {found['header'].get('model')}; "
-                    "name another file with --out"
-                )
-            configurations = {**found["header"].get("configurations", {})}
-            for digest, about in self.header.get("configurations", {}).items():
-                # With the thresholds that its records were made with.
-                configurations[digest] = {**configurations.get(digest, {}), **about}
-            self.header["configurations"] = configurations
-            self.header["texts"] = {
-                **found["header"].get("texts", {}),
-                **self.header.get("texts", {}),
-            }
+            self.header = joined(
+                found["header"], path, self.header, "this run", "name another file with --out"
+            )
             self._records = {record_key(record): record for record in found["records"]}
 
     def __contains__(self, key: str) -> bool:
@@ -80,9 +71,15 @@ class Results:
         if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
             self.write()
 
-    def merge(self, records: Iterable[Record]) -> None:
-        """Add records from elsewhere, and write."""
-        self._records.update({record_key(record): record for record in records})
+    def merge(self, path: Path) -> None:
+        """Add the records of another file, and write.
+
+        Raises:
+            ResultsError: that file is damaged, foreign, or of another model or device.
+        """
+        other = load(path)
+        self.header = joined(self.header, self.path, other["header"], path, "keep them apart")
+        self._records.update({record_key(record): record for record in other["records"]})
         self.write()
 
     def write(self) -> None:
@@ -105,6 +102,61 @@ def record_key(record: Mapping[str, Any]) -> str:
     """What a record is of: task, length, text, sample and the digest of a configuration."""
     known = [str(record[part]) for part in ("task", "length", "sample", "configuration")]
     return "|".join([*known, record.get("text", "")])
+
+
+def joined(
+    first: Mapping[str, Any], first_name: object, other: Mapping[str, Any], name: object, hint: str
+) -> dict[str, Any]:
+    """One header for two: configurations, texts and versions of packages of both.
+
+    Args:
+        first: a header.
+        first_name: what messages call it.
+        other: a header.
+        name: what messages call it.
+        hint: what to do instead, for messages.
+
+    Raises:
+        ResultsError: they are of different models or devices, or have different thresholds for one
+            configuration.
+    """
+    made_with: list[dict[str, str]] = [
+        dict(header.get("environment", {})) for header in (first, other)
+    ]
+    of = {
+        "model": (first["model"], other["model"]),
+        "device": tuple(environment.get("device") for environment in made_with),
+    }
+    for what, (one, two) in of.items():
+        if one != two:
+            raise ResultsError(
+                f"results in one file must be of one {what}: {first_name} is of another {what} "
+                f"than {name}, {one} and {two}; {hint}"
+            )
+    configurations = dict(first.get("configurations", {}))
+    for digest, about in other.get("configurations", {}).items():
+        known = configurations.get(digest, {})
+        found, new = known.get("thresholds", {}), about.get("thresholds", {})
+        for length in found.keys() & new.keys():
+            if abs(found[length] - new[length]) > SAME_THRESHOLD:
+                raise ResultsError(
+                    f"{about['name']} must have one threshold at {length} tokens: {first_name} has "
+                    f"{found[length]:g}, and {name} has {new[length]:g}; {hint}"
+                )
+        configurations[digest] = {**known, **about}
+        if found or new:
+            configurations[digest]["thresholds"] = {**new, **found}
+    old, environment = made_with
+    for key, value in old.items():
+        values = [*value.split(", "), *environment.get(key, value).split(", ")]
+        environment[key] = ", ".join(dict.fromkeys(values))
+    return {
+        **first,
+        **other,
+        "configurations": configurations,
+        "texts": {**first.get("texts", {}), **other.get("texts", {})},
+        "environment": environment,
+    }
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from bsfa_calib.text import Source, Window, check_part, read_windows
 from bsfa_calib.tuning import find_scalar
 from bsfa_hf.evaluation.configurations import Configuration, check_names, make_method
 from bsfa_hf.evaluation.needle import make_prompt, noise
-from bsfa_hf.evaluation.results import Record, Results, load, record_key
+from bsfa_hf.evaluation.results import SAME_THRESHOLD, Record, Results, record_key
 from bsfa_hf.evaluation.ruler import OFFLINE_TASKS, RULER_TASKS, Harness
 from bsfa_hf.integration import applied
 from bsfa_hf.methods import Method
@@ -33,8 +33,6 @@ TASKS = (*TEXT_TASKS, "needle", "ruler")
 
 # Samples of a harness task between two writes; a call has some overhead of its own.
 _HARNESS_SAMPLES = 8
-# By how much two searches on one text may differ, in units of scaled scores.
-_SAME_THRESHOLD = 0.02
 
 Progress = Callable[[str], None]
 
@@ -190,7 +188,7 @@ class Evaluation:
         path = out if rank == 0 else rank_path(out, rank)
         self.results = Results(path, header)
         if rank > 0 and out.exists():
-            self.results.merge(load(out)["records"])
+            self.results.merge(out)
 
     def run(self) -> None:
         """Evaluate what is not done; what is done stays if it is interrupted."""
@@ -234,21 +232,18 @@ class Evaluation:
                 "sample": sample_name(window),
                 "kind": window.kind,
             }
-            missing = self._missing(base)
             dense: Predictions | None = None
-            for configuration in missing:
-                if dense is None:
-                    dense = self.language_model.predict(window.ids)
-                found, statistics = dense, None
-                if configuration.kind != "dense":
-                    with self._under(configuration, length) as statistics:
-                        found = self.language_model.predict(window.ids)
+            for configuration in self._to_run(base):
+                with self._under(configuration, length) as statistics:
+                    found = self.language_model.predict(window.ids)
+                dense = dense or found
                 bands = self.language_model.compare(found, dense, window.ids)
                 self._add(
                     base,
                     configuration,
                     statistics,
                     seconds=found.seconds,
+                    dense_seconds=dense.seconds,
                     bands=[dataclasses.asdict(band) for band in bands],
                 )
 
@@ -272,8 +267,8 @@ class Evaluation:
                 "depth": depth,
                 "keys": plan.needle_keys,
             }
-            missing = self._missing(base)
-            if not missing:
+            to_run = self._to_run(base)
+            if not to_run:
                 continue
             prompt = make_prompt(
                 haystack,
@@ -283,16 +278,19 @@ class Evaluation:
                 keys=plan.needle_keys,
                 seed=plan.seed + index,
             )
-            for configuration in missing:
+            dense_seconds = None
+            for configuration in to_run:
                 with self._under(configuration, length) as statistics:
                     hit, likelihood, seconds = self.language_model.answer(
                         prompt.prompt, prompt.answer
                     )
+                dense_seconds = dense_seconds or seconds
                 self._add(
                     base,
                     configuration,
                     statistics,
                     seconds=seconds,
+                    dense_seconds=dense_seconds,
                     tokens=len(prompt.prompt),
                     hit=hit,
                     log_probability=likelihood,
@@ -310,15 +308,14 @@ class Evaluation:
             }
             for index in range(self.plan.samples)
         ]
-        todo = [base for base in self._mine(bases) if self._missing(base)]
-        if not todo:
+        todo = [(base, self._to_run(base)) for base in self._mine(bases)]
+        if not any(to_run for _, to_run in todo):
             return
         harness = Harness(self.model, self.tokenizer)
         loaded = harness.load(task, length if is_ruler else None, self.plan.seed)
+        dense_seconds: dict[int, float] = {}
         for configuration in self.configurations:
-            mine = [b for b in todo if configuration in self._missing(b)]
-            if not mine:
-                continue
+            mine = [base for base, to_run in todo if configuration in to_run]
             # A few samples at a time: a call of the harness has no stop between two.
             for start in range(0, len(mine), _HARNESS_SAMPLES):
                 some = mine[start : start + _HARNESS_SAMPLES]
@@ -328,8 +325,14 @@ class Evaluation:
                     scores = harness.scores(loaded, numbers)
                     seconds = (time.perf_counter() - begin) / len(some)
                 for base, number in zip(some, numbers, strict=True):
-                    score = scores.get(number)
-                    self._add(base, configuration, statistics, seconds=seconds, score=score)
+                    self._add(
+                        base,
+                        configuration,
+                        statistics,
+                        seconds=seconds,
+                        dense_seconds=dense_seconds.setdefault(number, seconds),
+                        score=scores.get(number),
+                    )
 
     @contextlib.contextmanager
     def _under(self, configuration: Configuration, length: int) -> Iterator[Statistics | None]:
@@ -389,7 +392,7 @@ class Evaluation:
         )
         about = self.results.header["configurations"][configuration.digest]
         before: float = about.setdefault("thresholds", {}).setdefault(str(length), found.threshold)
-        if abs(before - found.threshold) > _SAME_THRESHOLD:
+        if abs(before - found.threshold) > SAME_THRESHOLD:
             raise EvaluationError(
                 f"{self.results.path} has results of {configuration.name} with a threshold of "
                 f"{before:g}, and this text gives {found.threshold:g}; name another file with --out"
@@ -399,12 +402,14 @@ class Evaluation:
     def _mine(self, samples: Sequence[Any]) -> Iterator[Any]:
         return (sample for i, sample in enumerate(samples) if i % self.world == self.rank)
 
-    def _missing(self, base: Record) -> list[Configuration]:
-        return [
-            configuration
-            for configuration in self.configurations
-            if record_key({**base, "configuration": configuration.digest}) not in self.results
-        ]
+    def _to_run(self, base: Record) -> list[Configuration]:
+        """The configurations that a sample lacks, after dense: a speed-up is of one run's times."""
+        dense, *others = self.configurations
+        missing = [each for each in others if not self._has(base, each)]
+        return [dense, *missing] if missing or not self._has(base, dense) else []
+
+    def _has(self, base: Record, configuration: Configuration) -> bool:
+        return record_key({**base, "configuration": configuration.digest}) in self.results
 
     def _add(
         self,
@@ -430,6 +435,8 @@ class Evaluation:
             "sparse_calls_by_selection": selected,
             **measured,
         }
+        if self._has(base, configuration):  # dense, which was run again for its time
+            return
         self.results.add(record)
         self._done += 1
         what = f"{record['task']} {record['length']} {configuration.name}"

@@ -71,7 +71,8 @@ class Row:
         samples: that were evaluated under this configuration and dense.
         sparsity: mean share of blocks skipped.
         seconds: median of the time of the forward passes.
-        speedup: median over samples of dense's time by this one's.
+        speedup: median over samples of dense's time by this one's in the same run; None for files
+            of before both were in a record.
         kl: mean KL divergence from dense; text only.
         nll_change: mean change of the negative log-likelihood from dense; text only.
         perplexity: text only.
@@ -89,7 +90,7 @@ class Row:
     samples: int
     sparsity: float
     seconds: float
-    speedup: float
+    speedup: float | None
     kl: Interval | None = None
     nll_change: Interval | None = None
     perplexity: float | None = None
@@ -146,6 +147,11 @@ def _row(
     about: Mapping[str, Any],
     pairs: Sequence[tuple[Record, Record]],
 ) -> Row:
+    speedups = [
+        record["dense_seconds"] / max(record["seconds"], 1e-9)
+        for record, _ in pairs
+        if "dense_seconds" in record
+    ]
     common: dict[str, Any] = {
         "group": group,
         "digest": digest,
@@ -154,7 +160,7 @@ def _row(
         "samples": len(pairs),
         "sparsity": _mean([record["sparsity"] for record, _ in pairs]),
         "seconds": median(record["seconds"] for record, _ in pairs),
-        "speedup": median(d["seconds"] / max(r["seconds"], 1e-9) for r, d in pairs),
+        "speedup": median(speedups) if speedups else None,
     }
     if group.task == "text":
         return Row(**common, **_text_figures(pairs))
@@ -309,7 +315,7 @@ def _columns(task: str) -> list[_Column]:
     return [
         *columns,
         ("seconds", lambda row: f"{row.seconds:.3f}"),
-        ("speed-up", lambda row: f"{row.speedup:.2f}"),
+        ("speed-up", lambda row: _number(row.speedup, ".2f")),
     ]
 
 
