@@ -656,6 +656,52 @@ def test_records_without_the_time_of_dense_have_no_speedup() -> None:
 
 
 @pytest.mark.parametrize("task", ["kl", "needle", "niah_single_1"])
+@pytest.mark.parametrize("wrong", ["sliding_window", "dense"])
+def test_what_is_not_finite_is_left_out_and_the_rest_stays(
+    wrong: str,
+    task: str,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add = Evaluation._add
+    faulty = [wrong]
+
+    def add_one_nan(
+        self: Evaluation, base: Any, configuration: Any, *args: Any, **found: Any
+    ) -> Any:
+        if faulty == [configuration.kind]:
+            faulty.clear()
+            if task == "kl":
+                found["bands"][0]["nll"] = float("nan")
+            else:
+                found["log_probability" if task == "needle" else "score"] = float("-inf")
+        return add(self, base, configuration, *args, **found)
+
+    monkeypatch.setattr(Evaluation, "_add", add_one_nan)
+    monkeypatch.setattr(run, "Harness", SeededHarness)
+    scalar = "scalar:rule=peak_lse,threshold=-1"
+    plan = a_plan(text, "w=sliding_window:window=64", scalar, tasks=(task,), depths=(0.5,))
+    out = tmp_path / "results.json"
+    told: list[str] = []
+    evaluation = Evaluation(model, tokenizer, plan, out, progress=told.append)
+    evaluation.run()
+    (message,) = (line for line in told if "left out" in line)
+    name, lost = ("w", 1) if wrong == "sliding_window" else ("dense", 3)
+    field = {"kl": r"bands\[0\].nll must be finite, got nan", "needle": "log_probability .* -inf"}
+    assert re.match(f"left out: {name} on .* 512, .*{field.get(task, 'score .* -inf')}", message)
+    assert ("for all configurations" in message) == (wrong == "dense")
+    assert evaluation.left_out == lost
+    assert len(load(out)["records"]) == 6 - lost
+    again = Evaluation(model, tokenizer, plan, out)
+    again.run()
+    assert again.left_out == 0
+    assert len(load(out)["records"]) == 6
+
+
+@pytest.mark.parametrize("task", ["kl", "needle", "niah_single_1"])
 def test_what_is_added_is_timed_beside_dense_in_the_same_run(
     task: str,
     model: LlamaForCausalLM,

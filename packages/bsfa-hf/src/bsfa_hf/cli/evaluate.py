@@ -21,6 +21,9 @@ from bsfa_hf.cli.common import (
 )
 from bsfa_hf.evaluation.configurations import Configuration, make_configuration, parse_configuration
 
+# Exit status where some results were left out.
+_INCOMPLETE = 1
+
 _DESCRIPTION = """
 Evaluate a model under several attention configurations, each paired with dense on the same
 samples: KL divergence of the next-token distributions from dense, perplexity by position, needles
@@ -175,17 +178,24 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         note("the same command goes on from here")
         raise
+    status = 0
+    if evaluation.left_out:
+        status = _INCOMPLETE
+        note(
+            f"{evaluation.left_out} results were left out because they are not finite (see above); "
+            "the same command tries them again"
+        )
     if state is not None:
         state.wait_for_everyone()
         if rank > 0:
-            return 0
+            return status
         for other in range(1, world):
             path = rank_path(arguments.out, other)
             if path.exists():
                 evaluation.results.merge(path)
                 path.unlink()
     print(markdown({"header": evaluation.results.header, "records": evaluation.results.records}))
-    return 0
+    return status
 
 
 def _plot(arguments: argparse.Namespace) -> int:

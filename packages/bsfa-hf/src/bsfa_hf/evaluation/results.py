@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -26,6 +27,10 @@ SAME_THRESHOLD = 0.02
 
 class ResultsError(ValueError):
     """A file does not hold the results of this evaluation; the message says why."""
+
+
+class NotFiniteError(ResultsError):
+    """A figure of a record is not a number or infinite; the message says which."""
 
 
 class Results:
@@ -96,6 +101,22 @@ class Results:
         }
         write_atomically(self.path, json.dumps(content, allow_nan=False).encode())
         self._written = time.monotonic()
+
+
+def check_finite(value: object, name: str = "") -> None:
+    """Refuse a record with a number that is not finite.
+
+    Raises:
+        NotFiniteError: there is one.
+    """
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            check_finite(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            check_finite(part, f"{name}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise NotFiniteError(f"{name} must be finite, got {value}")
 
 
 def record_key(record: Mapping[str, Any]) -> str:

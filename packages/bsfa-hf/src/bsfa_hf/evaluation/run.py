@@ -22,7 +22,14 @@ from bsfa_calib.text import Source, Window, check_part, read_windows
 from bsfa_calib.tuning import find_scalar
 from bsfa_hf.evaluation.configurations import Configuration, check_names, make_method
 from bsfa_hf.evaluation.needle import make_prompt, noise
-from bsfa_hf.evaluation.results import SAME_THRESHOLD, Record, Results, record_key
+from bsfa_hf.evaluation.results import (
+    SAME_THRESHOLD,
+    NotFiniteError,
+    Record,
+    Results,
+    check_finite,
+    record_key,
+)
 from bsfa_hf.evaluation.ruler import OFFLINE_TASKS, RULER_TASKS, Harness
 from bsfa_hf.integration import applied
 from bsfa_hf.methods import Method
@@ -109,7 +116,12 @@ class Plan:
 
 
 class Evaluation:
-    """One process's share of an evaluation."""
+    """One process's share of an evaluation.
+
+    Attributes:
+        left_out: records that are missing from the results because a figure, of the configuration
+            or of dense on the same sample, was not finite.
+    """
 
     def __init__(
         self,
@@ -145,6 +157,7 @@ class Evaluation:
         self.language_model = LanguageModel(model)
         self.rank, self.world = rank, world
         self._progress = progress
+        self.left_out = 0
         self._done = 0
         self._began = time.monotonic()
         positions = getattr(
@@ -191,7 +204,16 @@ class Evaluation:
             self.results.merge(out)
 
     def run(self) -> None:
-        """Evaluate what is not done; what is done stays if it is interrupted."""
+        """Evaluate what is not done; what is done stays if it is interrupted.
+
+        A record with a figure that is not finite is told, counted and left out: it is not done.
+
+        Raises:
+            EvaluationError: a configuration leaves the model dense, or its threshold is another
+                than that of the results.
+            HarnessError: a task of the harness cannot be loaded.
+            OSError: the results cannot be written.
+        """
         try:
             for length in self.plan.lengths:
                 if set(self.plan.tasks) & set(TEXT_TASKS):
@@ -238,7 +260,7 @@ class Evaluation:
                     found = self.language_model.predict(window.ids)
                 dense = dense or found
                 bands = self.language_model.compare(found, dense, window.ids)
-                self._add(
+                taken_up = self._add(
                     base,
                     configuration,
                     statistics,
@@ -246,6 +268,8 @@ class Evaluation:
                     dense_seconds=dense.seconds,
                     bands=[dataclasses.asdict(band) for band in bands],
                 )
+                if configuration.kind == "dense" and not taken_up:
+                    break
 
     def _needles(self, length: int) -> None:
         plan = self.plan
@@ -285,7 +309,7 @@ class Evaluation:
                         prompt.prompt, prompt.answer
                     )
                 dense_seconds = dense_seconds or seconds
-                self._add(
+                taken_up = self._add(
                     base,
                     configuration,
                     statistics,
@@ -295,6 +319,8 @@ class Evaluation:
                     hit=hit,
                     log_probability=likelihood,
                 )
+                if configuration.kind == "dense" and not taken_up:
+                    break
 
     def _harness(self, task: str, length: int) -> None:
         is_ruler = task in RULER_TASKS
@@ -316,6 +342,8 @@ class Evaluation:
         dense_seconds: dict[int, float] = {}
         for configuration in self.configurations:
             mine = [base for base, to_run in todo if configuration in to_run]
+            if configuration.kind != "dense":
+                mine = [base for base in mine if self._has(base, self.configurations[0])]
             # A few samples at a time: a call of the harness has no stop between two.
             for start in range(0, len(mine), _HARNESS_SAMPLES):
                 some = mine[start : start + _HARNESS_SAMPLES]
@@ -417,7 +445,8 @@ class Evaluation:
         configuration: Configuration,
         statistics: Statistics | None,
         **measured: Any,
-    ) -> None:
+    ) -> bool:
+        """Take up a record; False, and told, if one of its figures is not finite."""
         sparsity, skipped = 0.0, []
         selected: dict[str, int] = {}
         if statistics is not None:
@@ -435,8 +464,20 @@ class Evaluation:
             "sparse_calls_by_selection": selected,
             **measured,
         }
+        try:
+            check_finite(record)
+        except NotFiniteError as error:
+            told = f"left out: {configuration.name} on {base['task']} {base['length']}, "
+            told += f"{base['sample']}: {error}"
+            lost = [configuration]
+            if configuration.kind == "dense":  # there is nothing to compare the others with
+                lost = [each for each in self.configurations if not self._has(base, each)]
+                told += "; the sample is left out for all configurations"
+            self.left_out += len(lost)
+            self._progress(told)
+            return False
         if self._has(base, configuration):  # dense, which was run again for its time
-            return
+            return True
         self.results.add(record)
         self._done += 1
         what = f"{record['task']} {record['length']} {configuration.name}"
@@ -451,6 +492,7 @@ class Evaluation:
             told += f", score {record['score']:.2f}"
         elapsed = time.monotonic() - self._began
         self._progress(f"[{self._done} in {elapsed:.0f} s] {what}, {record['kind']}: {told}")
+        return True
 
 
 def sample_name(window: Window) -> str:
