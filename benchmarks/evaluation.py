@@ -14,7 +14,6 @@ change of the negative log-likelihood on text; hits, a character a depth, on nee
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from bsfa_hf.evaluation.results import load
 from harness import SCHEMA, Record, Results, run_program
 
 
@@ -30,32 +30,37 @@ def condense(content: Mapping[str, Any], *, date: str, command: str) -> list[Rec
     """The records of a file of results of ``bsfa evaluate``.
 
     Args:
-        content: the file; tasks other than text and needles are left out.
+        content: as ``bsfa_hf.evaluation.results.load`` gives it; tasks other than text and needles
+            are left out.
         date: when it was measured, UTC, in ISO form.
         command: how to measure it again.
 
     Raises:
-        ValueError: the file is not one of ``bsfa evaluate``, or a context has no dense result.
+        ValueError: the file has several texts, or a configuration shares no sample with dense.
     """
-    if content.get("format") != "bsfa-evaluation":
-        raise ValueError(f"format must be 'bsfa-evaluation', got {content.get('format')!r}")
     header = content["header"]
     made_with = header["environment"]
+    chosen = [record for record in content["records"] if record["task"] in ("text", "needle")]
+    texts = {record.get("text", "") for record in chosen}
+    if len(texts) > 1:  # contexts of two may have one name
+        raise ValueError(f"results must be on one text, or one part of it, got {len(texts)}")
     groups: dict[tuple[str, int, int], dict[str, list[Mapping[str, Any]]]] = {}
-    for record in content["records"]:
-        if record["task"] in ("text", "needle"):
-            key = (record["task"], record["length"], record.get("keys", 0))
-            groups.setdefault(key, defaultdict(list))[record["configuration"]].append(record)
+    for record in chosen:
+        key = (record["task"], record["length"], record.get("keys", 0))
+        groups.setdefault(key, defaultdict(list))[record["configuration"]].append(record)
     found = []
     for (task, seqlen, keys), by_configuration in sorted(groups.items()):
-        if "dense" not in by_configuration:
-            raise ValueError(f"{task} at {seqlen} tokens must have been run dense, too")
-        for name, records in by_configuration.items():
+        dense = {record["sample"]: record for record in by_configuration.get("dense", [])}
+        for name, all_records in by_configuration.items():
             about = header["configurations"][name]
             options = about["options"]
-            figures = (
-                _text(records, by_configuration["dense"]) if task == "text" else _needles(records)
-            )
+            records = [record for record in all_records if record["sample"] in dense]
+            if not records:
+                raise ValueError(
+                    f"{about.get('name', name)} on {task} at {seqlen} tokens must share samples "
+                    "with dense, and shares none"
+                )
+            figures = _text(records, dense) if task == "text" else _needles(records)
             found.append(
                 {
                     "schema": SCHEMA,
@@ -96,11 +101,11 @@ def _selected(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return dict(total)
 
 
-def _text(records: Iterable[Mapping[str, Any]], dense: Iterable[Mapping[str, Any]]) -> Record:
-    base = {record["sample"]: record for record in dense}
-    chosen = [(record, base[record["sample"]]) for record in records if record["sample"] in base]
+def _text(records: Iterable[Mapping[str, Any]], dense: Mapping[str, Mapping[str, Any]]) -> Record:
+    chosen = [(record, dense[record["sample"]]) for record in records]
     return {
-        "contexts": [record["sample"].split()[0] for record, _ in chosen],
+        # A file's name may have spaces; the digest after it has none.
+        "contexts": [record["sample"].rsplit(" ", 1)[0] for record, _ in chosen],
         "sparsity": [record["sparsity"] for record, _ in chosen],
         "kl": [_over_bands(record, "kl") for record, _ in chosen],
         "nll_change": [_over_bands(r, "nll") - _over_bands(d, "nll") for r, d in chosen],
@@ -124,6 +129,7 @@ def _needles(records: Iterable[Mapping[str, Any]]) -> Record:
         "sparsity": [
             sum(cell["sparsity"] for cell in cells) / len(cells) for cells in by_context.values()
         ],
+        "depths": [[cell["depth"] for cell in cells] for cells in by_context.values()],
         "hits": ["".join("01"[cell["hit"]] for cell in cells) for cells in by_context.values()],
     }
 
@@ -136,15 +142,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--date", help="when it was measured, in ISO form (default: the file's)")
     parser.add_argument("--out", type=Path, required=True, help="JSON Lines file to append to")
     arguments = parser.parse_args(argv)
-    written = datetime.fromtimestamp(arguments.file.stat().st_mtime, timezone.utc)
-    content = json.loads(arguments.file.read_text(encoding="utf-8"))
     try:
+        content = load(arguments.file)
+        written = datetime.fromtimestamp(arguments.file.stat().st_mtime, timezone.utc)
         records = condense(
             content,
             date=arguments.date or written.isoformat(timespec="seconds"),
             command=arguments.command,
         )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {arguments.file}: {error}", file=sys.stderr)
         return 2
     results = Results(arguments.out)

@@ -129,6 +129,10 @@ hits are those on the same contexts. Brackets: 95 % intervals from a bootstrap o
 """
 
 
+# Of the needles of records of before they named theirs.
+_DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
 def _candidates() -> dict[str, str]:
     """What rows call the study's candidates, in their order. Tables go by their file's name."""
     found, scalars = {}, {}
@@ -330,11 +334,12 @@ def needle_tables(records: Sequence[Record]) -> str:
     parts = []
     for group in report.grouped(chosen, report.KINDS["evaluation"].table):
         keys = sorted({record["keys"] for record in group})
-        dense: dict[int, dict[str, str]] = {}
+        dense: dict[int, dict[str, dict[float, bool]]] = {}
         for record in group:
             if record["method"] == "dense":
-                found = dict(zip(record["contexts"], record["hits"], strict=True))
-                dense.setdefault(record["keys"], {}).update(found)
+                of_keys = dense.setdefault(record["keys"], {})
+                for context, found in _cells(record).items():
+                    of_keys.setdefault(context, {}).update(found)
         header = ["thresholds", "skipped", "contexts", *(f"{n} keys: hits" for n in keys)]
         header = [title.replace("1 keys", "1 key") for title in header] + ["share of dense's hits"]
         body = []
@@ -343,20 +348,17 @@ def needle_tables(records: Sequence[Record]) -> str:
             if record["method"] != "dense":
                 by_method.setdefault(_method(record), []).append(record)
         for alike in by_method.values():
-            hits = {
-                record["keys"]: dict(zip(record["contexts"], record["hits"], strict=True))
+            counted = {
+                record["keys"]: _counted(_cells(record), dense.get(record["keys"], {}))
                 for record in alike
             }
-            contexts = sorted(set.intersection(*(set(found) for found in hits.values())))
-            counts = {
-                n: np.array(
-                    [
-                        (hits[n][c].count("1"), dense[n][c].count("1"), len(hits[n][c]))
-                        for c in contexts
-                    ]
+            contexts = sorted(set.intersection(*(set(found) for found in counted.values())))
+            if not contexts:
+                raise ValueError(
+                    f"{_label(alike[0]).text} at {alike[0]['seqlen']} tokens must share a context "
+                    "and a depth with dense"
                 )
-                for n in hits
-            }
+            counts = {n: np.array([found[c] for c in contexts]) for n, found in counted.items()}
             body.append(
                 [
                     _label(alike[0]).text,
@@ -369,6 +371,28 @@ def needle_tables(records: Sequence[Record]) -> str:
         parts.append(f"### {group[0]['seqlen']} tokens{_where(group[0])}")
         parts += [report.markdown_table(header, body), report.provenance(group)]
     return "\n\n".join(parts)
+
+
+def _cells(record: Record) -> dict[str, dict[float, bool]]:
+    """Whether a needle was hit, by context and depth."""
+    depths = record.get("depths", [_DEPTHS] * len(record["contexts"]))
+    return {
+        context: {depth: hit == "1" for depth, hit in zip(at, hits, strict=True)}
+        for context, at, hits in zip(record["contexts"], depths, record["hits"], strict=True)
+    }
+
+
+def _counted(
+    ours: dict[str, dict[float, bool]], dense: dict[str, dict[float, bool]]
+) -> dict[str, tuple[int, ...]]:
+    """Hits, dense's hits, and cells, by context: of the cells that both have."""
+    found = {}
+    for context, cells in ours.items():
+        both = cells.keys() & dense.get(context, {}).keys()
+        if both:
+            hits = (sum(of[depth] for depth in both) for of in (cells, dense[context]))
+            found[context] = (*hits, len(both))
+    return found
 
 
 def _hits(counts: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The page of current results is what the records give."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -301,9 +302,64 @@ def test_evaluations_by_other_voters_are_others(current: list[dict[str, Any]]) -
     assert report.key_of(record) != report.key_of({**record, "voters": 2})
 
 
-def test_an_evaluation_without_dense_or_of_another_format_is_refused() -> None:
+def test_an_evaluation_without_dense_or_on_two_texts_is_refused() -> None:
     sparse = [r for r in evaluated()["records"] if r["configuration"] == "x"]
-    with pytest.raises(ValueError, match="dense"):
+    with pytest.raises(ValueError, match="must share samples with dense"):
         evaluation.condense(evaluated(records=sparse), date="d", command="c")
-    with pytest.raises(ValueError, match="format"):
-        evaluation.condense(evaluated(format="other"), date="d", command="c")
+    more = [{**record, "text": "another"} for record in evaluated()["records"]]
+    with pytest.raises(ValueError, match="on one text, or one part of it, got 2"):
+        evaluation.condense(
+            evaluated(records=[*evaluated()["records"], *more]), date="d", command="c"
+        )
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[1]", b"\xff", b'{"format": "other"}'], ids=str)
+def test_what_is_no_file_of_results_is_told_in_a_line(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_bytes(content)
+    out = tmp_path / "records.jsonl"
+    assert evaluation.main([str(path), "--command", "c", "--out", str(out)]) == 2
+    assert re.match(r"error: .*results\.json.*\n$", capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_contexts_are_told_apart_by_the_whole_of_their_names() -> None:
+    records = evaluated()["records"]
+    for record in records:
+        if record["task"] == "text":
+            record["sample"] = "code/my file.txt@0 abc"
+    found = evaluation.condense(evaluated(records=records), date="d", command="c")
+    assert {tuple(r["contexts"]) for r in found if r["task"] == "text"} == {("code/my file.txt@0",)}
+
+
+@pytest.mark.parametrize("lacks", ["x", "dense"])
+def test_hits_are_compared_at_the_depths_that_both_have(lacks: str) -> None:
+    records = [
+        {**record, "hit": True} if record["task"] == "needle" else record
+        for record in evaluated()["records"]
+        if (record["configuration"], record.get("depth")) != (lacks, 0.5)
+    ]
+    found = evaluation.condense(evaluated(records=records), date="2026-01-02", command="c")
+    assert "2 of 2 (dense 2)" in page.needle_tables(found)
+    assert "| 100.0% [" in page.needle_tables(found)
+    # Dense may be of another file, and at as many other depths.
+    others = [
+        {**record, "depths": [[0.0, 0.25, 1.0]], "hits": ["011"]}
+        if record["method"] == "dense" and record["task"] == "needle"
+        else record
+        for record in evaluation.condense(evaluated(), date="2026-01-02", command="c")
+    ]
+    assert "1 of 2 (dense 1)" in page.needle_tables(others)
+
+
+def test_records_of_before_depths_were_named_are_of_the_six(
+    current: list[dict[str, Any]],
+) -> None:
+    old = [r for r in current if r["kind"] == "evaluation" and r["task"] == "needle"]
+    assert any("depths" not in record for record in old)
+    for record in old:
+        depths = ",".join(f"{depth:g}" for depth in page._DEPTHS)
+        assert "depths" in record or f"--depths {depths}" in record["command"]
