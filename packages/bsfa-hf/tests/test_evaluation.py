@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,7 @@ from bsfa_hf.evaluation.intervals import mean_interval, share_interval, t_quanti
 from bsfa_hf.evaluation.needle import NEEDLE, make_prompt, noise
 from bsfa_hf.evaluation.plot import merged, plot_results
 from bsfa_hf.evaluation.results import Results, ResultsError, load
+from bsfa_hf.evaluation.ruler import HarnessError
 from bsfa_hf.evaluation.run import Evaluation, EvaluationError, Plan, rank_path
 from bsfa_hf.evaluation.summary import advice, markdown, summarise
 from bsfa_hf.methods import BlockSparse, OneThreshold
@@ -46,6 +48,9 @@ from bsfa_kernel import DEFAULT_GEOMETRY, Geometry
 from tiny import small_llama
 
 LENGTH = 512
+# A plan in which nothing is wrong, and a scalar whose threshold is searched for.
+_PLAN = ("--config", "sliding_window:window=8", "--text", "TEXT")
+_SEARCHED = "s=scalar:rule=peak_lse,sparsity=0.7"
 LAYERS, HEADS = 2, 4
 
 
@@ -341,6 +346,11 @@ class SeededHarness:
         return {number: float(loaded + number) for number in numbers}
 
 
+def use_seeded_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "Harness", SeededHarness)
+    monkeypatch.setattr(run, "check_harness", lambda: None)
+
+
 def test_an_evaluation_compares_every_configuration_with_dense(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
 ) -> None:
@@ -465,7 +475,7 @@ def test_samples_of_another_seed_are_other_samples(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, "Harness", SeededHarness)
+    use_seeded_harness(monkeypatch)
     out = tmp_path / "results.json"
     for seed in (0, 7):
         plan = Plan((), tasks=("niah_single_1",), lengths=(512,), samples=2, seed=seed)
@@ -681,7 +691,7 @@ def test_what_is_not_finite_is_left_out_and_the_rest_stays(
         return add(self, base, configuration, *args, **found)
 
     monkeypatch.setattr(Evaluation, "_add", add_one_nan)
-    monkeypatch.setattr(run, "Harness", SeededHarness)
+    use_seeded_harness(monkeypatch)
     scalar = "scalar:rule=peak_lse,threshold=-1"
     plan = a_plan(text, "w=sliding_window:window=64", scalar, tasks=(task,), depths=(0.5,))
     out = tmp_path / "results.json"
@@ -722,7 +732,7 @@ def test_what_is_added_is_timed_beside_dense_in_the_same_run(
     monkeypatch.setattr(type(model), "forward", slow)
     # Its base model alone is read for text.
     monkeypatch.setattr(LanguageModel, "_is_plain", lambda _: False)
-    monkeypatch.setattr(run, "Harness", SeededHarness)
+    use_seeded_harness(monkeypatch)
     out = tmp_path / "results.json"
     for name, factor in (("a", 1.0), ("b", 50.0)):
         speed[0] = factor
@@ -810,13 +820,105 @@ def test_a_model_that_gains_nothing_is_told_so(
         (["--point", "k4", "--thresholds", "none"], "AXIS=NUMBER"),
         (["--config", "sliding_window:window=8"], "need text"),
         (["--config", "sliding_window:window=8", "--text", "x", "--text-part", "1:0"], "A:B"),
+        ([*_PLAN, "--tasks", "kl,needle", "--needle-keys", "100"], "between 1 and 54, got 100"),
+        ([*_PLAN, "--tasks", "kl,needle", "--needle-keys", "0"], "between 1 and 54, got 0"),
+        ([*_PLAN, "--tasks", "kl,needle", "--depths", "0,1.5"], "between 0 and 1, got 1.5"),
+        ([*_PLAN, "--tasks", "kl,ruler"], "bsfa-hf[harness]"),
+        ([*_PLAN, "--tasks", "kl,harness:any"], "bsfa-hf[harness]"),
+        ([*_PLAN, "--config", _SEARCHED, "--text-part", "0:1"], "starts above 0"),
+        (["--config", _SEARCHED, "--tasks", "needle"], "give --text"),
+        (
+            [*_PLAN, "--config", _SEARCHED, "--lengths", "4096,512"],
+            "0.7 cannot be reached: of prompts of 512 tokens, 0.400 of the blocks are forced",
+        ),
     ],
 )
 def test_the_command_line_says_what_is_wrong_before_it_loads_a_model(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["evaluate", "--model", "nowhere", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    given = [str(text) if argument == "TEXT" else argument for argument in arguments]
+    assert main(["evaluate", "--model", "nowhere", *given]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "loading" not in err
+
+
+@pytest.mark.parametrize(
+    ("plan", "out", "message"),
+    [
+        ({"lengths": (512, 1024), "samples": 20}, "r.json", "20 windows of 1024 tokens .* gives 1"),
+        ({"lengths": (512, 200), "tasks": ("kl", "needle")}, "r.json", "200 tokens are too few"),
+        ({"lengths": (512,), "tasks": ("kl", "niah_single_1")}, "r.json", "no such task"),
+        ({"lengths": (512,)}, "file/r.json", "file"),
+    ],
+    ids=str,
+)
+def test_what_needs_the_model_is_checked_before_anything_is_evaluated(
+    plan: dict[str, Any],
+    out: str,
+    message: str,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Lacking(SeededHarness):
+        def load(self, task: str, length: int, seed: int) -> int:
+            raise HarnessError("no such task")
+
+    use_seeded_harness(monkeypatch)
+    monkeypatch.setattr(run, "Harness", Lacking)
+    (tmp_path / "file").touch()
+    told: list[str] = []
+    made = a_plan(text, "sliding_window:window=64", **plan)
+    with pytest.raises((ValueError, HarnessError, OSError), match=message):
+        Evaluation(model, tokenizer, made, tmp_path / out, progress=told.append).run()
+    assert told == []
+
+
+def test_a_threshold_is_found_on_a_window_of_every_kind(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = run.find_scalar
+    searched: list[Any] = []
+
+    def find(found: Any, samples: Any, **options: Any) -> Any:
+        searched.append(samples)
+        return right(found, samples, **options)
+
+    monkeypatch.setattr(run, "find_scalar", find)
+    for samples in (1, 2):  # more of them are added without another threshold
+        plan = a_plan(text, _SEARCHED.replace("0.7", "0.2"), tasks=("kl",), samples=samples)
+        Evaluation(model, tokenizer, plan, tmp_path / "results.json").run()
+    expected = [
+        read_windows(text / kind, tokenizer, length=LENGTH, count=1, part=(0.0, 0.5))[0].ids
+        for kind in ("code", "novels")
+    ]
+    assert [sorted(each) for each in searched] == [sorted(expected)] * 2
+
+
+def test_a_kind_without_text_to_find_a_threshold_on_is_told(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text" / "short").mkdir(parents=True)
+    shutil.copytree(text / "code", tmp_path / "text" / "code")
+    (tmp_path / "text" / "short" / "a.txt").write_text("x" * 700)
+    plan = a_plan(tmp_path / "text", _SEARCHED.replace("0.7", "0.2"), part=(0.2, 1.0))
+    with pytest.raises(EvaluationError, match=r"starts at 0\.2; there are fewer of short"):
+        Evaluation(model, tokenizer, plan, tmp_path / "results.json")
+    # What is not evaluated on need not be there.
+    plan = dataclasses.replace(plan, samples=1)
+    Evaluation(model, tokenizer, plan, tmp_path / "results.json")
 
 
 def chosen_by(arguments: list[str]) -> list[str]:

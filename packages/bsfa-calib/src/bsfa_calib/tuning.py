@@ -69,13 +69,7 @@ def find_scalar(
     Raises:
         TuningError: so many blocks are forced that the target cannot be reached.
     """
-    forced = [forced_share(len(ids), len(ids), geometry) for ids in samples]
-    most = 1 - sum(forced) / len(samples)
-    if target_sparsity > most:
-        raise TuningError(
-            f"a sparsity of {target_sparsity:g} cannot be reached: of prompts as long as these, "
-            f"{1 - most:.3f} of the blocks are forced; use longer ones, or at most {most:.3f}"
-        )
+    check_target(target_sparsity, [len(ids) for ids in samples], geometry)
     language_model = LanguageModel(model)
     layers, heads = attention_shape(model)
 
@@ -88,6 +82,21 @@ def find_scalar(
 
     threshold, reached = _bisect(sparsity, -_REACH, _REACH, target_sparsity, tolerance)
     return FoundScalar(threshold, reached)
+
+
+def check_target(target: float, lengths: Sequence[int], geometry: Geometry) -> None:
+    """Check that prompts of these lengths have enough blocks that may be skipped.
+
+    Raises:
+        TuningError: they have not.
+    """
+    most = 1 - sum(forced_share(length, length, geometry) for length in lengths) / len(lengths)
+    if target > most:
+        tokens = f"{min(lengths)}" + (f" to {max(lengths)}" if len(set(lengths)) > 1 else "")
+        raise TuningError(
+            f"a sparsity of {target:g} cannot be reached: of prompts of {tokens} tokens, "
+            f"{1 - most:.3f} of the blocks are forced; use longer ones, or at most {most:.3f}"
+        )
 
 
 def check_shape(table: ThresholdTable, model: Any) -> None:

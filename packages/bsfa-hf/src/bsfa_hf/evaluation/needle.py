@@ -57,6 +57,18 @@ def noise(tokenizer: Any, length: int) -> tuple[int, ...]:
     return tuple(encode(tokenizer, _NOISE * (length // once + 2))[:length])
 
 
+def check_needles(depth: float, keys: int) -> None:
+    """Refuse what no prompt can be made with.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if not 0 <= depth <= 1:
+        raise ValueError(f"a needle's depth must be between 0 and 1, got {depth}")
+    if not 1 <= keys <= len(_WORDS):
+        raise ValueError(f"the needles' keys must be between 1 and {len(_WORDS)}, got {keys}")
+
+
 def make_prompt(
     haystack: Sequence[int],
     tokenizer: Any,
@@ -82,10 +94,7 @@ def make_prompt(
     Raises:
         ValueError: the length leaves no room for a haystack, or an argument is out of range.
     """
-    if not 0 <= depth <= 1:
-        raise ValueError(f"depth must be between 0 and 1, got {depth}")
-    if not 1 <= keys <= len(_WORDS):
-        raise ValueError(f"keys must be between 1 and {len(_WORDS)}, got {keys}")
+    check_needles(depth, keys)
     draw = random.Random(seed)
     words = draw.sample(_WORDS, keys)
     numbers = [str(draw.randrange(1_000_000, 10_000_000)) for _ in words]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,8 +31,24 @@ RULER_TASKS = (
 )
 
 
+_MISSING = (
+    "RULER and harness:NAME need lm-evaluation-harness, which the extra bsfa-hf[harness] brings "
+    "({})"
+)
+
+
 class HarnessError(RuntimeError):
     """The harness or a task's data is not there; the message says what to install."""
+
+
+def check_harness() -> None:
+    """Refuse to go on without the harness.
+
+    Raises:
+        HarnessError: lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise HarnessError(_MISSING.format("no package lm_eval"))
 
 
 class Harness:
@@ -48,10 +65,7 @@ class Harness:
             self._tasks = importlib.import_module("lm_eval.tasks")
             huggingface = importlib.import_module("lm_eval.models.huggingface")
         except ImportError as error:
-            raise HarnessError(
-                "this task needs lm-evaluation-harness, which the extra bsfa-hf[harness] brings "
-                f"({error})"
-            ) from error
+            raise HarnessError(_MISSING.format(error)) from error
         self._tokenizer = tokenizer
         self._model = huggingface.HFLM(
             pretrained=model,

@@ -19,9 +19,9 @@ from bsfa_calib.data import Document, read_documents
 from bsfa_calib.language_model import LanguageModel, Predictions, fingerprint
 from bsfa_calib.statistics import Statistics
 from bsfa_calib.text import Source, Window, check_part, read_windows
-from bsfa_calib.tuning import find_scalar
+from bsfa_calib.tuning import check_target, find_scalar
 from bsfa_hf.evaluation.configurations import Configuration, check_names, make_method
-from bsfa_hf.evaluation.needle import make_prompt, noise
+from bsfa_hf.evaluation.needle import NeedlePrompt, check_needles, make_prompt, noise
 from bsfa_hf.evaluation.results import (
     SAME_THRESHOLD,
     NotFiniteError,
@@ -30,7 +30,7 @@ from bsfa_hf.evaluation.results import (
     check_finite,
     record_key,
 )
-from bsfa_hf.evaluation.ruler import OFFLINE_TASKS, RULER_TASKS, Harness
+from bsfa_hf.evaluation.ruler import OFFLINE_TASKS, RULER_TASKS, Harness, check_harness
 from bsfa_hf.integration import applied
 from bsfa_hf.methods import Method
 from bsfa_hf.state import shape_of
@@ -79,7 +79,15 @@ class Plan:
     text_name: str = ""
 
     def __post_init__(self) -> None:
-        """Check everything that can be checked without the model."""
+        """Check everything that can be checked without the model.
+
+        Raises:
+            ConfigurationError: two configurations have one name.
+            EvaluationError: what was asked for cannot be evaluated.
+            HarnessError: a task needs lm-eval, which is not installed.
+            TuningError: a sparsity cannot be reached at a length.
+            ValueError: the part, a depth or the number of keys is out of range.
+        """
         check_names(self.configurations)
         check_part(self.part)
         for task in self.tasks:
@@ -97,9 +105,24 @@ class Plan:
             )
         if set(self.tasks) & set(TEXT_TASKS) and self.text is None:
             raise EvaluationError("kl and perplexity need text: give a folder with --text")
+        if not self.depths:
+            raise EvaluationError("at least one depth is needed")
         for depth in self.depths:
-            if not 0 <= depth <= 1:
-                raise EvaluationError(f"depths are between 0 and 1, got {depth}")
+            check_needles(depth, self.needle_keys)
+        if self.harness_tasks:
+            check_harness()
+        for configuration in self.configurations:
+            if configuration.option("sparsity"):
+                self._check_search(configuration)
+
+    def _check_search(self, configuration: Configuration) -> None:
+        if self.text is None or self.part[0] <= 0:
+            raise EvaluationError(
+                f"{configuration.name}: to find the threshold for a sparsity, text is needed that "
+                "is not evaluated on: give --text, and a --text-part that starts above 0"
+            )
+        for length in self.lengths:
+            check_target(float(configuration.option("sparsity")), [length], configuration.geometry)
 
     @property
     def harness_tasks(self) -> tuple[str, ...]:
@@ -148,10 +171,12 @@ class Evaluation:
             world: number of processes.
 
         Raises:
-            EvaluationError: a length is beyond the model's positions.
+            EvaluationError: a length is beyond the model's positions, or a kind of text is too
+                short to find a threshold on.
             ImportError: a configuration needs a package that is not there.
             ResultsError: the file of results is of something else.
-            ValueError: a configuration does not fit the model.
+            ValueError: a configuration does not fit the model, the text is too short for the
+                samples, or a length for the needles.
         """
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.language_model = LanguageModel(model)
@@ -179,6 +204,7 @@ class Evaluation:
                 assert method is not None
                 method.state(model)
         texts = self._read_text()
+        self._read_windows()
         shape = shape_of(model)
         header = {
             "model": {"name": model_name, "digest": fingerprint(model)},
@@ -214,6 +240,8 @@ class Evaluation:
             HarnessError: a task of the harness cannot be loaded.
             OSError: the results cannot be written.
         """
+        self.results.write()  # that it cannot be is to be known at once
+        harness, tasks = self._load_harness()
         try:
             for length in self.plan.lengths:
                 if set(self.plan.tasks) & set(TEXT_TASKS):
@@ -221,7 +249,8 @@ class Evaluation:
                 if "needle" in self.plan.tasks:
                     self._needles(length)
                 for task in self.plan.harness_tasks:
-                    self._harness(task, length)
+                    if harness is not None and (task, length) in tasks:
+                        self._harness(harness, tasks[task, length], task, length)
         finally:
             self.results.write()
 
@@ -239,14 +268,69 @@ class Evaluation:
             name = f"part {part} of {plan.text_name or digest}"
         return {self._text_id: name}
 
-    def _windows(self, length: int) -> list[Window]:
+    def _read_windows(self) -> None:
+        """Cut the text for all lengths: that there is too little of it is to be known at once."""
         plan = self.plan
-        return read_windows(
-            self._documents, self.tokenizer, length=length, count=plan.samples, part=plan.part
+        self._windows: dict[int, list[Window]] = {}
+        self._search_windows: dict[int, list[tuple[int, ...]]] = {}
+        searching = [c.name for c in self.configurations if c.option("sparsity")]
+        on_text = bool({*TEXT_TASKS, "needle"} & set(plan.tasks)) and plan.text is not None
+        for length in plan.lengths:
+            if on_text:
+                self._windows[length] = read_windows(
+                    self._documents,
+                    self.tokenizer,
+                    length=length,
+                    count=plan.samples,
+                    part=plan.part,
+                )
+            if searching:
+                self._search_windows[length] = self._before_part(length, searching[0])
+        if "needle" in plan.tasks:
+            for index, (_, haystack) in enumerate(self._haystacks(min(plan.lengths))):
+                self._needle_prompt(haystack, min(plan.lengths), plan.depths[0], index)
+
+    def _before_part(self, length: int, name: str) -> list[tuple[int, ...]]:
+        """A window of every kind of text from before the part that is evaluated on."""
+        found = {}
+        for kind, documents in self._documents.items():
+            with contextlib.suppress(ValueError):  # a kind with too little text
+                (window,) = read_windows(
+                    {kind: documents},
+                    self.tokenizer,
+                    length=length,
+                    count=1,
+                    part=(0.0, self.plan.part[0]),
+                )
+                found[kind] = window.ids
+        lacking = {window.kind for window in self._windows.get(length, [])} - found.keys()
+        if lacking or not found:
+            raise EvaluationError(
+                f"{name}: to find the threshold for a sparsity, {length} tokens of every kind of "
+                f"text are needed before --text-part, which starts at {self.plan.part[0]:g}; "
+                f"there are fewer of {', '.join(sorted(lacking or self._documents))}"
+            )
+        return list(found.values())
+
+    def _haystacks(self, length: int) -> list[tuple[str, Sequence[int]]]:
+        if self.plan.text is None:
+            return [("noise", noise(self.tokenizer, length))] * self.plan.samples
+        return [(window.kind, window.body) for window in self._windows[length]]
+
+    def _needle_prompt(
+        self, haystack: Sequence[int], length: int, depth: float, index: int
+    ) -> NeedlePrompt:
+        return make_prompt(
+            haystack,
+            self.tokenizer,
+            length=length,
+            depth=depth,
+            keys=self.plan.needle_keys,
+            seed=self.plan.seed + index,
         )
 
     def _text(self, length: int) -> None:
-        for window in self._mine(self._windows(length)):
+        for window in self._mine(self._windows[length]):
             base: Record = {
                 "task": "text",
                 "length": length,
@@ -273,11 +357,7 @@ class Evaluation:
 
     def _needles(self, length: int) -> None:
         plan = self.plan
-        haystacks: list[tuple[str, Sequence[int]]]
-        if plan.text is None:
-            haystacks = [("noise", noise(self.tokenizer, length))] * plan.samples
-        else:
-            haystacks = [(window.kind, window.body) for window in self._windows(length)]
+        haystacks = self._haystacks(length)
         cells = [(i, depth) for i in range(plan.samples) for depth in plan.depths]
         for index, depth in self._mine(cells):
             kind, haystack = haystacks[index]
@@ -294,14 +374,7 @@ class Evaluation:
             to_run = self._to_run(base)
             if not to_run:
                 continue
-            prompt = make_prompt(
-                haystack,
-                self.tokenizer,
-                length=length,
-                depth=depth,
-                keys=plan.needle_keys,
-                seed=plan.seed + index,
-            )
+            prompt = self._needle_prompt(haystack, length, depth, index)
             dense_seconds = None
             for configuration in to_run:
                 with self._under(configuration, length) as statistics:
@@ -322,7 +395,18 @@ class Evaluation:
                 if configuration.kind == "dense" and not taken_up:
                     break
 
-    def _harness(self, task: str, length: int) -> None:
+    def _load_harness(self) -> tuple[Harness | None, dict[tuple[str, int], Any]]:
+        """The harness and its tasks that are not done; a task that it lacks is told at once."""
+        harness, loaded = None, {}
+        for length in self.plan.lengths:
+            for task in self.plan.harness_tasks:
+                if any(self._to_run(base) for base in self._harness_samples(task, length)):
+                    harness = harness or Harness(self.model, self.tokenizer)
+                    of_length = length if task in RULER_TASKS else None
+                    loaded[task, length] = harness.load(task, of_length, self.plan.seed)
+        return harness, loaded
+
+    def _harness_samples(self, task: str, length: int) -> list[Record]:
         is_ruler = task in RULER_TASKS
         bases: list[Record] = [
             {
@@ -334,11 +418,10 @@ class Evaluation:
             }
             for index in range(self.plan.samples)
         ]
-        todo = [(base, self._to_run(base)) for base in self._mine(bases)]
-        if not any(to_run for _, to_run in todo):
-            return
-        harness = Harness(self.model, self.tokenizer)
-        loaded = harness.load(task, length if is_ruler else None, self.plan.seed)
+        return list(self._mine(bases))
+
+    def _harness(self, harness: Harness, loaded: Any, task: str, length: int) -> None:
+        todo = [(base, self._to_run(base)) for base in self._harness_samples(task, length)]
         dense_seconds: dict[int, float] = {}
         for configuration in self.configurations:
             mine = [base for base, to_run in todo if configuration in to_run]
@@ -397,18 +480,11 @@ class Evaluation:
         return self._methods[key]
 
     def _find_scalar(self, configuration: Configuration, length: int) -> float:
-        text, start = self.plan.text, self.plan.part[0]
-        if text is None or start <= 0:
-            raise EvaluationError(
-                f"{configuration.name}: to find the threshold for a sparsity, text is needed that "
-                "is not evaluated on: give --text, and a --text-part that starts above 0"
-            )
         target = float(configuration.option("sparsity"))
         self._progress(f"{configuration.name}: finding the threshold for a sparsity of {target:g}")
-        windows = read_windows(text, self.tokenizer, length=length, count=1, part=(0.0, start))
         found = find_scalar(
             self.model,
-            [windows[0].ids],
+            self._search_windows[length],
             rule=configuration.option("rule"),
             geometry=configuration.geometry,
             voters=configuration.voters,
