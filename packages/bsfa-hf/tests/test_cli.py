@@ -105,6 +105,33 @@ def test_demo_calibrates_where_there_is_no_table(
     assert "rule peak_lse, blocks of 128x64, one query row in 4 votes" in out
 
 
+@pytest.mark.parametrize(
+    ("named", "taken"),
+    [
+        ([], "taking target_sparsity=0.5"),
+        (["--target-sparsity", "0.55"], ""),
+        (["--point", "target_sparsity=0.6"], ""),
+    ],
+    ids=str,
+)
+def test_demo_calibrates_what_is_named_or_what_the_shortest_text_allows(
+    named: list[str],
+    taken: str,
+    directory: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["demo", "--model", str(directory), "--text", str(text), "--tokens", "512"]
+    arguments += ["--questions", "1", "--calibrate", *named]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert taken in err
+    assert (named[-1] if named else "target_sparsity=0.5,").removeprefix("target_sparsity=") in out
+
+
 def test_the_installed_command_mounts_every_subcommand() -> None:
     # None where the tests run on a source tree that is not installed.
     for command in metadata.entry_points(group="console_scripts", name="bsfa"):
@@ -230,6 +257,17 @@ def test_info_describes_the_installation(capsys: pytest.CaptureFixture[str]) -> 
             "no/text: there is no such",
         ),
         (["demo", "--model", "MODEL", "--text", "TEXT", "--tokens", "9"], "at least 512, got 9"),
+        (
+            ["demo", "--model", "no/model", "--text", "TEXT", "--calibrate", "--k", "5"],
+            "demo calibrates for a target_sparsity, got k=5",
+        ),
+        (
+            [
+                *("demo", "--model", "no/model", "--text", "TEXT", "--calibrate"),
+                *("--tokens", "512", "--target-sparsity", "0.9"),
+            ],
+            "a sparsity of 0.9 cannot be reached: of prompts of 512 tokens, 0.400 of the blocks",
+        ),
         (["demo", "--model", "MODEL", "--text", "TEXT", "--questions", "99"], "at most 9, got 99"),
         (["generate", "--model", "no/model", "--prompt-file", "DAMAGED"], "not UTF-8 text"),
         (["generate", "--model", "no/model", "--prompt", "x\udcff"], "surrogate U+DCFF"),

@@ -29,10 +29,13 @@ from bsfa_calib.convert import load_table
 from bsfa_calib.data import Document, read_documents
 from bsfa_calib.statistics import Statistics
 from bsfa_calib.text import encode, read_windows, special_prefix
+from bsfa_calib.tuning import check_target
 from bsfa_hf.cli import common
 from bsfa_hf.cli.generate import gain_note
 from bsfa_hf.evaluation.needle import INTRODUCTION, NEEDLE
 from bsfa_hf.integration import enabled
+from bsfa_kernel import DEFAULT_GEOMETRY
+from bsfa_kernel.geometry import forced_share
 
 Texts: TypeAlias = "Mapping[str, Sequence[Document]]"
 
@@ -114,6 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"--calibrate makes a table and --thresholds names one, {arguments.thresholds}: give "
             "one of them"
         )
+    if arguments.calibrate:
+        _targets(arguments)
     texts = _prose(read_documents(arguments.text))
     table = common.named_table(arguments)
     loaded = common.load_model(arguments)
@@ -203,6 +208,7 @@ def _table(arguments: argparse.Namespace, loaded: common.Loaded, texts: Texts) -
     from bsfa_calib.capture import Progress
     from bsfa_calib.scalar import one_pass
 
+    targets = _targets(arguments)
     windows = read_windows(
         texts,
         loaded.tokenizer,
@@ -220,10 +226,29 @@ def _table(arguments: argparse.Namespace, loaded: common.Loaded, texts: Texts) -
         table = one_pass(
             loaded.model,
             [list(window.ids) for window in windows],
-            target_sparsities=_CALIBRATION_SPARSITIES,
+            target_sparsities=targets,
             progress=progress,
         )
     return replace(table, model=name, revision=revision)
+
+
+def _targets(arguments: argparse.Namespace) -> tuple[float, ...]:
+    """The sparsities to calibrate: the one that is named, or those that the length allows.
+
+    Raises:
+        ValueError: a point of another axis is named, or a sparsity that the length does not allow.
+    """
+    point = common.named_point(arguments)
+    if point is None:
+        forced = forced_share(arguments.tokens, arguments.tokens, DEFAULT_GEOMETRY)
+        return tuple(target for target in _CALIBRATION_SPARSITIES if target < 1 - forced)
+    if point.axis != "target_sparsity":
+        raise ValueError(
+            f"demo calibrates for a target_sparsity, got {point}: give --target-sparsity, or a "
+            "table with --thresholds"
+        )
+    check_target(point.value, [arguments.tokens], DEFAULT_GEOMETRY)
+    return (point.value,)
 
 
 def _ask(loaded: common.Loaded, questions: list[Question], q_block: int) -> Run:
