@@ -597,7 +597,11 @@ def a_header(**changes: Any) -> dict[str, Any]:
         ({"model": {"digest": "b"}}, r"another model than .*\{'digest': 'a'\} and .*'b'"),
         ({"environment": {"device": "A GPU"}}, "another device than .* CPU and A GPU"),
         (
-            {"configurations": {"x": {"name": "half", "thresholds": {"512": 2.0}}}},
+            {
+                "configurations": {
+                    "x": {"name": "half", "kind": "scalar", "thresholds": {"512": 2.0}}
+                }
+            },
             "half must have one threshold at 512 tokens: .* has 1, and .* has 2",
         ),
     ],
@@ -607,7 +611,9 @@ def test_results_that_do_not_go_together_are_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     paths = [tmp_path / "one.json", tmp_path / "two.json"]
-    one = a_header(configurations={"x": {"name": "half", "thresholds": {"512": 1.0}}})
+    one = a_header(
+        configurations={"x": {"name": "half", "kind": "scalar", "thresholds": {"512": 1.0}}}
+    )
     Results(paths[0], one).write()
     Results(paths[1], {**one, **changes}).write()
     with pytest.raises(ResultsError, match=message):
@@ -752,17 +758,46 @@ def test_what_is_added_is_timed_beside_dense_in_the_same_run(
         ("{}", "no format"),
         ('{"format": "bsfa-evaluation", "version": 9}', "version 9"),
         ('{"format": "bsfa-evaluation", "version": 1, "records": 3, "header": {}}', "no list"),
-        (
-            '{"format": "bsfa-evaluation", "version": 1, "records": [{}], "header": {}}',
-            "damaged record",
-        ),
     ],
 )
-def test_a_damaged_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_a_foreign_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(content)
     with pytest.raises(ResultsError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"header": {}}, "model of a header must be dict, and it is missing"),
+        ({"header": a_header(configurations=[])}, r"configurations .* must be dict, got \[\]"),
+        ({"header": a_header(configurations={"x": {}})}, "name of a configuration must be str"),
+        ({"records": [{}]}, "task of a record must be str, and it is missing"),
+        ({"records": [3]}, "a record must be an object, got 3"),
+        (
+            {"records": [{**timed("x", 1.0, 1.0), "seconds": "1"}]},
+            "seconds .* must be float or int",
+        ),
+        ({"records": [{**timed("x", 1.0, 1.0), "task": "text"}]}, "bands of a record must be list"),
+        ({"records": [{**timed("x", 1.0, 1.0), "task": "needle"}]}, "keys of a record must be int"),
+        ({"records": [timed("x", float("nan"), 1.0)]}, "seconds must be finite, got nan"),
+        (
+            {"records": [{**timed("x", 1.0, 1.0), "task": "text", "bands": [{"start": 0}]}]},
+            "stop of a record must be int",
+        ),
+    ],
+)
+def test_a_damaged_file_is_told_in_a_line(
+    tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    content = {"format": "bsfa-evaluation", "version": 1, "header": a_header(), "records": []}
+    path.write_text(json.dumps({**content, **changes}))
+    assert main(["plot", str(path), "--out", str(tmp_path / "plots")]) == 2
+    assert re.match(
+        f"bsfa: error: .*results.json is damaged: .*{message}.*\n$", capsys.readouterr().err
+    )
 
 
 def test_a_length_beyond_the_models_positions_is_refused(

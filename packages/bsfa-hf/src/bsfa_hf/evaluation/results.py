@@ -25,6 +25,32 @@ _SECONDS_BETWEEN_WRITES = 5.0
 SAME_THRESHOLD = 0.02
 
 
+_NUMBER = (float, int)
+_HEADER: dict[str, tuple[type, ...]] = dict.fromkeys(
+    ("model", "configurations", "environment"), (dict,)
+)
+_CONFIGURATION: dict[str, tuple[type, ...]] = dict.fromkeys(("name", "kind"), (str,))
+_RECORD: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("task", "sample", "kind", "configuration"), (str,)),
+    **dict.fromkeys(("sparsity", "seconds"), _NUMBER),
+    "length": (int,),
+    "skipped": (list,),
+}
+_FIGURES: dict[str, dict[str, tuple[type, ...]]] = {
+    "text": {"bands": (list,)},
+    "needle": {
+        "keys": (int,),
+        "hit": (bool,),
+        **dict.fromkeys(("depth", "log_probability"), _NUMBER),
+    },
+}
+_SCORE: dict[str, tuple[type, ...]] = {"score": (float, int, type(None))}
+_BAND: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("start", "stop", "positions"), (int,)),
+    **dict.fromkeys(("kl", "nll", "agreement"), _NUMBER),
+}
+
+
 class ResultsError(ValueError):
     """A file does not hold the results of this evaluation; the message says why."""
 
@@ -202,8 +228,25 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(records, list) or not isinstance(header, dict):
         raise ResultsError(f"{path} has no list of records or no header; make it again")
     try:
+        _check_fields("header", header, _HEADER)
+        for about in header["configurations"].values():
+            _check_fields("configuration", about, _CONFIGURATION)
         for record in records:
-            record_key(record)
-    except (KeyError, TypeError) as error:
-        raise ResultsError(f"{path} holds a damaged record: {error}") from error
+            _check_fields("record", record, _RECORD)
+            _check_fields("record", record, _FIGURES.get(record["task"], _SCORE))
+            for band in record.get("bands", []):
+                _check_fields("record", band, _BAND)
+        check_finite(content)
+    except ValueError as error:
+        raise ResultsError(f"{path} is damaged: {error}") from error
     return content
+
+
+def _check_fields(what: str, part: object, fields: Mapping[str, tuple[type, ...]]) -> None:
+    if not isinstance(part, dict):
+        raise ValueError(f"a {what} must be an object, got {part!r:.100}")
+    for name, types in fields.items():
+        if name not in part or not isinstance(part[name], types):
+            found = f"got {part[name]!r:.100}" if name in part else "and it is missing"
+            names = " or ".join(each.__name__ for each in types)
+            raise ValueError(f"{name} of a {what} must be {names}, {found}")

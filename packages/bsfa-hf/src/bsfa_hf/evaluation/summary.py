@@ -276,7 +276,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     header = content["header"]
     environment = header.get("environment", {})
     parts = [
-        f"Model {header['model'].get('name') or header['model']['digest']}, "
+        f"Model {header['model'].get('name') or header['model'].get('digest')}, "
         f"{environment.get('dtype', '?')} on {environment.get('device', '?')}, "
         f"{environment.get('backend', '?')} back end. Intervals are 95 %, over samples; "
         "changes are from dense on the same samples."
