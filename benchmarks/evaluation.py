@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
@@ -142,17 +141,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--date", help="when it was measured, in ISO form (default: the file's)")
     parser.add_argument("--out", type=Path, required=True, help="JSON Lines file to append to")
     arguments = parser.parse_args(argv)
+    content = load(arguments.file)
+    written = datetime.fromtimestamp(arguments.file.stat().st_mtime, timezone.utc)
     try:
-        content = load(arguments.file)
-        written = datetime.fromtimestamp(arguments.file.stat().st_mtime, timezone.utc)
         records = condense(
             content,
             date=arguments.date or written.isoformat(timespec="seconds"),
             command=arguments.command,
         )
-    except (OSError, ValueError) as error:
-        print(f"error: {arguments.file}: {error}", file=sys.stderr)
-        return 2
+    except ValueError as error:
+        raise ValueError(f"{arguments.file}: {error}") from error
     results = Results(arguments.out)
     for record in records:
         results.append(record)

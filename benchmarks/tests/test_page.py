@@ -12,7 +12,7 @@ import evaluation
 import page
 import report
 from conftest import attention_record
-from harness import ROOT, check_record
+from harness import ROOT, check_record, run_program
 from study import curves
 
 DOCS = ROOT / "docs" / "results.md"
@@ -321,8 +321,10 @@ def test_what_is_no_file_of_results_is_told_in_a_line(
     if content is not None:
         path.write_bytes(content)
     out = tmp_path / "records.jsonl"
-    assert evaluation.main([str(path), "--command", "c", "--out", str(out)]) == 2
-    assert re.match(r"error: .*results\.json.*\n$", capsys.readouterr().err)
+    with pytest.raises(SystemExit) as left:
+        run_program(lambda: evaluation.main([str(path), "--command", "c", "--out", str(out)]))
+    assert left.value.code == 2
+    assert re.match(r".*: error: .*results\.json.*\n$", capsys.readouterr().err)
     assert not out.exists()
 
 

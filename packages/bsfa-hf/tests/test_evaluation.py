@@ -813,6 +813,14 @@ def test_perplexity_without_text_is_refused() -> None:
         Plan((Configuration("w", "sliding_window", (("window", "8"),)),), tasks=("perplexity",))
 
 
+def test_a_perplexity_beyond_floats_is_infinite() -> None:
+    band = {"start": 0, "stop": 1, "positions": 1, "kl": 0.0, "nll": 1000.0, "agreement": 1.0}
+    record = {**timed("dense", 1.0, 1.0), "task": "text", "bands": [band]}
+    names = {"dense": {"name": "dense", "kind": "dense"}}
+    content = {"header": a_header(configurations=names), "records": [record]}
+    assert "| inf |" in markdown(content)
+
+
 # ---------------------------------------------------------------------------- advice, command line
 
 

@@ -24,7 +24,7 @@ _SECONDS_BETWEEN_WRITES = 5.0
 # By how much two searches on one text may differ, in units of scaled scores.
 SAME_THRESHOLD = 0.02
 
-
+# The fields that a file must have, and their types.
 _NUMBER = (float, int)
 _HEADER: dict[str, tuple[type, ...]] = dict.fromkeys(
     ("model", "configurations", "environment"), (dict,)
@@ -148,7 +148,7 @@ def check_finite(value: object, name: str = "") -> None:
 def record_key(record: Mapping[str, Any]) -> str:
     """What a record is of: task, length, text, sample and the digest of a configuration."""
     known = [str(record[part]) for part in ("task", "length", "sample", "configuration")]
-    return "|".join([*known, record.get("text", "")])
+    return "|".join([*known, str(record.get("text", ""))])
 
 
 def joined(

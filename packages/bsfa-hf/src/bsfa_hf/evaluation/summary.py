@@ -195,7 +195,7 @@ def _text_figures(pairs: Sequence[tuple[Record, Record]]) -> dict[str, Any]:
     return {
         "kl": mean_interval([_over_bands(r, "kl") for r, _ in pairs]),
         "nll_change": mean_interval(changes),
-        "perplexity": math.exp(_mean([_over_bands(r, "nll") for r, _ in pairs])),
+        "perplexity": _exp(_mean([_over_bands(r, "nll") for r, _ in pairs])),
         "agreement": _mean([_over_bands(r, "agreement") for r, _ in pairs]),
         "bands": bands,
     }
@@ -204,6 +204,13 @@ def _text_figures(pairs: Sequence[tuple[Record, Record]]) -> dict[str, Any]:
 def _over_bands(record: Record, name: str) -> float:
     positions = sum(band["positions"] for band in record["bands"])
     return float(sum(band[name] * band["positions"] for band in record["bands"]) / positions)
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:  # of a model that predicts nothing
+        return math.inf
 
 
 def _mean(values: Sequence[float]) -> float:
