@@ -133,12 +133,21 @@ def _needles(records: Iterable[Mapping[str, Any]]) -> Record:
     }
 
 
+def iso_date(text: str) -> str:
+    """A date in ISO form, for argparse: the latest record is the one that counts."""
+    try:
+        datetime.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be as 2026-11-29T08:00:00+00:00: {error}") from None
+    return text
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="From bsfa evaluate's files to records.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--command", required=True, help="how it was measured")
-    parser.add_argument("--date", help="when it was measured, in ISO form (default: the file's)")
+    parser.add_argument("--date", type=iso_date, help="when it was measured (default: the file's)")
     parser.add_argument("--out", type=Path, required=True, help="JSON Lines file to append to")
     arguments = parser.parse_args(argv)
     content = load(arguments.file)

@@ -377,6 +377,7 @@ def test_a_self_test_writes_into_no_report(
         ("calibration", ["--target-sparsities", "1.5"], "must be from 0 to 1, got 1.5"),
         ("steps", ["--kept", "2,-1"], "must be from 0 to 1, got 2"),
         ("long", ["--length", "1K", "--shares", "-0.5"], "must be from 0 to 1, got -0.5"),
+        ("evaluation", ["none", "--command", "c", "--date", "yesterday"], "must be as 2026-11-29"),
         ("extend.check", ["--wordings", "qestion"], "must be of evaluation, cue, question"),
         ("extend.check", ["--keys", "0"], "must be from 1 to"),
         (
