@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -731,6 +732,7 @@ def test_what_is_added_is_timed_beside_dense_in_the_same_run(
     speed = [1.0]
     forward = type(model).forward
 
+    @functools.wraps(forward)  # what it calls its cache is read from its signature
     def slow(self: LlamaForCausalLM, *args: Any, **options: Any) -> Any:
         now[0] += speed[0] * (2 if self.config._attn_implementation == "sdpa" else 1)
         return forward(self, *args, **options)
@@ -784,8 +786,29 @@ def test_a_foreign_file_is_refused(tmp_path: Path, content: str, message: str) -
         ({"records": [timed("x", float("nan"), 1.0)]}, "seconds must be finite, got nan"),
         (
             {"records": [{**timed("x", 1.0, 1.0), "task": "text", "bands": [{"start": 0}]}]},
-            "stop of a record must be int",
+            "stop of a band must be int",
         ),
+        (
+            {"records": [{**timed("x", 1.0, 1.0), "task": "text", "bands": []}]},
+            "bands of a record must have positions",
+        ),
+        ({"header": a_header(environment={"torch": 2})}, "torch of environment must be str, got 2"),
+        ({"header": a_header(texts=[])}, r"texts of a header must be dict, got \[\]"),
+        ({"header": a_header(texts={"x": 1})}, "x of texts must be str, got 1"),
+        (
+            {
+                "header": a_header(
+                    configurations={"x": {"name": "x", "kind": "d", "thresholds": []}}
+                )
+            },
+            "thresholds of a configuration must be dict",
+        ),
+        (
+            {"records": [{**timed("x", 1.0, 1.0), "dense_seconds": "1"}]},
+            "dense_seconds of a record must be",
+        ),
+        ({"records": [{**timed("x", 1.0, 1.0), "text": []}]}, "text of a record must be str"),
+        ({"records": [{**timed("x", 1.0, 1.0), "keys": "4"}]}, "keys of a record must be int"),
     ],
 )
 def test_a_damaged_file_is_told_in_a_line(

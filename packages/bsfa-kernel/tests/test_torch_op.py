@@ -408,6 +408,41 @@ def test_sinks_compile_without_a_graph_break(dynamic):
     assert_same(compiled(*inputs(), sinks), with_sinks(*inputs(), sinks))
 
 
+class Conditional(torch.nn.Module):
+    def forward(self, *call):
+        return block_sparse_attention(*call, causal=call[0].shape[1] > 1)
+
+
+def test_a_condition_on_a_length_may_say_whether_a_call_is_causal():
+    length = DIM("length", min=2, max=4096)
+    shapes = ({1: length}, {1: length}, {1: length}, None)
+    call = inputs(300, 300)
+    program = torch.export.export(Conditional(), call, dynamic_shapes=(shapes,), strict=False)
+    for seqlen in (300, 200):
+        call = inputs(seqlen, seqlen)
+        torch.testing.assert_close(program.module()(*call), Conditional()(*call))
+
+
+class Longest(torch.nn.Module):
+    def forward(self, q, k, v, thresholds, starts_q, starts_k):
+        longest = starts_k.diff().max().item()
+        torch._check(longest >= 1)
+        return block_sparse_attention(
+            *(q, k, v, thresholds),
+            cu_seqlens_q=starts_q,
+            cu_seqlens_k=starts_k,
+            max_seqlen_k=longest,
+            selection="int8",
+        )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_longest_sequence_that_is_read_from_a_tensor_is_exported(strict):
+    call = packed_inputs()
+    program = torch.export.export(Longest(), call, strict=strict)
+    torch.testing.assert_close(program.module()(*call), Longest()(*call))
+
+
 def test_sinks_export_and_take_other_values():
     module, sinks = WithSinks(), torch.linspace(-1, 2, 6)
     program = torch.export.export(module, (*inputs(), sinks))
@@ -587,6 +622,19 @@ def test_forward_mode_derivatives_are_refused(name):
     ):
         with pytest.raises(NotImplementedError, match="nor forward-mode derivatives"):
             transform()
+
+
+def test_forward_mode_derivatives_are_refused_while_a_graph_is_traced():
+    def derivative(factor, q, k, v, thresholds):
+        def scaled(x):
+            return block_sparse_attention(q, k, v * x, thresholds)
+
+        return torch.func.jvp(scaled, (factor,), (factor,))
+
+    compiled = torch.compile(derivative, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="nor forward-mode derivatives"):
+        compiled(torch.ones(()), *inputs())
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "thresholds", "sinks"])

@@ -229,6 +229,7 @@ _FOREIGN = {
     "a number for a name": {"engine": 3},
     "a list for a name": {"engine": []},
     "no description": {"description": None},
+    "a layer's number too long to read": {"dense_layers": {"1" * 5000: "window"}},
 }
 
 
@@ -247,6 +248,14 @@ def test_a_file_with_an_odd_field_is_passed_over(
     assert bsfa_vllm.reports() == [expected]
     path.write_text(json.dumps(content))
     assert bsfa_vllm.reports() != [expected]
+
+
+def test_ranks_may_know_of_other_numbers_of_layers(tmp_path: Path) -> None:
+    content = counting.snapshot(ran(tmp_path))
+    fewer = {**content, "kept": content["kept"][:1], "visible": content["visible"][:1]}
+    for snapshots in ([content, fewer], [fewer, content]):
+        (report,) = counting.merged(snapshots)
+        assert report.kept_blocks == [8 * HEADS, 0]
 
 
 _FORK = """

@@ -54,10 +54,13 @@ def check_scale(scale: object) -> None:
         raise ValueError(f"scale must be between 2**-126 and 2**127, got {scale}")
 
 
-def check_flag(value: object, name: str) -> None:
-    """Refuse what is neither True nor False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+def as_flag(value: object, name: str) -> bool:
+    """True or False, or what a traced condition comes to."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, torch.SymBool):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_rule(rule: object) -> None:
@@ -100,22 +103,30 @@ def _check_max_seqlen_k(call: ForwardCall | SelectCall) -> None:
             "max_seqlen_k is for packed sequences and block tables: without cu_seqlens_k and "
             f"block_table it must be None, got {max_seqlen_k}"
         )
-    if not 0 <= max_seqlen_k <= _LARGEST_INT64:
+    # A traced number is no larger, and may have no value to ask for.
+    is_larger = not torch.compiler.is_compiling() and max_seqlen_k > _LARGEST_INT64
+    if max_seqlen_k < 0 or is_larger:
         raise ValueError(f"max_seqlen_k must be between 0 and 2**63 - 1, got {max_seqlen_k}")
 
 
 def check_two_sizes(geometry: object) -> tuple[int, int]:
     """The sizes of a geometry, which the reference takes any of."""
     if not _is_two_sizes(geometry) or min(geometry) < 1:
-        raise ValueError(f"geometry must be two positive whole numbers, got {geometry!r}")
+        raise ValueError(
+            f"geometry must be a Geometry or a tuple of two positive ints, got {geometry!r}"
+        )
     return geometry[0], geometry[1]
 
 
 def as_geometry(geometry: object) -> Geometry:
     """The one of GEOMETRIES that a value is, or that a tuple of two whole numbers equals."""
     for known in GEOMETRIES:
-        if geometry is known or (_is_two_sizes(geometry) and tuple(geometry) == known):
+        if geometry is known:
             return known
+    if _is_two_sizes(geometry):
+        for known in GEOMETRIES:
+            if geometry == known:
+                return known
     known_ones = ", ".join(map(str, GEOMETRIES))
     got = "x".join(map(str, geometry)) if _is_two_sizes(geometry) else repr(geometry)
     raise ValueError(f"geometry must be one of the Geometry values {known_ones}; got {got}")
@@ -125,7 +136,10 @@ def _is_two_sizes(value: object) -> TypeGuard[tuple[int, int]]:
     return (
         isinstance(value, tuple)
         and len(value) == 2
-        and all(isinstance(size, int) and not isinstance(size, bool) for size in value)
+        and isinstance(value[0], int)
+        and isinstance(value[1], int)
+        and not isinstance(value[0], bool)
+        and not isinstance(value[1], bool)
     )
 
 
@@ -136,10 +150,7 @@ def check_types(call: AnyCall) -> None:
         if name in _TENSORS and not (value is None and optional):
             check_tensor(value, name)
     check_scale(call.scale)
-    check_flag(call.causal, "causal")
-    if isinstance(call, (ForwardCall, AttendCall)):
-        check_flag(call.return_lse, "return_lse")
-        check_flag(call.return_kept, "return_kept")
+    as_flag(call.causal, "causal")
     if not isinstance(call, AttendCall):
         check_rule(call.rule)
     if isinstance(call, (ForwardCall, SelectCall)):
@@ -355,10 +366,10 @@ _PACKED_MASK = "[heads, total_q // q_block + 2 * batch, words]"
 def passes_fast_check(call: ForwardCall) -> bool:
     """Whether padded CUDA tensors pass check_forward and check_kernel_tensors, by few steps.
 
-    Those take longer than a launch. False says nothing: the arguments are to be checked. The
-    geometry has been.
+    Those take longer than a launch. False says nothing: the arguments are to be checked. Geometry
+    and flags have been.
     """
-    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, causal, scale, rule, _, _, voters, *_ = call
+    q, k, v, thresholds, cu_seqlens_q, cu_seqlens_k, _, scale, rule, _, _, voters, *_ = call
     shape, key_shape, threshold_shape, dtype = q.shape, k.shape, thresholds.shape, q.dtype
     if len(shape) != 4 or len(key_shape) != 4 or len(threshold_shape) != 2:
         return False
@@ -389,9 +400,6 @@ def passes_fast_check(call: ForwardCall) -> bool:
         and k.stride()[3] == 1
         and v.stride()[3] == 1
         and (scale is None or (type(scale) is float and _LEAST_SCALE <= scale <= _LARGEST_SCALE))
-        and type(causal) is bool
-        and type(call.return_lse) is bool
-        and type(call.return_kept) is bool
         and rule in RULES
         and type(voters) is int
         and voters in VOTERS

@@ -59,6 +59,8 @@ def dispatch(operator: Callable[..., Any], call: AnyCall) -> Any:
     Autograd's step is in Python, and would be a good part of what a call costs on the host.
     """
     if torch.compiler.is_compiling():
+        if _in_forward_mode():  # a traced tensor does not say whether it has a derivative
+            refuse_derivatives()
         return operator(*call)
     inputs = [x for x in differentiable(call) if x is not None]
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bsfa_kernel import _torch_op
 from bsfa_kernel._auto import check_expected_skipped, resolve_but_for_length
 from bsfa_kernel._calls import BlockMaximaCall, ForwardCall
-from bsfa_kernel._checks import as_geometry, check_types, passes_fast_check
+from bsfa_kernel._checks import as_flag, as_geometry, check_types, passes_fast_check
 from bsfa_kernel._dispatch import can_bypass_dispatcher, dispatch
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry
 
@@ -162,7 +162,7 @@ def block_sparse_attention(
             the last row every later one. -inf keeps everything, +inf only the forced blocks.
         causal: query i, whose absolute position is i + seqlen_k - seqlen_q, sees the keys up to
             that position; else all keys.
-        scale: factor of the scores, positive; head_dim ** -0.5 by default.
+        scale: factor of the scores, 2**-126 to 2**127; head_dim ** -0.5 by default.
         rule: one of ``RULES``: what a block's scores are compared with.
         geometry: the sparsity block that the thresholds were made for, one of ``GEOMETRIES``.
         voters: one query row in so many decides which blocks are kept, one of ``VOTERS``; the
@@ -217,14 +217,14 @@ def block_sparse_attention(
         thresholds,
         cu_seqlens_q,
         cu_seqlens_k,
-        causal,
+        as_flag(causal, "causal"),
         scale,
         rule,
         geometry[0],
         geometry[1],
         voters,
-        return_lse,
-        return_kept,
+        as_flag(return_lse, "return_lse"),
+        as_flag(return_kept, "return_kept"),
         selection,
         max_seqlen_k,
         block_table,
@@ -278,7 +278,8 @@ def block_maxima(
     """
     geometry = as_geometry(geometry)
     call = BlockMaximaCall(
-        q, k, causal, scale, rule, geometry[0], geometry[1], block_table, seqused_k, sinks
+        *(q, k, as_flag(causal, "causal"), scale, rule, geometry[0], geometry[1]),
+        *(block_table, seqused_k, sinks),
     )
     check_types(call)
     maxima: Tensor = dispatch(_block_maxima, call)

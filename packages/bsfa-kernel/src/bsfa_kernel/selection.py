@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bsfa_kernel import _torch_op as _torch_op  # registers the operators
 from bsfa_kernel._calls import AttendCall, SelectCall
-from bsfa_kernel._checks import as_geometry, check_types
+from bsfa_kernel._checks import as_flag, as_geometry, check_types
 from bsfa_kernel._dispatch import dispatch
 from bsfa_kernel.geometry import DEFAULT_GEOMETRY, Geometry
 
@@ -66,7 +66,7 @@ def select_blocks(
         thresholds,
         cu_seqlens_q,
         cu_seqlens_k,
-        causal,
+        as_flag(causal, "causal"),
         scale,
         rule,
         geometry[0],
@@ -222,12 +222,12 @@ def attend_blocks(
         None,
         cu_seqlens_q,
         cu_seqlens_k,
-        causal,
+        as_flag(causal, "causal"),
         scale,
         geometry[0],
         geometry[1],
-        return_lse,
-        return_kept,
+        as_flag(return_lse, "return_lse"),
+        as_flag(return_kept, "return_kept"),
         block_table,
         seqused_k,
         sinks,

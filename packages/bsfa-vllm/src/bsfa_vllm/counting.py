@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -118,8 +119,7 @@ def merged(snapshots: Iterable[dict[str, Any]]) -> list[Report]:
         report.dense_layers |= {int(layer): why for layer, why in one["dense_layers"].items()}
         calls.setdefault(name, Counter()).update(one["calls"])
         for total, part in ((report.kept_blocks, "kept"), (report.visible_blocks, "visible")):
-            total.extend([0] * (len(one[part]) - len(total)))
-            total[:] = [a + b for a, b in zip(total, one[part], strict=True)]
+            total[:] = map(sum, itertools.zip_longest(total, one[part], fillvalue=0))
     for name, report in found.items():
         report.sparse_calls = {how: calls[name].pop(how, 0) for how in SPARSE}
         report.dense_calls = {why: number for why, number in calls[name].most_common() if number}
@@ -256,7 +256,7 @@ def _checked(content: Any) -> dict[str, Any]:
         and isinstance(calls, dict)
         and all(map(_is_count, calls.values()))
         and isinstance(layers, dict)
-        and all(layer.isdecimal() and isinstance(why, str) for layer, why in layers.items())
+        and all(int(layer) >= 0 and isinstance(why, str) for layer, why in layers.items())
         and isinstance(kept, list)
         and isinstance(visible, list)
         and len(kept) == len(visible)

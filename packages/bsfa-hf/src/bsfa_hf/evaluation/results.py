@@ -51,6 +51,14 @@ _BAND: dict[str, tuple[type, ...]] = {
 }
 
 
+# Fields that some records and headers have.
+_OPTIONAL: dict[str, dict[str, tuple[type, ...]]] = {
+    "header": {"texts": (dict,)},
+    "configuration": {"thresholds": (dict,)},
+    "record": {"dense_seconds": (float, int, type(None)), "text": (str,), "keys": (int,)},
+}
+
+
 class ResultsError(ValueError):
     """A file does not hold the results of this evaluation; the message says why."""
 
@@ -229,13 +237,18 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ResultsError(f"{path} has no list of records or no header; make it again")
     try:
         _check_fields("header", header, _HEADER)
+        _check_values("environment", header["environment"], (str,))
+        _check_values("texts", header.get("texts", {}), (str,))
         for about in header["configurations"].values():
             _check_fields("configuration", about, _CONFIGURATION)
+            _check_values("thresholds", about.get("thresholds", {}), _NUMBER)
         for record in records:
             _check_fields("record", record, _RECORD)
             _check_fields("record", record, _FIGURES.get(record["task"], _SCORE))
             for band in record.get("bands", []):
-                _check_fields("record", band, _BAND)
+                _check_fields("band", band, _BAND)
+            if record["task"] == "text" and sum(b["positions"] for b in record["bands"]) < 1:
+                raise ValueError("bands of a record must have positions, and have none")
         check_finite(content)
     except ValueError as error:
         raise ResultsError(f"{path} is damaged: {error}") from error
@@ -245,8 +258,16 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _check_fields(what: str, part: object, fields: Mapping[str, tuple[type, ...]]) -> None:
     if not isinstance(part, dict):
         raise ValueError(f"a {what} must be an object, got {part!r:.100}")
-    for name, types in fields.items():
+    optional = {n: types for n, types in _OPTIONAL.get(what, {}).items() if n in part}
+    for name, types in {**optional, **fields}.items():
         if name not in part or not isinstance(part[name], types):
             found = f"got {part[name]!r:.100}" if name in part else "and it is missing"
             names = " or ".join(each.__name__ for each in types)
             raise ValueError(f"{name} of a {what} must be {names}, {found}")
+
+
+def _check_values(what: str, part: Mapping[str, object], types: tuple[type, ...]) -> None:
+    for name, value in part.items():
+        if not isinstance(value, types):
+            names = " or ".join(each.__name__ for each in types)
+            raise ValueError(f"{name} of {what} must be {names}, got {value!r:.100}")
