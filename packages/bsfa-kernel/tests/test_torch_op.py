@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
