@@ -807,6 +807,10 @@ def test_a_foreign_file_is_refused(tmp_path: Path, content: str, message: str) -
             {"records": [{**timed("x", 1.0, 1.0), "dense_seconds": "1"}]},
             "dense_seconds of a record must be",
         ),
+        (
+            {"records": [{**timed("x", 1.0, 1.0), "dense_seconds": None}]},
+            "dense_seconds of a record must be float or int, got None",
+        ),
         ({"records": [{**timed("x", 1.0, 1.0), "text": []}]}, "text of a record must be str"),
         ({"records": [{**timed("x", 1.0, 1.0), "keys": "4"}]}, "keys of a record must be int"),
     ],

@@ -55,7 +55,7 @@ _BAND: dict[str, tuple[type, ...]] = {
 _OPTIONAL: dict[str, dict[str, tuple[type, ...]]] = {
     "header": {"texts": (dict,)},
     "configuration": {"thresholds": (dict,)},
-    "record": {"dense_seconds": (float, int, type(None)), "text": (str,), "keys": (int,)},
+    "record": {"dense_seconds": _NUMBER, "text": (str,), "keys": (int,)},
 }
 
 
