@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -273,17 +272,9 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
 
 def _suffixes(groups: Sequence[Sequence[Record]], named: str) -> list[str]:
     """What tells the pictures of groups apart that are named by one field and have it in common."""
-    found = []
-    for group in groups:
-        same = [one[0] for one in groups if one[0][named] == group[0][named]]
-        differ = [name for name in _MODEL if len({str(record[name]) for record in same}) > 1]
-        found.append("".join(f"-{_slug(str(group[0][name]))}" for name in differ))
-    return found
-
-
-def _slug(name: str) -> str:
-    """A name as a part of a file's."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name)
+    names = [str(group[0][named]) for group in groups]
+    found = report.told_apart(names, groups, _MODEL)
+    return ["".join(f"-{report.slug(each)}" for each in more) for more in found]
 
 
 def _draw_curves(
@@ -385,7 +376,7 @@ def _draw_law(
     hollow = [f"{one[0]['model']} ({one[0]['seqlen'] / 1024:g}K)" for one in one_length]
     figure.suptitle("; hollow: ".join([title, *hollow]), fontsize=9)
     figure.legend(fontsize=7, loc="outside lower center", ncols=3)
-    return report.save(figure, folder / f"long-law-{_slug(group[0]['model'])}{suffix}.png")
+    return report.save(figure, folder / f"long-law-{report.slug(group[0]['model'])}{suffix}.png")
 
 
 def _draw_needles(groups: Sequence[Sequence[Record]], folder: Path) -> Path:
